@@ -1,0 +1,63 @@
+// The CPU kernel of path_cross_entropy as each variant exports it, and the workspace it is given.
+#pragma once
+
+#include "mergetune/path_cross_entropy.h"
+
+namespace mergetune {
+
+constexpr std::int64_t cache_line = 64;  // bytes, and the widest vector
+constexpr std::int64_t tile_rows = 4;    // most rows that go through the passes together
+constexpr std::int64_t tile_bytes = 24 << 10;  // a larger tile would push itself out of the first-level cache
+
+// Classes rounded up to whole vectors: in the workspace every row begins on a cache line and no loop has a remainder.
+template <class T>
+constexpr std::int64_t padded_classes(std::int64_t C) {
+    constexpr std::int64_t lanes = cache_line / sizeof(T);
+    return (C + lanes - 1) / lanes * lanes;
+}
+
+// Elements from one row of a tile to the next: one cache line more than the row, so that rows of 2^n classes do not
+// all fall into the same few sets of the cache.
+template <class T>
+constexpr std::int64_t tile_pitch(std::int64_t C) {
+    return padded_classes<T>(C) + cache_line / std::int64_t(sizeof(T));
+}
+
+// Rows are cut into blocks by B alone, so that the order of every sum is the same for any number of threads.
+struct RowBlocks {
+    std::int64_t rows, count;
+
+    explicit RowBlocks(std::int64_t B) {
+        constexpr std::int64_t fewest_rows = 16, most_blocks = 64;  // each block keeps a [P, C] partial sum
+        rows = (B + most_blocks - 1) / most_blocks;
+        if (rows < fewest_rows) rows = fewest_rows;
+        count = (B + rows - 1) / rows;
+    }
+};
+
+// Uninitialised, aligned to cache lines.
+template <class T>
+struct PathWorkspace {
+    T* rscale;    // [P, padded C], shared
+    T* tiles;     // [threads, tile_size]
+    T* d_rscale;  // [blocks, P, padded C]
+    double* loss;  // [blocks, P]
+};
+
+// Elements of one thread's tile: K + 1 products, the exponentials and d_dots, each [tile_rows, pitch].
+template <class T>
+std::int64_t tile_size(std::int64_t K, std::int64_t C) {
+    return (K + 3) * tile_rows * tile_pitch<T>(C);
+}
+
+#define MT_DECLARE(variant)                                                                              \
+    namespace variant {                                                                                  \
+    void path_cross_entropy(const PathCrossEntropy<float>&, const PathWorkspace<float>&, int threads);   \
+    void path_cross_entropy(const PathCrossEntropy<double>&, const PathWorkspace<double>&, int threads); \
+    }
+MT_DECLARE(portable)
+MT_DECLARE(avx2)
+MT_DECLARE(avx512)
+#undef MT_DECLARE
+
+}  // namespace mergetune

@@ -1,0 +1,357 @@
+"""FrozenClip: one frozen view of open_clip's CLIP and CustomTextCLIP, image and text side alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import ResidualAttentionBlock, Transformer
+from torch import Tensor, nn
+from torchvision.transforms import Compose, RandomHorizontalFlip
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COOP_CROP_SCALE = (0.08, 1.0)  # CoOp trains on random resized crops of this share of the area, and flips
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """The parts of a text tower, wherever open_clip keeps them. W is the tower's width, D the embedding's.
+
+    Attributes:
+        token_embedding: the vocabulary, [V, W].
+        positional_embedding: [L, W].
+        blocks: the residual attention blocks, in order.
+        ln_final: the layer norm after the last block.
+        projection: W -> D as a matrix [W, D], a linear layer, or None.
+        pool: which row becomes the feature: "argmax" (highest token id), "eos" or "last".
+        eos_id: the token that "eos" looks for.
+        causal: whether a token sees only what stands before it.
+        heads: attention heads.
+        context_length: L, tokens in a text.
+    """
+
+    token_embedding: nn.Embedding
+    positional_embedding: Tensor
+    blocks: tuple[ResidualAttentionBlock, ...]
+    ln_final: nn.Module
+    projection: Tensor | nn.Linear | None
+    pool: str
+    eos_id: int | None
+    causal: bool
+    heads: int
+    context_length: int
+
+    @property
+    def width(self) -> int:
+        return self.token_embedding.embedding_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks[0].mlp.c_fc.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.positional_embedding.device
+
+    def astype(self, dtype: torch.dtype) -> TextParts:
+        """A copy in another precision."""
+        return replace(
+            self,
+            token_embedding=deepcopy(self.token_embedding).to(dtype),
+            positional_embedding=self.positional_embedding.to(dtype),
+            blocks=tuple(deepcopy(block).to(dtype) for block in self.blocks),
+            ln_final=deepcopy(self.ln_final).to(dtype),
+            projection=None if self.projection is None else deepcopy(self.projection).to(dtype),
+        )
+
+    def pooled_position(self, tokens: Tensor) -> Tensor:
+        """The row of each text that becomes its feature. tokens [C, L] -> [C]."""
+        if self.pool == "last":
+            return torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
+        found = tokens.argmax(-1) if self.pool == "argmax" else (tokens == self.eos_id).int().argmax(-1)
+        return found
+
+    def project(self, x: Tensor) -> Tensor:
+        """Class features of the pooled rows: [..., W] -> [..., D] float32, not normalised."""
+        x = self.ln_final(x)
+        if isinstance(self.projection, nn.Linear):
+            x = self.projection(x)
+        elif self.projection is not None:
+            x = x @ self.projection
+        return x.float()
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenClip:
+    """A CLIP that is never trained. Make one with :func:`load_clip`, or from a model of your own.
+
+    Attributes:
+        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; put into eval mode, gradients off.
+        tokenizer: texts -> LongTensor [n, L].
+        name: the backbone's name, kept with every solution.
+        preprocess_cfg: open_clip's preprocessing settings (JSON-able).
+    """
+
+    model: nn.Module
+    tokenizer: Callable[..., Tensor]
+    name: str
+    preprocess_cfg: dict[str, Any] = field(default_factory=lambda: asdict(PreprocessCfg()))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, (open_clip.CLIP, open_clip.CustomTextCLIP)) or hasattr(self.model, "text_decoder"):
+            raise TypeError(
+                f"model must be open_clip's CLIP or CustomTextCLIP, got {type(self.model).__name__}: its text tower is not one "
+                "that mergetune understands"
+            )
+        self.model.eval().requires_grad_(False)
+        _ = self.text  # an unknown text tower is refused here, before any image is encoded
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text.dtype
+
+    @property
+    def embed_dim(self) -> int:
+        projection = self.text.projection
+        if projection is None:
+            return self.text.width
+        return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """exp of the model's learned log-temperature; 100 for OpenAI's."""
+        return self.model.logit_scale.detach().float().exp().item()
+
+    @cached_property
+    def logit_bias(self) -> float:
+        """SigLIP's bias; the same for every class, so that softmax and argmax do not see it. 0 elsewhere."""
+        bias = self.model.logit_bias
+        return 0.0 if bias is None else bias.detach().float().item()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all the weights."""
+        return _fingerprint(self.model.state_dict())
+
+    @cached_property
+    def image_fingerprint(self) -> str:
+        """SHA-256 of the image tower's weights: the key of cached features."""
+        return _fingerprint(self.model.visual.state_dict())
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """SHA-256 of everything but the image tower: what a prompt depends on."""
+        return _fingerprint({k: v for k, v in self.model.state_dict().items() if not k.startswith("visual.")})
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def preprocess(self) -> Callable[[Any], Tensor]:
+        """The evaluation transform: PIL image -> [3, H, W]."""
+        return image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=False)
+
+    @cached_property
+    def augment(self) -> Callable[[Any], Tensor]:
+        """CoOp's training transform, random resized crop and flip: PIL image -> [3, H, W]. Draws from torch's global RNG."""
+        crop = image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=True, aug_cfg={"scale": COOP_CROP_SCALE})
+        return Compose([RandomHorizontalFlip(), crop])
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Image features. pixels [B, 3, H, W] -> [B, D] float32, unit norm."""
+        weight = next(self.model.visual.parameters())
+        features = self.model.encode_image(pixels.to(device=weight.device, dtype=weight.dtype))
+        return F.normalize(features.float(), dim=-1)
+
+    # -- texts --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def text(self) -> TextParts:
+        """The text tower's parts, refused by name if they are not understood."""
+        return _text_parts(self.model)
+
+    @cached_property
+    def _text_copies(self) -> dict[torch.dtype, TextParts]:
+        return {self.text.dtype: self.text}
+
+    def text_as(self, dtype: torch.dtype) -> TextParts:
+        """The text tower in another precision, copied once."""
+        if dtype not in self._text_copies:
+            self._text_copies[dtype] = self.text.astype(dtype)
+        return self._text_copies[dtype]
+
+    @cached_property
+    def first_token(self) -> int:
+        """Where a text's own tokens begin: 1 if the tokenizer puts a start token first, 0 if not (SigLIP)."""
+        a, b = self.tokenizer(["cat", "dog"])
+        return int((a != b).int().argmax())
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids. texts -> LongTensor [n, L].
+
+        Raises:
+            ValueError: a text is longer than the tower's context; tokenizers would cut it in silence.
+        """
+        length = self.text.context_length
+        tokens = self.tokenizer(list(texts), context_length=length)
+        # Given twice the room, a text that fits has the same tokens, and then only padding.
+        roomy = self.tokenizer(list(texts), context_length=2 * length)
+        too_long = (roomy[:, :length] != tokens).any(-1) | (roomy[:, length:] != roomy[:, -1:]).any(-1)
+        if too_long.any():
+            text = texts[int(too_long.int().argmax())]
+            raise ValueError(f"texts must fit the text tower's {length} tokens, got {text!r}")
+        return tokens.to(self.device)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """open_clip's own text features. texts -> [n, D] float32, not normalised."""
+        tokens = self.tokenize(texts)
+        return torch.cat([self.model.encode_text(chunk).float() for chunk in tokens.split(batch_size)])
+
+    @torch.no_grad()
+    def class_embeddings(self, classnames: Sequence[str], templates: str | Sequence[str] = "a photo of a {}.") -> Tensor:
+        """Zero-shot class embeddings: the mean over templates of unit features, made unit again (Radford et al. 2021).
+
+        Args:
+            classnames: C names.
+            templates: one or more texts with ``{}`` where the name goes.
+
+        Returns:
+            [C, D] float32, unit norm.
+        """
+        templates = check_templates(templates)
+        if not classnames:
+            raise ValueError("classnames must hold at least one name, got none")
+        texts = [template.format(name) for template in templates for name in classnames]
+        features = F.normalize(self.encode_text(texts), dim=-1).view(len(templates), len(classnames), -1)
+        return F.normalize(features.mean(0), dim=-1)
+
+
+def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """The templates as a tuple; each must hold exactly one ``{}``."""
+    templates = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not templates:
+        raise ValueError("templates must hold at least one text, got none")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"a template must hold exactly one {{}} for the class name, got {template!r}")
+    return templates
+
+
+def load_clip(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+    cache_dir: str | Path | None = None,
+) -> FrozenClip:
+    """Load any open_clip model, frozen.
+
+    Args:
+        name: an open_clip model name ("ViT-B-16-quickgelu"), "hf-hub:org/repo" or "local-dir:path".
+        pretrained: open_clip's tag ("openai") or a local checkpoint; not used with "hf-hub:" and "local-dir:".
+        device: where the model lives.
+        precision: "float32", "bfloat16" or "float16" for the weights; features are float32 always.
+        cache_dir: where open_clip keeps downloads.
+
+    Raises:
+        ValueError: unknown precision; no weights named; weights given twice.
+        RuntimeError: open_clip does not know the model or the tag.
+        TypeError: a model without a text tower that mergetune understands.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    complete = name.startswith(("hf-hub:", "local-dir:"))
+    if complete and pretrained is not None:
+        raise ValueError(f"pretrained must be None when name holds the weights ({name!r}), got {pretrained!r}")
+    if not complete and pretrained is None:
+        raise ValueError(f"pretrained must name the weights of {name!r}, got None: a tag of open_clip or a local checkpoint")
+    if not complete:
+        warn_quickgelu(name, str(pretrained))
+    model = open_clip.create_model(
+        name, None if pretrained is None else str(pretrained), device=device, require_pretrained=True, cache_dir=cache_dir
+    )
+    model.to(dtype=PRECISIONS[precision])
+    cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
+    label = name if complete else f"{name}/{pretrained}"
+    return FrozenClip(model, open_clip.get_tokenizer(name, cache_dir=cache_dir), label, {**asdict(PreprocessCfg()), **cfg})
+
+
+def warn_quickgelu(name: str, pretrained: str) -> None:
+    """Warn when OpenAI weights from a file would meet GELU: they were trained with QuickGELU (open_clip issue 771).
+
+    A checkpoint does not record its activation. For a tag open_clip warns itself; a file passes in silence.
+    """
+    path = Path(pretrained)
+    if not path.is_file() or name.endswith("-quickgelu") or f"{name}-quickgelu" not in open_clip.list_models():
+        return
+    if "openai" in path.name.lower() or _is_torchscript(path):
+        warn(
+            f"{path.name} looks like OpenAI's weights, which were trained with QuickGELU, but {name!r} uses GELU: features would "
+            f"be silently wrong. Load it as {name + '-quickgelu'!r}.",
+            stacklevel=3,
+        )
+
+
+def _is_torchscript(path: Path) -> bool:
+    """OpenAI publishes TorchScript archives; state dicts carry no code."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in entry for entry in archive.namelist())
+
+
+def _text_parts(model: nn.Module) -> TextParts:
+    tower = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
+    kind = type(tower).__name__
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
+    pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
+    if not isinstance(getattr(tower, "transformer", None), Transformer) or not len(blocks):
+        raise TypeError(f"text tower must be open_clip's TextTransformer, got {kind}")
+    for block in blocks:
+        if type(block) is not ResidualAttentionBlock:
+            raise TypeError(f"text tower {kind} must be made of ResidualAttentionBlock, got {type(block).__name__}")
+    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
+        raise TypeError(f"text tower {kind} must have neither a class token (CoCa) nor a padding mask, got one")
+    if pool not in ("argmax", "eos", "last"):
+        raise TypeError(f"text tower {kind} must pool by argmax, eos or last, got {pool!r}")
+    return TextParts(
+        token_embedding=tower.token_embedding,
+        positional_embedding=tower.positional_embedding,
+        blocks=tuple(blocks),
+        ln_final=tower.ln_final,
+        projection=tower.text_projection,
+        pool=pool,
+        eos_id=getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)),
+        causal=tower.attn_mask is not None,
+        heads=blocks[0].attn.num_heads,
+        context_length=tower.context_length,
+    )
+
+
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()

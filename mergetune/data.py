@@ -1,0 +1,633 @@
+"""Labelled image lists: folders, tables and CoOp splits; few-shot sampling and the base/novel split."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+import math
+import operator
+import os
+import posixpath
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+SPLITS = ("train", "val", "test")
+VAL_SHARE, TEST_SHARE = 0.2, 0.3  # CoOp's shares for data without an official split
+VAL_SHOTS = 4  # CoOp never draws more validation images per class than this
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Labelled images below one folder. C classes, some of which may have no image here.
+
+    Attributes:
+        root: the folder that ``files`` are relative to.
+        files: relative paths with forward slashes, no file twice.
+        labels: one class index in [0, C) per file.
+        classnames: C names, as they go into a prompt.
+
+    Raises:
+        ValueError: no files; lengths differ; a label out of range; a file twice; an absolute path.
+    """
+
+    root: Path
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    classnames: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))
+        object.__setattr__(self, "files", tuple(self.files))
+        object.__setattr__(self, "labels", tuple(map(operator.index, self.labels)))
+        object.__setattr__(self, "classnames", tuple(self.classnames))
+        if not self.files:
+            raise ValueError("files must hold at least one image, got none")
+        if len(self.labels) != len(self.files):
+            raise ValueError(f"labels must have one entry per file = {len(self.files)}, got {len(self.labels)}")
+        for file, label in zip(self.files, self.labels, strict=True):
+            if not 0 <= label < len(self.classnames):
+                raise ValueError(f"labels must lie in [0, {len(self.classnames)}), got {label} for {file!r}")
+            if posixpath.isabs(file):
+                raise ValueError(f"files must be relative to root = {self.root}, got {file!r}")
+        _refuse_repeats("files", self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where each image lies."""
+        return [self.root / file for file in self.files]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Images per class, C entries."""
+        counts = [0] * len(self.classnames)
+        for label in self.labels:
+            counts[label] += 1
+        return tuple(counts)
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The classes that have an image here, ascending."""
+        return tuple(sorted(set(self.labels)))
+
+    def take(self, positions: Iterable[int]) -> ImageList:
+        """The images at these positions, in this order; labels and class names stay."""
+        positions = list(positions)
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in positions),
+            labels=tuple(self.labels[i] for i in positions),
+        )
+
+    def select(self, classes: Sequence[int]) -> ImageList:
+        """The images of these classes, relabelled from 0 in the given order; the images keep their order.
+
+        Raises:
+            ValueError: no class, an unknown class, a class twice, or no image left.
+        """
+        new_label = {old: new for new, old in enumerate(_check_classes(classes, len(self.classnames)))}
+        kept = [i for i, label in enumerate(self.labels) if label in new_label]
+        if not kept:
+            empty = [self.classnames[c] for c in new_label]
+            raise ValueError(f"classes must have at least one image, got none for {_some(empty)}")
+        return ImageList(
+            root=self.root,
+            files=tuple(self.files[i] for i in kept),
+            labels=tuple(new_label[self.labels[i]] for i in kept),
+            classnames=tuple(self.classnames[c] for c in new_label),
+        )
+
+    def require_every_class(self) -> ImageList:
+        """This list, if each class has an image.
+
+        Raises:
+            ValueError: naming the classes that have none.
+        """
+        empty = [name for name, count in zip(self.classnames, self.counts, strict=True) if not count]
+        if empty:
+            raise ValueError(f"every class must have at least one image, got none for {_some(empty)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Train, validation and test images over the same classes, of which some are visible.
+
+    ``train``, ``val``, ``test`` and ``classnames`` show the visible classes, labelled from 0. The whole lists are
+    remembered, because CoOp draws few-shot images from all classes before it drops the novel ones.
+
+    Attributes:
+        name: for tables and messages.
+        full_train: training images of all classes.
+        full_val: validation images of all classes, if there are any.
+        full_test: test images of all classes, if there are any.
+        visible: which of all classes are visible, and their order; None shows all.
+
+    Raises:
+        ValueError: class names differ between splits; a file in two splits; an unknown visible class.
+    """
+
+    name: str
+    full_train: ImageList
+    full_val: ImageList | None = None
+    full_test: ImageList | None = None
+    visible: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        names = self.full_train.classnames
+        visible = range(len(names)) if self.visible is None else self.visible
+        object.__setattr__(self, "visible", _check_classes(visible, len(names)))
+        home: dict[Path, str] = {}
+        for split in SPLITS:
+            images = getattr(self, f"full_{split}")
+            if images is None:
+                continue
+            if images.classnames != names:
+                raise ValueError(f"{split} must have the class names of train, {_difference(names, images.classnames)}")
+            for path in images.paths:
+                if home.setdefault(path, split) != split:
+                    raise ValueError(f"a file must lie in one split, got {path} in {home[path]} and {split}")
+
+    @property
+    def classnames(self) -> tuple[str, ...]:
+        """Names of the visible classes."""
+        return tuple(self.full_train.classnames[c] for c in self.visible)
+
+    @functools.cached_property
+    def train(self) -> ImageList:
+        """Training images of the visible classes."""
+        return self._full("train").select(self.visible)
+
+    @functools.cached_property
+    def val(self) -> ImageList:
+        """Validation images of the visible classes. Raises ValueError where there are none."""
+        return self._full("val").select(self.visible)
+
+    @functools.cached_property
+    def test(self) -> ImageList:
+        """Test images of the visible classes. Raises ValueError where there are none."""
+        return self._full("test").select(self.visible)
+
+    def select(self, classes: Sequence[int]) -> Dataset:
+        """Only these of the visible classes, relabelled from 0 in the given order."""
+        return replace(self, visible=tuple(self.visible[c] for c in _check_classes(classes, len(self.visible))))
+
+    def base_novel(self) -> tuple[Dataset, Dataset]:
+        """CoOp's halves: the first ceil(C / 2) visible classes are base, the others novel, each labelled from 0.
+
+        Raises:
+            ValueError: fewer than two classes.
+        """
+        count = len(self.visible)
+        if count < 2:
+            raise ValueError(f"base_novel needs at least 2 classes, got {count} in {self.name!r}: {self.classnames}")
+        half = math.ceil(count / 2)
+        ordered = sorted(range(count), key=self.visible.__getitem__)
+        return self.select(ordered[:half]), self.select(ordered[half:])
+
+    def few_shot(self, shots: int | None, seed: int = 1, split: str = "train") -> ImageList:
+        """The images that CoOp draws with this seed, of the visible classes.
+
+        Exactly Dassl's sampling: a stream ``random.Random(seed)``; for each class, in order of first appearance in the
+        whole training list, ``random.sample`` of ``shots`` images, or all of them where there are fewer (Dassl's
+        ``repeat=False``, which draws nothing). ``split="val"`` continues that stream with min(shots, 4) images per
+        class of the validation list. Classes are hidden afterwards, so base and novel share one draw.
+
+        Args:
+            shots: images per class; None gives the whole split.
+            seed: CoOp's ``SEED``.
+            split: "train" or "val".
+
+        Raises:
+            ValueError: shots < 1; another split; a visible class without images.
+        """
+        if split not in ("train", "val"):
+            raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+        if shots is not None and operator.index(shots) < 1:
+            raise ValueError(f"shots must be at least 1, got {shots}")
+        images = self._full(split)
+        everything = images.select(self.visible).require_every_class()
+        if shots is None:
+            return everything
+        stream = random.Random(operator.index(seed))
+        positions = _draw(self.full_train, shots, stream)
+        if split == "val":
+            positions = _draw(images, min(shots, VAL_SHOTS), stream)
+        return images.take(positions).select(self.visible)
+
+    def _full(self, split: str) -> ImageList:
+        images = getattr(self, f"full_{split}")
+        if images is None:
+            raise ValueError(f"dataset {self.name!r} has no {split} split")
+        return images
+
+
+def ImageFolder(
+    root: str | Path,
+    *,
+    val: float | None = None,
+    test: float | None = None,
+    seed: int = 0,
+    classnames: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Read a folder of images, one folder per class.
+
+    Two layouts: ``root/{train,val,test}/<class>/**/image``, of which val and test may be missing; or
+    ``root/<class>/**/image``, which is then split. The first is meant where ``root`` holds a folder ``train`` and no
+    folders but these three. Images are what Pillow can open, by extension; hidden files and folders are left out;
+    links are followed, loops are not.
+
+    The split is made per class with a seed; a class that is added later leaves the others' split alone. Files with the
+    same bytes stay on one side, so that no test image was trained on under another name.
+
+    Args:
+        root: the folder.
+        val: share of each class for validation, only for the layout without splits; default 0.2, 0 for none.
+        test: share of each class for testing, likewise; default 0.3.
+        seed: of that split.
+        classnames: {folder name: class name}. Without an entry, ``shopping_cart`` becomes "shopping cart".
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no class folders; a class without images; classes differ between splits; two folders with one class
+            name; split folders beside others; too few images to split; val or test given for data already split.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"root must be a folder, got {root}")
+    folders = _folders(root)
+    if not folders:
+        raise ValueError(f"root must hold one folder per class, got no folders in {root}")
+    others = sorted(set(folders) - set(SPLITS))
+    if "train" in folders and others and set(folders) & {"val", "test", "valid", "validation"}:
+        raise ValueError(f"{root} must hold only train, val and test, or only classes, got {_some(others)} besides")
+    if "train" in folders and not others:
+        _refuse_shares(val, test, f"{root} holds the folders {', '.join(folders)}")
+        splits = {split: _class_files(root, root / split) for split in SPLITS if split in folders}
+    else:
+        splits = _stratify(root, _class_files(root, root), val=val, test=test, seed=seed)
+    return _dataset(root.resolve().name, root, splits, classnames)
+
+
+def image_table(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    val: float | None = None,
+    test: float | None = None,
+    seed: int = 0,
+    classnames: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Read a list of images from a CSV file with a header, or from a JSON list of objects.
+
+    Columns or keys: ``path``, relative to ``root`` (or absolute, below it); ``label``, a class name; and optionally
+    ``split``, one of train, val, test. Without ``split`` the images are split as in :func:`ImageFolder`. Classes are
+    sorted by label.
+
+    Args:
+        path: the ``.csv`` or ``.json`` file.
+        root: the images' folder; default the file's own.
+        val: share of each class for validation, where the table has no splits; default 0.2, 0 for none.
+        test: share of each class for testing, likewise; default 0.3.
+        seed: of that split.
+        classnames: {label: class name}. Without an entry, ``shopping_cart`` becomes "shopping cart".
+
+    Raises:
+        FileNotFoundError: no such table; images that are listed but missing, how many and the first.
+        ValueError: not such a table, naming the row; otherwise as :func:`ImageFolder`.
+    """
+    path = Path(path)
+    root = path.parent if root is None else Path(root)
+    rows = _table_rows(path)
+    splits: dict[str, dict[str, list[str]]] = {}
+    has_splits = "split" in rows[0]
+    for number, row in enumerate(rows, start=1):
+        file, label, split = (row.get(key) for key in ("path", "label", "split"))
+        where = f"row {number} of {path}"
+        if not (isinstance(file, str) and file and isinstance(label, str) and label):
+            raise ValueError(f"{where} must have a path and a class name as label, got path={file!r}, label={label!r}")
+        if has_splits != (split is not None) or (has_splits and split not in SPLITS):
+            raise ValueError(f"{where} must have a split of train, val or test as every other row, got {split!r}")
+        files = splits.setdefault(split or "all", {}).setdefault(label, [])
+        files.append(_relative(file, root, where))
+    listed = [file for classes in splits.values() for files in classes.values() for file in files]
+    _refuse_repeats(f"path in {path}", listed)
+    _require_files(root, listed, path)
+    if has_splits:
+        _refuse_shares(val, test, f"{path} has a split column")
+    else:
+        splits = _stratify(root, dict(sorted(splits["all"].items())), val=val, test=test, seed=seed)
+    return _dataset(path.stem, root, splits, classnames)
+
+
+def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = "") -> Dataset:
+    """Read one of CoOp's ``split_zhou_*.json``: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
+
+    Labels are the file's own and class names get spaces for underscores, as in CoOp.
+
+    Args:
+        root: the dataset's folder, such as ``data/caltech-101``.
+        json_file: the split file, relative to ``root`` or absolute.
+        image_dir: the folder that the paths are relative to, relative to ``root`` or absolute.
+
+    Raises:
+        FileNotFoundError: no such file; images that are listed but missing, how many and the first.
+        ValueError: not such a file; a label with two names; a label without images in train.
+    """
+    json_file, images = Path(root, json_file), Path(root, image_dir)
+    content = _read_json(json_file)
+    if not isinstance(content, dict) or not content.get("train"):
+        raise ValueError(f"{json_file} must be an object with a list under 'train', got {_brief(content)}")
+    names: dict[int, str] = {}
+    splits: dict[str, list[tuple[str, int]]] = {}
+    for split in SPLITS:
+        for number, item in enumerate(content.get(split) or (), start=1):
+            try:
+                file, label, name = item
+                label = int(label)
+                name = prettify(name)
+                file = _relative(file, images, f"item {number} of {split!r} in {json_file}")
+            except (TypeError, AttributeError, ValueError) as error:
+                raise ValueError(
+                    f"item {number} of {split!r} in {json_file} must be [path, label, class name], got {_brief(item)}"
+                ) from error
+            if names.setdefault(label, name) != name:
+                raise ValueError(f"label {label} in {json_file} must have one name, got {names[label]!r} and {name!r}")
+            splits.setdefault(split, []).append((file, label))
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"labels in {json_file} must be 0..{len(names) - 1} without a gap, got {_some(sorted(names))}")
+    _require_files(images, [file for items in splits.values() for file, _ in items], json_file)
+    classnames = tuple(names[label] for label in range(len(names)))
+    lists = {
+        split: ImageList(images, tuple(file for file, _ in items), tuple(label for _, label in items), classnames)
+        for split, items in splits.items()
+    }
+    lists["train"].require_every_class()
+    return Dataset(json_file.stem.removeprefix("split_zhou_"), *(lists.get(split) for split in SPLITS))
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Decode an image as RGB.
+
+    As in open_clip and CoOp, EXIF orientation is not applied: published numbers were made that way.
+
+    Raises:
+        ValueError: the file is missing, truncated or not an image; names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, EOFError, ...
+        raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
+
+
+def prettify(name: str) -> str:
+    """A folder's name as a class name: ``shopping_cart`` -> "shopping cart"."""
+    return " ".join(name.replace("_", " ").split())
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """Extensions, with the dot and in lower case, of the formats that Pillow can open here."""
+    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+# -- sampling and splitting -------------------------------------------------------------------------------------------
+
+
+def _draw(images: ImageList, shots: int, stream: random.Random) -> list[int]:
+    """Positions of ``shots`` images per class, by Dassl's generate_fewshot_dataset."""
+    of_label: dict[int, list[int]] = defaultdict(list)
+    for position, label in enumerate(images.labels):
+        of_label[label].append(position)
+    drawn: list[int] = []
+    for positions in of_label.values():
+        drawn += stream.sample(positions, shots) if len(positions) >= shots else positions
+    return drawn
+
+
+def _stratify(
+    root: Path, classes: Mapping[str, list[str]], *, val: float | None, test: float | None, seed: int
+) -> dict[str, dict[str, list[str]]]:
+    """Split each class's files; files with the same bytes stay together, across classes too."""
+    shares = {"test": TEST_SHARE if test is None else test, "val": VAL_SHARE if val is None else val}
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {share}")
+    if sum(shares.values()) >= 1:
+        raise ValueError(f"val + test must be below 1, got {shares['val']} + {shares['test']}")
+    shares = {name: share for name, share in shares.items() if share}
+    bytes_of = _identify(root, [file for files in classes.values() for file in files])
+    side: dict[str, str] = {}  # of each content
+    splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS if split in shares or split == "train"}
+    for name, files in classes.items():
+        wanted = {split: max(1, round(share * len(files))) for split, share in shares.items()}
+        twins: dict[str, list[str]] = defaultdict(list)
+        for file in files:
+            twins[bytes_of[file]].append(file)
+        got = dict.fromkeys([*shares, "train"], 0)
+        for content in twins:
+            if content in side:
+                got[side[content]] += len(twins[content])
+        free = sorted(content for content in twins if content not in side)
+        random.Random(f"{seed}/{name}").shuffle(free)  # one stream per class: a new class moves no other
+        for content in free:
+            bare = [split for split in got if not got[split]]
+            short = [split for split in shares if got[split] < wanted[split]]
+            side[content] = (bare or short or ["train"])[0]
+            got[side[content]] += len(twins[content])
+        if not all(got.values()):
+            raise ValueError(
+                f"class {name!r} in {root} must have at least {len(got)} different images to be split into "
+                f"{', '.join(splits)}, got {len(twins)}; give the splits yourself, or val=0"
+            )
+        for split in splits:
+            splits[split][name] = [file for file in files if side[bytes_of[file]] == split]
+    return splits
+
+
+def _identify(root: Path, files: Iterable[str]) -> dict[str, str]:
+    """{file: content}, equal for files with the same bytes. Only files of equal size are read."""
+    by_size: dict[int, list[str]] = defaultdict(list)
+    for file in files:
+        by_size[(root / file).stat().st_size].append(file)
+    contents = {}
+    for same_size in by_size.values():
+        for file in same_size:
+            contents[file] = file if len(same_size) == 1 else hashlib.sha256((root / file).read_bytes()).hexdigest()
+    return contents
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _dataset(
+    name: str, root: Path, splits: Mapping[str, Mapping[str, list[str]]], classnames: Mapping[str, str] | None
+) -> Dataset:
+    """A dataset of {split: {folder or label: files}}; classes are sorted by that key."""
+    if "train" not in splits:
+        raise ValueError(f"{root} must have training images, got only {', '.join(splits)}")
+    keys = sorted(splits["train"])
+    for split, classes in splits.items():
+        if sorted(classes) != keys:
+            raise ValueError(f"{split} must have the classes of train in {root}, {_difference(keys, classes)}")
+    names = _class_names(keys, classnames or {})
+    lists = {}
+    for split, classes in splits.items():
+        pairs = [(file, label) for label, key in enumerate(keys) for file in classes[key]]
+        lists[split] = ImageList(root, tuple(file for file, _ in pairs), tuple(label for _, label in pairs), names)
+    return Dataset(name, *(lists.get(split) for split in SPLITS))
+
+
+def _class_names(keys: Sequence[str], given: Mapping[str, str]) -> tuple[str, ...]:
+    """Class names of folders, which may be equal only if the user says so (ImageNet's usual names have such pairs)."""
+    owner: dict[str, str] = {}
+    for key in keys:
+        name = given.get(key, prettify(key))
+        other = owner.setdefault(name, key)
+        if other != key and not (key in given and other in given):
+            raise ValueError(f"class names must differ, got {name!r} for {other!r} and {key!r}; classnames= renames")
+    return tuple(given.get(key, prettify(key)) for key in keys)
+
+
+def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
+    """{class folder in parent: its images, sorted, relative to root}."""
+    above = {_identity(root), _identity(parent)}
+    classes = {}
+    for name in _folders(parent):
+        files = _images_below(parent / name, above)
+        if not files:
+            raise ValueError(f"class folder {parent / name} must hold at least one image, got none")
+        classes[name] = sorted(path.relative_to(root).as_posix() for path in files)
+    if not classes:
+        raise ValueError(f"{parent} must hold one folder per class, got no folders")
+    return classes
+
+
+def _folders(parent: Path) -> list[str]:
+    return sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images_below(folder: Path, above: set[tuple[int, int]]) -> list[Path]:
+    """Images in a folder and its folders; a folder that was seen is not entered again, so that links cannot loop."""
+    seen = above | {_identity(folder)}
+    found = []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        fresh = []
+        for name in sorted(folders):
+            identity = _identity(Path(here, name))
+            if not name.startswith(".") and identity not in seen:
+                seen.add(identity)
+                fresh.append(name)
+        folders[:] = fresh
+        found += [
+            Path(here, name)
+            for name in files
+            if not name.startswith(".") and PurePosixPath(name).suffix.lower() in image_extensions()
+        ]
+    return found
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _table_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix.lower() == ".json":
+        rows = _read_json(path)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} must be a list of objects with path and label, got {_brief(rows)}")
+    elif path.suffix.lower() == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            rows = list(reader)
+        missing = {"path", "label"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} must have the header path,label[,split], got {reader.fieldnames}")
+    else:
+        raise ValueError(f"path must end in .csv or .json, got {path}")
+    if not rows:
+        raise ValueError(f"{path} must list at least one image, got none")
+    return rows
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
+
+
+def _relative(file: str, root: Path, where: str) -> str:
+    """A listed path relative to root, in one spelling."""
+    if posixpath.isabs(file):
+        path = Path(file)
+        if not path.is_relative_to(root.absolute()):
+            raise ValueError(f"{where} must lie below root = {root.absolute()}, got {file!r}")
+        file = path.relative_to(root.absolute()).as_posix()
+    return posixpath.normpath(file)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_classes(classes: Iterable[int], count: int) -> tuple[int, ...]:
+    classes = tuple(map(operator.index, classes))
+    if not classes:
+        raise ValueError("classes must name at least one class, got none")
+    for c in classes:
+        if not 0 <= c < count:
+            raise ValueError(f"classes must lie in [0, {count}), got {c}")
+    _refuse_repeats("classes", classes)
+    return classes
+
+
+def _refuse_repeats(what: str, values: Sequence[Any]) -> None:
+    if len(set(values)) == len(values):
+        return
+    seen: set[Any] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{what} must not repeat, got {value!r} twice")
+        seen.add(value)
+
+
+def _refuse_shares(val: float | None, test: float | None, reason: str) -> None:
+    if val is not None or test is not None:
+        raise ValueError(f"val and test must be None for data that is split already ({reason}), got {val} and {test}")
+
+
+def _require_files(root: Path, files: Sequence[str], table: Path) -> None:
+    missing = [file for file in files if not (root / file).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(files)} images listed in {table} are missing, the first is {root / missing[0]}"
+        )
+
+
+def _difference(expected: Iterable[str], got: Iterable[str]) -> str:
+    expected, got = list(expected), list(got)
+    lacking, extra = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    parts = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(extra)} besides"] * bool(extra)
+    return " and ".join(parts) or "has them in another order"
+
+
+def _some(values: Sequence[Any], limit: int = 5) -> str:
+    shown = ", ".join(map(repr, values[:limit]))
+    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

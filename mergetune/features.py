@@ -1,0 +1,894 @@
+"""FeatureCache: image features of a frozen CLIP on disk; build, resume, check and memory-map them.
+
+Shapes: B rows asked for, D embedding width, N rows of a cache, V views of each image.
+
+A cache is a folder. ``manifest.json`` says what was encoded and how; ``shard-00000.safetensors`` and so on hold the
+features [V, n, D] of consecutive images. While it is being built there is a ``building.json`` instead of the manifest,
+and beside each finished shard a ``.json`` with its checksum. Every file appears by an atomic rename after it has
+reached the disk, so a build can be killed at any moment and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mergetune.data import ImageList, load_image
+
+if TYPE_CHECKING:
+    from mergetune.clip import FrozenClip
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+FORMAT = "mergetune.features/1"
+MANIFEST, PLAN, LOCK = "manifest.json", "building.json", ".lock"
+OURS = re.compile(r"manifest\.json|building\.json|shard-\d+\.(safetensors|json)|\..*")  # and hidden files
+REBUILD = "overwrite=True rebuilds it, another path keeps it"
+
+# What features depend on, and the words for it. Labels and class names are not among them.
+KEY = {
+    "fingerprint": "the image weights",
+    "preprocess": "the preprocessing",
+    "dtype": "dtype",
+    "views": "views",
+    "seed": "the seed of the augmented views",
+}
+PATIENCE = datetime.timedelta(days=7)  # ranks may finish far apart; a rank that died is torchrun's to notice
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureCache:
+    """Unit-norm image features with labels, memory-mapped: only rows that are asked for are read.
+
+    Made by :func:`cache_features`, :meth:`open` or :meth:`from_tensors`; :meth:`select` gives a view on some images.
+
+    Attributes:
+        path: the folder, None for features in memory.
+        labels: LongTensor [N], class indices.
+        classnames: one name per class.
+        files: N relative paths; empty if the features came without.
+        fingerprint: the image fingerprint of the model that made them; empty if unknown.
+        dtype: of the stored features: "float32", "bfloat16" or "float16".
+        views: V. View 0 is the evaluation transform, the others are augmented.
+        dim: D.
+        skipped: {file: reason} of the images that could not be read.
+        stored: LongTensor [N], where each row lies in the shards, counted through.
+        shards: the stored features, each [V, n, D].
+    """
+
+    path: Path | None
+    labels: Tensor = field(repr=False)
+    classnames: tuple[str, ...] = field(repr=False)
+    files: tuple[str, ...] = field(repr=False)
+    fingerprint: str
+    dtype: str
+    views: int
+    dim: int
+    skipped: Mapping[str, str] = field(repr=False)
+    stored: Tensor = field(repr=False)
+    shards: tuple[Tensor, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FeatureCache:
+        """Map a finished cache. Sizes are checked, checksums are not: see :meth:`verify`.
+
+        Raises:
+            FileNotFoundError: there is no cache.
+            ValueError: it is unfinished, damaged or of another format.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            if (path / PLAN).is_file():
+                plan = _read_document(path / PLAN)
+                done, total = len(_finished(path, plan)), _shard_count(plan)
+                raise ValueError(
+                    f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again to go on"
+                )
+            raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
+        manifest = _read_document(path / MANIFEST)
+        shards = tuple(_map_shard(path, number, shard, manifest) for number, shard in enumerate(manifest["shards"]))
+        skipped = _skipped(manifest)
+        kept = [i for i, file in enumerate(manifest["files"]) if file not in skipped]
+        return cls(
+            path=path,
+            labels=torch.tensor([manifest["labels"][i] for i in kept], dtype=torch.int64),
+            classnames=tuple(manifest["classnames"]),
+            files=tuple(manifest["files"][i] for i in kept),
+            fingerprint=manifest["fingerprint"],
+            dtype=manifest["dtype"],
+            views=manifest["views"],
+            dim=manifest["dim"],
+            skipped=skipped,
+            stored=torch.arange(len(kept)),
+            shards=shards,
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        features: Tensor,
+        labels: Tensor | Sequence[int],
+        classnames: Sequence[str],
+        *,
+        fingerprint: str = "",
+        files: Sequence[str] = (),
+        normalize: bool = False,
+    ) -> FeatureCache:
+        """Features that were made elsewhere, in memory and not copied.
+
+        Args:
+            features: [N, D] or [V, N, D], unit norm.
+            labels: N class indices.
+            classnames: one name per class.
+            fingerprint: ``clip.image_fingerprint`` of the model that made them; "" if unknown.
+            files: N names, if :meth:`select` is to be used.
+            normalize: scale the rows to unit norm first.
+
+        Raises:
+            ValueError: wrong shapes; no rows; NaN or inf; rows that are zero or not unit norm; labels out of range.
+        """
+        if features.dim() not in (2, 3) or not features.is_floating_point() or not features.numel():
+            raise ValueError(
+                "features must be floating point of shape [N, D] or [V, N, D] with at least one row, "
+                f"got {features.dtype} {list(features.shape)}"
+            )
+        features = features.detach().cpu()
+        features = features if features.dim() == 3 else features[None]
+        features = features if features.dtype in DTYPES.values() else features.float()
+        labels = torch.as_tensor(labels).cpu()
+        views, count, dim = features.shape
+        if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"labels must be integers of shape [N] = [{count}], got {labels.dtype} {list(labels.shape)}"
+            )
+        if labels.min() < 0 or labels.max() >= len(classnames):
+            raise ValueError(f"labels must lie in [0, {len(classnames)}), got {labels.min()} to {labels.max()}")
+        if files and (len(files) != count or len(set(files)) != count):
+            raise ValueError(
+                f"files must be N = {count} different names, got {len(files)} ({len(set(files))} different)"
+            )
+        norms = features.float().norm(dim=-1)
+        _refuse_rows(~norms.isfinite(), "finite", norms)
+        _refuse_rows(norms == 0, "other than zero", norms)
+        if normalize:
+            features = (features.float() / norms[..., None]).to(features.dtype)
+        else:
+            far = (norms - 1).abs() > UNIT_NORM_ATOL[features.dtype]
+            _refuse_rows(far, "of unit norm (or normalize=True)", norms)
+        return cls(
+            path=None,
+            labels=labels.long(),
+            classnames=tuple(classnames),
+            files=tuple(files),
+            fingerprint=fingerprint,
+            dtype=next(name for name, dtype in DTYPES.items() if dtype == features.dtype),
+            views=views,
+            dim=dim,
+            skipped={},
+            stored=torch.arange(count),
+            shards=(features,),
+        )
+
+    def rows(self, index: Tensor, view: int | Tensor = 0) -> Tensor:
+        """Some rows, as stored: in a half dtype their norms are 1 only to its precision.
+
+        Args:
+            index: LongTensor [B], each in [0, N).
+            view: one view, or a LongTensor [B] with one for each row.
+
+        Returns:
+            [B, D] float32, a copy.
+
+        Raises:
+            IndexError: an index or view out of range.
+        """
+        index, view = torch.as_tensor(index).cpu(), torch.as_tensor(view).cpu()
+        _check_range("index", index, len(self))
+        _check_range("view", view, self.views)
+        if index.dim() != 1 or view.shape not in ((), index.shape):
+            raise IndexError(
+                f"index must be [B] and view one number or [B], got {list(index.shape)}, {list(view.shape)}"
+            )
+        row, view = self.stored[index], view.expand(index.shape)
+        if len(self.shards) == 1:
+            return self.shards[0][view, row].float()
+        starts = torch.tensor([0, *itertools.accumulate(shard.shape[1] for shard in self.shards)])
+        shard_of = torch.searchsorted(starts, row, right=True) - 1
+        out = torch.empty(len(index), self.dim)
+        for number in shard_of.unique().tolist():
+            here = (shard_of == number).nonzero().squeeze(1)
+            out[here] = self.shards[number][view[here], row[here] - starts[number]].float()
+        return out
+
+    def tensor(self, view: int = 0) -> Tensor:
+        """All rows of a view, [N, D] float32, a copy."""
+        return self.rows(torch.arange(len(self)), view)
+
+    def select(self, images: ImageList) -> FeatureCache:
+        """The features of these images, in their order, with their labels and class names. Nothing is copied.
+
+        Images that were skipped as unreadable are left out again, with a warning.
+
+        Raises:
+            ValueError: an image that is not in the cache, or none left.
+        """
+        row_of = {file: row for row, file in enumerate(self.files)}
+        unknown = [file for file in images.files if file not in row_of and file not in self.skipped]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of {len(images)} images are not in {self._name}, the first is {unknown[0]!r}: "
+                "cache_features must be given all images that will be selected"
+            )
+        kept = [i for i, file in enumerate(images.files) if file in row_of]
+        if not kept:
+            raise ValueError(f"images must hold at least one readable image, all {len(images)} were skipped")
+        if len(kept) < len(images):
+            first = next(self.skipped[file] for file in images.files if file not in row_of)
+            warn(f"{len(images) - len(kept)} unreadable images are left out, the first: {first}", stacklevel=2)
+        rows = torch.tensor([row_of[images.files[i]] for i in kept])
+        return replace(
+            self,
+            labels=torch.tensor([images.labels[i] for i in kept]),
+            classnames=images.classnames,
+            files=tuple(images.files[i] for i in kept),
+            stored=self.stored[rows],
+        )
+
+    def select_classes(self, classes: Sequence[int]) -> FeatureCache:
+        """The features of these classes, relabelled from 0 in the given order. Nothing is copied.
+
+        Raises:
+            ValueError: an unknown class, a class twice, or no features left.
+        """
+        classes = [int(c) for c in classes]
+        if len(set(classes)) != len(classes) or not all(0 <= c < len(self.classnames) for c in classes):
+            raise ValueError(f"classes must be different and lie in [0, {len(self.classnames)}), got {classes}")
+        new_label = torch.full((len(self.classnames),), -1)
+        new_label[classes] = torch.arange(len(classes))
+        labels = new_label[self.labels]
+        rows = (labels >= 0).nonzero().squeeze(1)
+        if not len(rows):
+            raise ValueError(f"classes must have features here, got {classes} without any")
+        return replace(
+            self,
+            labels=labels[rows],
+            classnames=tuple(self.classnames[c] for c in classes),
+            files=tuple(self.files[i] for i in rows.tolist()) if self.files else (),
+            stored=self.stored[rows],
+        )
+
+    def verify(self, images: ImageList | None = None, *, progress: bool = True) -> None:
+        """Read every shard and compare checksums; with ``images``, read those too and see whether they are the same.
+
+        Raises:
+            ValueError: a shard is damaged, naming it; an image has other bytes now, naming it.
+        """
+        if self.path is None:
+            return
+        manifest = _read_document(self.path / MANIFEST)
+        shards = tqdm(manifest["shards"], desc="verify shards", unit="shard", disable=None if progress else True)
+        for number, shard in enumerate(shards):
+            file = self.path / _shard_name(number)
+            if _sha256(file) != shard["sha256"]:
+                raise ValueError(f"{file} is damaged: its checksum is not the manifest's; {REBUILD}")
+        if images is not None:
+            _refuse_changed(self.path, manifest, images, trust_mtime=False)
+
+    @property
+    def _name(self) -> str:
+        return "these features" if self.path is None else f"feature cache {self.path}"
+
+
+def cache_features(
+    clip: FrozenClip,
+    images: ImageList,
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    views: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    shard_size: int = 1024,
+    workers: int = 0,
+    on_error: str = "raise",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FeatureCache:
+    """Encode images once; later calls open what is there, and go on with what was interrupted.
+
+    A cache belongs to the image weights, the preprocessing, dtype, views, seed and the images' names and bytes, and is
+    refused for any other. It may be asked for fewer images than it holds, in another order, or with other labels; new
+    labels of all its images replace the old ones. An image is known by its SHA-256, but read again only if its size or
+    modification time is not the recorded one; so a data set may be copied to another machine.
+
+    View 0 is ``clip.preprocess``. Each other view is ``clip.augment`` with a random stream of its own, made from seed,
+    view and file name. The same call on the same machine with the same number of threads gives the same bits, whatever
+    ``workers``, the number of ranks, and interruptions.
+
+    Under torchrun every rank must make the same call: ranks share the shards among them, and need one file system. A
+    gloo process group is made, and stays, if there is none.
+
+    Args:
+        clip: the model.
+        images: what to encode; give the whole split, and :meth:`FeatureCache.select` few-shot or base/novel subsets.
+        path: the cache's folder; made if missing.
+        dtype: stored as "float32", "float16" (relative error below 5e-4) or "bfloat16" (below 4e-3).
+        views: V >= 1, the evaluation view and V - 1 augmented ones.
+        seed: of the augmented views.
+        batch_size: images per call of the image tower.
+        shard_size: images per file: the most that a kill can lose, and the portion of a rank. An unfinished cache goes
+            on with its own.
+        workers: processes that decode images; 0 decodes in this one.
+        on_error: an unreadable image stops the build ("raise"; finished shards are kept) or is left out, with a
+            warning and a note in the manifest ("skip").
+        overwrite: throw away what is at ``path`` and build anew.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The cache, with exactly ``images`` in their order, less the skipped ones.
+
+    Raises:
+        ValueError: a bad argument; an unreadable image; features that are NaN or inf; a stale or damaged cache.
+        RuntimeError: another process is building it; another rank failed.
+        OSError: the disk is full, or the like. Finished shards are kept.
+    """
+    for name, value, least in (
+        ("views", views, 1),
+        ("batch_size", batch_size, 1),
+        ("shard_size", shard_size, 1),
+        ("workers", workers, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    path = Path(path)
+    wanted = {
+        "format": FORMAT,
+        "clip": clip.name,
+        "fingerprint": clip.image_fingerprint,
+        "preprocess": json.loads(json.dumps(clip.preprocess_cfg)),
+        "dtype": dtype,
+        "views": views,
+        "seed": seed if views > 1 else None,
+        "dim": clip.embed_dim,
+        "shard_size": shard_size,
+        "files": list(images.files),
+        "labels": list(images.labels),
+        "classnames": list(images.classnames),
+    }
+    wanted["id"] = hashlib.sha256(_json([wanted[name] for name in (*KEY, "dim", "shard_size", "files")])).hexdigest()
+    with _team() as team, contextlib.ExitStack() as stack:
+        job = team.lead(lambda: _begin(path, wanted, images, overwrite=overwrite, stack=stack))
+        if job is not None:
+            plan, pending = job
+            mine = pending[team.rank :: team.world]
+            show = progress and team.rank == 0
+            loading = {"batch_size": batch_size, "workers": workers, "on_error": on_error, "progress": show}
+            team.each(lambda: _build(clip, images.root, path, plan, mine, **loading))
+            team.lead(lambda: _finish(path, plan))
+    cache = FeatureCache.open(path)
+    unreadable = [file for file in images.files if file in cache.skipped]
+    if unreadable and on_error == "raise":
+        raise ValueError(
+            f"{cache.skipped[unreadable[0]]} ({len(unreadable)} such images when {path} was built); on_error='skip' "
+            "leaves them out, overwrite=True tries again"
+        )
+    return cache.select(images)
+
+
+# -- one build --------------------------------------------------------------------------------------------------------
+
+
+def _begin(
+    path: Path, wanted: dict[str, Any], images: ImageList, *, overwrite: bool, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], list[int]] | None:
+    """What is to be done: the plan and the shards to build, or None if the cache is complete.
+
+    Takes the lock, held until the stack closes, if there is anything to build.
+    """
+    if not overwrite and _is_complete(path, wanted, images):
+        return None
+    foreign = [entry.name for entry in path.iterdir() if not OURS.fullmatch(entry.name)] if path.is_dir() else []
+    if foreign:
+        raise ValueError(f"path must be a new folder or a feature cache alone, got {path} with {foreign[0]!r} in it")
+    path.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(_locked(path))
+    if not overwrite and _is_complete(path, wanted, images):  # by another process, since the first look
+        return None
+    plan = None
+    if not overwrite and (path / PLAN).is_file():
+        plan = _read_document(path / PLAN)
+        _refuse_stale(path, plan, wanted)
+        if set(plan["files"]) != set(wanted["files"]):
+            raise ValueError(f"feature cache {path} is unfinished and was begun for other images; {REBUILD}")
+        done = _finished(path, plan)
+        _refuse_changed(path, {**plan, "shards": list(done.values())}, images, numbers=list(done))
+        plan |= {"labels": _reordered(plan, wanted), "classnames": wanted["classnames"]}
+    if plan is None:
+        _clear(path)
+        plan, done = wanted, {}
+    for leftover in path.glob(".*.tmp"):
+        leftover.unlink()
+    _write(path / PLAN, _json(plan))
+    return plan, [number for number in range(_shard_count(plan)) if number not in done]
+
+
+def _build(
+    clip: FrozenClip,
+    root: Path,
+    path: Path,
+    plan: dict[str, Any],
+    numbers: list[int],
+    *,
+    batch_size: int,
+    workers: int,
+    on_error: str,
+    progress: bool,
+) -> None:
+    """Encode these shards, in order."""
+    if not numbers:
+        return
+    batches = {number: _batches(plan, number, batch_size) for number in numbers}
+    loader = DataLoader(
+        _Views(root, plan, clip.preprocess, clip.augment if plan["views"] > 1 else None),
+        batch_sampler=[batch for number in numbers for batch in batches[number]],
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_release_locks,
+        generator=torch.Generator(),  # the loader draws a seed, which must not come from the caller's stream
+    )
+    bar = tqdm(
+        total=sum(len(batch) for number in numbers for batch in batches[number]),
+        desc="encode images",
+        unit="image",
+        disable=None if progress else True,
+    )
+    loaded = iter(loader)
+    with bar:
+        for number in numbers:
+            encoded, images, skipped = [], [], {}
+            for batch in batches[number]:
+                pixels, identities, errors = next(loaded)
+                files = [plan["files"][i] for i in batch]
+                for i, reason in errors.items():
+                    if on_error == "raise":
+                        raise ValueError(reason)
+                    skipped[files[i]] = reason
+                if pixels is not None:
+                    readable = [file for file in files if file not in skipped]
+                    encoded.append(_encode(clip, pixels, readable, plan))
+                images += identities
+                bar.update(len(batch))
+            empty = torch.empty(plan["views"], 0, plan["dim"], dtype=DTYPES[plan["dtype"]])
+            _write_shard(path, plan, number, torch.cat([empty, *encoded], dim=1), images, skipped)
+
+
+@torch.no_grad()
+def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: dict[str, Any]) -> Tensor:
+    """Features of a batch. pixels [B, V, 3, H, W] -> [V, B, D] in the cache's dtype."""
+    features = torch.stack([clip.encode_image(view.to(clip.device)).float().cpu() for view in pixels.unbind(1)])
+    if features.shape[-1] != plan["dim"]:
+        raise ValueError(f"clip.encode_image must give D = clip.embed_dim = {plan['dim']}, got {features.shape[-1]}")
+    bad = ~features.isfinite().all(-1)
+    if bad.any():
+        view, row = bad.nonzero()[0].tolist()
+        raise ValueError(f"features must be finite, got NaN or inf for {files[row]!r} (view {view}) from {clip.name}")
+    return features.to(DTYPES[plan["dtype"]])
+
+
+def _write_shard(
+    path: Path, plan: dict[str, Any], number: int, features: Tensor, images: list[list[Any]], skipped: dict[str, str]
+) -> None:
+    """A shard, and then the record that makes it count."""
+    content = safetensors.torch.save({"features": features.contiguous()}, metadata={"format": "pt"})
+    record = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "rows": features.shape[1],
+        "images": images,
+        "skipped": skipped,
+    }
+    _write(path / _shard_name(number), content)
+    _write(path / _record_name(number), _json({"plan": plan["id"], "shard": record}))
+
+
+def _finish(path: Path, plan: dict[str, Any]) -> None:
+    """Turn plan and records into the manifest."""
+    done = _finished(path, plan)
+    missing = [number for number in range(_shard_count(plan)) if number not in done]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} shards of {path} are not there, the first is {_shard_name(missing[0])}: ranks must build "
+            "on one shared file system"
+        )
+    shards = [done[number] for number in range(_shard_count(plan))]
+    if not any(shard["rows"] for shard in shards):
+        raise ValueError(f"images must hold at least one readable image, all {len(plan['files'])} were skipped")
+    _write(path / MANIFEST, _json({**plan, "torch": torch.__version__, "shards": shards}))
+    for number in range(len(shards)):
+        (path / _record_name(number)).unlink()
+    (path / PLAN).unlink()
+
+
+class _Views(torch.utils.data.Dataset):
+    """Decoded images: item i is (pixels [V, 3, H, W] or None, identity, reason why not)."""
+
+    def __init__(self, root: Path, plan: dict[str, Any], preprocess: Callable, augment: Callable | None) -> None:
+        self.root, self.files = root, plan["files"]
+        self.views, self.seed = plan["views"], plan["seed"]
+        self.preprocess, self.augment = preprocess, augment
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor | None, list[Any], str | None]:
+        path = self.root / self.files[i]
+        identity = _image_identity(path)
+        try:
+            image = load_image(path)
+        except ValueError as error:
+            return None, identity, str(error)
+        views = [self.preprocess(image)]
+        with torch.random.fork_rng(devices=[]):
+            for view in range(1, self.views):
+                stream = hashlib.sha256(
+                    f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
+                ).digest()
+                torch.default_generator.manual_seed(int.from_bytes(stream[:8], "big"))
+                views.append(self.augment(image))
+        return torch.stack(views), identity, None
+
+
+def _collate(items: list[tuple[Tensor | None, list[Any], str | None]]) -> tuple[Tensor | None, list, dict[int, str]]:
+    pixels = [views for views, _, _ in items if views is not None]
+    errors = {i: reason for i, (_, _, reason) in enumerate(items) if reason is not None}
+    return torch.stack(pixels) if pixels else None, [identity for _, identity, _ in items], errors
+
+
+def _batches(plan: dict[str, Any], number: int, batch_size: int) -> list[list[int]]:
+    """Positions of a shard's images, in batches. No batch crosses shards, so that who builds a shard changes no bit."""
+    first = number * plan["shard_size"]
+    positions = list(range(first, first + len(_shard_files(plan, number))))
+    return [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
+
+
+# -- is it the cache that is wanted? ----------------------------------------------------------------------------------
+
+
+def _is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
+    """Whether the cache is there. Raises ValueError if it is another one.
+
+    Takes over new labels of the same images, and new modification times, for the next open.
+    """
+    if not (path / MANIFEST).is_file():
+        return False
+    manifest = _read_document(path / MANIFEST)
+    _refuse_stale(path, manifest, wanted)
+    lacking = set(wanted["files"]) - set(manifest["files"])
+    if lacking:
+        first = next(file for file in wanted["files"] if file in lacking)
+        raise ValueError(
+            f"feature cache {path} lacks {len(lacking)} of {len(images)} images, the first is {first!r}; {REBUILD}"
+        )
+    fresh = _refuse_changed(path, manifest, images)
+    if len(wanted["files"]) == len(manifest["files"]):
+        fresh = {**fresh, "labels": _reordered(manifest, wanted), "classnames": wanted["classnames"]}
+    if fresh != manifest:
+        # A convenience: where the folder is read-only or someone rebuilds it, the old manifest does as well.
+        with contextlib.suppress(OSError, RuntimeError), _locked(path):
+            if _read_document(path / MANIFEST) == manifest:
+                _write(path / MANIFEST, _json(fresh))
+    return True
+
+
+def _refuse_stale(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, words in KEY.items():
+        if recorded[name] != wanted[name]:
+            raise ValueError(
+                f"feature cache {path} is stale: {words} must be what it was built with, {recorded[name]}, "
+                f"got {wanted[name]}; {REBUILD}"
+            )
+
+
+def _refuse_changed(
+    path: Path,
+    recorded: dict[str, Any],
+    images: ImageList,
+    *,
+    numbers: Sequence[int] | None = None,
+    trust_mtime: bool = True,
+) -> dict[str, Any]:
+    """The manifest with today's modification times, if each image still has the bytes that were encoded.
+
+    Args:
+        recorded: a manifest, or a plan with some ``shards``.
+        numbers: of those shards; default all.
+        trust_mtime: whether an image of the recorded size and modification time need not be read.
+    """
+    listed, changed, shards = set(images.files), [], []
+    for number, shard in zip(numbers or itertools.count(), recorded["shards"], strict=False):
+        identities = []
+        for file, (sha256, size, mtime) in zip(_shard_files(recorded, number), shard["images"], strict=True):
+            if file in listed:
+                now = _stat(images.root / file)
+                same = now == [size, mtime] and trust_mtime
+                if not same and (now[0] != size or _sha256(images.root / file) != sha256):
+                    changed.append(file)
+                mtime = now[1]
+            identities.append([sha256, size, mtime])
+        shards.append({**shard, "images": identities})
+    if changed:
+        raise ValueError(
+            f"feature cache {path} is stale: {len(changed)} of {len(images)} images below {images.root} are missing or "
+            f"not what was encoded, the first is {changed[0]!r}; {REBUILD}"
+        )
+    return {**recorded, "shards": shards}
+
+
+def _reordered(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[int]:
+    """The wanted labels in the order of the recorded files."""
+    label_of = dict(zip(wanted["files"], wanted["labels"], strict=True))
+    return [label_of[file] for file in recorded["files"]]
+
+
+def _image_identity(path: Path) -> list[Any]:
+    """[SHA-256, bytes, modification time in ns] of a file; Nones if it cannot be read."""
+    return [_sha256(path), *_stat(path)]
+
+
+def _stat(path: Path) -> list[int | None]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return [None, None]
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _sha256(path: Path) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+# -- files of a cache -------------------------------------------------------------------------------------------------
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _record_name(number: int) -> str:
+    return f"shard-{number:05d}.json"
+
+
+def _shard_files(plan: dict[str, Any], number: int) -> list[str]:
+    first = number * plan["shard_size"]
+    return plan["files"][first : first + plan["shard_size"]]
+
+
+def _shard_count(plan: dict[str, Any]) -> int:
+    return -(-len(plan["files"]) // plan["shard_size"])
+
+
+def _skipped(manifest: dict[str, Any]) -> dict[str, str]:
+    return {file: reason for shard in manifest["shards"] for file, reason in shard["skipped"].items()}
+
+
+def _finished(path: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """{number: record} of the shards of an unfinished cache that are there. A damaged one is refused."""
+    done = {}
+    for number in range(_shard_count(plan)):
+        if (path / _record_name(number)).is_file():
+            record = _read_json(path / _record_name(number))
+            if record["plan"] == plan["id"]:
+                _check_size(path / _shard_name(number), record["shard"]["bytes"])
+                done[number] = record["shard"]
+    return done
+
+
+def _read_document(file: Path) -> dict[str, Any]:
+    """A manifest or a plan, of this format."""
+    document = _read_json(file)
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{file} must have format {FORMAT!r}, got {found!r}; {REBUILD}")
+    return document
+
+
+def _map_shard(path: Path, number: int, shard: dict[str, Any], manifest: dict[str, Any]) -> Tensor:
+    """A shard's features [V, n, D], mapped. Nothing is read but the header."""
+    file = path / _shard_name(number)
+    _check_size(file, shard["bytes"])
+    try:
+        with safetensors.safe_open(file, framework="pt") as content:
+            features = content.get_tensor("features")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
+    shape = (manifest["views"], shard["rows"], manifest["dim"])
+    if features.shape != shape or features.dtype != DTYPES[manifest["dtype"]]:
+        raise ValueError(
+            f"{file} is damaged: it must hold {manifest['dtype']} {list(shape)}, got {features.dtype} "
+            f"{list(features.shape)}; {REBUILD}"
+        )
+    return features
+
+
+def _check_size(file: Path, size: int) -> None:
+    found = _stat(file)[0]
+    if found != size:
+        state = "missing" if found is None else "truncated" if found < size else "damaged"
+        raise ValueError(f"{file} is {state}: it must have {size} bytes, got {found}; {REBUILD}")
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Put a file in place whole or not at all, whatever happens to this process or the power."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _clear(path: Path) -> None:
+    """Remove a cache's own files, the manifest first, so that what is left never passes for complete."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    for pattern in ("shard-*.json", "shard-*.safetensors", PLAN):
+        for file in path.glob(pattern):
+            file.unlink()
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+_held: set[int] = set()  # descriptors of the locks that this process holds
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the cache's lock. The system frees it when the process dies, however it dies."""
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(descriptor)
+    try:
+        _lock(descriptor, path)
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(
+            f"feature cache {path} is being built by another process: wait for it, or use another path"
+        ) from None
+    except OSError as error:
+        warn(
+            f"{path} lies on a file system without locks ({error}): two builds at once would disturb each other",
+            stacklevel=2,
+        )
+
+
+def _release_locks(worker: int) -> None:
+    """In a decoding process: let go of an inherited lock, which would otherwise outlive a killed parent."""
+    while _held:
+        os.close(_held.pop())
+
+
+@dataclass(frozen=True)
+class _Team:
+    """The ranks that build together; one rank where there is no torchrun."""
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    def each(self, work: Callable[[], Any]) -> list[Any]:
+        """Do the work on every rank and wait for all: their results. If one fails, all raise."""
+        if self.world == 1:
+            return [work()]
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        outcomes: list[Any] = [None] * self.world
+        dist.all_gather_object(outcomes, (result, error and f"{type(error).__name__}: {error}"), group=self.group)
+        if error is not None:
+            raise error
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} failed: {failure}")
+        return [outcome for outcome, _ in outcomes]
+
+    def lead(self, work: Callable[[], Any]) -> Any:
+        """Do the work on rank 0 alone and share its result."""
+        return self.each(work if self.rank == 0 else lambda: None)[0]
+
+
+@contextlib.contextmanager
+def _team() -> Iterator[_Team]:
+    """The ranks of torch.distributed, joined here if torchrun started us and nobody did so yet."""
+    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if launched and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        yield _Team()
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)  # the caller's own may be NCCL, or in a hurry
+    try:
+        yield _Team(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_range(name: str, value: Tensor, end: int) -> None:
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise IndexError(f"{name} must be integers, got {value.dtype}")
+    if value.numel() and (value.min() < 0 or value.max() >= end):
+        raise IndexError(f"{name} must lie in [0, {end}), got {int(value.min())} to {int(value.max())}")
+
+
+def _refuse_rows(bad: Tensor, rule: str, norms: Tensor) -> None:
+    """Raise if any row [V, N] is bad."""
+    if bad.any():
+        view, row = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"features must be {rule}, got {int(bad.sum())} rows that are not, the first is row {row} (view {view}) "
+            f"of norm {norms[view, row]:.4g}"
+        )

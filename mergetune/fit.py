@@ -1,0 +1,515 @@
+"""Training: tune() makes a fine-tuned solution (stage 1), fit() is MERGETUNE (stage 2); one loop serves both.
+
+Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mergetune.clip import FrozenClip, check_templates
+from mergetune.curvature import fisher_diagonal
+from mergetune.evaluate import accuracy
+from mergetune.features import FeatureCache
+from mergetune.objective import SPACES, SURROGATES, Objective, path_points
+from mergetune.solutions import Head, Prompt, Solution, check_compatible, load_solution
+
+RESULT, STATE = "result.json", "state.safetensors"
+PRECISIONS = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+METHODS = ("coop", "kgcoop", "head")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The published optimiser: SGD, one warm-up epoch at a constant rate, then cosine by epoch (CoOp and its family)."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: int = 1
+    warmup_lr: float = 1e-5
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name, positive in (("lr", True), ("warmup_lr", True), ("momentum", False), ("weight_decay", False)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+                raise ValueError(f"{name} must be finite and {'positive' if positive else 'not negative'}, got {value!r}")
+
+    def lr_at(self, epoch: int) -> float:
+        """Learning rate of an epoch. The cosine starts after the warm-up and is stretched over all epochs, as in Dassl."""
+        if epoch < self.warmup_epochs:
+            return self.warmup_lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / self.epochs))
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What a training run leaves.
+
+    Attributes:
+        solution: what was found.
+        history: one entry an epoch: lr, loss, every term of the loss, and val_accuracy where there was a val set.
+        settings: every argument that the result depends on, JSON-able.
+        timings: seconds, steps, milliseconds a step; of this process alone if the run was resumed.
+    """
+
+    solution: Solution
+    history: tuple[dict[str, float], ...]
+    settings: dict[str, Any]
+    timings: dict[str, float]
+
+    def save(self, path: str | Path) -> None:
+        """Write the solution and ``result.json`` into the folder ``path``."""
+        self.solution.save(path)
+        record = {"history": self.history, "settings": self.settings, "timings": self.timings, "versions": _versions()}
+        (Path(path) / RESULT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> FitResult:
+        """Read what :meth:`save` wrote."""
+        try:
+            record = json.loads((Path(path) / RESULT).read_text(encoding="utf-8"))
+            return cls(load_solution(path), tuple(record["history"]), record["settings"], record["timings"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{Path(path) / RESULT} is not a result of mergetune: {error}") from error
+
+
+def tune(
+    clip: FrozenClip,
+    features: FeatureCache,
+    *,
+    method: str = "coop",
+    template: str = "a photo of a {}.",
+    n_ctx: int | None = None,
+    class_specific: bool = False,
+    zero_shot: str | Sequence[str] | None = None,
+    kg_weight: float = 8.0,
+    epochs: int = 50,
+    batch_size: int = 32,
+    lr: float = 2e-3,
+    seed: int = 1,
+    precision: str = "auto",
+    backend: str | None = None,
+    val: FeatureCache | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    **optimiser: float,
+) -> FitResult:
+    """Stage 1: fine-tune on cached features.
+
+    Args:
+        clip: the frozen CLIP that the features come from.
+        features: few-shot features of the classes to learn.
+        method: "coop" (arXiv 2109.01134), "kgcoop" (arXiv 2303.13283: cross-entropy + ``kg_weight`` * (1 - cos)) or "head"
+            (linear head started at the zero-shot weights).
+        template: the text whose words the context starts from; for a head its zero-shot text.
+        n_ctx: a random start with so many context tokens instead.
+        class_specific: a context of its own for every class.
+        zero_shot: templates of the class embeddings that KgCoOp stays near; ``template`` if None.
+        kg_weight: KgCoOp's weight.
+        epochs, batch_size, lr: CoOp's are 50, 32, 2e-3.
+        seed: of the random start and the order of the batches.
+        precision: of the text tower: "float32", "bfloat16", or "auto".
+        backend: see :func:`mergetune.ops.lmc_loss`.
+        val: features for choosing the best epoch; never the test set.
+        resume: a folder that keeps the state of the run; a killed run given the same folder goes on from its last epoch.
+        progress: show a bar where stderr is a terminal.
+        optimiser: momentum, weight_decay, warmup_epochs, warmup_lr of :class:`Training`.
+    """
+    training = Training(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **optimiser)
+    _check_features(clip, features, val)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not (math.isfinite(kg_weight) and kg_weight >= 0):
+        raise ValueError(f"kg_weight must be finite and not negative, got {kg_weight!r}")
+    if method == "head":
+        start: Solution = Head.zero_shot(clip, features.classnames, template)
+    elif n_ctx is None:
+        start = Prompt.from_template(clip, template)
+        start = start.per_class(features.classnames) if class_specific else start
+    else:
+        start = Prompt.random(clip, n_ctx, features.classnames if class_specific else None, seed=seed)
+    near = check_templates(template if zero_shot is None else zero_shot)
+    objective = Objective(
+        encode=start.encoder(clip, features.classnames, precision=_precision(precision)),
+        scale=start.scale(clip),
+        normalize=start.normalize,
+        w1=clip.class_embeddings(features.classnames, near) if method == "kgcoop" else None,
+        lam=kg_weight if method == "kgcoop" else 0.0,
+        surrogate="cosine",
+        backend=backend,
+    )
+    settings = {
+        "stage": "tune",
+        "method": method,
+        "template": template,
+        "n_ctx": n_ctx,
+        "class_specific": class_specific,
+        "zero_shot": list(near) if method == "kgcoop" else None,
+        "kg_weight": kg_weight if method == "kgcoop" else None,
+        "precision": precision,
+        **asdict(training),
+    }
+    return _train(clip, objective, start, features, training, settings, val=val, resume=resume, progress=progress)
+
+
+def fit(
+    clip: FrozenClip,
+    features: FeatureCache,
+    tuned: Solution | Sequence[Solution],
+    *,
+    zero_shot: str | Sequence[str] | Solution | None = None,
+    lam: float = 8.0,
+    beta: float | Sequence[float] = 0.5,
+    tau: float = 0.3,
+    points: int = 5,
+    grid: str | Sequence[float] = "even",
+    surrogate: str = "identity",
+    space: str = "embedding",
+    epochs: int = 50,
+    batch_size: int = 128,
+    lr: float = 2e-3,
+    seed: int = 1,
+    precision: str = "auto",
+    backend: str | None = None,
+    val: FeatureCache | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    **optimiser: float,
+) -> FitResult:
+    """MERGETUNE: continue until one solution has a low-loss straight path to the zero-shot and to the fine-tuned ones.
+
+    The defaults are the paper's. The official code's settings are ``lam=10, surrogate="cosine", beta=1.0, tau=1.0,
+    grid="official", epochs=100``.
+
+    Args:
+        clip: the frozen CLIP that the features come from.
+        features: the few-shot features that ``tuned`` was trained on.
+        tuned: the fine-tuned solution w2, or several.
+        zero_shot: the zero-shot solution w1: one or more templates, or a solution. None is "a photo of a {}.".
+        lam: weight of the surrogate for the zero-shot path, paper 8..16.
+        beta: weight of the path to ``tuned``, paper .1 ... 5; one for each of several.
+        tau: where the search starts, ``(1 - tau) w1 + tau w2`` in [0, 1]; the mean of several w2.
+        points: N points on each path, paper 5..10.
+        grid: "even", "official", "random" or the points themselves, see :func:`mergetune.objective.path_points`.
+        surrogate: "identity" (the paper's: 1/2 |t - t1|^2, which on unit class embeddings is 1 - cos), "fisher" (diagonal
+            Gauss-Newton), "cosine" or "l2" (official code). Mean over classes, on class weights, in both spaces.
+        space: "embedding" interpolates class embeddings (official code), "parameter" what is trained. One thing for a head.
+        epochs, batch_size, lr: paper 50, 128, 2e-3.
+        seed: of the order of the batches, the choice of views and the random grid.
+        precision: of the text tower: "float32", "bfloat16", or "auto".
+        backend: see :func:`mergetune.ops.lmc_loss`.
+        val: features for choosing the best epoch; never the test set.
+        resume: a folder that keeps the state of the run; a killed run given the same folder goes on from its last epoch.
+        progress: show a bar where stderr is a terminal.
+        optimiser: momentum, weight_decay, warmup_epochs, warmup_lr of :class:`Training`.
+
+    Raises:
+        ValueError: an argument out of its range; solutions, features and CLIP that do not belong together.
+        FloatingPointError: a term of the loss became NaN or infinite; says which one and at which step.
+    """
+    training = Training(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **optimiser)
+    anchors = [tuned] if isinstance(tuned, Prompt | Head) else list(tuned)
+    if not anchors:
+        raise ValueError("tuned must hold at least one solution, got none")
+    betas = [float(beta)] * len(anchors) if isinstance(beta, int | float) else [float(b) for b in beta]
+    if len(betas) != len(anchors):
+        raise ValueError(f"beta must be one number, or one for each of the {len(anchors)} solutions, got {len(betas)}")
+    for name, values in (("lam", [lam]), ("beta", betas)):
+        if not all(math.isfinite(value) and value >= 0 for value in values):
+            raise ValueError(f"{name} must be finite and not negative, got {values if len(values) > 1 else values[0]!r}")
+    if not 0 <= tau <= 1:
+        raise ValueError(f"tau must lie in [0, 1], got {tau!r}")
+    if surrogate not in SURROGATES:
+        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+    if space not in SPACES:
+        raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
+    alphas = path_points(grid, points)
+    for other in anchors[1:]:
+        check_compatible(anchors[0], other)
+    _check_features(clip, features, val)
+
+    classnames, solution = features.classnames, anchors[0]
+    encode = solution.encoder(clip, classnames, precision=_precision(precision))
+    w1, start_at = _zero_shot(clip, classnames, zero_shot, solution, needed=tau < 1)
+    anchor_parameters = torch.stack([anchor.parameter.float().to(clip.device) for anchor in anchors])
+    middle = anchor_parameters.mean(0)
+    start = middle if start_at is None else (1 - tau) * start_at.to(middle) + tau * middle
+    weights = torch.stack([anchor.class_weights(clip, classnames) for anchor in anchors])
+    scale, normalize = solution.scale(clip), solution.normalize
+    objective = Objective(
+        encode=encode,
+        scale=scale,
+        normalize=normalize,
+        anchors=weights if space == "embedding" else anchor_parameters,
+        betas=torch.tensor(betas, device=clip.device),
+        alphas=alphas,
+        points=points,
+        space=space,
+        w1=w1,
+        lam=lam,
+        surrogate=surrogate,
+        curvature=fisher_diagonal(features, w1, scale=scale, normalize=normalize) if surrogate == "fisher" else None,
+        backend=backend,
+    )
+    settings = {
+        "stage": "fit",
+        "tuned": [_digest(anchor.parameter) for anchor in anchors],
+        "zero_shot": _digest(w1),
+        "lam": lam,
+        "beta": betas,
+        "tau": tau,
+        "points": points if alphas is None else len(alphas),
+        "grid": grid if isinstance(grid, str) else [float(t) for t in grid],
+        "surrogate": surrogate,
+        "space": space,
+        "precision": precision,
+        **asdict(training),
+    }
+    start = solution.with_parameter(start)
+    return _train(clip, objective, start, features, training, settings, val=val, resume=resume, progress=progress)
+
+
+def _zero_shot(
+    clip: FrozenClip, classnames: Sequence[str], zero_shot: str | Sequence[str] | Solution | None, tuned: Solution, *, needed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The zero-shot class weights [C, D], and the parameter that the search starts from (None if it is not ``needed``)."""
+    given = zero_shot if isinstance(zero_shot, Prompt | Head) else None
+    templates = () if given is not None else check_templates("a photo of a {}." if zero_shot is None else zero_shot)
+    if isinstance(tuned, Head):
+        if given is None:
+            given = Head.zero_shot(clip, classnames, templates, bias=tuned.bias is not None, logit_scale=tuned.logit_scale)
+        check_compatible(given, tuned)
+        return given.class_weights(clip, classnames), given.parameter
+    prompt = given or Prompt.from_template(clip, templates[0])
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"zero_shot must be a prompt or templates where tuned is a prompt, got a {prompt.kind}")
+    w1 = prompt.class_weights(clip, classnames) if given else clip.class_embeddings(classnames, templates)
+    if not needed:
+        return w1, None
+    if tuned.classnames is not None and prompt.classnames is None:
+        prompt = prompt.per_class(classnames)
+    if prompt.parameter.shape != tuned.parameter.shape:
+        raise ValueError(
+            f"zero_shot must have context vectors of tuned's shape {list(tuned.parameter.shape)} to start between them, got "
+            f"{list(prompt.parameter.shape)} from {prompt.template!r}: give a template with {tuned.n_ctx} tokens before {{}}, or "
+            "tau=1 to start at tuned"
+        )
+    return w1, prompt.parameter
+
+
+def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache | None) -> None:
+    for name, cache in (("features", features), ("val", val)):
+        if cache is None:
+            continue
+        if cache.dim != clip.embed_dim:
+            raise ValueError(f"{name} must have the embedding's width {clip.embed_dim}, got {cache.dim}")
+        if cache.fingerprint and cache.fingerprint != clip.image_fingerprint:
+            raise ValueError(
+                f"{name} must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got {cache.fingerprint[:12]}"
+            )
+        if cache.classnames != features.classnames:
+            raise ValueError(f"{name} must have the classes of features, got {list(cache.classnames)[:3]}...")
+    if len(features.classnames) < 2:
+        raise ValueError(f"features must hold at least two classes, got {list(features.classnames)}")
+    counts = torch.bincount(features.labels, minlength=len(features.classnames))
+    if (counts == 0).any():
+        raise ValueError(f"features must hold images of every class, got none of {features.classnames[int(counts.argmin())]!r}")
+    if val is not None and features.files and val.files and (both := set(features.files) & set(val.files)):
+        raise ValueError(f"val must not share images with features, got {len(both)} in both, {sorted(both)[0]!r} among them")
+
+
+def _train(
+    clip: FrozenClip,
+    objective: Objective,
+    start: Solution,
+    features: FeatureCache,
+    training: Training,
+    settings: dict[str, Any],
+    *,
+    val: FeatureCache | None,
+    resume: str | Path | None,
+    progress: bool,
+) -> FitResult:
+    """SGD on an objective from a start: the loop of both stages.
+
+    Every epoch draws from a generator of its own, seeded by (seed, epoch): the state that a resumed run needs is the
+    parameter, its momentum and the history, no more.
+    """
+    settings = {
+        **settings,
+        "start": _digest(start.parameter),
+        "features": _digest(features.labels, *features.files, features.fingerprint or _digest(features.tensor())),
+        "val": val is not None,
+        "clip": clip.name,
+        "classnames": list(features.classnames),
+    }
+    parameter = start.parameter.detach().float().to(clip.device).clone().requires_grad_()
+    optimizer = torch.optim.SGD([parameter], lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
+    run = _Run(parameter, optimizer, settings)
+    if resume is not None:
+        run.read(Path(resume))
+    batches, size = _batches(len(features), training.batch_size)
+    names = ("loss", *objective.term_names)
+    began, steps = time.perf_counter(), 0
+
+    epochs = range(len(run.history), training.epochs)
+    label = settings.get("method", "mergetune")
+    with tqdm(epochs, desc=label, unit="epoch", disable=None if progress else True, leave=False) as bar:
+        for epoch in bar:
+            optimizer.param_groups[0]["lr"] = training.lr_at(epoch)
+            generator = torch.Generator().manual_seed((training.seed << 20) + epoch)
+            order = torch.randperm(len(features), generator=generator)
+            record = torch.zeros(batches, len(names), device=clip.device)
+            for step in range(batches):
+                index = order[step * size : (step + 1) * size]
+                views = torch.randint(features.views, (len(index),), generator=generator) if features.views > 1 else 0
+                x = features.rows(index, views).to(clip.device)
+                loss, terms = objective(parameter, x, features.labels[index].to(clip.device), generator)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                record[step] = torch.cat([loss.detach()[None], terms])
+            steps += batches
+            _check_finite(record, parameter, names, epoch, batches)
+            entry = {"epoch": epoch + 1, "lr": training.lr_at(epoch), **dict(zip(names, record.mean(0).tolist(), strict=True))}
+            if val is not None:
+                weights = objective.encode(parameter.detach()[None])[0]
+                entry["val_accuracy"] = accuracy(weights, val, normalize=start.normalize).accuracy
+            run.add(entry)
+            if resume is not None:
+                run.write(Path(resume))
+            bar.set_postfix(loss=f"{entry['loss']:.3f}")
+
+    seconds = time.perf_counter() - began
+    notes = {"settings": settings, "best_epoch": run.best_epoch}
+    return FitResult(
+        solution=start.with_parameter(run.best.cpu(), notes=notes, backbone=clip.name),
+        history=tuple(run.history),
+        settings=settings,
+        timings={"seconds": seconds, "steps": steps, "ms_per_step": 1e3 * seconds / max(steps, 1)},
+    )
+
+
+class _Run:
+    """The state of a training run: what it is made of, and how it is kept on disk."""
+
+    def __init__(self, parameter: Tensor, optimizer: torch.optim.SGD, settings: dict[str, Any]) -> None:
+        self.parameter, self.optimizer, self.settings = parameter, optimizer, settings
+        self.history: list[dict[str, float]] = []
+        self.best, self.best_epoch = parameter.detach().clone(), 0
+
+    def add(self, entry: dict[str, float]) -> None:
+        """Append an epoch; the best one is that of the highest val accuracy, or the last where there is no val set."""
+        scores = [past.get("val_accuracy", -1.0) for past in self.history]
+        if "val_accuracy" not in entry or not scores or entry["val_accuracy"] > max(scores):
+            self.best, self.best_epoch = self.parameter.detach().clone(), entry["epoch"]
+        self.history.append(entry)
+
+    def write(self, folder: Path) -> None:
+        """Replace the state on disk in one step, so that a kill leaves the old one or the new one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        momentum = self.optimizer.state[self.parameter].get("momentum_buffer")
+        tensors = {"parameter": self.parameter.detach(), "best": self.best}
+        tensors |= {} if momentum is None else {"momentum": momentum}
+        record = {"settings": self.settings, "history": self.history, "best_epoch": self.best_epoch}
+        part = folder / f"{STATE}.{os.getpid()}.part"
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata={"run": json.dumps(record)})
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, folder / STATE)
+
+    def read(self, folder: Path) -> None:
+        """Take up the state in ``folder``, if there is one; it must be of this very run."""
+        path = folder / STATE
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["run"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"resume: {path} cannot be read ({error}): delete it to start anew") from error
+        for name in {**record["settings"], **self.settings}:
+            old, new = record["settings"].get(name), json.loads(json.dumps(self.settings.get(name)))
+            if old != new:
+                raise ValueError(f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}")
+        self.history, self.best_epoch = record["history"], record["best_epoch"]
+        self.best = tensors["best"].to(self.parameter)
+        with torch.no_grad():
+            self.parameter.copy_(tensors["parameter"])
+        if "momentum" in tensors:
+            self.optimizer.state[self.parameter]["momentum_buffer"] = tensors["momentum"].to(self.parameter)
+
+
+def _batches(images: int, batch_size: int) -> tuple[int, int]:
+    """Batches an epoch, and their size: whole ones only (the last few images wait for the next epoch), as in Dassl."""
+    size = min(batch_size, images)
+    return images // size, size
+
+
+def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch: int, batches: int) -> None:
+    """One look an epoch, so that the loop never waits for the device."""
+    broken = ~record.isfinite()
+    if broken.any():
+        step = int(broken.any(1).int().argmax())
+        terms = broken[step, 1:] if broken[step, 1:].any() else broken[step]
+        name = names[int(terms.int().argmax()) + (len(names) - len(terms))]
+        value = record[step, names.index(name)].item()
+        raise FloatingPointError(
+            f"the term {name!r} became {value} at step {epoch * batches + step + 1} (epoch {epoch + 1}): lower lr, or look at the features"
+        )
+    if not parameter.isfinite().all():
+        raise FloatingPointError(f"the solution became NaN or infinite at the end of epoch {epoch + 1}: lower lr")
+
+
+def _precision(precision: str) -> torch.dtype:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return PRECISIONS[precision]
+
+
+def _digest(*parts: Tensor | str) -> str:
+    """Short SHA-256 of tensors and texts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _versions() -> dict[str, str]:
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "unknown"
+
+    return {"python": platform.python_version(), **{name: of(name) for name in ("mergetune", "torch", "open_clip_torch")}}

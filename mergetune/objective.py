@@ -1,0 +1,155 @@
+"""The LMC objective: anchors, grids of path points and surrogates, put together for one set of classes.
+
+    L(w) = CE(w) + lam * S(w; w1) + sum_k beta_k * mean_n CE(w2_k + a_n (w - w2_k))        (arXiv 2601.10497)
+
+Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergetune import ops
+from mergetune.solutions import Encoder, inputs
+
+GRIDS = ("even", "official", "random")
+SURROGATES = ("identity", "fisher", "cosine", "l2")
+SPACES = ("embedding", "parameter")
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """The loss of a solution's parameter on a batch of features. Without anchors and w1 it is plain cross-entropy.
+
+    Attributes:
+        encode: parameters [M, ...] -> class weights [M, C, D].
+        scale: logit scale.
+        normalize: class weights are made unit norm after interpolation (prompts) or taken as they are (heads).
+        anchors: class weights of the fine-tuned solutions, [K, C, D], in space "embedding"; their parameters [K, ...] in
+            space "parameter".
+        betas: weight of each anchor's path, [K].
+        alphas: fixed path points, [N]; None draws ``points`` uniform ones at every step.
+        points: N.
+        space: "embedding" interpolates class weights, "parameter" what is trained.
+        w1: class weights of the zero-shot solution, [C, D].
+        lam: weight of the surrogate.
+        surrogate: one of ``SURROGATES``; "identity" and "fisher" are diagonal, "cosine" and "l2" the official code's.
+        curvature: the diagonal of "fisher", [C, D].
+        backend: see :func:`mergetune.ops.lmc_loss`.
+    """
+
+    encode: Encoder
+    scale: float
+    normalize: bool
+    anchors: Tensor | None = None
+    betas: Tensor | None = None
+    alphas: Tensor | None = None
+    points: int = 0
+    space: str = "embedding"
+    w1: Tensor | None = None
+    lam: float = 0.0
+    surrogate: str = "identity"
+    curvature: Tensor | None = None
+    backend: str | None = None
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The names of the terms that a call returns."""
+        paths = 0 if self.anchors is None else len(self.anchors)
+        return ("endpoint", "surrogate", *(f"path_{k + 1}" for k in range(paths)))
+
+    def __call__(self, parameter: Tensor, x: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The loss and its terms without their weights.
+
+        Args:
+            parameter: what is trained.
+            x: image features, [B, D].
+            labels: [B].
+            generator: draws the path points of grid "random".
+
+        Returns:
+            The loss, differentiable in ``parameter``, and [2 + K] terms, named by ``term_names``.
+        """
+        if self.anchors is None:
+            return self._loss_at(self.encode(parameter[None])[0], x, labels)
+        alphas = torch.rand(self.points, generator=generator, dtype=torch.float64) if self.alphas is None else self.alphas
+        if self.space == "embedding":
+            return self._loss_at(self.encode(parameter[None])[0], x, labels, alphas)
+        return self._parameter_loss(parameter, x, labels, alphas)
+
+    def _loss_at(self, w: Tensor, x: Tensor, labels: Tensor, alphas: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Endpoint and surrogate, and with ``alphas`` the paths to the anchors, from the class weights w [C, D]."""
+        none = w.new_empty(0)
+        loss, terms = ops.lmc_loss(
+            inputs(x, w),
+            labels,
+            w,
+            w.new_empty(0, *w.shape) if alphas is None else self.anchors,
+            none if alphas is None else alphas,
+            none if alphas is None else self.betas,
+            scale=self.scale,
+            w1=self.w1 if self._is_diagonal else None,
+            curvature=self.curvature,
+            lam=self.lam,
+            normalize=self.normalize,
+            backend=self.backend,
+        )
+        if self.w1 is None or self._is_diagonal:
+            return loss, terms
+        if self.surrogate == "cosine":
+            surrogate = (1 - F.cosine_similarity(w, self.w1, dim=-1)).mean()
+        else:
+            ends = (F.normalize(w, dim=-1), F.normalize(self.w1, dim=-1)) if self.normalize else (w, self.w1)
+            surrogate = torch.linalg.vector_norm(ends[0] - ends[1], dim=-1).mean()
+        return loss + self.lam * surrogate, torch.cat([terms[:1], surrogate.detach()[None].to(terms), terms[2:]])
+
+    def _parameter_loss(self, parameter: Tensor, x: Tensor, labels: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
+        """Every point's class weights come from the encoder itself, all points in one call: the definition of LMC."""
+        k, n = len(self.anchors), len(alphas)
+        t = alphas.to(parameter).view(1, n, *(1,) * parameter.ndim)
+        path = self.anchors[:, None] + t * (parameter - self.anchors[:, None])
+        weights = self.encode(torch.cat([parameter[None], path.flatten(0, 1)]))  # [1 + K N, C, D]
+        loss, terms = self._loss_at(weights[0], x, labels)
+        unit = F.normalize(weights[1:], dim=-1) if self.normalize else weights[1:]
+        logits = self.scale * torch.einsum("bd,pcd->pbc", inputs(x, unit), unit)
+        points = F.cross_entropy(logits.flatten(0, 1), labels.repeat(k * n), reduction="none").view(k, -1).mean(1)
+        return loss + (self.betas.to(points) * points).sum(), torch.cat([terms, points.detach()])
+
+    @property
+    def _is_diagonal(self) -> bool:
+        """Whether the surrogate is one that the fused op computes: on unit norm, 1 - cos is the identity's 1/2 |t - t1|^2."""
+        return self.surrogate in ("identity", "fisher") or (self.surrogate == "cosine" and self.normalize)
+
+
+def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:
+    """The points a_n of a path; 0 is the fine-tuned solution, 1 is w.
+
+    Args:
+        grid: "even": ``points`` evenly spaced in [0, 1) (the paper); "official": ``arange(0.1, 1.01, 1 / points)`` (official
+            code: for 5 points .1 .3 .5 .7 .9); "random": uniform, new at every step; or the points themselves.
+        points: N; not used with points of your own.
+
+    Returns:
+        float64 [N], or None for "random".
+    """
+    if not isinstance(grid, str):
+        own = torch.as_tensor(list(grid), dtype=torch.float64)
+        if own.ndim != 1 or not len(own):
+            raise ValueError("grid must hold at least one path point, got none")
+        if not ((own >= 0) & (own <= 1)).all():
+            raise ValueError(f"grid must hold path points in [0, 1], got {own.tolist()}")
+        return own
+    if grid not in GRIDS:
+        raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a list of points, got {grid!r}")
+    if not isinstance(points, int) or points < 1:
+        raise ValueError(f"points must be at least 1, got {points!r}")
+    if grid == "random":
+        return None
+    values = np.arange(points) / points if grid == "even" else np.arange(0.1, 1.01, 1 / points)
+    return torch.from_numpy(values)

@@ -1,0 +1,323 @@
+"""The torch ops: schema, fake, autograd and dispatch. The only file that touches torch.ops and the native core.
+
+``ops.<name>`` is the dispatcher, ``reference.<name>`` its definition. CPU tensors go to the C++ core ("cpp"); CUDA tensors to
+plain torch ("torch") unless the compiled kernel ("cuda") is asked for. A backend that is not there raises.
+
+Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P = 1 + K * N points in all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergetune import reference
+
+try:  # torch is imported first, so that the core shares its OpenMP threads
+    from mergetune import _C
+except ImportError as error:
+    raise ImportError(
+        f"mergetune's native core could not be loaded ({error}). Build it with `pip install .` in the source tree (a C++17 "
+        "compiler is all that it needs), or reinstall the wheel: `pip install --force-reinstall mergetune`."
+    ) from error
+
+BACKENDS = ("cpp", "cuda", "torch")
+_MIN_SQUARED_NORM = 1e-24  # the square of F.normalize's floor
+
+
+def build_info() -> dict:
+    """What the native core was built with: version, compiler, OpenMP, CPU variants and the one in use, CUDA archs."""
+    return _C.build_info()
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can be asked for here."""
+    cuda = build_info()["cuda_archs"] and torch.cuda.is_available()
+    return tuple(name for name in BACKENDS if name != "cuda" or cuda)
+
+
+def _backend(tensor: Tensor, backend: str | None) -> str:
+    if backend is None:
+        return "cpp" if tensor.device.type == "cpu" else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "cuda" and not build_info()["cuda_archs"]:
+        raise RuntimeError("backend 'cuda' was not built: nvcc was not found, or MERGETUNE_CUDA=0 was set")
+    needed = {"cpp": "cpu", "cuda": "cuda"}.get(backend, tensor.device.type)
+    if tensor.device.type != needed:
+        raise ValueError(f"backend {backend!r} needs tensors on {needed}, got {tensor.device.type}")
+    return backend
+
+
+# -- path_cross_entropy -----------------------------------------------------------------------------------------------
+
+
+def path_cross_entropy(
+    dots: Tensor, labels: Tensor, anchor: Tensor, alpha: Tensor, weight: Tensor, rscale: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of every path point and its gradient in one pass; see :func:`reference.path_cross_entropy`.
+
+    float32 and float64; nothing of size [P, B, C] is made.
+    """
+    backend = _backend(dots, backend)
+    if dots.dtype not in (torch.float32, torch.float64) or rscale.dtype != dots.dtype:
+        raise TypeError(f"dots and rscale must both be float32 or float64, got {dots.dtype} and {rscale.dtype}")
+    points, batch, classes = len(anchor), *dots.shape[1:]
+    _expect("labels", labels, (batch,))
+    _expect("alpha", alpha, (points,))
+    _expect("weight", weight, (points,))
+    _expect("rscale", rscale, (points, classes))
+    if backend == "torch":
+        return reference.path_cross_entropy(dots, labels, anchor, alpha, weight, rscale)
+    dots = dots if dots.stride(-1) == 1 else dots.contiguous()
+    labels, anchor = labels.long().contiguous(), anchor.long().contiguous()
+    alpha, weight, rscale = alpha.double().contiguous(), weight.double().contiguous(), rscale.contiguous()
+    loss = torch.empty(points, dtype=torch.float64, device=dots.device)
+    d_dots, d_rscale = torch.empty_like(dots[0], memory_format=torch.contiguous_format), torch.empty_like(rscale)
+    kernel, where = (
+        (_C.path_cross_entropy_cpu, torch.get_num_threads())
+        if backend == "cpp"
+        else (_C.path_cross_entropy_cuda, torch.cuda.current_stream(dots.device).cuda_stream)
+    )
+    kernel(
+        str(dots.dtype).removeprefix("torch."),
+        dots.data_ptr(),
+        dots.stride(0),
+        dots.stride(1),
+        *(t.data_ptr() for t in (labels, anchor, alpha, weight, rscale, loss, d_dots, d_rscale)),
+        len(dots) - 1,
+        batch,
+        classes,
+        points,
+        where,
+    )
+    return loss, d_dots, d_rscale
+
+
+# -- lmc_loss ---------------------------------------------------------------------------------------------------------
+
+
+def lmc_loss(
+    x: Tensor,
+    labels: Tensor,
+    w: Tensor,
+    anchors: Tensor,
+    alphas: Tensor,
+    betas: Tensor,
+    *,
+    scale: float,
+    w1: Tensor | None = None,
+    curvature: Tensor | None = None,
+    lam: float = 0.0,
+    normalize: bool = True,
+    anchor_dots: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The LMC objective; see :func:`reference.lmc_loss` for its definition and the arguments not described here.
+
+    All points of all paths share K + 1 products: ``x.(a + t(w - a)) = (1-t) x.a + t x.w``, and the squared norm of the
+    interpolated weight is a quadratic in t. The forward also makes the gradient; the backward only scales it.
+
+    Args:
+        anchor_dots: ``x @ anchors[k].T``, [K, B, C], where the caller has them already.
+        backend: None picks by device; "cpp", "cuda" or "torch" (the definition itself).
+
+    Returns:
+        The loss, differentiable once and in ``w`` alone, and its unweighted terms [2 + K].
+    """
+    backend = _backend(w, backend)
+    _check_lmc(x, labels, w, anchors, alphas, betas, w1, curvature, anchor_dots)
+    if backend == "torch":
+        real = _real(w)
+        cast = lambda t: None if t is None else t.to(real)  # noqa: E731
+        return reference.lmc_loss(
+            cast(x), labels, cast(w), cast(anchors), cast(alphas), betas,
+            scale=scale, w1=cast(w1), curvature=cast(curvature), lam=lam, normalize=normalize,
+        )  # fmt: skip
+    loss, terms, _ = torch.ops.mergetune.lmc_loss(
+        x, labels, w, anchors, alphas, betas, scale, w1, curvature, lam, normalize, anchor_dots
+    )
+    return loss, terms
+
+
+def _check_lmc(
+    x: Tensor,
+    labels: Tensor,
+    w: Tensor,
+    anchors: Tensor,
+    alphas: Tensor,
+    betas: Tensor,
+    w1: Tensor | None,
+    curvature: Tensor | None,
+    anchor_dots: Tensor | None,
+) -> None:
+    if w.ndim != 2 or x.ndim != 2:
+        raise ValueError(f"x and w must have shapes [B, D] and [C, D], got {list(x.shape)} and {list(w.shape)}")
+    classes, width = w.shape
+    _expect("x", x, (len(x), width))
+    _expect("labels", labels, (len(x),))
+    _expect("anchors", anchors, (len(anchors), classes, width))
+    _expect("betas", betas, (len(anchors),))
+    if not len(x):
+        raise ValueError("x must hold at least one row, got [0, D]")
+    if len(anchors) and (alphas.ndim != 1 or not len(alphas)):
+        raise ValueError(f"alphas must hold at least one path point, got shape {list(alphas.shape)}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if w1 is not None:
+        _expect("w1", w1, (classes, width))
+    if curvature is not None:
+        _expect("curvature", curvature, (classes, width))
+    if anchor_dots is not None:
+        _expect("anchor_dots", anchor_dots, (len(anchors), len(x), classes))
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _real(w: Tensor) -> torch.dtype:
+    """What the loss is computed in: float64 if w is, float32 otherwise (logits of 100 x cosine do not survive half types)."""
+    return torch.float64 if w.dtype == torch.float64 else torch.float32
+
+
+def _lmc_loss_kernel(
+    x: Tensor,
+    labels: Tensor,
+    w: Tensor,
+    anchors: Tensor,
+    alphas: Tensor,
+    betas: Tensor,
+    scale: float,
+    w1: Tensor | None,
+    curvature: Tensor | None,
+    lam: float,
+    normalize: bool,
+    anchor_dots: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GEMM, one fused pass over the rows, GEMM: the loss, its terms and the gradient to w."""
+    real, device, dtype = _real(w), w.device, w.dtype
+    x, w, anchors = x.to(real), w.to(real), anchors.to(real)
+    (classes, _), batch, k, n = w.shape, len(x), len(anchors), len(alphas) if len(anchors) else 0
+
+    # The points: the endpoint w, then each path. The endpoint "starts" at w itself.
+    alpha = torch.cat([torch.ones(1, device=device), alphas[:n].to(device).repeat(k)]).double()
+    weight = torch.cat([torch.ones(1, device=device), betas.to(device).repeat_interleave(n) / max(n, 1)]).double()
+    anchor = torch.arange(1, k + 1, device=device).repeat_interleave(n)
+    anchor = torch.cat([anchor.new_zeros(1), anchor])
+
+    dots = x.new_empty(k + 1, batch, classes)
+    torch.mm(x, w.T, out=dots[0])
+    if anchor_dots is not None:
+        dots[1:] = anchor_dots
+    elif k:
+        torch.matmul(x, anchors.transpose(1, 2), out=dots[1:])
+
+    squares = None
+    if normalize:
+        ends = torch.cat([w[None], anchors])
+        own, cross = (ends * ends).sum(-1).double(), (ends * w).sum(-1).double()  # [K + 1, C]
+        a = alpha[:, None]
+        squares = (1 - a) ** 2 * own[anchor] + 2 * a * (1 - a) * cross[anchor] + a**2 * own[0]  # [P, C]
+        rscale = (scale * squares.clamp_min(_MIN_SQUARED_NORM).rsqrt()).to(real)
+    else:
+        rscale = x.new_full((1 + k * n, classes), scale)
+
+    losses, d_dots, d_rscale = path_cross_entropy(
+        dots, labels, anchor, alpha, weight, rscale, backend="cpp" if device.type == "cpu" else "cuda"
+    )
+    grad = d_dots.T @ x
+    if squares is not None:  # through the norm: d rscale / d w = -rscale / |t|^2 * (alpha (1 - alpha) a + alpha^2 w)
+        pull = torch.where(squares > _MIN_SQUARED_NORM, -d_rscale.double() * rscale / squares, 0.0)
+        grad += w * (pull * alpha[:, None] ** 2).sum(0).to(real)[:, None]
+        if k:
+            pull = (pull * (alpha * (1 - alpha))[:, None])[1:].view(k, n, classes).sum(1).to(real)
+            grad += (anchors * pull[:, :, None]).sum(0)
+
+    surrogate = losses.new_zeros(())
+    if w1 is not None:
+        surrogate, slope = _surrogate(w, w1.to(real), None if curvature is None else curvature.to(real), normalize)
+        grad += lam * slope
+    paths = losses[1:].view(k, n).mean(1) if k else losses[1:]
+    terms = torch.cat([losses[:1], surrogate.double()[None], paths])
+    loss = (torch.cat([terms.new_tensor([1.0, lam]), betas.to(terms)]) * terms).sum()
+    return loss.to(real), terms.to(real), grad.to(dtype)
+
+
+def _surrogate(w: Tensor, w1: Tensor, curvature: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The diagonal surrogate and its gradient to w."""
+    if not normalize:
+        apart = w - w1
+        slope = (apart if curvature is None else curvature * apart) / len(w)
+        return 0.5 * (apart * slope).sum(), slope
+    norm = w.norm(dim=-1, keepdim=True).clamp_min(_MIN_SQUARED_NORM**0.5)
+    unit = w / norm
+    apart = unit - torch.nn.functional.normalize(w1, dim=-1)
+    slope = (apart if curvature is None else curvature * apart) / len(w)
+    return 0.5 * (apart * slope).sum(), (slope - unit * (unit * slope).sum(-1, keepdim=True)) / norm
+
+
+def _lmc_loss_fake(x, labels, w, anchors, *_):  # noqa: ANN001, ANN002, ANN202
+    real = _real(w)
+    return w.new_empty((), dtype=real), w.new_empty(2 + len(anchors), dtype=real), torch.empty_like(w)
+
+
+def _lmc_loss_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+    _, terms, grad = output
+    ctx.mark_non_differentiable(terms, grad)
+    ctx.save_for_backward(grad)
+    ctx.unused = len(inputs) - 3
+
+
+def _lmc_loss_backward(ctx, d_loss, *_):  # noqa: ANN001, ANN002, ANN202
+    if torch.is_grad_enabled():
+        raise RuntimeError("lmc_loss can be differentiated once: for second derivatives use backend='torch'")
+    (grad,) = ctx.saved_tensors
+    return None, None, d_loss.to(grad.dtype) * grad, *(None,) * ctx.unused
+
+
+_library = torch.library.Library("mergetune", "DEF")
+_library.define(
+    "lmc_loss(Tensor x, Tensor labels, Tensor w, Tensor anchors, Tensor alphas, Tensor betas, float scale, Tensor? w1, "
+    "Tensor? curvature, float lam, bool normalize, Tensor? anchor_dots) -> (Tensor loss, Tensor terms, Tensor grad)"
+)
+_library.impl("lmc_loss", _lmc_loss_kernel, "CPU")
+_library.impl("lmc_loss", _lmc_loss_kernel, "CUDA")
+torch.library.register_fake("mergetune::lmc_loss", _lmc_loss_fake, lib=_library)
+torch.library.register_autograd("mergetune::lmc_loss", _lmc_loss_backward, setup_context=_lmc_loss_setup, lib=_library)
+
+
+# -- prefix_attention -------------------------------------------------------------------------------------------------
+
+
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: tuple[int, ...], *, causal: bool = True
+) -> Tensor:
+    """Attention of packed sequences behind a shared prefix; see :func:`reference.prefix_attention`. Plain torch so far."""
+    return reference.prefix_attention(q, k, v, prefix_k, prefix_v, lengths, causal=causal)
+
+
+# -- self-test --------------------------------------------------------------------------------------------------------
+
+
+def self_test() -> dict[str, float]:
+    """Largest relative difference of each native op from its definition, on a small random case in float64."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, labels = torch.nn.functional.normalize(draw(33, 24), dim=-1), torch.arange(33) % 7
+    w, anchors, w1, rscale = draw(7, 24), draw(2, 7, 24), draw(7, 24), draw(5, 7).abs()
+    alphas, betas = torch.tensor([0.0, 0.4]), torch.tensor([0.5, 2.0])
+    points = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([1.0, 0.0, 0.4, 0.0, 0.4]), torch.tensor([1.0, 0.3, 0.3, 1.0, 1.0])
+
+    def lmc(backend: str | None) -> Tensor:
+        leaf = w.clone().requires_grad_()
+        loss, terms = lmc_loss(x, labels, leaf, anchors, alphas, betas, scale=10.0, w1=w1, lam=4.0, backend=backend)
+        return torch.cat([torch.autograd.grad(loss, leaf)[0].flatten(), terms])
+
+    def rows(backend: str | None) -> Tensor:
+        dots = x @ torch.cat([w[None], anchors]).mT
+        return torch.cat([t.flatten() for t in path_cross_entropy(dots, labels, *points, rscale, backend=backend)])
+
+    apart = lambda run: ((run(None) - run("torch")).abs().max() / run("torch").abs().max()).item()  # noqa: E731
+    return {"lmc_loss": apart(lmc), "path_cross_entropy": apart(rows)}

@@ -1,0 +1,164 @@
+"""Class features from context vectors: the text tower run on packed tokens, behind a prefix shared by all classes.
+
+In a causal tower nothing after a text's last token can reach its feature, and ``[SOS, ctx_1 .. ctx_n]`` is the same for every
+class: its keys and values are computed once, and only the class names' own tokens are packed behind it, sorted by length, so
+that nothing is padded. Class-specific contexts and towers without a causal mask take whole sequences through the same code.
+
+Shapes: M prompts encoded together, C classes, L context length, W tower width, D embedding width, T packed tokens, S prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mergetune import ops
+from mergetune.clip import TextParts
+
+CHUNK_TOKENS = 8192  # activations of at most so many tokens are kept at once: about 2.5 GB in float32 for a 12 x 512 tower
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTexts:
+    """Tokens of some classes, one after the other, with room for the context vectors.
+
+    Attributes:
+        rows: embeddings plus positions of the packed tokens, zero where a context vector comes, [T, W].
+        lengths: packed tokens of each class, ascending.
+        pooled: row of T that becomes each class's feature, [C].
+        classes: which class each is, [C].
+        context_rows: rows of T that take a class's context vectors, [C * n]; None when the context is in the prefix.
+    """
+
+    rows: Tensor
+    lengths: tuple[int, ...]
+    pooled: Tensor
+    classes: Tensor
+    context_rows: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """Context vectors -> class features of fixed class names. Make one with :func:`text_encoder`."""
+
+    text: TextParts
+    start: Tensor  # [first_token, W]: the start token, if any, with its position
+    context_positions: Tensor  # [n, W]
+    chunks: tuple[PackedTexts, ...]
+
+    def __call__(self, ctx: Tensor) -> Tensor:
+        """Class features, not normalised.
+
+        Args:
+            ctx: M prompts, each shared by all classes, [M, n, W], or specific to each, [M, C, n, W].
+
+        Returns:
+            [M, C, D] float32, differentiable in ``ctx``.
+        """
+        ctx = ctx.to(self.text.dtype) + self.context_positions
+        encode = self._encode
+        tokens = len(ctx) * sum(len(chunk.rows) for chunk in self.chunks)
+        if tokens > CHUNK_TOKENS and torch.is_grad_enabled() and ctx.requires_grad:
+            encode = partial(checkpoint, self._encode, use_reentrant=False)  # one piece's activations at a time
+        features = torch.cat(
+            [
+                torch.cat([encode(prompts, chunk) for prompts in ctx.split(max(1, CHUNK_TOKENS // len(chunk.rows)))])
+                for chunk in self.chunks
+            ],
+            1,
+        )
+        return features[:, torch.cat([chunk.classes for chunk in self.chunks]).argsort()]
+
+    def _encode(self, ctx: Tensor, packed: PackedTexts) -> Tensor:
+        prompts = len(ctx)
+        rows = packed.rows.expand(prompts, -1, -1)
+        if packed.context_rows is None:  # shared: the prefix is [SOS, ctx]
+            prefix = torch.cat([self.start.expand(prompts, -1, -1), ctx], 1)
+        else:
+            own = ctx[:, packed.classes] if ctx.ndim == 4 else ctx[:, None].expand(-1, len(packed.classes), -1, -1)
+            rows = rows.index_add(1, packed.context_rows, own.flatten(1, 2))
+            prefix = rows[:, :0]
+        size, last = prefix.shape[1], len(self.text.blocks) - 1
+        x = torch.cat([prefix, rows], 1)
+        for i, block in enumerate(self.text.blocks):
+            mixed = _attention(block, self.text, x, size, packed.lengths, packed.pooled if i == last else None)
+            x = x[:, size:][:, packed.pooled] if i == last else x  # only the pooled rows are needed from here on
+            x = x + block.ls_1(mixed)
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        return self.text.project(x)
+
+
+def text_encoder(
+    text: TextParts, tokens: Tensor, *, first: int, context: int, shared: bool = True, chunk_tokens: int = CHUNK_TOKENS
+) -> TextEncoder:
+    """Pack class names for encoding with any context vectors.
+
+    Args:
+        text: the tower.
+        tokens: each class's whole text, with stand-ins where the context goes, [C, L].
+        first: position of the first context token.
+        context: n, number of context tokens.
+        shared: whether all classes will have the same context vectors; lets a causal tower share the prefix.
+        chunk_tokens: classes are encoded in chunks of about so many tokens, so that memory is bounded.
+    """
+    pooled = text.pooled_position(tokens)
+    if (pooled < first + context).any() and text.causal:
+        raise ValueError(f"tokens must hold the class name after the {context} context tokens, got a text that ends before")
+    behind_prefix = shared and text.causal
+    begin = first + context if behind_prefix else 0
+    lengths = (pooled + 1 - begin) if text.causal else torch.full_like(pooled, tokens.shape[1])
+    embedded = text.token_embedding.weight, text.positional_embedding.to(text.dtype)
+
+    def pack(classes: Tensor) -> PackedTexts:
+        rows, context_rows, offset = [], [], 0
+        for c in classes.tolist():
+            positions = torch.arange(begin, begin + int(lengths[c]), device=tokens.device)
+            if not text.causal:  # without a mask the order is free: the pooled token goes last, where it is looked for
+                positions = torch.cat([positions[positions != pooled[c]], pooled[c : c + 1]])
+            row = embedded[0][tokens[c, positions]].to(text.dtype) + embedded[1][positions]
+            if not behind_prefix:
+                at = torch.tensor([positions.tolist().index(p) for p in range(first, first + context)], device=row.device)
+                row = row.index_fill(0, at, 0.0)
+                context_rows.append(at + offset)
+            rows.append(row)
+            offset += len(row)
+        return PackedTexts(
+            rows=torch.cat(rows),
+            lengths=tuple(lengths[classes].tolist()),
+            pooled=lengths[classes].cumsum(0) - 1,
+            classes=classes,
+            context_rows=None if behind_prefix else torch.cat(context_rows),
+        )
+
+    order = lengths.argsort(stable=True)
+    chunk = (lengths[order].cumsum(0) - 1) // max(chunk_tokens, 1)
+    return TextEncoder(
+        text=text,
+        start=embedded[0][tokens[0, :first]].to(text.dtype) + embedded[1][:first],
+        context_positions=embedded[1][first : first + context],
+        chunks=tuple(pack(order[chunk == c]) for c in chunk.unique()),
+    )
+
+
+def _attention(
+    block: torch.nn.Module, text: TextParts, x: Tensor, size: int, lengths: tuple[int, ...], pooled: Tensor | None
+) -> Tensor:
+    """One block's attention over [prefix | packed texts], x [M, size + T, W]; for the pooled rows alone if they are given."""
+    attn = block.attn
+    q, k, v = torch.nn.functional.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (text.heads, -1)) for t in (q, k, v))
+    (pq, q), (pk, k), (pv, v) = (t.tensor_split((size,), 1) for t in (q, k, v))
+    if pooled is not None:
+        q = q[:, pooled]
+    mixed = ops.prefix_attention(q, k, v, pk, pv, lengths, causal=text.causal)
+    if pooled is None and size:  # the prefix attends to itself
+        mixed = torch.cat([ops.prefix_attention(pq, pk, pv, pk[:, :0], pv[:, :0], (size,)), mixed], 1)
+    return attn.out_proj(mixed.flatten(2))
+
+
+Encoder = Callable[[Tensor], Tensor]  # parameters [M, ...] -> class features [M, C, D]
