@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 
 def tool(name: str) -> str:
-    """The program `name`: on PATH in pip's build environment, but only beside Python in an environment not activated."""
+    """The program `name`: on PATH in pip's build environment, else beside Python (an environment not activated)."""
     beside_python = Path(sys.executable).with_name(name)
     found = shutil.which(name) or (str(beside_python) if beside_python.exists() else None)
     if not found:

@@ -3,7 +3,16 @@
 from mergetune.clip import FrozenClip, load_clip
 from mergetune.curvature import fisher_diagonal
 from mergetune.data import Dataset, ImageFolder, ImageList, coop_split, image_table
-from mergetune.evaluate import base_to_novel, classifier, evaluate, harmonic_mean, logit_ensemble, summarise, weight_average
+from mergetune.evaluate import (
+    accuracy,
+    base_to_novel,
+    classifier,
+    evaluate,
+    harmonic_mean,
+    logit_ensemble,
+    summarise,
+    weight_average,
+)
 from mergetune.features import FeatureCache, cache_features
 from mergetune.fit import FitResult, fit, tune
 from mergetune.geometry import connectivity, path, plot
@@ -20,6 +29,7 @@ __all__ = [
     "ImageFolder",
     "ImageList",
     "Prompt",
+    "accuracy",
     "base_to_novel",
     "cache_features",
     "classifier",

@@ -13,7 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # buffers of one set of class names: rebuilt, never read
+CLASS_DEPENDENT = (
+    "token_prefix",
+    "token_suffix",
+    "token_midfix",
+)  # buffers of one set of class names: rebuilt, never read
 UNUSED = ("bias_vectors", "meta_net.")  # KgCoOp saves them, its forward does not use them
 
 
@@ -70,8 +74,8 @@ def read_prompt(path: str | Path) -> PromptFile:
 
     Args:
         path: a file ``model.pth.tar-N``, ``model-best.pth.tar`` and the like; or the folder that holds it (or holds
-            ``prompt_learner``, or the official ``prompt_mid_learner``): then the file that Dassl's text file ``checkpoint``
-            names, else the highest epoch.
+            ``prompt_learner``, or the official ``prompt_mid_learner``): then the file that Dassl's text file
+            ``checkpoint`` names, else the highest epoch.
 
     Raises:
         FileNotFoundError: no checkpoint there.

@@ -110,9 +110,12 @@ class FrozenClip:
     preprocess_cfg: dict[str, Any] = field(default_factory=lambda: asdict(PreprocessCfg()))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, (open_clip.CLIP, open_clip.CustomTextCLIP)) or hasattr(self.model, "text_decoder"):
+        if not isinstance(self.model, (open_clip.CLIP, open_clip.CustomTextCLIP)) or hasattr(
+            self.model, "text_decoder"
+        ):
             raise TypeError(
-                f"model must be open_clip's CLIP or CustomTextCLIP, got {type(self.model).__name__}: its text tower is not one "
+                f"model must be open_clip's CLIP or CustomTextCLIP, got {type(self.model).__name__}: its text tower is "
+                "not one "
                 "that mergetune understands"
             )
         self.model.eval().requires_grad_(False)
@@ -170,8 +173,10 @@ class FrozenClip:
 
     @cached_property
     def augment(self) -> Callable[[Any], Tensor]:
-        """CoOp's training transform, random resized crop and flip: PIL image -> [3, H, W]. Draws from torch's global RNG."""
-        crop = image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=True, aug_cfg={"scale": COOP_CROP_SCALE})
+        """CoOp's training transform: crop, resize, flip, drawn from torch's global RNG. PIL image -> [3, H, W]."""
+        crop = image_transform_v2(
+            PreprocessCfg(**self.preprocess_cfg), is_train=True, aug_cfg={"scale": COOP_CROP_SCALE}
+        )
         return Compose([RandomHorizontalFlip(), crop])
 
     @torch.no_grad()
@@ -227,7 +232,9 @@ class FrozenClip:
         return torch.cat([self.model.encode_text(chunk).float() for chunk in tokens.split(batch_size)])
 
     @torch.no_grad()
-    def class_embeddings(self, classnames: Sequence[str], templates: str | Sequence[str] = "a photo of a {}.") -> Tensor:
+    def class_embeddings(
+        self, classnames: Sequence[str], templates: str | Sequence[str] = "a photo of a {}."
+    ) -> Tensor:
         """Zero-shot class embeddings: the mean over templates of unit features, made unit again (Radford et al. 2021).
 
         Args:
@@ -284,16 +291,24 @@ def load_clip(
     if complete and pretrained is not None:
         raise ValueError(f"pretrained must be None when name holds the weights ({name!r}), got {pretrained!r}")
     if not complete and pretrained is None:
-        raise ValueError(f"pretrained must name the weights of {name!r}, got None: a tag of open_clip or a local checkpoint")
+        raise ValueError(
+            f"pretrained must name the weights of {name!r}, got None: a tag of open_clip or a local checkpoint"
+        )
     if not complete:
         warn_quickgelu(name, str(pretrained))
     model = open_clip.create_model(
-        name, None if pretrained is None else str(pretrained), device=device, require_pretrained=True, cache_dir=cache_dir
+        name,
+        None if pretrained is None else str(pretrained),
+        device=device,
+        require_pretrained=True,
+        cache_dir=cache_dir,
     )
     model.to(dtype=PRECISIONS[precision])
     cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     label = name if complete else f"{name}/{pretrained}"
-    return FrozenClip(model, open_clip.get_tokenizer(name, cache_dir=cache_dir), label, {**asdict(PreprocessCfg()), **cfg})
+    return FrozenClip(
+        model, open_clip.get_tokenizer(name, cache_dir=cache_dir), label, {**asdict(PreprocessCfg()), **cfg}
+    )
 
 
 def warn_quickgelu(name: str, pretrained: str) -> None:
@@ -306,7 +321,8 @@ def warn_quickgelu(name: str, pretrained: str) -> None:
         return
     if "openai" in path.name.lower() or _is_torchscript(path):
         warn(
-            f"{path.name} looks like OpenAI's weights, which were trained with QuickGELU, but {name!r} uses GELU: features would "
+            f"{path.name} looks like OpenAI's weights, which were trained with QuickGELU, but {name!r} uses GELU: "
+            "features would "
             f"be silently wrong. Load it as {name + '-quickgelu'!r}.",
             stacklevel=3,
         )

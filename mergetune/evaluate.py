@@ -84,7 +84,7 @@ def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False
 
 
 def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Classifier:
-    """Class weights by class names, of a prompt, a head or zero-shot templates; comparable by ``argmax`` of the products."""
+    """Class weights by class names: of a prompt, a head, or zero-shot templates."""
     if isinstance(solution, Head):
         return lambda names: solution.class_weights(clip, names)
     if isinstance(solution, Prompt):
@@ -125,7 +125,8 @@ class BaseNovel:
 
 @dataclass(frozen=True)
 class Row:
-    """A method over seeds. hm is the harmonic mean of the mean accuracies, as published; spreads are standard deviations.
+    """A method over seeds. hm is the harmonic mean of the mean accuracies, as published; spreads are standard
+    deviations.
 
     Attributes:
         base, novel, hm: percent.
@@ -186,5 +187,6 @@ def harmonic_mean(base: float, novel: float) -> float:
 def _check_clip(clip: FrozenClip, features: FeatureCache) -> None:
     if features.fingerprint and features.fingerprint != clip.image_fingerprint:
         raise ValueError(
-            f"features must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got {features.fingerprint[:12]}"
+            f"features must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got "
+            f"{features.fingerprint[:12]}"
         )

@@ -37,7 +37,7 @@ METHODS = ("coop", "kgcoop", "head")
 
 @dataclass(frozen=True)
 class Training:
-    """The published optimiser: SGD, one warm-up epoch at a constant rate, then cosine by epoch (CoOp and its family)."""
+    """The published optimiser of CoOp's family: SGD, one warm-up epoch at a constant rate, then cosine by epoch."""
 
     epochs: int
     batch_size: int
@@ -56,10 +56,12 @@ class Training:
         for name, positive in (("lr", True), ("warmup_lr", True), ("momentum", False), ("weight_decay", False)):
             value = getattr(self, name)
             if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
-                raise ValueError(f"{name} must be finite and {'positive' if positive else 'not negative'}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be finite and {'positive' if positive else 'not negative'}, got {value!r}"
+                )
 
     def lr_at(self, epoch: int) -> float:
-        """Learning rate of an epoch. The cosine starts after the warm-up and is stretched over all epochs, as in Dassl."""
+        """Learning rate of an epoch. The cosine starts after the warm-up and spans all epochs, as in Dassl."""
         if epoch < self.warmup_epochs:
             return self.warmup_lr
         return self.lr * 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / self.epochs))
@@ -123,8 +125,8 @@ def tune(
     Args:
         clip: the frozen CLIP that the features come from.
         features: few-shot features of the classes to learn.
-        method: "coop" (arXiv 2109.01134), "kgcoop" (arXiv 2303.13283: cross-entropy + ``kg_weight`` * (1 - cos)) or "head"
-            (linear head started at the zero-shot weights).
+        method: "coop" (arXiv 2109.01134), "kgcoop" (arXiv 2303.13283: cross-entropy + ``kg_weight`` * (1 - cos)) or
+            "head" (linear head started at the zero-shot weights).
         template: the text whose words the context starts from; for a head its zero-shot text.
         n_ctx: a random start with so many context tokens instead.
         class_specific: a context of its own for every class.
@@ -135,7 +137,8 @@ def tune(
         precision: of the text tower: "float32", "bfloat16", or "auto".
         backend: see :func:`mergetune.ops.lmc_loss`.
         val: features for choosing the best epoch; never the test set.
-        resume: a folder that keeps the state of the run; a killed run given the same folder goes on from its last epoch.
+        resume: a folder that keeps the state of the run; a killed run given the same folder goes on from its last
+            epoch.
         progress: show a bar where stderr is a terminal.
         optimiser: momentum, weight_decay, warmup_epochs, warmup_lr of :class:`Training`.
     """
@@ -215,15 +218,18 @@ def fit(
         tau: where the search starts, ``(1 - tau) w1 + tau w2`` in [0, 1]; the mean of several w2.
         points: N points on each path, paper 5..10.
         grid: "even", "official", "random" or the points themselves, see :func:`mergetune.objective.path_points`.
-        surrogate: "identity" (the paper's: 1/2 |t - t1|^2, which on unit class embeddings is 1 - cos), "fisher" (diagonal
-            Gauss-Newton), "cosine" or "l2" (official code). Mean over classes, on class weights, in both spaces.
-        space: "embedding" interpolates class embeddings (official code), "parameter" what is trained. One thing for a head.
+        surrogate: "identity" (the paper's: 1/2 |t - t1|^2, which on unit class embeddings is 1 - cos), "fisher"
+            (diagonal Gauss-Newton), "cosine" or "l2" (official code). Mean over classes, on class weights, in both
+            spaces.
+        space: "embedding" interpolates class embeddings (official code), "parameter" what is trained. One thing for a
+            head.
         epochs, batch_size, lr: paper 50, 128, 2e-3.
         seed: of the order of the batches, the choice of views and the random grid.
         precision: of the text tower: "float32", "bfloat16", or "auto".
         backend: see :func:`mergetune.ops.lmc_loss`.
         val: features for choosing the best epoch; never the test set.
-        resume: a folder that keeps the state of the run; a killed run given the same folder goes on from its last epoch.
+        resume: a folder that keeps the state of the run; a killed run given the same folder goes on from its last
+            epoch.
         progress: show a bar where stderr is a terminal.
         optimiser: momentum, weight_decay, warmup_epochs, warmup_lr of :class:`Training`.
 
@@ -240,7 +246,9 @@ def fit(
         raise ValueError(f"beta must be one number, or one for each of the {len(anchors)} solutions, got {len(betas)}")
     for name, values in (("lam", [lam]), ("beta", betas)):
         if not all(math.isfinite(value) and value >= 0 for value in values):
-            raise ValueError(f"{name} must be finite and not negative, got {values if len(values) > 1 else values[0]!r}")
+            raise ValueError(
+                f"{name} must be finite and not negative, got {values if len(values) > 1 else values[0]!r}"
+            )
     if not 0 <= tau <= 1:
         raise ValueError(f"tau must lie in [0, 1], got {tau!r}")
     if surrogate not in SURROGATES:
@@ -248,6 +256,8 @@ def fit(
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
     alphas = path_points(grid, points)
+    # Heads come with the logit scale beside their weight or in it: one unit for all, so that lam and lr mean the same.
+    anchors = [anchor.rescaled(clip.logit_scale) if isinstance(anchor, Head) else anchor for anchor in anchors]
     for other in anchors[1:]:
         check_compatible(anchors[0], other)
     _check_features(clip, features, val)
@@ -294,14 +304,20 @@ def fit(
 
 
 def _zero_shot(
-    clip: FrozenClip, classnames: Sequence[str], zero_shot: str | Sequence[str] | Solution | None, tuned: Solution, *, needed: bool
+    clip: FrozenClip,
+    classnames: Sequence[str],
+    zero_shot: str | Sequence[str] | Solution | None,
+    tuned: Solution,
+    *,
+    needed: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The zero-shot class weights [C, D], and the parameter that the search starts from (None if it is not ``needed``)."""
+    """The zero-shot class weights [C, D], and the zero-shot parameter (None if it is not ``needed``)."""
     given = zero_shot if isinstance(zero_shot, Prompt | Head) else None
     templates = () if given is not None else check_templates("a photo of a {}." if zero_shot is None else zero_shot)
     if isinstance(tuned, Head):
         if given is None:
-            given = Head.zero_shot(clip, classnames, templates, bias=tuned.bias is not None, logit_scale=tuned.logit_scale)
+            given = Head.zero_shot(clip, classnames, templates, bias=tuned.bias is not None)
+        given = given.rescaled(tuned.logit_scale) if isinstance(given, Head) else given
         check_compatible(given, tuned)
         return given.class_weights(clip, classnames), given.parameter
     prompt = given or Prompt.from_template(clip, templates[0])
@@ -314,8 +330,10 @@ def _zero_shot(
         prompt = prompt.per_class(classnames)
     if prompt.parameter.shape != tuned.parameter.shape:
         raise ValueError(
-            f"zero_shot must have context vectors of tuned's shape {list(tuned.parameter.shape)} to start between them, got "
-            f"{list(prompt.parameter.shape)} from {prompt.template!r}: give a template with {tuned.n_ctx} tokens before {{}}, or "
+            f"zero_shot must have context vectors of tuned's shape {list(tuned.parameter.shape)} to start between "
+            "them, got "
+            f"{list(prompt.parameter.shape)} from {prompt.template!r}: give a template with {tuned.n_ctx} tokens "
+            f"before {{}}, or "
             "tau=1 to start at tuned"
         )
     return w1, prompt.parameter
@@ -329,7 +347,8 @@ def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache 
             raise ValueError(f"{name} must have the embedding's width {clip.embed_dim}, got {cache.dim}")
         if cache.fingerprint and cache.fingerprint != clip.image_fingerprint:
             raise ValueError(
-                f"{name} must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got {cache.fingerprint[:12]}"
+                f"{name} must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got "
+                f"{cache.fingerprint[:12]}"
             )
         if cache.classnames != features.classnames:
             raise ValueError(f"{name} must have the classes of features, got {list(cache.classnames)[:3]}...")
@@ -337,9 +356,13 @@ def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache 
         raise ValueError(f"features must hold at least two classes, got {list(features.classnames)}")
     counts = torch.bincount(features.labels, minlength=len(features.classnames))
     if (counts == 0).any():
-        raise ValueError(f"features must hold images of every class, got none of {features.classnames[int(counts.argmin())]!r}")
+        raise ValueError(
+            f"features must hold images of every class, got none of {features.classnames[int(counts.argmin())]!r}"
+        )
     if val is not None and features.files and val.files and (both := set(features.files) & set(val.files)):
-        raise ValueError(f"val must not share images with features, got {len(both)} in both, {sorted(both)[0]!r} among them")
+        raise ValueError(
+            f"val must not share images with features, got {len(both)} in both, {sorted(both)[0]!r} among them"
+        )
 
 
 def _train(
@@ -368,7 +391,9 @@ def _train(
         "classnames": list(features.classnames),
     }
     parameter = start.parameter.detach().float().to(clip.device).clone().requires_grad_()
-    optimizer = torch.optim.SGD([parameter], lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
+    optimizer = torch.optim.SGD(
+        [parameter], lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
+    )
     run = _Run(parameter, optimizer, settings)
     if resume is not None:
         run.read(Path(resume))
@@ -395,7 +420,11 @@ def _train(
                 record[step] = torch.cat([loss.detach()[None], terms])
             steps += batches
             _check_finite(record, parameter, names, epoch, batches)
-            entry = {"epoch": epoch + 1, "lr": training.lr_at(epoch), **dict(zip(names, record.mean(0).tolist(), strict=True))}
+            entry = {
+                "epoch": epoch + 1,
+                "lr": training.lr_at(epoch),
+                **dict(zip(names, record.mean(0).tolist(), strict=True)),
+            }
             if val is not None:
                 weights = objective.encode(parameter.detach()[None])[0]
                 entry["val_accuracy"] = accuracy(weights, val, normalize=start.normalize).accuracy
@@ -456,7 +485,9 @@ class _Run:
         for name in {**record["settings"], **self.settings}:
             old, new = record["settings"].get(name), json.loads(json.dumps(self.settings.get(name)))
             if old != new:
-                raise ValueError(f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}")
+                raise ValueError(
+                    f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}"
+                )
         self.history, self.best_epoch = record["history"], record["best_epoch"]
         self.best = tensors["best"].to(self.parameter)
         with torch.no_grad():
@@ -480,7 +511,8 @@ def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch
         name = names[int(terms.int().argmax()) + (len(names) - len(terms))]
         value = record[step, names.index(name)].item()
         raise FloatingPointError(
-            f"the term {name!r} became {value} at step {epoch * batches + step + 1} (epoch {epoch + 1}): lower lr, or look at the features"
+            f"the term {name!r} became {value} at step {epoch * batches + step + 1} (epoch {epoch + 1}): lower lr, or "
+            "look at the features"
         )
     if not parameter.isfinite().all():
         raise FloatingPointError(f"the solution became NaN or infinite at the end of epoch {epoch + 1}: lower lr")
@@ -512,4 +544,7 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             return "unknown"
 
-    return {"python": platform.python_version(), **{name: of(name) for name in ("mergetune", "torch", "open_clip_torch")}}
+    return {
+        "python": platform.python_version(),
+        **{name: of(name) for name in ("mergetune", "torch", "open_clip_torch")},
+    }

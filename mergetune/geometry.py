@@ -37,7 +37,7 @@ class Path:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the chord between its ends, at least 0 (Frankle et al. 2020, arXiv 1912.05671)."""
+        """Largest rise of the loss above the chord between its ends, at least 0 (arXiv 1912.05671)."""
         first, last = self.loss[0], self.loss[-1]
         return max(0.0, *(loss - (1 - t) * first - t * last for t, loss in zip(self.alphas, self.loss, strict=True)))
 
@@ -113,7 +113,8 @@ def connectivity(
 
 
 def plot(panels: Mapping[str, Mapping[str, Path]], file: str | FilePath) -> None:
-    """Draw loss (above) and accuracy (below) along paths, one column for each set of images, as the paper's Fig. 2 does.
+    """Draw loss (above) and accuracy (below) along paths, one column for each set of images, as the paper's Fig. 2
+    does.
 
     Args:
         panels: name of the images -> name of the path -> path, as :func:`connectivity` gives it.
@@ -123,7 +124,11 @@ def plot(panels: Mapping[str, Mapping[str, Path]], file: str | FilePath) -> None
 
     figure = Figure(figsize=(4.6 * len(panels), 6.0), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False, sharex=True)
-    styles: Sequence[dict[str, Any]] = ({"color": "#1b9e77"}, {"color": "#7570b3"}, {"color": "#d95f02", "linestyle": "--"})
+    styles: Sequence[dict[str, Any]] = (
+        {"color": "#1b9e77"},
+        {"color": "#7570b3"},
+        {"color": "#d95f02", "linestyle": "--"},
+    )
     for column, (title, paths) in enumerate(panels.items()):
         for style, (name, walked) in zip(styles, paths.items(), strict=False):
             axes[0, column].plot(walked.alphas, walked.loss, label=f"{name} (barrier {walked.barrier:.3f})", **style)

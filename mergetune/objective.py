@@ -31,8 +31,8 @@ class Objective:
         encode: parameters [M, ...] -> class weights [M, C, D].
         scale: logit scale.
         normalize: class weights are made unit norm after interpolation (prompts) or taken as they are (heads).
-        anchors: class weights of the fine-tuned solutions, [K, C, D], in space "embedding"; their parameters [K, ...] in
-            space "parameter".
+        anchors: class weights of the fine-tuned solutions, [K, C, D], in space "embedding"; their parameters [K, ...]
+            in space "parameter".
         betas: weight of each anchor's path, [K].
         alphas: fixed path points, [N]; None draws ``points`` uniform ones at every step.
         points: N.
@@ -64,7 +64,9 @@ class Objective:
         paths = 0 if self.anchors is None else len(self.anchors)
         return ("endpoint", "surrogate", *(f"path_{k + 1}" for k in range(paths)))
 
-    def __call__(self, parameter: Tensor, x: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, parameter: Tensor, x: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss and its terms without their weights.
 
         Args:
@@ -78,7 +80,9 @@ class Objective:
         """
         if self.anchors is None:
             return self._loss_at(self.encode(parameter[None])[0], x, labels)
-        alphas = torch.rand(self.points, generator=generator, dtype=torch.float64) if self.alphas is None else self.alphas
+        alphas = (
+            torch.rand(self.points, generator=generator, dtype=torch.float64) if self.alphas is None else self.alphas
+        )
         if self.space == "embedding":
             return self._loss_at(self.encode(parameter[None])[0], x, labels, alphas)
         return self._parameter_loss(parameter, x, labels, alphas)
@@ -123,7 +127,7 @@ class Objective:
 
     @property
     def _is_diagonal(self) -> bool:
-        """Whether the surrogate is one that the fused op computes: on unit norm, 1 - cos is the identity's 1/2 |t - t1|^2."""
+        """Whether the fused op computes the surrogate: on unit norm, 1 - cos is the identity's 1/2 |t - t1|^2."""
         return self.surrogate in ("identity", "fisher") or (self.surrogate == "cosine" and self.normalize)
 
 
@@ -131,7 +135,8 @@ def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:
     """The points a_n of a path; 0 is the fine-tuned solution, 1 is w.
 
     Args:
-        grid: "even": ``points`` evenly spaced in [0, 1) (the paper); "official": ``arange(0.1, 1.01, 1 / points)`` (official
+        grid: "even": ``points`` evenly spaced in [0, 1) (the paper); "official": ``arange(0.1, 1.01, 1 / points)``
+            (official
             code: for 5 points .1 .3 .5 .7 .9); "random": uniform, new at every step; or the points themselves.
         points: N; not used with points of your own.
 

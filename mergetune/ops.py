@@ -1,7 +1,7 @@
 """The torch ops: schema, fake, autograd and dispatch. The only file that touches torch.ops and the native core.
 
-``ops.<name>`` is the dispatcher, ``reference.<name>`` its definition. CPU tensors go to the C++ core ("cpp"); CUDA tensors to
-plain torch ("torch") unless the compiled kernel ("cuda") is asked for. A backend that is not there raises.
+``ops.<name>`` is the dispatcher, ``reference.<name>`` its definition. CPU tensors go to the C++ core ("cpp"); CUDA
+tensors to plain torch ("torch") unless the compiled kernel ("cuda") is asked for. A backend that is not there raises.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P = 1 + K * N points in all.
 """
@@ -17,7 +17,8 @@ try:  # torch is imported first, so that the core shares its OpenMP threads
     from mergetune import _C
 except ImportError as error:
     raise ImportError(
-        f"mergetune's native core could not be loaded ({error}). Build it with `pip install .` in the source tree (a C++17 "
+        f"mergetune's native core could not be loaded ({error}). Build it with `pip install .` in the source tree (a "
+        "C++17 "
         "compiler is all that it needs), or reinstall the wheel: `pip install --force-reinstall mergetune`."
     ) from error
 
@@ -53,7 +54,14 @@ def _backend(tensor: Tensor, backend: str | None) -> str:
 
 
 def path_cross_entropy(
-    dots: Tensor, labels: Tensor, anchor: Tensor, alpha: Tensor, weight: Tensor, rscale: Tensor, *, backend: str | None = None
+    dots: Tensor,
+    labels: Tensor,
+    anchor: Tensor,
+    alpha: Tensor,
+    weight: Tensor,
+    rscale: Tensor,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of every path point and its gradient in one pass; see :func:`reference.path_cross_entropy`.
 
@@ -178,7 +186,7 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _real(w: Tensor) -> torch.dtype:
-    """What the loss is computed in: float64 if w is, float32 otherwise (logits of 100 x cosine do not survive half types)."""
+    """What the loss is computed in: float64 if w is, else float32 (half types cannot hold logits of 100 x cosine)."""
     return torch.float64 if w.dtype == torch.float64 else torch.float32
 
 
@@ -292,9 +300,16 @@ torch.library.register_autograd("mergetune::lmc_loss", _lmc_loss_backward, setup
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: tuple[int, ...], *, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    causal: bool = True,
 ) -> Tensor:
-    """Attention of packed sequences behind a shared prefix; see :func:`reference.prefix_attention`. Plain torch so far."""
+    """Attention of packed sequences behind a shared prefix, so far in plain torch; see the definition."""
     return reference.prefix_attention(q, k, v, prefix_k, prefix_v, lengths, causal=causal)
 
 
@@ -308,7 +323,11 @@ def self_test() -> dict[str, float]:
     x, labels = torch.nn.functional.normalize(draw(33, 24), dim=-1), torch.arange(33) % 7
     w, anchors, w1, rscale = draw(7, 24), draw(2, 7, 24), draw(7, 24), draw(5, 7).abs()
     alphas, betas = torch.tensor([0.0, 0.4]), torch.tensor([0.5, 2.0])
-    points = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([1.0, 0.0, 0.4, 0.0, 0.4]), torch.tensor([1.0, 0.3, 0.3, 1.0, 1.0])
+    points = (
+        torch.tensor([0, 1, 1, 2, 2]),
+        torch.tensor([1.0, 0.0, 0.4, 0.0, 0.4]),
+        torch.tensor([1.0, 0.3, 0.3, 1.0, 1.0]),
+    )
 
     def lmc(backend: str | None) -> Tensor:
         leaf = w.clone().requires_grad_()

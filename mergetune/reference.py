@@ -27,10 +27,10 @@ def lmc_loss(
 ) -> tuple[Tensor, Tensor]:
     """The LMC objective (arXiv 2601.10497), point by point.
 
-    ``loss = CE(w) + lam * S(w; w1) + sum_k betas[k] * mean_n CE(anchors[k] + alphas[n] * (w - anchors[k]))``, where CE takes
-    the logits ``scale * x @ t.T`` and t is the interpolated weight, made unit norm *after* the interpolation where
-    ``normalize`` (official code: trainers/kgcoop_coop_LMC.py), and ``S = 1/2 mean_c sum_d curvature[c,d] (t - t1)[c,d]^2``.
-    On unit norm and without a curvature, S is the official ``mean_c (1 - cos)``.
+    ``loss = CE(w) + lam * S(w; w1) + sum_k betas[k] * mean_n CE(anchors[k] + alphas[n] * (w - anchors[k]))``, where CE
+    takes the logits ``scale * x @ t.T`` and t is the interpolated weight, made unit norm *after* the interpolation
+    where ``normalize`` (official code: trainers/kgcoop_coop_LMC.py), and ``S = 1/2 mean_c sum_d curvature[c,d] (t -
+    t1)[c,d]^2``. On unit norm and without a curvature, S is the official ``mean_c (1 - cos)``.
 
     Args:
         x: image features, [B, D].
@@ -96,7 +96,14 @@ def path_cross_entropy(
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: tuple[int, ...], *, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    causal: bool = True,
 ) -> Tensor:
     """Attention of packed sequences that all begin with the same prefix.
 
@@ -113,7 +120,9 @@ def prefix_attention(
     """
     total, last_only = sum(lengths), q.shape[1] == len(lengths) != sum(lengths)
     if k.shape[1] != total or (q.shape[1] != total and not last_only):
-        raise ValueError(f"lengths must sum to the packed tokens, got {total} for q {tuple(q.shape)} and k {tuple(k.shape)}")
+        raise ValueError(
+            f"lengths must sum to the packed tokens, got {total} for q {tuple(q.shape)} and k {tuple(k.shape)}"
+        )
     runs = _runs(lengths)
     rows = [length * count for length, count in runs]
     query_rows = [count for _, count in runs] if last_only else rows
@@ -128,7 +137,9 @@ def prefix_attention(
         own = q_run @ k_run.transpose(-1, -2)
         if causal:
             n_q, n_k = own.shape[-2:]
-            own = own.masked_fill(torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).triu(n_k - n_q + 1), float("-inf"))
+            own = own.masked_fill(
+                torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).triu(n_k - n_q + 1), float("-inf")
+            )
         scores = torch.cat([q_run @ prefix_k.transpose(-1, -2), own], -1).softmax(-1)
         mixed = scores[..., :size] @ prefix_v + scores[..., size:] @ v_run
         out.append(mixed.transpose(2, 3).flatten(1, 2))

@@ -59,7 +59,8 @@ class Prompt:
             raise ValueError(f"ctx must have shape [n, W] or [C, n, W], got {list(self.ctx.shape)}")
         if (self.ctx.ndim == 3) != (self.classnames is not None):
             raise ValueError(
-                f"classnames must be given for class-specific contexts [C, n, W] and for no others, got ctx {list(self.ctx.shape)}"
+                f"classnames must be given for class-specific contexts [C, n, W] and for no others, got ctx "
+                f"{list(self.ctx.shape)}"
             )
         if self.classnames is not None and len(self.classnames) != len(self.ctx):
             raise ValueError(f"classnames must name the {len(self.ctx)} classes of ctx, got {len(self.classnames)}")
@@ -80,7 +81,13 @@ class Prompt:
 
     @classmethod
     def random(
-        cls, clip: FrozenClip, n_ctx: int = 16, classnames: Sequence[str] | None = None, *, seed: int = 1, suffix: str = "."
+        cls,
+        clip: FrozenClip,
+        n_ctx: int = 16,
+        classnames: Sequence[str] | None = None,
+        *,
+        seed: int = 1,
+        suffix: str = ".",
     ) -> Prompt:
         """CoOp's random start: normal context vectors of standard deviation 0.02."""
         if n_ctx < 1:
@@ -99,13 +106,15 @@ class Prompt:
     def from_checkpoint(
         cls, path: str | Path, *, template: str | None = None, classnames: Sequence[str] | None = None
     ) -> Prompt:
-        """Read a prompt of CoOp, KgCoOp or the official MERGETUNE (``prompt_learner/model.pth.tar-N``), without running pickle.
+        """Read a prompt of CoOp, KgCoOp or the official MERGETUNE (``prompt_learner/model.pth.tar-N``), without running
+        pickle.
 
         Args:
             path: the file, or its folder; see :func:`mergetune.checkpoints.read_prompt`.
             template: the text that it was trained with, one token before ``{}`` for each context vector; None is CoOp's
                 "X X X X {}.".
-            classnames: names of the classes of a class-specific context, in the order of training (sorted labels in CoOp).
+            classnames: names of the classes of a class-specific context, in the order of training (sorted labels in
+                CoOp).
         """
         found = read_prompt(path)
         return cls(
@@ -146,9 +155,14 @@ class Prompt:
             _check_same_classes("classnames", classnames, self.classnames)
         tokens, first = clip.tokenize([self.template.format(name) for name in classnames]), clip.first_token
         context = tokens[:, first : first + self.n_ctx]
-        if (context != context[0]).any() or (clip.text.pooled_position(tokens) < first + self.n_ctx).any() and clip.text.causal:
+        if (
+            (context != context[0]).any()
+            or (clip.text.pooled_position(tokens) < first + self.n_ctx).any()
+            and clip.text.causal
+        ):
             raise ValueError(
-                f"template must hold {self.n_ctx} tokens before {{}}, one for each context vector, got {self.template!r}"
+                f"template must hold {self.n_ctx} tokens before {{}}, one for each context vector, got "
+                f"{self.template!r}"
             )
         text = clip.text_as(precision or torch.float32)
         return text_encoder(text, tokens, first=first, context=self.n_ctx, shared=self.classnames is None)
@@ -216,7 +230,9 @@ class Head:
         if self.weight.ndim != 2 or 0 in self.weight.shape:
             raise ValueError(f"weight must have shape [C, D], got {list(self.weight.shape)}")
         if len(check_classnames(self.classnames)) != len(self.weight):
-            raise ValueError(f"classnames must name the {len(self.weight)} classes of weight, got {len(self.classnames)}")
+            raise ValueError(
+                f"classnames must name the {len(self.weight)} classes of weight, got {len(self.classnames)}"
+            )
         if self.bias is not None:
             _check_finite("bias", self.bias)
             if tuple(self.bias.shape) != (len(self.weight),):
@@ -232,23 +248,21 @@ class Head:
         templates: str | Sequence[str] = "a photo of a {}.",
         *,
         bias: bool = False,
-        logit_scale: float | None = None,
     ) -> Head:
-        """The zero-shot classifier as a head; ``logit_scale`` None takes the CLIP's, another divides it out of the weight."""
-        scale = clip.logit_scale if logit_scale is None else logit_scale
-        weight = clip.class_embeddings(classnames, templates) * (clip.logit_scale / scale)
+        """The zero-shot classifier: unit class embeddings, the CLIP's logit scale, and a bias of 0 if wanted."""
+        weight = clip.class_embeddings(classnames, templates)
         return cls(
             weight=weight,
             classnames=tuple(classnames),
             bias=weight.new_zeros(len(weight)) if bias else None,
-            logit_scale=scale,
+            logit_scale=clip.logit_scale,
             backbone=clip.name,
             fingerprint=clip.image_fingerprint,
         )
 
     @property
     def parameter(self) -> Tensor:
-        """What is searched and interpolated: [C, D], or [C, D + 1] with the bias as the weight of a constant feature."""
+        """What is searched and interpolated: [C, D], or [C, D + 1] with the bias as a constant feature's weight."""
         return self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
 
     def with_parameter(self, parameter: Tensor, **changes: Any) -> Head:
@@ -256,6 +270,12 @@ class Head:
         if self.bias is None:
             return replace(self, weight=parameter, **changes)
         return replace(self, weight=parameter[:, :-1].contiguous(), bias=parameter[:, -1].contiguous(), **changes)
+
+    def rescaled(self, logit_scale: float) -> Head:
+        """The same logits with another factor on them: weight and bias take up the difference."""
+        factor = self.logit_scale / logit_scale
+        bias = None if self.bias is None else self.bias * factor
+        return replace(self, weight=self.weight * factor, bias=bias, logit_scale=logit_scale)
 
     def scale(self, clip: FrozenClip | None = None) -> float:
         """Logit scale of its class weights."""
@@ -298,7 +318,9 @@ class Head:
     def load(cls, path: str | Path) -> Head:
         """Read what :meth:`save` wrote."""
         config, tensors = _load(path, cls.kind, {"weight"})
-        return cls(weight=tensors["weight"], bias=tensors.get("bias"), logit_scale=config["logit_scale"], **_common(config))
+        return cls(
+            weight=tensors["weight"], bias=tensors.get("bias"), logit_scale=config["logit_scale"], **_common(config)
+        )
 
 
 Solution = Prompt | Head
@@ -324,7 +346,9 @@ def check_compatible(a: Solution, b: Solution) -> None:
     if type(a) is not type(b):
         raise TypeError(f"solutions on one path must be of one kind, got {a.kind} and {b.kind}")
     if a.parameter.shape != b.parameter.shape:
-        raise ValueError(f"solutions on one path must have one shape, got {list(a.parameter.shape)} and {list(b.parameter.shape)}")
+        raise ValueError(
+            f"solutions on one path must have one shape, got {list(a.parameter.shape)} and {list(b.parameter.shape)}"
+        )
     if a.classnames is not None:
         _check_same_classes("classnames", a.classnames, b.classnames)
     if isinstance(a, Head) and abs(a.logit_scale / b.logit_scale - 1) > 1e-6:
@@ -332,7 +356,7 @@ def check_compatible(a: Solution, b: Solution) -> None:
 
 
 def inputs(x: Tensor, weights: Tensor) -> Tensor:
-    """Features [B, D] as the class weights [..., C, D] take them; [B, D + 1] with a constant 1 where those hold a bias."""
+    """Features [B, D] as class weights [..., C, D] take them: with a constant 1 behind where those hold a bias."""
     return torch.cat([x, x.new_ones(len(x), 1)], 1) if weights.shape[-1] == x.shape[-1] + 1 else x
 
 
@@ -358,10 +382,14 @@ def check_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
 
 def _check_same_classes(argument: str, got: Sequence[str], expected: Sequence[str]) -> None:
     if len(got) != len(expected):
-        raise ValueError(f"{argument} must be the solution's {len(expected)} classes in its order, got {len(got)} classes")
+        raise ValueError(
+            f"{argument} must be the solution's {len(expected)} classes in its order, got {len(got)} classes"
+        )
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         if a != b:
-            raise ValueError(f"{argument} must be the solution's classes in its order: class {i} must be {b!r}, got {a!r}")
+            raise ValueError(
+                f"{argument} must be the solution's classes in its order: class {i} must be {b!r}, got {a!r}"
+            )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
@@ -399,7 +427,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != "mergetune-solution":
         raise ValueError(f"{path / CONFIG} must have format 'mergetune-solution'")
     if config.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{path / CONFIG}: version must be {FORMAT_VERSION}, got {config.get('version')!r}: update mergetune")
+        raise ValueError(
+            f"{path / CONFIG}: version must be {FORMAT_VERSION}, got {config.get('version')!r}: update mergetune"
+        )
     return config
 
 

@@ -1,10 +1,13 @@
 """Class features from context vectors: the text tower run on packed tokens, behind a prefix shared by all classes.
 
-In a causal tower nothing after a text's last token can reach its feature, and ``[SOS, ctx_1 .. ctx_n]`` is the same for every
-class: its keys and values are computed once, and only the class names' own tokens are packed behind it, sorted by length, so
-that nothing is padded. Class-specific contexts and towers without a causal mask take whole sequences through the same code.
+In a causal tower nothing after a text's last token can reach its feature, and ``[SOS, ctx_1 .. ctx_n]`` is the same for
+every
+class: its keys and values are computed once, and only the class names' own tokens are packed behind it, sorted by
+length, so that nothing is padded. Class-specific contexts and towers without a causal mask take whole sequences through
+the same code.
 
-Shapes: M prompts encoded together, C classes, L context length, W tower width, D embedding width, T packed tokens, S prefix.
+Shapes: M prompts encoded together, C classes, L context length, W tower width, D embedding width, T packed tokens, S
+prefix.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from mergetune import ops
 from mergetune.clip import TextParts
 
-CHUNK_TOKENS = 8192  # activations of at most so many tokens are kept at once: about 2.5 GB in float32 for a 12 x 512 tower
+CHUNK_TOKENS = (
+    8192  # activations of at most so many tokens are kept at once: about 2.5 GB in float32 for a 12 x 512 tower
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +113,9 @@ def text_encoder(
     """
     pooled = text.pooled_position(tokens)
     if (pooled < first + context).any() and text.causal:
-        raise ValueError(f"tokens must hold the class name after the {context} context tokens, got a text that ends before")
+        raise ValueError(
+            f"tokens must hold the class name after the {context} context tokens, got a text that ends before"
+        )
     behind_prefix = shared and text.causal
     begin = first + context if behind_prefix else 0
     lengths = (pooled + 1 - begin) if text.causal else torch.full_like(pooled, tokens.shape[1])
@@ -122,7 +129,9 @@ def text_encoder(
                 positions = torch.cat([positions[positions != pooled[c]], pooled[c : c + 1]])
             row = embedded[0][tokens[c, positions]].to(text.dtype) + embedded[1][positions]
             if not behind_prefix:
-                at = torch.tensor([positions.tolist().index(p) for p in range(first, first + context)], device=row.device)
+                at = torch.tensor(
+                    [positions.tolist().index(p) for p in range(first, first + context)], device=row.device
+                )
                 row = row.index_fill(0, at, 0.0)
                 context_rows.append(at + offset)
             rows.append(row)
@@ -148,7 +157,7 @@ def text_encoder(
 def _attention(
     block: torch.nn.Module, text: TextParts, x: Tensor, size: int, lengths: tuple[int, ...], pooled: Tensor | None
 ) -> Tensor:
-    """One block's attention over [prefix | packed texts], x [M, size + T, W]; for the pooled rows alone if they are given."""
+    """One block's attention over [prefix | packed texts], x [M, size + T, W]; only for the pooled rows if given."""
     attn = block.attn
     q, k, v = torch.nn.functional.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
     q, k, v = (t.unflatten(-1, (text.heads, -1)) for t in (q, k, v))

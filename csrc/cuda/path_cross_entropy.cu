@@ -49,10 +49,14 @@ struct Point {
     PathWeights<T> path;
     bool valid;
 
-    __device__ Point(const Args<T>& op, std::int64_t p)
-        : anchor(op.dots), tuned(op.dots), rscale(op.rscale + p * op.C), path(op.alpha[p]), valid(true) {
-        const std::int64_t k = op.anchor[p];
-        valid = k >= 0 && k <= op.K;
+    __device__ Point(const Args<T>& op, std::int64_t p) : Point(op, p, op.anchor[p]) {}
+
+    __device__ Point(const Args<T>& op, std::int64_t p, std::int64_t k)
+        : anchor(op.dots),
+          tuned(op.dots),
+          rscale(op.rscale + p * op.C),
+          path(k == 0 ? 1.0 : op.alpha[p]),
+          valid(k >= 0 && k <= op.K) {
         if (valid && op.alpha[p] != 1.0) anchor += k * op.stride_m;
     }
 

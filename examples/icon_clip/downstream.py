@@ -99,7 +99,7 @@ def main(
     out: Annotated[Path, typer.Argument(help="folder for clean-icons.zip and tilted-icons.zip")],
 ) -> None:
     """Write the benchmark, clean and tilted: train/<class>/<set>--<icon>.png and test/<class>/... in a zip each."""
-    records = json.loads((data / "icons.json").read_text())
+    records = json.loads((data / "icons.json").read_text(encoding="utf-8"))
     chosen = choose(records)
     indices = [index for index, _, _ in chosen]
     names = [f"{side}/{name}/{records[index]['set']}--{records[index]['icon']}.png" for index, name, side in chosen]

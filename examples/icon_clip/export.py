@@ -1,4 +1,4 @@
-"""Publish trained weights: fp16 in open_clip's local-dir layout, with a model card and the attribution of every icon."""
+"""Publish trained weights: fp16 in open_clip's local-dir layout, with a model card and the icons' attribution."""
 
 import json
 import zipfile
@@ -16,11 +16,22 @@ from views import VOCABULARY
 from zeroshot import TEMPLATE, zero_shot
 
 HERE = Path(__file__).parent
+LEARNABLE = 2  # pretraining sets that must share a caption for the embeddings of its words to be kept
+
+ATTRIBUTION = """# Attribution
+
+The images in `tilted-icons.zip` are drawn from the icons counted under *benchmark*: rasterised at 48 pixels, then
+rotated, resized and shifted. The model in `icon-clip/` was trained on rasters of the icons counted under *pretraining*;
+these are not part of this package. Names, authors and licences are those that the npm package `@iconify/json` 2.2.535
+states for each set. Each icon belongs to the author of its set.
+
+| set | name | author | licence | benchmark | pretraining |
+|---|---|---|---|---|---|"""
 
 
 def used_rows(records: list[dict]) -> Tensor:
-    """Rows of the token embedding that common captions, the benchmark's concepts and the templates need."""
-    texts = [*common_captions(records), *CHOICES["concepts"], VOCABULARY]
+    """Rows of the token embedding that shared captions, the benchmark's concepts and the templates need."""
+    texts = [*common_captions(records, LEARNABLE), *CHOICES["concepts"], VOCABULARY]
     tokens = {token for text in texts for token in tokenizer().encode(text)}
     return torch.tensor(sorted(tokens | {0, START, END}))
 
@@ -42,30 +53,19 @@ def write_model(weights: dict[str, Tensor], folder: Path) -> None:
 
 
 def attribution(records: list[dict], sets: dict[str, dict], archive: Path) -> str:
-    """List every icon set used, with its author, its licence and what it is used for."""
+    """List every icon set used, with its author, its licence and how many of its icons are used for what."""
     pretraining = Counter(record["set"] for record in records if not record["held_out"])
     with zipfile.ZipFile(archive) as file:
         benchmark = Counter(Path(name).name.split("--")[0] for name in file.namelist())
-    lines = [
-        "# Attribution",
-        "",
-        "The images in `tilted-icons.zip` are drawn from the icons counted under *benchmark images*: rasterised at 48 pixels,",
-        "then rotated, resized and shifted. The model in `icon-clip/` was trained on rasters of the icons counted under",
-        "*pretraining images*; none of them are part of this package. Names, authors and licences are those that the npm",
-        "package `@iconify/json` 2.2.535 states for each set. Each icon belongs to the author of its set.",
-        "",
-        "| set | name | author | licence | benchmark images | pretraining images |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [ATTRIBUTION]
     for key in sorted(pretraining | benchmark):
-        info = sets[key]
-        counts = f"{benchmark[key] or ''} | {pretraining[key] or ''}"
-        lines.append(f"| {key} | {info['name']} | {info['author']} | {info['licence']} | {counts} |")
-    return "\n".join(lines) + "\n\n" + (HERE / "licences.md").read_text()
+        cells = [key, *(sets[key][field] for field in ("name", "author", "licence"))]
+        lines.append(f"| {' | '.join(cells)} | {benchmark[key] or '-'} | {pretraining[key] or '-'} |")
+    return "\n".join(lines) + "\n\n" + (HERE / "licences.md").read_text(encoding="utf-8")
 
 
 def results(models: dict[str, Path], archives: list[Path]) -> str:
-    """Measure every model on every archive and side: a markdown table of per cent."""
+    """Measure every model on both sides of every archive: a markdown table of per cent."""
     lines = ["| weights | images | side | base | novel | all |", "|---|---|---|---|---|---|"]
     for name, folder in models.items():
         for archive in archives:
@@ -82,48 +82,38 @@ def main(
     archives: Annotated[Path, typer.Argument(help="folder that downstream.py wrote")],
     out: Annotated[Path, typer.Argument(help="folder for icon-clip/, MODEL_CARD.md and ATTRIBUTION.md")],
     origin: Annotated[str, typer.Option(help="where the weights come from")] = "Trained with `examples/icon_clip/`.",
-    other: Annotated[
-        Path | None, typer.Option(help="local-dir folder of other weights, to compare in the card")
-    ] = None,
+    other: Annotated[Path | None, typer.Option(help="local-dir folder of other weights to compare")] = None,
 ) -> None:
     """Write the model, its card with measured zero-shot accuracy, and the attribution."""
-    records = json.loads((data / "icons.json").read_text())
-    sets = json.loads((data / "sets.json").read_text())
+    records = json.loads((data / "icons.json").read_text(encoding="utf-8"))
+    sets = json.loads((data / "sets.json").read_text(encoding="utf-8"))
     rows = used_rows(records)
     published = half_precision(load_file(weights), rows)
     write_model(published, out / "icon-clip")
 
     zips = [archives / "clean-icons.zip", archives / "tilted-icons.zip"]
-    (out / "ATTRIBUTION.md").write_text(attribution(records, sets, zips[1]))
-    models = {"shipped": out / "icon-clip"} | ({"other": other} if other else {})
+    (out / "ATTRIBUTION.md").write_text(attribution(records, sets, zips[1]), encoding="utf-8")
+
     seen = [record for record in records if not record["held_out"]]
-    parameters = {
-        tower: sum(
-            v.numel() for k, v in published.items() if v.is_floating_point() and k.startswith("visual.") == image
-        )
-        for tower, image in (("image", True), ("text", False))
+    sizes = {name: value.numel() for name, value in published.items() if value.is_floating_point()}
+    image = sum(size for name, size in sizes.items() if name.startswith("visual."))
+    facts = {
+        "origin": origin,
+        "results": results({"shipped": out / "icon-clip"} | ({"other": other} if other else {}), zips),
+        "template": TEMPLATE,
+        "images": f"{len(seen):,}",
+        "captions": f"{len({record['caption'] for record in seen}):,}",
+        "sets": len({record["set"] for record in seen}),
+        "held_out": len({record["set"] for record in records if record["held_out"]}),
+        "batch": BATCH,
+        "names_steps": f"{STAGES[0].steps:,}",
+        "attributes_steps": f"{STAGES[1].steps:,}",
+        "image_parameters": f"{image / 1e6:.1f} M",
+        "text_parameters": f"{(sum(sizes.values()) - image) / 1e6:.1f} M",
+        "rows": f"{len(rows):,}",
+        "megabytes": f"{(out / 'icon-clip' / 'open_clip_model.safetensors').stat().st_size / 1e6:.1f}",
     }
-    card = (
-        (HERE / "card.md")
-        .read_text()
-        .format(
-            origin=origin,
-            results=results(models, zips),
-            template=TEMPLATE,
-            images=f"{len(seen):,}",
-            captions=f"{len({record['caption'] for record in seen}):,}",
-            sets=len({record["set"] for record in seen}),
-            held_out=len({record["set"] for record in records if record["held_out"]}),
-            batch=BATCH,
-            names_steps=f"{STAGES[0].steps:,}",
-            attributes_steps=f"{STAGES[1].steps:,}",
-            image_parameters=f"{parameters['image'] / 1e6:.1f} M",
-            text_parameters=f"{parameters['text'] / 1e6:.1f} M",
-            rows=f"{len(rows):,}",
-            megabytes=f"{(out / 'icon-clip' / 'open_clip_model.safetensors').stat().st_size / 1e6:.1f}",
-        )
-    )
-    (out / "MODEL_CARD.md").write_text(card)
+    (out / "MODEL_CARD.md").write_text((HERE / "card.md").read_text(encoding="utf-8").format(**facts), encoding="utf-8")
     typer.echo(f"{out}: {len(rows)} embedding rows kept")
 
 

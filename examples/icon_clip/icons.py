@@ -19,7 +19,7 @@ from tqdm import tqdm
 SIZE = 48  # pixels
 LICENCES = {"MIT", "Apache-2.0", "CC0-1.0", "ISC", "BSD-3-Clause", "OFL-1.1", "Unlicense"}
 
-CHOICES = json.loads(Path(__file__).with_name("choices.json").read_text())
+CHOICES = json.loads(Path(__file__).with_name("choices.json").read_text(encoding="utf-8"))
 # Brands, flags and notations: their names say nothing about what is drawn.
 SKIPPED_CATEGORIES = {"Logos", "Programming"}
 SKIPPED_SETS = set(CHOICES["skipped_sets"])
@@ -109,7 +109,7 @@ def read_set(path: Path) -> tuple[list[dict], np.ndarray]:
     Returns:
         One record an icon (`set`, `icon`, `caption`, `style`, `colour`) and the images, uint8 [N, 48, 48, 3].
     """
-    icon_set = json.loads(path.read_text())
+    icon_set = json.loads(path.read_text(encoding="utf-8"))
     by_caption = defaultdict(list)
     for name, icon in icon_set["icons"].items():
         text, style = caption(name, list(icon_set.get("prefixes") or ()), list(icon_set.get("suffixes") or ()))
@@ -143,7 +143,7 @@ def usable_sets(package: Path) -> dict[str, dict]:
     Returns:
         By set, in the order of drawing: name, author, licence, spdx, number of icons and whether it is held out.
     """
-    collections = json.loads((package / "collections.json").read_text())
+    collections = json.loads((package / "collections.json").read_text(encoding="utf-8"))
     chosen = {}
     for name, info in sorted(collections.items()):
         if info["license"].get("spdx") not in LICENCES:

@@ -68,7 +68,7 @@ class Icons:
     """The pretraining icons as random batches of augmented images and token ids."""
 
     def __init__(self, data: Path) -> None:
-        everything = json.loads((data / "icons.json").read_text())
+        everything = json.loads((data / "icons.json").read_text(encoding="utf-8"))
         self.rows = np.array([row for row, record in enumerate(everything) if not record["held_out"]])
         self.records = [everything[row] for row in self.rows]
         self.images = np.load(data / "images.npy", mmap_mode="r")
@@ -94,13 +94,13 @@ class Icons:
         return images, tokenize(texts), self.caption[picks]
 
 
-def common_captions(records: list[dict]) -> set[str]:
-    """Captions that at least three pretraining sets use: what they mean can be learned."""
+def common_captions(records: list[dict], shared_by: int = SHARED_BY) -> set[str]:
+    """Captions that at least `shared_by` pretraining sets use: what they mean can be learned."""
     sets = {}
     for record in records:
         if not record["held_out"]:
             sets.setdefault(record["caption"], set()).add(record["set"])
-    return {caption for caption, names in sets.items() if len(names) >= SHARED_BY}
+    return {caption for caption, names in sets.items() if len(names) >= shared_by}
 
 
 @cache
