@@ -66,9 +66,8 @@ def demo(
     if as_json:
         _print_json(result.to_json())
         return
-    table = Table(title=f"Accuracy on tilted icons, mean ± deviation over {len(seeds)} seeds (%)", title_justify="left")
-    for column in ("", "base", "novel", "HM"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = _table("", "base", "novel", "HM")
+    table.title = f"Accuracy on tilted icons, mean ± deviation over {len(seeds)} seeds (%)"
     for row in result.rows:
         style = "bold" if row.name == "MERGETUNE" else None
         cells = [
@@ -268,7 +267,7 @@ def evaluate(
     if as_json:
         _print_json(report)
         return
-    table = Table("", "base", "novel", "HM") if base_novel else Table("", "accuracy", "mean of classes", "images")
+    table = _table("", "base", "novel", "HM") if base_novel else _table("", "accuracy", "mean of classes", "images")
     for name, found in report.items():
         if base_novel:
             cells = [found["base"]["accuracy"], found["novel"]["accuracy"], found["hm"]]
@@ -309,7 +308,7 @@ def path(
     if as_json:
         _print_json({name: walk.to_json() for name, walk in walks.items()})
         return
-    table = Table("", "loss at start", "highest", "at end", "barrier")
+    table = _table("", "loss at start", "highest", "at end", "barrier")
     for name, walk in walks.items():
         table.add_row(name, *(f"{v:.4f}" for v in (walk.loss[0], max(walk.loss), walk.loss[-1], walk.barrier)))
     out.print(table)
@@ -364,6 +363,14 @@ def _finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, di
     for name, row in rows.items():
         out.print(f"[bold]{name}[/] " + ", ".join(f"{k} {_plain(v)}" for k, v in row.items()), highlight=False)
     out.print(done, highlight=False, soft_wrap=True)
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(title_justify="left")
+    table.add_column(first, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _plain(value: Any) -> str:

@@ -531,9 +531,7 @@ def _finish(path: Path, plan: dict[str, Any]) -> None:
     if not any(shard["rows"] for shard in shards):
         raise ValueError(f"images must hold at least one readable image, all {len(plan['files'])} were skipped")
     _write(path / MANIFEST, _json({**plan, "torch": torch.__version__, "shards": shards}))
-    for number in range(len(shards)):
-        (path / _record_name(number)).unlink()
-    (path / PLAN).unlink()
+    _tidy(path)
 
 
 class _Views(torch.utils.data.Dataset):
@@ -557,10 +555,8 @@ class _Views(torch.utils.data.Dataset):
         views = [self.preprocess(image)]
         with torch.random.fork_rng(devices=[]):
             for view in range(1, self.views):
-                stream = hashlib.sha256(
-                    f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
-                ).digest()
-                torch.default_generator.manual_seed(int.from_bytes(stream[:8], "big"))
+                stream = f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
+                torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:8], "big"))
                 views.append(self.augment(image))
         return torch.stack(views), identity, None
 
@@ -584,7 +580,8 @@ def _batches(plan: dict[str, Any], number: int, batch_size: int) -> list[list[in
 def _is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
     """Whether the cache is there. Raises ValueError if it is another one.
 
-    Takes over new labels of the same images, and new modification times, for the next open.
+    Takes over new labels of the same images, and new modification times, for the next open, and tidies up after a
+    build that was killed when all but that was done.
     """
     if not (path / MANIFEST).is_file():
         return False
@@ -599,11 +596,12 @@ def _is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
     fresh = _refuse_changed(path, manifest, images)
     if len(wanted["files"]) == len(manifest["files"]):
         fresh = {**fresh, "labels": _reordered(manifest, wanted), "classnames": wanted["classnames"]}
-    if fresh != manifest:
-        # A convenience: where the folder is read-only or someone rebuilds it, the old manifest does as well.
+    if fresh != manifest or (path / PLAN).exists():
+        # A convenience: where the folder is read-only or someone rebuilds it, what is there does as well.
         with contextlib.suppress(OSError, RuntimeError), _locked(path):
             if _read_document(path / MANIFEST) == manifest:
                 _write(path / MANIFEST, _json(fresh))
+                _tidy(path)
     return True
 
 
@@ -659,7 +657,8 @@ def _reordered(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[int]:
 
 def _image_identity(path: Path) -> list[Any]:
     """[SHA-256, bytes, modification time in ns] of a file; Nones if it cannot be read."""
-    return [_sha256(path), *_stat(path)]
+    stat = _stat(path)  # before reading: a file that changes meanwhile must look changed later
+    return [_sha256(path), *stat]
 
 
 def _stat(path: Path) -> list[int | None]:
@@ -780,12 +779,18 @@ def _write(file: Path, content: bytes) -> None:
         os.close(folder)
 
 
+def _tidy(path: Path) -> None:
+    """Remove what only an unfinished cache needs, the plan last: it tells that there is something to tidy."""
+    for file in [*path.glob("shard-*.json"), *path.glob(PLAN)]:
+        file.unlink()
+
+
 def _clear(path: Path) -> None:
     """Remove a cache's own files, the manifest first, so that what is left never passes for complete."""
     (path / MANIFEST).unlink(missing_ok=True)
-    for pattern in ("shard-*.json", "shard-*.safetensors", PLAN):
-        for file in path.glob(pattern):
-            file.unlink()
+    _tidy(path)
+    for file in path.glob("shard-*.safetensors"):
+        file.unlink()
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Shapes: C classes, D embedding width, N points on a path.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -124,18 +124,15 @@ def plot(panels: Mapping[str, Mapping[str, Path]], file: str | FilePath) -> None
 
     figure = Figure(figsize=(4.6 * len(panels), 6.0), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False, sharex=True)
-    styles: Sequence[dict[str, Any]] = (
-        {"color": "#1b9e77"},
-        {"color": "#7570b3"},
-        {"color": "#d95f02", "linestyle": "--"},
-    )
+    styles = ({"color": "#1b9e77"}, {"color": "#7570b3"}, {"color": "#d95f02", "linestyle": "--"})
     for column, (title, paths) in enumerate(panels.items()):
         for style, (name, walked) in zip(styles, paths.items(), strict=False):
-            axes[0, column].plot(walked.alphas, walked.loss, label=f"{name} (barrier {walked.barrier:.3f})", **style)
+            axes[0, column].plot(walked.alphas, walked.loss, label=name, **style)
             axes[1, column].plot(walked.alphas, walked.accuracy, **style)
-        axes[0, column].set(title=title, ylabel="cross-entropy")
+        barrier = max(walked.barrier for walked in paths.values())
+        axes[0, column].set(title=f"{title}\nhighest barrier {barrier:.3f}", ylabel="cross-entropy")
         axes[1, column].set(xlabel="position on the path", ylabel="accuracy (%)")
-        axes[0, column].legend(fontsize="small", frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles), frameon=False)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

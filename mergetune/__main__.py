@@ -1,0 +1,5 @@
+"""`python -m mergetune`, for torchrun."""
+
+from mergetune.cli import app
+
+app()

@@ -1,0 +1,130 @@
+"""The commands, from a folder of images to a report: what they print, what they leave, how they fail."""
+
+import json
+import shutil
+import zipfile
+from importlib.resources import as_file, files
+
+import pytest
+from typer.testing import CliRunner
+
+from mergetune.cli import app
+
+CLASSES = ("anchor", "bell", "camera", "heart")
+
+
+@pytest.fixture(scope="module")
+def model():
+    with as_file(files("mergetune") / "assets" / "icon-clip") as folder:
+        yield f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, model):
+    """A folder with images of four classes, and what cache, tune and fit make of them."""
+    folder = tmp_path_factory.mktemp("work")
+    with (
+        as_file(files("mergetune") / "assets" / "tilted-icons.zip") as archive,
+        zipfile.ZipFile(archive) as content,
+    ):
+        wanted = [name for name in content.namelist() if name.split("/")[1] in CLASSES]
+        content.extractall(folder / "images", wanted)
+    backbone = ["--backbone", model]
+    short = ["--epochs", "2", "--classes", "base", "--shots", "8"]
+    cached = run("cache", folder / "images", "--out", folder / "cache", *backbone)
+    assert cached["train"]["classes"] == len(CLASSES) and cached["test"]["skipped"] == 0
+    train = ["--cache", folder / "cache" / "train"]
+    run("tune", *train, "--out", folder / "coop", *backbone, *short, "--template", "an icon of a {}")
+    run("tune", *train, "--out", folder / "kgcoop", *backbone, *short, "--method", "kgcoop")
+    tuned = ["--tuned", folder / "coop", "--tuned", folder / "kgcoop", "--beta", "0.5", "--beta", "0.1"]
+    fitted = run("fit", *train, "--out", folder / "merged", *backbone, *short, *tuned)
+    assert len(fitted["history"]) == 2 and {"path_1", "path_2"} <= fitted["history"][0].keys()
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def run(*arguments):
+    """A command's JSON."""
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_eval_reports_accuracy_of_each_solution(work, model):
+    test = ["--cache", work / "cache" / "test", "--backbone", model, "--solution", work / "merged"]
+    report = run("eval", *test)
+    assert report.keys() == {"zero-shot", str(work / "merged")}
+    assert all(entry["per_class"].keys() == set(CLASSES) and entry["images"] > 50 for entry in report.values())
+    halves = run("eval", *test, "--base-novel")["zero-shot"]
+    assert set(halves["base"]["per_class"]) == {"anchor", "bell"} and set(halves["novel"]["per_class"]) == {"camera", "heart"}
+    assert f"{report['zero-shot']['accuracy']:.2f}" in invoke("eval", *test).stdout
+
+
+def test_path_writes_barriers_and_a_figure(work, model):
+    figure = work / "paths.png"
+    walks = run(
+        "path", "--cache", work / "cache" / "test", "--backbone", model, "--tuned", work / "coop",
+        "--solution", work / "merged", "--figure", figure, "--points", 3, "--classes", "base",
+    )  # fmt: skip
+    assert all(walk["barrier"] >= 0 and len(walk["loss"]) == 3 for walk in walks.values())
+    assert figure.stat().st_size > 10_000
+
+
+def test_fit_again_gives_the_same_and_other_settings_are_refused(work, model):
+    arguments = [
+        "fit", "--cache", work / "cache" / "train", "--out", work / "merged", "--backbone", model, "--classes", "base",
+        "--shots", 8, "--tuned", work / "coop", "--tuned", work / "kgcoop", "--beta", 0.5, "--beta", 0.1, "--epochs", 2,
+    ]  # fmt: skip
+    before = (work / "merged" / "solution.safetensors").read_bytes()
+    run(*arguments)
+    assert (work / "merged" / "solution.safetensors").read_bytes() == before
+    refused = invoke(*arguments, "--lam", 3)
+    assert refused.exit_code == 2 and "lam" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tuned", "nowhere"], "nowhere"),
+        (["--tuned", "{work}/coop", "--tau", "1.5"], "tau must lie in [0, 1], got 1.5"),
+        (["--tuned", "{work}/coop", "--points", "0"], "points must be at least 1, got 0"),
+        (["--tuned", "{work}/coop", "--classes", "half"], "classes must be all, base or novel, got 'half'"),
+        (["--tuned", "{work}/coop", "--template", "no place for a name"], "exactly one {}"),
+    ],
+)
+def test_a_wrong_argument_exits_with_2_and_leaves_nothing(work, model, tmp_path, arguments, message):
+    arguments = [argument.replace("{work}", str(work)) for argument in arguments]
+    out = tmp_path / "out"
+    result = invoke("fit", "--cache", work / "cache" / "train", "--out", out, "--backbone", model, *arguments)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+    assert not out.exists()
+
+
+def test_cache_names_an_unreadable_image_and_can_skip_it(work, model, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "images")
+    broken = next((tmp_path / "images" / "train" / "bell").iterdir())
+    broken.write_bytes(broken.read_bytes()[:40])
+    arguments = ["cache", tmp_path / "images", "--out", tmp_path / "cache", "--backbone", model]
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2 and broken.name in "".join(refused.stderr.split())
+    assert run(*arguments, "--skip-unreadable")["train"]["skipped"] == 1
+
+
+def test_doctor_is_healthy():
+    report = run("doctor")
+    assert report["healthy"] and "cpp" in report["backends"] and report["native core"]["cpu_variant"]
+    assert "lmc_loss ok" in " ".join(invoke("doctor").stdout.split())
+
+
+def test_demo_reproduces_the_effect(tmp_path):
+    report = run("demo", "--out", tmp_path, "--seed", 1)
+    rows = {row["name"]: row for row in report["rows"]}
+    zero_shot, coop, merged = rows["zero-shot"], rows["CoOp"], rows["MERGETUNE"]
+    assert coop["base"] > zero_shot["base"] and coop["novel"] < zero_shot["novel"]  # it learns, and forgets
+    assert merged["novel"] > coop["novel"] and merged["hm"] > max(zero_shot["hm"], coop["hm"])  # repaired
+    assert {"KgCoOp", "logit ensemble"} < rows.keys()
+    assert (tmp_path / "paths.png").is_file() and (tmp_path / "seed-1" / "solution.safetensors").is_file()
+    assert json.loads((tmp_path / "results.json").read_text()) == report
