@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import pickle
 import re
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ CLASS_DEPENDENT = (
     "token_suffix",
     "token_midfix",
 )  # buffers of one set of class names: rebuilt, never read
-UNUSED = ("bias_vectors", "meta_net.")  # KgCoOp saves them, its forward does not use them
+KGCOOP_UNUSED = ("bias_vectors", "meta_net.")  # saved by KgCoOp, not used in its forward; CoCoOp uses its meta_net
 
 
 class _Inert:
@@ -27,6 +26,10 @@ class _Inert:
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def __setstate__(self, _: Any) -> None: ...
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
 
 
 # Dassl saves its scheduler as an object, which holds the optimiser. None of them is made: a stand-in is.
@@ -44,7 +47,7 @@ _ALLOWED = [
             "dassl.optim.lr_scheduler.LinearWarmupScheduler",
         )
     ),
-    (collections.defaultdict, "collections.defaultdict"),
+    (_plain_dict, "collections.defaultdict"),  # torch's unpickler fills plain dicts only
     (dict, "builtins.dict"),
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
@@ -87,7 +90,8 @@ def read_prompt(path: str | Path) -> PromptFile:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{file} must hold a state_dict, got {type(state).__name__}")
     state = {name.removeprefix("module.").removeprefix("prompt_learner."): value for name, value in state.items()}
-    kept = [name for name in state if name not in CLASS_DEPENDENT and not name.startswith(UNUSED)]
+    unused = KGCOOP_UNUSED if "bias_vectors" in state else ()
+    kept = [name for name in state if name not in CLASS_DEPENDENT and not name.startswith(unused)]
     ctx = state.get("ctx")
     if not isinstance(ctx, Tensor) or ctx.ndim not in (2, 3) or not ctx.is_floating_point():
         what = f"ctx {list(ctx.shape)}" if isinstance(ctx, Tensor) else ", ".join(kept[:5]) or "nothing"
@@ -127,9 +131,10 @@ def _find(path: Path) -> Path:
             path = path / learner
             break
     if (path / "checkpoint").is_file():
-        named = path / (path / "checkpoint").read_text(errors="replace").strip()
-        if named.is_file() and named.parent == path:
-            return named
+        name = (path / "checkpoint").read_text(errors="replace").strip()
+        named = [file for file in path.iterdir() if file.name == name]
+        if named:
+            return named[0]
     epochs = {file: re.fullmatch(r"model\.pth\.tar-(\d+)|model-(\d+)\.pth\.tar", file.name) for file in path.iterdir()}
     numbered = {file: int(match[1] or match[2]) for file, match in epochs.items() if match}
     if numbered:

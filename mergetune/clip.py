@@ -21,6 +21,8 @@ from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
+from mergetune.blocks import ACTIVATIONS
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COOP_CROP_SCALE = (0.08, 1.0)  # CoOp trains on random resized crops of this share of the area, and flips
 
@@ -99,7 +101,7 @@ class FrozenClip:
 
     Attributes:
         model: open_clip's ``CLIP`` or ``CustomTextCLIP``; put into eval mode, gradients off.
-        tokenizer: texts -> LongTensor [n, L].
+        tokenizer: (texts, context_length=L) -> LongTensor [n, L].
         name: the backbone's name, kept with every solution.
         preprocess_cfg: open_clip's preprocessing settings (JSON-able).
     """
@@ -245,9 +247,8 @@ class FrozenClip:
             [C, D] float32, unit norm.
         """
         templates = check_templates(templates)
-        if not classnames:
-            raise ValueError("classnames must hold at least one name, got none")
-        texts = [template.format(name) for template in templates for name in classnames]
+        check_classnames(classnames)
+        texts = [fill(template, name) for template in templates for name in classnames]
         features = F.normalize(self.encode_text(texts), dim=-1).view(len(templates), len(classnames), -1)
         return F.normalize(features.mean(0), dim=-1)
 
@@ -261,6 +262,28 @@ def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         if template.count("{}") != 1:
             raise ValueError(f"a template must hold exactly one {{}} for the class name, got {template!r}")
     return templates
+
+
+def fill(template: str, name: str) -> str:
+    """The template with a class name in its place."""
+    return template.replace("{}", name)
+
+
+def check_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple: at least one, none empty, none twice."""
+    if isinstance(classnames, str):
+        raise TypeError(f"classnames must be a list of names, got the text {classnames!r}")
+    names = tuple(classnames)
+    if not names:
+        raise ValueError("classnames must hold at least one name, got none")
+    seen: set[str] = set()
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"classnames must be texts, got {name!r}")
+        if name in seen:
+            raise ValueError(f"classnames must not repeat, got {name!r} twice")
+        seen.add(name)
+    return names
 
 
 def load_clip(
@@ -296,14 +319,22 @@ def load_clip(
         )
     if not complete:
         warn_quickgelu(name, str(pretrained))
+    archive = None
+    if not complete and _is_torchscript(Path(pretrained)):
+        archive = torch.jit.load(pretrained, map_location="cpu")
     model = open_clip.create_model(
         name,
-        None if pretrained is None else str(pretrained),
+        None if complete or archive is not None else str(pretrained),
         device=device,
-        require_pretrained=True,
+        require_pretrained=archive is None,
         cache_dir=cache_dir,
     )
+    if archive is not None:  # OpenAI's own files, which open_clip refuses to unpickle
+        described = {"input_resolution", "context_length", "vocab_size"}
+        model.load_state_dict({k: v.float() for k, v in archive.state_dict().items() if k not in described})
+    logit_scale = model.logit_scale.detach().clone()
     model.to(dtype=PRECISIONS[precision])
+    model.logit_scale.data = logit_scale  # the temperature is not rounded: a half type would change every logit
     cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
     label = name if complete else f"{name}/{pretrained}"
     return FrozenClip(
@@ -330,7 +361,7 @@ def warn_quickgelu(name: str, pretrained: str) -> None:
 
 def _is_torchscript(path: Path) -> bool:
     """OpenAI publishes TorchScript archives; state dicts carry no code."""
-    if not zipfile.is_zipfile(path):
+    if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in entry for entry in archive.namelist())
@@ -346,6 +377,9 @@ def _text_parts(model: nn.Module) -> TextParts:
     for block in blocks:
         if type(block) is not ResidualAttentionBlock:
             raise TypeError(f"text tower {kind} must be made of ResidualAttentionBlock, got {type(block).__name__}")
+        if type(block.mlp.gelu) not in ACTIVATIONS:
+            got = type(block.mlp.gelu).__name__
+            raise TypeError(f"text tower {kind} must have the activation GELU or QuickGELU, got {got}")
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         raise TypeError(f"text tower {kind} must have neither a class token (CoCa) nor a padding mask, got one")
     if pool not in ("argmax", "eos", "last"):

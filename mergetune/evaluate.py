@@ -20,7 +20,7 @@ from mergetune.features import FeatureCache
 from mergetune.solutions import Head, Prompt, Solution, inputs
 
 Classifier = Callable[[Sequence[str]], Tensor]
-"""Class names -> class weights [C, D], or [C, D + 1] with a bias; the prediction is the largest product."""
+"""Class names -> class weights [C, D], or [C, D + 1] with a bias, whose products with the features are the logits."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,33 @@ def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False
 def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Classifier:
     """Class weights by class names: of a prompt, a head, or zero-shot templates."""
     if isinstance(solution, Head):
-        return lambda names: solution.class_weights(clip, names)
+        return lambda names: solution.logit_scale * solution.class_weights(clip, names)
     if isinstance(solution, Prompt):
-        return lambda names: solution.class_embeddings(clip, names)
-    return lambda names: clip.class_embeddings(names, solution)
-
-
-def weight_average(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
-    """WiSE-FT (arXiv 2109.01903) on class embeddings: ``(1 - t) a + t b``, made unit norm again."""
-    return lambda names: F.normalize((1 - t) * a(names) + t * b(names), dim=-1)
+        return lambda names: clip.logit_scale * solution.class_embeddings(clip, names)
+    return lambda names: clip.logit_scale * clip.class_embeddings(names, solution)
 
 
 def logit_ensemble(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
-    """Average of the two models' logits, which for linear classifiers is the average of their weights as they are."""
-    return lambda names: (1 - t) * a(names) + t * b(names)
+    """Average of the logits, ``(1 - t) a + t b``, which for linear classifiers is the average of the weights."""
+
+    def average(names: Sequence[str]) -> Tensor:
+        ends = a(names), b(names)
+        width = max(w.shape[1] for w in ends)  # one of them may have a bias
+        start, end = (F.pad(w, (0, width - w.shape[1])) for w in ends)
+        return (1 - t) * start + t * end
+
+    return average
+
+
+def weight_average(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
+    """WiSE-FT (arXiv 2109.01903) on class embeddings: directions are averaged, and lengths, so that unit stays unit."""
+
+    def average(names: Sequence[str]) -> Tensor:
+        mixed = logit_ensemble(a, b, t)(names)
+        length = (1 - t) * a(names).norm(dim=-1, keepdim=True) + t * b(names).norm(dim=-1, keepdim=True)
+        return length * F.normalize(mixed, dim=-1)
+
+    return average
 
 
 def evaluate(clip: FrozenClip, solution: Solution | str | Sequence[str], features: FeatureCache) -> Report:

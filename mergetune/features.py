@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -296,6 +297,20 @@ class FeatureCache:
                 raise ValueError(f"{file} is damaged: its checksum is not the manifest's; {REBUILD}")
         if images is not None:
             _refuse_changed(self.path, manifest, images, trust_mtime=False)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the features, their order and their labels: what a training run depends on."""
+        digest = hashlib.sha256()
+        for tensor in (self.labels, self.stored):
+            digest.update(tensor.numpy())
+        if self.path is None:
+            for shard in self.shards:
+                digest.update(shard.contiguous().view(torch.uint8).numpy())
+        else:
+            manifest = _read_document(self.path / MANIFEST)
+            digest.update("".join(shard["sha256"] for shard in manifest["shards"]).encode())
+        return digest.hexdigest()
 
     @property
     def _name(self) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache
 from mergetune.objective import SPACES, SURROGATES, Objective, path_points
-from mergetune.solutions import Head, Prompt, Solution, check_compatible, load_solution
+from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text, load_solution
 
 RESULT, STATE = "result.json", "state.safetensors"
 PRECISIONS = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -238,10 +239,12 @@ def fit(
         FloatingPointError: a term of the loss became NaN or infinite; says which one and at which step.
     """
     training = Training(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **optimiser)
-    anchors = [tuned] if isinstance(tuned, Prompt | Head) else list(tuned)
+    anchors = [tuned] if isinstance(tuned, Prompt | Head | str) else list(tuned)
+    if others := [anchor for anchor in anchors if not isinstance(anchor, Prompt | Head)]:
+        raise TypeError(f"tuned must be a Prompt or Head, or several, got {others[0]!r}: load it first")
     if not anchors:
         raise ValueError("tuned must hold at least one solution, got none")
-    betas = [float(beta)] * len(anchors) if isinstance(beta, int | float) else [float(b) for b in beta]
+    betas = [float(beta)] * len(anchors) if isinstance(beta, Real) else [float(b) for b in beta]
     if len(betas) != len(anchors):
         raise ValueError(f"beta must be one number, or one for each of the {len(anchors)} solutions, got {len(betas)}")
     for name, values in (("lam", [lam]), ("beta", betas)):
@@ -260,6 +263,8 @@ def fit(
     anchors = [anchor.rescaled(clip.logit_scale) if isinstance(anchor, Head) else anchor for anchor in anchors]
     for other in anchors[1:]:
         check_compatible(anchors[0], other)
+        if space == "parameter":
+            check_same_text(anchors[0], other)
     _check_features(clip, features, val)
 
     classnames, solution = features.classnames, anchors[0]
@@ -320,12 +325,12 @@ def _zero_shot(
         given = given.rescaled(tuned.logit_scale) if isinstance(given, Head) else given
         check_compatible(given, tuned)
         return given.class_weights(clip, classnames), given.parameter
-    prompt = given or Prompt.from_template(clip, templates[0])
-    if not isinstance(prompt, Prompt):
-        raise TypeError(f"zero_shot must be a prompt or templates where tuned is a prompt, got a {prompt.kind}")
-    w1 = prompt.class_weights(clip, classnames) if given else clip.class_embeddings(classnames, templates)
+    if isinstance(given, Head):
+        raise TypeError("zero_shot must be a prompt or templates where tuned is a prompt, got a head")
+    w1 = given.class_weights(clip, classnames) if given else clip.class_embeddings(classnames, templates)
     if not needed:
         return w1, None
+    prompt = given or Prompt.from_template(clip, templates[0])
     if tuned.classnames is not None and prompt.classnames is None:
         prompt = prompt.per_class(classnames)
     if prompt.parameter.shape != tuned.parameter.shape:
@@ -359,10 +364,12 @@ def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache 
         raise ValueError(
             f"features must hold images of every class, got none of {features.classnames[int(counts.argmin())]!r}"
         )
-    if val is not None and features.files and val.files and (both := set(features.files) & set(val.files)):
-        raise ValueError(
-            f"val must not share images with features, got {len(both)} in both, {sorted(both)[0]!r} among them"
-        )
+    if val is not None:
+        seen = {row.tobytes() for row in features.tensor().numpy()}
+        both = [i for i, row in enumerate(val.tensor().numpy()) if row.tobytes() in seen]
+        if both:
+            what = f"{val.files[both[0]]!r}" if val.files else f"row {both[0]}"
+            raise ValueError(f"val must not share images with features, got {len(both)} in both, {what} among them")
 
 
 def _train(
@@ -385,8 +392,8 @@ def _train(
     settings = {
         **settings,
         "start": _digest(start.parameter),
-        "features": _digest(features.labels, *features.files, features.fingerprint or _digest(features.tensor())),
-        "val": val is not None,
+        "features": features.digest,
+        "val": None if val is None else val.digest,
         "clip": clip.name,
         "classnames": list(features.classnames),
     }
@@ -395,8 +402,9 @@ def _train(
         [parameter], lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
     )
     run = _Run(parameter, optimizer, settings)
-    if resume is not None:
-        run.read(Path(resume))
+    folder = None if resume is None else Path(resume)
+    if folder is not None:
+        run.read(folder)
     batches, size = _batches(len(features), training.batch_size)
     names = ("loss", *objective.term_names)
     began, steps = time.perf_counter(), 0
@@ -429,14 +437,15 @@ def _train(
                 weights = objective.encode(parameter.detach()[None])[0]
                 entry["val_accuracy"] = accuracy(weights, val, normalize=start.normalize).accuracy
             run.add(entry)
-            if resume is not None:
-                run.write(Path(resume))
+            if folder is not None:
+                run.write(folder)
             bar.set_postfix(loss=f"{entry['loss']:.3f}")
 
     seconds = time.perf_counter() - began
+    fingerprint = clip.image_fingerprint if isinstance(start, Head) else clip.text_fingerprint
     notes = {"settings": settings, "best_epoch": run.best_epoch}
     return FitResult(
-        solution=start.with_parameter(run.best.cpu(), notes=notes, backbone=clip.name),
+        solution=start.with_parameter(run.best.cpu(), notes=notes, backbone=clip.name, fingerprint=fingerprint),
         history=tuple(run.history),
         settings=settings,
         timings={"seconds": seconds, "steps": steps, "ms_per_step": 1e3 * seconds / max(steps, 1)},
@@ -465,14 +474,20 @@ class _Run:
         tensors = {"parameter": self.parameter.detach(), "best": self.best}
         tensors |= {} if momentum is None else {"momentum": momentum}
         record = {"settings": self.settings, "history": self.history, "best_epoch": self.best_epoch}
-        part = folder / f"{STATE}.{os.getpid()}.part"
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata={"run": json.dumps(record)})
+        part = folder / f"{STATE}.part"
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        record["digest"] = _digest(*(tensors[name] for name in sorted(tensors)))
+        save_file(tensors, part, metadata={"run": json.dumps(record)})
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, folder / STATE)
 
     def read(self, folder: Path) -> None:
         """Take up the state in ``folder``, if there is one; it must be of this very run."""
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"resume must be a folder, got the file {folder}")
+        for part in folder.glob(f"{STATE}*.part"):  # of a run that was killed while it wrote
+            part.unlink()
         path = folder / STATE
         if not path.exists():
             return
@@ -480,18 +495,21 @@ class _Run:
             with safe_open(path, "pt") as file:
                 record = json.loads(file.metadata()["run"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            settings, history, best_epoch = (record[name] for name in ("settings", "history", "best_epoch"))
+            parameter, best = tensors["parameter"], tensors["best"]
+            if _digest(*(tensors[name] for name in sorted(tensors))) != record["digest"]:
+                raise ValueError("its checksum is wrong")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: {path} cannot be read ({error}): delete it to start anew") from error
-        for name in {**record["settings"], **self.settings}:
-            old, new = record["settings"].get(name), json.loads(json.dumps(self.settings.get(name)))
+        for name in {**settings, **self.settings}:
+            old, new = settings.get(name), json.loads(json.dumps(self.settings.get(name)))
             if old != new:
                 raise ValueError(
                     f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}"
                 )
-        self.history, self.best_epoch = record["history"], record["best_epoch"]
-        self.best = tensors["best"].to(self.parameter)
+        self.history, self.best_epoch, self.best = history, best_epoch, best.to(self.parameter)
         with torch.no_grad():
-            self.parameter.copy_(tensors["parameter"])
+            self.parameter.copy_(parameter)
         if "momentum" in tensors:
             self.optimizer.state[self.parameter]["momentum_buffer"] = tensors["momentum"].to(self.parameter)
 
@@ -528,7 +546,11 @@ def _digest(*parts: Tensor | str) -> str:
     """Short SHA-256 of tensors and texts."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(
+            part.encode()
+            if isinstance(part, str)
+            else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        )
     return digest.hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -18,7 +19,7 @@ from mergetune.clip import FrozenClip
 from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache
 from mergetune.objective import SPACES
-from mergetune.solutions import Solution, check_compatible, inputs
+from mergetune.solutions import Head, Solution, check_compatible, check_same_text, inputs
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,17 @@ def path(
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
     if type(a) is not type(b):
         raise TypeError(f"solutions on one path must be of one kind, got {a.kind} and {b.kind}")
+    if isinstance(a, Head) and isinstance(b, Head):
+        a = a.rescaled(b.logit_scale)
+    if isinstance(a, Head) or space == "parameter":
+        check_compatible(a, b)
     alphas = torch.linspace(0, 1, points, dtype=torch.float64)
     t = alphas.to(clip.device).float()
     if space == "embedding":
         ends = [solution.class_weights(clip, features.classnames) for solution in (a, b)]
         weights = [(1 - s) * ends[0] + s * ends[1] for s in t]
     else:
-        check_compatible(a, b)
+        check_same_text(a, b)
         encode = b.encoder(clip, features.classnames)
         start, end = (solution.parameter.float().to(clip.device) for solution in (a, b))
         weights = [encode(((1 - s) * start + s * end)[None])[0] for s in t]
@@ -124,9 +129,9 @@ def plot(panels: Mapping[str, Mapping[str, Path]], file: str | FilePath) -> None
 
     figure = Figure(figsize=(4.6 * len(panels), 6.0), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False, sharex=True)
-    styles = ({"color": "#1b9e77"}, {"color": "#7570b3"}, {"color": "#d95f02", "linestyle": "--"})
+    styles = [{"color": "#1b9e77"}, {"color": "#7570b3"}, {"color": "#d95f02", "linestyle": "--"}]
     for column, (title, paths) in enumerate(panels.items()):
-        for style, (name, walked) in zip(styles, paths.items(), strict=False):
+        for style, (name, walked) in zip(chain(styles, repeat({})), paths.items(), strict=False):
             axes[0, column].plot(walked.alphas, walked.loss, label=name, **style)
             axes[1, column].plot(walked.alphas, walked.accuracy, **style)
         barrier = max(walked.barrier for walked in paths.values())

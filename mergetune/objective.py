@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -135,15 +136,17 @@ def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:
     """The points a_n of a path; 0 is the fine-tuned solution, 1 is w.
 
     Args:
-        grid: "even": ``points`` evenly spaced in [0, 1) (the paper); "official": ``arange(0.1, 1.01, 1 / points)``
-            (official
-            code: for 5 points .1 .3 .5 .7 .9); "random": uniform, new at every step; or the points themselves.
+        grid: "even": ``points`` evenly spaced in [0, 1) (the paper); "official": ``arange(0.1, 1.01, 1 / points)``, as the
+            official code has it: .1 .3 .5 .7 .9 for 5, but fewer points than asked for from 12 on, and for some the
+            last a hair above 1; "random": uniform, new at every step; or the points themselves.
         points: N; not used with points of your own.
 
     Returns:
         float64 [N], or None for "random".
     """
     if not isinstance(grid, str):
+        if not isinstance(grid, Sequence | np.ndarray | Tensor):
+            raise TypeError(f"grid must be one of {', '.join(GRIDS)} or a list of points, got {grid!r}")
         own = torch.as_tensor(list(grid), dtype=torch.float64)
         if own.ndim != 1 or not len(own):
             raise ValueError("grid must hold at least one path point, got none")
@@ -152,8 +155,8 @@ def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:
         return own
     if grid not in GRIDS:
         raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a list of points, got {grid!r}")
-    if not isinstance(points, int) or points < 1:
-        raise ValueError(f"points must be at least 1, got {points!r}")
+    if not isinstance(points, Integral) or isinstance(points, bool) or points < 1:
+        raise ValueError(f"points must be a whole number of at least 1, got {points!r}")
     if grid == "random":
         return None
     values = np.arange(points) / points if grid == "even" else np.arange(0.1, 1.01, 1 / points)

@@ -135,11 +135,16 @@ def lmc_loss(
     """
     backend = _backend(w, backend)
     _check_lmc(x, labels, w, anchors, alphas, betas, w1, curvature, anchor_dots)
+    x, anchors, alphas, betas = x.detach(), anchors.detach(), alphas.detach(), betas.detach()
+    w1, curvature, anchor_dots = (None if t is None else t.detach() for t in (w1, curvature, anchor_dots))
     if backend == "torch":
         real = _real(w)
+        # On a GPU torch's own assertion looks at the labels, without waiting for them.
+        if labels.device.type == "cpu" and len(bad := labels[(labels < 0) | (labels >= len(w))]):
+            raise ValueError(f"labels must lie in [0, {len(w) - 1}], got {bad[0]}")
         cast = lambda t: None if t is None else t.to(real)  # noqa: E731
         return reference.lmc_loss(
-            cast(x), labels, cast(w), cast(anchors), cast(alphas), betas,
+            cast(x), labels, w.to(real), cast(anchors), cast(alphas), betas,
             scale=scale, w1=cast(w1), curvature=cast(curvature), lam=lam, normalize=normalize,
         )  # fmt: skip
     loss, terms, _ = torch.ops.mergetune.lmc_loss(
@@ -204,14 +209,15 @@ def _lmc_loss_kernel(
     normalize: bool,
     anchor_dots: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GEMM, one fused pass over the rows, GEMM: the loss, its terms and the gradient to w."""
-    real, device, dtype = _real(w), w.device, w.dtype
+    """GEMM, one fused pass over the rows, GEMM: the loss, its terms and the gradient to w, in ``_real`` precision."""
+    real, device = _real(w), w.device
     x, w, anchors = x.to(real), w.to(real), anchors.to(real)
     (classes, _), batch, k, n = w.shape, len(x), len(anchors), len(alphas) if len(anchors) else 0
 
     # The points: the endpoint w, then each path. The endpoint "starts" at w itself.
-    alpha = torch.cat([torch.ones(1, device=device), alphas[:n].to(device).repeat(k)]).double()
-    weight = torch.cat([torch.ones(1, device=device), betas.to(device).repeat_interleave(n) / max(n, 1)]).double()
+    one = torch.ones(1, device=device, dtype=torch.float64)
+    alpha = torch.cat([one, alphas[:n].to(one).repeat(k)])
+    weight = torch.cat([one, betas.to(one).repeat_interleave(n) / max(n, 1)])
     anchor = torch.arange(1, k + 1, device=device).repeat_interleave(n)
     anchor = torch.cat([anchor.new_zeros(1), anchor])
 
@@ -250,7 +256,7 @@ def _lmc_loss_kernel(
     paths = losses[1:].view(k, n).mean(1) if k else losses[1:]
     terms = torch.cat([losses[:1], surrogate.double()[None], paths])
     loss = (torch.cat([terms.new_tensor([1.0, lam]), betas.to(terms)]) * terms).sum()
-    return loss.to(real), terms.to(real), grad.to(dtype)
+    return loss.to(real), terms.to(real), grad
 
 
 def _surrogate(w: Tensor, w1: Tensor, curvature: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -268,21 +274,21 @@ def _surrogate(w: Tensor, w1: Tensor, curvature: Tensor | None, normalize: bool)
 
 def _lmc_loss_fake(x, labels, w, anchors, *_):  # noqa: ANN001, ANN002, ANN202
     real = _real(w)
-    return w.new_empty((), dtype=real), w.new_empty(2 + len(anchors), dtype=real), torch.empty_like(w)
+    return w.new_empty((), dtype=real), w.new_empty(2 + len(anchors), dtype=real), w.new_empty(w.shape, dtype=real)
 
 
 def _lmc_loss_setup(ctx, inputs, output) -> None:  # noqa: ANN001
     _, terms, grad = output
     ctx.mark_non_differentiable(terms, grad)
     ctx.save_for_backward(grad)
-    ctx.unused = len(inputs) - 3
+    ctx.dtype, ctx.unused = inputs[2].dtype, len(inputs) - 3
 
 
 def _lmc_loss_backward(ctx, d_loss, *_):  # noqa: ANN001, ANN002, ANN202
     if torch.is_grad_enabled():
         raise RuntimeError("lmc_loss can be differentiated once: for second derivatives use backend='torch'")
     (grad,) = ctx.saved_tensors
-    return None, None, d_loss.to(grad.dtype) * grad, *(None,) * ctx.unused
+    return None, None, (d_loss * grad).to(ctx.dtype), *(None,) * ctx.unused
 
 
 _library = torch.library.Library("mergetune", "DEF")
@@ -290,8 +296,9 @@ _library.define(
     "lmc_loss(Tensor x, Tensor labels, Tensor w, Tensor anchors, Tensor alphas, Tensor betas, float scale, Tensor? w1, "
     "Tensor? curvature, float lam, bool normalize, Tensor? anchor_dots) -> (Tensor loss, Tensor terms, Tensor grad)"
 )
-_library.impl("lmc_loss", _lmc_loss_kernel, "CPU")
-_library.impl("lmc_loss", _lmc_loss_kernel, "CUDA")
+for _key in ("CPU", "CUDA"):
+    # Under autocast the products inside would be rounded to a half type: the op computes in its own precision.
+    _library.impl("lmc_loss", torch.autocast(_key.lower(), enabled=False)(_lmc_loss_kernel), _key)
 torch.library.register_fake("mergetune::lmc_loss", _lmc_loss_fake, lib=_library)
 torch.library.register_autograd("mergetune::lmc_loss", _lmc_loss_backward, setup_context=_lmc_loss_setup, lib=_library)
 
@@ -311,6 +318,24 @@ def prefix_attention(
 ) -> Tensor:
     """Attention of packed sequences behind a shared prefix, so far in plain torch; see the definition."""
     return reference.prefix_attention(q, k, v, prefix_k, prefix_v, lengths, causal=causal)
+
+
+def prefix_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    causal: bool = True,
+) -> tuple[Tensor, ...]:
+    """Gradients of :func:`prefix_attention` to q, k, v, prefix_k and prefix_v; the probabilities are made again."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, prefix_k, prefix_v)]
+    with torch.enable_grad():
+        out = reference.prefix_attention(*leaves, lengths, causal=causal)
+    return torch.autograd.grad(out, leaves, d_out)
 
 
 # -- self-test --------------------------------------------------------------------------------------------------------

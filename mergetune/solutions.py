@@ -6,6 +6,7 @@ Shapes: C classes, D embedding width, W text-tower width, n context tokens, M so
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergetune.checkpoints import read_prompt
-from mergetune.clip import FrozenClip, check_templates
+from mergetune.clip import FrozenClip, check_classnames, check_templates, fill
 from mergetune.text_tower import text_encoder
 
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
@@ -62,7 +63,7 @@ class Prompt:
                 f"classnames must be given for class-specific contexts [C, n, W] and for no others, got ctx "
                 f"{list(self.ctx.shape)}"
             )
-        if self.classnames is not None and len(self.classnames) != len(self.ctx):
+        if self.classnames is not None and len(check_classnames(self.classnames)) != len(self.ctx):
             raise ValueError(f"classnames must name the {len(self.ctx)} classes of ctx, got {len(self.classnames)}")
 
     @classmethod
@@ -72,11 +73,10 @@ class Prompt:
         Its class embeddings are those of ``clip.class_embeddings(classnames, template)``.
         """
         check_templates(template)
-        a, b = clip.tokenize([template.format("cat"), template.format("dog")])
-        first, end = clip.first_token, int((a != b).int().argmax())
-        if end <= first:
+        words = _words_before_name(clip, template)
+        if not len(words):
             raise ValueError(f"template must hold at least one word before {{}}, got {template!r}")
-        ctx = clip.text.token_embedding.weight[a[first:end]].detach().float().clone()
+        ctx = clip.text.token_embedding.weight[words].detach().float().clone()
         return cls(ctx=ctx, template=template, backbone=clip.name, fingerprint=clip.text_fingerprint)
 
     @classmethod
@@ -153,17 +153,12 @@ class Prompt:
         classnames = check_classnames(classnames)
         if self.classnames is not None:
             _check_same_classes("classnames", classnames, self.classnames)
-        tokens, first = clip.tokenize([self.template.format(name) for name in classnames]), clip.first_token
-        context = tokens[:, first : first + self.n_ctx]
-        if (
-            (context != context[0]).any()
-            or (clip.text.pooled_position(tokens) < first + self.n_ctx).any()
-            and clip.text.causal
-        ):
+        if len(_words_before_name(clip, self.template)) != self.n_ctx:
             raise ValueError(
                 f"template must hold {self.n_ctx} tokens before {{}}, one for each context vector, got "
                 f"{self.template!r}"
             )
+        tokens, first = clip.tokenize([fill(self.template, name) for name in classnames]), clip.first_token
         text = clip.text_as(precision or torch.float32)
         return text_encoder(text, tokens, first=first, context=self.n_ctx, shared=self.classnames is None)
 
@@ -336,8 +331,10 @@ def load_solution(path: str | Path) -> Solution:
 
 
 def interpolate(a: Solution, b: Solution, t: float) -> Solution:
-    """``(1 - t) a + t b`` of what was trained: context vectors, or head weights. Template and classes are b's."""
+    """``(1 - t) a + t b`` of what was trained: context vectors, or head weights. Logit scale and the rest are b's."""
+    a = a.rescaled(b.logit_scale) if isinstance(a, Head) and isinstance(b, Head) else a
     check_compatible(a, b)
+    check_same_text(a, b)
     return b.with_parameter((1 - t) * a.parameter.to(b.parameter) + t * b.parameter)
 
 
@@ -355,6 +352,12 @@ def check_compatible(a: Solution, b: Solution) -> None:
         raise ValueError(f"heads on one path must have one logit_scale, got {a.logit_scale} and {b.logit_scale}")
 
 
+def check_same_text(a: Solution, b: Solution) -> None:
+    """Refuse two prompts with other words behind the class name: no straight line of context vectors joins them."""
+    if isinstance(a, Prompt) and isinstance(b, Prompt) and a.template.split("{}")[1] != b.template.split("{}")[1]:
+        raise ValueError(f"templates on one path of context vectors must end alike, got {a.template!r}, {b.template!r}")
+
+
 def inputs(x: Tensor, weights: Tensor) -> Tensor:
     """Features [B, D] as class weights [..., C, D] take them: with a constant 1 behind where those hold a bias."""
     return torch.cat([x, x.new_ones(len(x), 1)], 1) if weights.shape[-1] == x.shape[-1] + 1 else x
@@ -365,19 +368,10 @@ def placeholder_template(n_ctx: int, suffix: str = ".") -> str:
     return " ".join(["X"] * n_ctx) + " {}" + suffix
 
 
-def check_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple: at least one, none empty, none twice."""
-    names = tuple(classnames)
-    if not names:
-        raise ValueError("classnames must hold at least one name, got none")
-    seen: set[str] = set()
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"classnames must be texts, got {name!r}")
-        if name in seen:
-            raise ValueError(f"classnames must not repeat, got {name!r} twice")
-        seen.add(name)
-    return names
+def _words_before_name(clip: FrozenClip, template: str) -> Tensor:
+    """Token ids of a template before its class name."""
+    a, b = clip.tokenize([fill(template, "cat"), fill(template, "dog")])
+    return a[clip.first_token : int((a != b).int().argmax())]
 
 
 def _check_same_classes(argument: str, got: Sequence[str], expected: Sequence[str]) -> None:
@@ -412,9 +406,11 @@ def _save(solution: Solution, path: str | Path, tensors: dict[str, Tensor], extr
         "fingerprint": solution.fingerprint,
         "notes": solution.notes,
     }
-    text = json.dumps(config, indent=2)  # before anything is written: notes may not be JSON
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path / WEIGHTS)
-    (path / CONFIG).write_text(text + "\n", encoding="utf-8")
+    parts = path / f".{CONFIG}.part", path / f".{WEIGHTS}.part"  # both whole before either takes its place
+    parts[0].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, parts[1])
+    os.replace(parts[1], path / WEIGHTS)
+    os.replace(parts[0], path / CONFIG)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -438,6 +434,11 @@ def _load(path: str | Path, kind: str, needed: set[str]) -> tuple[dict[str, Any]
     config = _read_config(path)
     if config.get("kind") != kind:
         raise ValueError(f"{path} must hold a {kind}, got {config.get('kind')!r}")
+    fields = {"classnames": list | None, "backbone": str | None, "fingerprint": str | None, "notes": dict}
+    fields |= {"template": str} if kind == Prompt.kind else {"logit_scale": int | float}
+    for name, expected in fields.items():
+        if name not in config or not isinstance(config[name], expected):
+            raise ValueError(f"{path / CONFIG}: {name} must be there and right, got {config.get(name)!r}")
     try:
         tensors = load_file(path / WEIGHTS)
     except (SafetensorError, OSError) as error:

@@ -12,7 +12,6 @@ prefix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mergetune import ops
+from mergetune.blocks import Layout, run_blocks
 from mergetune.clip import TextParts
 
 CHUNK_TOKENS = (
@@ -65,19 +64,21 @@ class TextEncoder:
         Returns:
             [M, C, D] float32, differentiable in ``ctx``.
         """
+        shared, vectors = self.chunks[0].context_rows is None, tuple(self.context_positions.shape)
+        if ctx.ndim not in ((3,) if shared else (3, 4)) or tuple(ctx.shape[-2:]) != vectors:
+            form = "[M, n, W]" if shared else "[M, n, W] or [M, C, n, W]"
+            raise ValueError(f"ctx must have shape {form} with n, W = {vectors}, got {list(ctx.shape)}")
         ctx = ctx.to(self.text.dtype) + self.context_positions
         encode = self._encode
         tokens = len(ctx) * sum(len(chunk.rows) for chunk in self.chunks)
         if tokens > CHUNK_TOKENS and torch.is_grad_enabled() and ctx.requires_grad:
             encode = partial(checkpoint, self._encode, use_reentrant=False)  # one piece's activations at a time
-        features = torch.cat(
-            [
-                torch.cat([encode(prompts, chunk) for prompts in ctx.split(max(1, CHUNK_TOKENS // len(chunk.rows)))])
-                for chunk in self.chunks
-            ],
-            1,
-        )
-        return features[:, torch.cat([chunk.classes for chunk in self.chunks]).argsort()]
+        chunks = []
+        with torch.autocast(ctx.device.type, enabled=False):  # the tower has the precision that was asked for
+            for chunk in self.chunks:
+                pieces = ctx.split(max(1, CHUNK_TOKENS // len(chunk.rows)))
+                chunks.append(torch.cat([encode(prompts, chunk) for prompts in pieces]))
+        return torch.cat(chunks, 1)[:, torch.cat([chunk.classes for chunk in self.chunks]).argsort()]
 
     def _encode(self, ctx: Tensor, packed: PackedTexts) -> Tensor:
         prompts = len(ctx)
@@ -88,14 +89,8 @@ class TextEncoder:
             own = ctx[:, packed.classes] if ctx.ndim == 4 else ctx[:, None].expand(-1, len(packed.classes), -1, -1)
             rows = rows.index_add(1, packed.context_rows, own.flatten(1, 2))
             prefix = rows[:, :0]
-        size, last = prefix.shape[1], len(self.text.blocks) - 1
-        x = torch.cat([prefix, rows], 1)
-        for i, block in enumerate(self.text.blocks):
-            mixed = _attention(block, self.text, x, size, packed.lengths, packed.pooled if i == last else None)
-            x = x[:, size:][:, packed.pooled] if i == last else x  # only the pooled rows are needed from here on
-            x = x + block.ls_1(mixed)
-            x = x + block.ls_2(block.mlp(block.ln_2(x)))
-        return self.text.project(x)
+        layout = Layout(prefix.shape[1], packed.lengths, packed.pooled, self.text.heads, self.text.causal)
+        return self.text.project(run_blocks(self.text.blocks, torch.cat([prefix, rows], 1), layout))
 
 
 def text_encoder(
@@ -152,22 +147,3 @@ def text_encoder(
         context_positions=embedded[1][first : first + context],
         chunks=tuple(pack(order[chunk == c]) for c in chunk.unique()),
     )
-
-
-def _attention(
-    block: torch.nn.Module, text: TextParts, x: Tensor, size: int, lengths: tuple[int, ...], pooled: Tensor | None
-) -> Tensor:
-    """One block's attention over [prefix | packed texts], x [M, size + T, W]; only for the pooled rows if given."""
-    attn = block.attn
-    q, k, v = torch.nn.functional.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
-    q, k, v = (t.unflatten(-1, (text.heads, -1)) for t in (q, k, v))
-    (pq, q), (pk, k), (pv, v) = (t.tensor_split((size,), 1) for t in (q, k, v))
-    if pooled is not None:
-        q = q[:, pooled]
-    mixed = ops.prefix_attention(q, k, v, pk, pv, lengths, causal=text.causal)
-    if pooled is None and size:  # the prefix attends to itself
-        mixed = torch.cat([ops.prefix_attention(pq, pk, pv, pk[:, :0], pv[:, :0], (size,)), mixed], 1)
-    return attn.out_proj(mixed.flatten(2))
-
-
-Encoder = Callable[[Tensor], Tensor]  # parameters [M, ...] -> class features [M, C, D]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -534,7 +535,8 @@ def test_from_tensors_refuses(spoil: Callable[[Tensor], dict[str, Any]], message
 
 
 def in_child(work: Callable[[], Any]) -> multiprocessing.Process:
-    child = multiprocessing.get_context("fork").Process(target=work)
+    """Start work in a child, in a process group of its own."""
+    child = multiprocessing.get_context("fork").Process(target=lambda: (os.setpgrp(), work()))
     child.start()
     return child
 
@@ -567,7 +569,7 @@ def test_killed_at_any_step_of_writing_it_goes_on_with_the_same_bits(images, tmp
             with pytest.raises((ValueError, FileNotFoundError), match="is unfinished|without manifest"):
                 FeatureCache.open(path)
         cache_features(TinyClip(), images, path, **build).verify(images)
-        assert {name: bits for name, bits in shard_bytes(path).items() if name.endswith("rs")} == whole
+        assert shard_bytes(path) == whole and not (path / "building.json").exists(), "nothing is left over"
     assert step > 20, "every write and removal was a step"
 
 
@@ -586,23 +588,41 @@ def test_killed_at_random_moments_it_goes_on_with_the_same_bits(tmp_path):
         child.join()
         kills += 1
     assert child.exitcode == 0 and kills >= 3
+    cache_features(NoMoreEncoding(), images, tmp_path / "cache", **build)  # tidies, if the last kill came late
     assert shard_bytes(tmp_path / "cache") == shard_bytes(whole.path)
     FeatureCache.open(tmp_path / "cache").verify(images)
 
 
-def test_two_builders_do_not_meet(images, tmp_path):
-    slow = in_child(lambda: cache_features(TinyClip(seconds=30), images, tmp_path / "cache", **BUILD))
+@dataclass(frozen=True)
+class StuckClip(TinyClip):
+    """A tower that says when it is reached, and never comes back."""
+
+    sign: Path = Path()
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        self.sign.touch()
+        time.sleep(60)
+        return super().encode_image(pixels)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_builders_do_not_meet(images, tmp_path, workers):
+    stuck = StuckClip(sign=tmp_path / "sign")
+    child = in_child(lambda: cache_features(stuck, images, tmp_path / "cache", **BUILD, workers=workers))
     try:
-        while not (tmp_path / "cache" / "building.json").exists():
-            assert slow.is_alive()
+        while not stuck.sign.exists():
+            assert child.is_alive()
             time.sleep(0.005)
         for overwrite in (False, True):
             with pytest.raises(RuntimeError, match="cache is being built by another process"):
                 cache_features(TinyClip(), images, tmp_path / "cache", **BUILD, overwrite=overwrite)
+        child.kill()
+        child.join()
+        cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)  # the dead hold no lock, nor do their workers
     finally:
-        slow.kill()
-        slow.join()
-    cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)  # a dead builder holds no lock
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
 
 
 def torchrun_script() -> None:

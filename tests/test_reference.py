@@ -10,7 +10,7 @@ from torch import Tensor
 from mergetune import reference
 
 DOUBLE = torch.float64
-SHAPES = [(1, 2, 1), (1, 1, 3), (5, 3, 4), (17, 6, 9)]  # B, C, D
+SHAPES = [(1, 2, 1), (1, 1, 3), (5, 3, 4), (6, 4, 7)]  # B, C, D
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -69,7 +69,7 @@ def assert_close(got: Tensor, expected: Tensor, rtol: float = 1e-12) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("surrogate", ["none", "identity", "diagonal"])
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (1, 5), (3, 2)])
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 3), (3, 2)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lmc_loss_is_the_formula(shape, k, n, surrogate, normalize):
     tensors = problem(*shape, k, n)
@@ -90,15 +90,15 @@ def test_lmc_loss_is_the_formula(shape, k, n, surrogate, normalize):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_lmc_loss_gradcheck(normalize):
-    tensors = problem(4, 3, 5, 2, 3)
-    w, w1, curvature = tensors.pop("w").requires_grad_(), draw(3, 5, seed=6), draw(3, 5, seed=7).abs()
+    tensors = problem(2, 2, 2, 1, 2)
+    w, w1, curvature = tensors.pop("w").requires_grad_(), draw(2, 2, seed=6), draw(2, 2, seed=7).abs()
 
     def loss(w: Tensor) -> Tensor:
         options = {"scale": 3.0, "w1": w1, "curvature": curvature, "lam": 2.0, "normalize": normalize}
         return reference.lmc_loss(w=w, **tensors, **options)[0]
 
     assert torch.autograd.gradcheck(loss, w)
-    assert torch.autograd.gradgradcheck(loss, w)
+    assert torch.autograd.gradgradcheck(loss, w, fast_mode=True)
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -195,9 +195,9 @@ def whole_sequences(q, k, v, prefix_k, prefix_v, lengths, causal) -> Tensor:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("last_only", [True, False])
-@pytest.mark.parametrize("prompts", [1, 3])
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@pytest.mark.parametrize("lengths", [(1,), (4,), (1, 1, 1), (1, 2, 2, 5), (3, 1, 3, 3)])
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+@pytest.mark.parametrize("lengths", [(4,), (1, 1, 1), (3, 1, 2, 2)])
 def test_prefix_attention_is_attention_on_whole_sequences(lengths, prefix, prompts, last_only, causal):
     heads, width, total = 2, 3, sum(lengths)
     q, k, v = (draw(prompts, total, heads, width, seed=i).requires_grad_() for i in range(3))

@@ -12,6 +12,10 @@
 #include "mergetune/path_cross_entropy.h"
 #include "mergetune/row_math.h"
 
+#ifndef MT_LAUNCH  // the tests run the kernels without a GPU, through a launch of their own
+#define MT_LAUNCH(kernel, grid, threads, stream, ...) kernel<<<grid, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+
 namespace mergetune {
 namespace {
 
@@ -190,11 +194,12 @@ void path_cross_entropy_cuda(const PathCrossEntropy<T>& op, void* raw_stream) {
     const Workspace<T> workspace(memory, op.B, op.P);
     const int threads = warps * warp;
 
-    row_statistics<<<blocks_for(op.P * op.B, warps, 1 << 20), threads, 0, stream>>>(op, workspace);
+    const dim3 by_pair(blocks_for(op.P * op.B, warps, 1 << 20));
+    MT_LAUNCH(row_statistics, by_pair, threads, stream, op, workspace);
     const dim3 by_row(blocks_for(op.C, threads, INT32_MAX), blocks_for(op.B, 1, grid_limit));
-    gradient_of_dots<<<by_row, threads, 0, stream>>>(op, workspace);
+    MT_LAUNCH(gradient_of_dots, by_row, threads, stream, op, workspace);
     const dim3 by_point(blocks_for(op.C, warp, INT32_MAX), blocks_for(op.P, 1, grid_limit));
-    gradient_of_rscale<<<by_point, threads, 0, stream>>>(op, workspace);
+    MT_LAUNCH(gradient_of_rscale, by_point, threads, stream, op, workspace);
 
     const cudaError_t launched = cudaGetLastError();
     const cudaError_t freed = cudaFreeAsync(memory, stream);

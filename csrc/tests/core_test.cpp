@@ -1,4 +1,5 @@
-// Tests of the C++ core without Python, made to run under the sanitizers: every CPU variant against a naive loop.
+// Tests of the C++ core without Python, made to run under the sanitizers: every CPU variant, and the CUDA kernels
+// compiled for the CPU, against a naive loop.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -18,6 +19,8 @@ namespace {
 
 using mergetune::PathCrossEntropy;
 using std::int64_t;
+
+const std::string cuda = "cuda on the host";  // among the names of variants
 
 int failures = 0;
 
@@ -68,10 +71,15 @@ struct Problem {
         const T nan = std::numeric_limits<T>::quiet_NaN();  // what is not written shows
         Result<T> out{std::vector<double>(std::size_t(P), double(nan)), std::vector<T>(std::size_t(B * C), nan),
                       std::vector<T>(std::size_t(P * C), nan)};
-        mergetune::path_cross_entropy_cpu<T>(
-            {dots.data(), stride_m, stride_b, labels.data(), anchor.data(), alpha.data(), weight.data(), rscale.data(),
-             out.loss.data(), out.d_dots.data(), out.d_rscale.data(), K, B, C, P},
-            threads, variant);
+        const PathCrossEntropy<T> op = {
+            dots.data(),  stride_m,      stride_b,      labels.data(),   anchor.data(),
+            alpha.data(), weight.data(), rscale.data(), out.loss.data(), out.d_dots.data(),
+            out.d_rscale.data(), K, B, C, P};
+        if (variant == cuda) {
+            mergetune::path_cross_entropy_cuda(op, nullptr);
+        } else {
+            mergetune::path_cross_entropy_cpu(op, threads, variant);
+        }
         return out;
     }
 
@@ -129,8 +137,8 @@ void compare(const std::string& variant, int64_t K, int64_t B, int64_t C, int64_
     expect(largest_difference(ours.loss, truth.loss, 1) < tolerance, name + ": loss");
     expect(largest_difference(ours.d_dots, truth.d_dots, size / double(B)) < tolerance, name + ": d_dots");
     expect(largest_difference(ours.d_rscale, truth.d_rscale, 1) < tolerance, name + ": d_rscale");
-    expect(ours.same_bits(problem.run(2, variant)), name + ": one thread and two differ");
-    expect(ours.same_bits(problem.run(5, variant)), name + ": one thread and five differ");
+    expect(ours.same_bits(problem.run(2, variant)), name + ": two runs, on one thread and on two, differ");
+    if (variant != cuda) expect(ours.same_bits(problem.run(5, variant)), name + ": one thread and five differ");
 }
 
 template <class T>
@@ -144,6 +152,15 @@ void path_cross_entropy_values(const std::string& variant) {
     compare<T>(variant, 1, 300, 64, 2, 1, 1);
     compare<T>(variant, 1, 1100, 17, 3, 30, 0);  // more than 64 blocks of 16 rows
     compare<T>(variant, 2, 19, 40, 5, 1e4, 0);
+}
+
+// Few and small: each launch starts 256 threads.
+template <class T>
+void path_cross_entropy_on_cuda() {
+    compare<T>(cuda, 0, 1, 1, 1, 10, 0);
+    compare<T>(cuda, 3, 9, 33, 3, 10, 0);
+    compare<T>(cuda, 1, 2, 300, 2, 100, 0);
+    compare<T>(cuda, 2, 11, 70, 5, 1e4, 3);
 }
 
 template <class T>
@@ -208,6 +225,11 @@ int main() {
         path_cross_entropy_nan<double>(variant);
         std::printf("tested: %s\n", variant.c_str());
     }
+    path_cross_entropy_on_cuda<float>();
+    path_cross_entropy_on_cuda<double>();
+    path_cross_entropy_nan<float>(cuda);
+    path_cross_entropy_nan<double>(cuda);
+    std::printf("tested: %s\n", cuda.c_str());
     std::printf(failures ? "%d FAILED\n" : "core_test: all passed\n", failures);
     return failures ? 1 : 0;
 }

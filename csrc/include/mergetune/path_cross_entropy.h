@@ -38,12 +38,11 @@ struct PathCrossEntropy {
 template <class T>
 void path_cross_entropy_cpu(const PathCrossEntropy<T>& op, int num_threads, const std::string& variant);
 
-#ifdef MERGETUNE_WITH_CUDA
-// Enqueues on `stream` (a cudaStream_t) of the current device; every pointer is a device pointer. Deterministic.
-// Takes 24 * B * P bytes of workspace from the device's stream-ordered pool, and throws std::runtime_error if CUDA fails.
+// Only where CUDA was built. Enqueues on `stream` (a cudaStream_t) of the current device; every pointer is a device
+// pointer. Deterministic. Takes 24 * B * P bytes of workspace from the device's stream-ordered pool; throws
+// std::runtime_error if CUDA fails.
 // A label or an anchor out of range cannot be refused here without a synchronisation: it makes that loss NaN.
 template <class T>
 void path_cross_entropy_cuda(const PathCrossEntropy<T>& op, void* stream);
-#endif
 
 }  // namespace mergetune

@@ -1,0 +1,412 @@
+"""The packed text tower against open_clip's own encode_text, forward and backward, for every kind of tower it takes."""
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_weights_to_lp
+from torch import Tensor, nn
+
+from mergetune import text_tower
+from mergetune.clip import FrozenClip
+from mergetune.solutions import Prompt
+from mergetune.text_tower import TextEncoder, text_encoder
+
+LENGTH, VOCABULARY, PAD, EOS, START = 13, 40, 0, 1, 2
+FIRST, CONTEXT = 1, 3
+NAMES = ("k", "a b c", "d", "g h i j k", "l m")  # of lengths 1 to 5, not in their order
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialized_memory():
+    """New tensors are filled with NaN, so that whatever is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Words:
+    """A word is a token: [start, words, end, padding], cut like open_clip's tokenizers. The end has the highest id."""
+
+    def __init__(self, start: bool = True, end: int = VOCABULARY - 1, length: int = LENGTH) -> None:
+        self.start, self.end, self.length = [START] if start else [], end, length
+
+    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
+        length = context_length or self.length
+        tokens = torch.full((len(texts), length), PAD)
+        for row, text in zip(tokens, texts, strict=True):
+            words = [3 + ord(word[0]) % 32 for word in text.split()]
+            ids = [*self.start, *words, self.end]
+            ids = ids if len(ids) <= length else [*ids[: length - 1], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+def tower(
+    kind: type = open_clip.CLIP,
+    *,
+    quick_gelu: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    half: torch.dtype | None = None,
+    **text,
+) -> nn.Module:
+    """A small CLIP, every text parameter random, so that a bias or scale left out shows."""
+    torch.manual_seed(seed)
+    settings = {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 16, "heads": 2, "layers": 2, "eos_id": EOS}
+    vision = CLIPVisionCfg(layers=1, width=16, head_width=16, patch_size=8, image_size=8)
+    model = kind(8, vision, CLIPTextCfg(**{**settings, **text}), quick_gelu=quick_gelu, cast_dtype=half)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("visual."):
+                parameter.add_(torch.randn_like(parameter), alpha=0.3 if parameter.ndim == 1 else 0.1)
+    if half is not None:
+        convert_weights_to_lp(model, half)
+    else:
+        model.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def clip_and_tokens(model: nn.Module, names: tuple[str, ...] = NAMES) -> tuple[FrozenClip, Tensor]:
+    """The view of a tower, and the tokens "x x x <name>" in the tokenizer that its pooling needs."""
+    pool = getattr(model, "text_pool_type", None) or model.text.pool_type
+    clip = FrozenClip(model, Words(end=EOS if pool == "eos" else VOCABULARY - 1), "tiny")
+    return clip, clip.tokenize([f"x x x {name}" for name in names])
+
+
+def contexts(clip: FrozenClip, prompts: int, classes: int | None = None, seed: int = 7) -> Tensor:
+    """Random context vectors [M, n, W], or [M, C, n, W]."""
+    shape = (prompts, CONTEXT, clip.text.width) if classes is None else (prompts, classes, CONTEXT, clip.text.width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def encode_text(model: nn.Module, tokens: Tensor, ctx: Tensor, first: int = FIRST) -> Tensor:
+    """open_clip's own features [M, C, D] with the context vectors put in place of the embedded tokens."""
+    embedding = model.text.token_embedding if hasattr(model, "text") else model.token_embedding
+    features = []
+    for own in ctx:
+
+        def put(module: nn.Module, args: tuple, embedded: Tensor, own: Tensor = own) -> Tensor:
+            own = own.to(embedded).expand(len(embedded), -1, -1)
+            return torch.cat([embedded[:, :first], own, embedded[:, first + own.shape[1] :]], 1)
+
+        handle = embedding.register_forward_hook(put)
+        features.append(model.encode_text(tokens))
+        handle.remove()
+    return torch.stack(features)
+
+
+def assert_relative(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert got.shape == expected.shape
+    error = ((got.double() - expected.double()).abs().max() / expected.abs().max()).item()
+    assert error <= tolerance, f"relative error {error}"
+
+
+def assert_same_features_and_gradient(encoder: TextEncoder, model: nn.Module, tokens: Tensor, ctx: Tensor) -> None:
+    got, expected = encoder(ctx), encode_text(model, tokens, ctx)
+    assert got.dtype == torch.float32
+    assert_relative(got.detach(), expected.detach())
+    pull = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
+    gradients = [torch.autograd.grad((pull * features).sum(), ctx)[0] for features in (got, expected)]
+    assert_relative(*gradients)
+
+
+# -- every kind of tower ----------------------------------------------------------------------------------------------
+
+TOWERS = {
+    "argmax": {},
+    "eos": {"pool_type": "eos"},
+    "last": {"pool_type": "last"},
+    "no mask, argmax": {"no_causal_mask": True},
+    "no mask, eos": {"no_causal_mask": True, "pool_type": "eos"},
+    "no mask, last": {"no_causal_mask": True, "pool_type": "last"},
+    "linear with bias": {"proj_bias": True},
+    "no projection": {"proj_type": "none"},
+    "layer scale": {"ls_init_value": 0.5},
+    "quick_gelu": {"quick_gelu": True},
+    "one head": {"heads": 1},
+    "four heads": {"heads": 4},
+    "one layer": {"layers": 1},
+    "narrow mlp": {"mlp_ratio": 1.5},
+    "norm epsilon": {"norm_kwargs": {"eps": 1e-2}},
+    "tanh gelu": {"act_kwargs": {"approximate": "tanh"}},
+}
+
+
+@pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
+@pytest.mark.parametrize("name", list(TOWERS))
+@pytest.mark.parametrize("shared", [True, False])
+def test_features_and_gradient_are_open_clips(shared, name, kind):
+    model = tower(kind, **TOWERS[name])
+    clip, tokens = clip_and_tokens(model)
+    ctx = contexts(clip, 2, None if shared else len(NAMES))
+    encoder = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT, shared=shared)
+    assert_same_features_and_gradient(encoder, model, tokens, ctx)
+    assert encoder(ctx).shape[-1] == clip.embed_dim
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_encoder_made_for_class_specific_contexts_takes_shared_ones(causal):
+    model = tower(no_causal_mask=not causal)
+    clip, tokens = clip_and_tokens(model)
+    encoder = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT, shared=False)
+    assert_same_features_and_gradient(encoder, model, tokens, contexts(clip, 2))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_without_a_start_token(shared, causal):
+    """SigLIP's texts begin with their first word, and their last token is the feature."""
+    model = tower(open_clip.CustomTextCLIP, pool_type="last", no_causal_mask=not causal)
+    clip = FrozenClip(model, Words(start=False, end=EOS), "tiny")
+    assert clip.first_token == 0
+    tokens = clip.tokenize([f"x x x {name}" for name in NAMES])
+    ctx = contexts(clip, 2, None if shared else len(NAMES))
+    got = text_encoder(clip.text, tokens, first=0, context=CONTEXT, shared=shared)(ctx)
+    expected = encode_text(model, tokens, ctx, first=0)
+    assert_relative(got.detach(), expected.detach())
+    assert_relative(*(torch.autograd.grad(features.square().sum(), ctx)[0] for features in (got, expected)))
+
+
+def test_float64_tower_keeps_its_values():
+    model = tower(dtype=torch.float64)
+    clip, tokens = clip_and_tokens(model)
+    ctx = contexts(clip, 1).detach()
+    got = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT)(ctx.double())
+    assert_relative(got, encode_text(model, tokens, ctx.double()), 1e-7)
+
+
+def test_open_clips_own_tokenizer():
+    model = tower(vocab_size=49408, context_length=77, width=8)
+    clip = FrozenClip(model, open_clip.SimpleTokenizer(), "tiny")
+    prompt = Prompt.from_template(clip, "a photo of a {}.")
+    names = ("cat", "hot-air balloon", "Boeing 737-800", "dog")
+    assert_relative(prompt.class_embeddings(clip, names), clip.class_embeddings(names, "a photo of a {}."))
+
+
+# -- classes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("names", [("a",), ("a b c d",), ("a b", "c d", "e f"), ("a b c", "a b", "a")])
+def test_few_equal_and_falling_lengths(names, causal, shared):
+    model = tower(no_causal_mask=not causal)
+    clip, tokens = clip_and_tokens(model, names)
+    ctx = contexts(clip, 2, None if shared else len(names))
+    encoder = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT, shared=shared)
+    assert_same_features_and_gradient(encoder, model, tokens, ctx)
+
+
+def test_class_order_is_kept():
+    clip, tokens = clip_and_tokens(tower())
+    ctx = contexts(clip, 1).detach()
+    together = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT, chunk_tokens=5)(ctx)
+    for c in range(len(NAMES)):
+        alone = text_encoder(clip.text, tokens[c : c + 1], first=FIRST, context=CONTEXT)(ctx)
+        assert_relative(together[:, c], alone[:, 0])
+
+
+def test_prompts_are_encoded_independently():
+    clip, tokens = clip_and_tokens(tower())
+    ctx = contexts(clip, 3).detach()
+    encoder = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT)
+    for m in range(3):
+        assert_relative(encoder(ctx)[m], encoder(ctx[m : m + 1])[0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_name_that_fills_the_context_exactly(causal):
+    model = tower(no_causal_mask=not causal)
+    longest = " ".join("abcdefgh")  # start, 3 context tokens, 8 words, end: all 13
+    clip, tokens = clip_and_tokens(model, ("a", longest))
+    assert (tokens[1] != PAD).all()
+    encoder = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT)
+    assert_same_features_and_gradient(encoder, model, tokens, contexts(clip, 1))
+
+
+@pytest.mark.parametrize("pool", ["argmax", "eos", "last"])
+@pytest.mark.parametrize("words", [9, 10, 30])
+def test_a_name_that_is_too_long_is_refused(words, pool):
+    clip, _ = clip_and_tokens(tower(pool_type=pool))
+    name = " ".join("b" * words)
+    with pytest.raises(ValueError, match=f"texts must fit the text tower's {LENGTH} tokens, got 'x x x b b"):
+        clip.tokenize(["x x x a", f"x x x {name}"])
+    prompt = Prompt(ctx=contexts(clip, 1)[0].detach(), template="x x x {}")
+    with pytest.raises(ValueError, match="texts must fit"):
+        prompt.class_embeddings(clip, ["a", name])
+
+
+def test_context_longer_than_the_text_is_refused():
+    clip, tokens = clip_and_tokens(tower())
+    with pytest.raises(ValueError, match="tokens must hold the class name after the 9 context tokens"):
+        text_encoder(clip.text, tokens, first=FIRST, context=9)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a b", "a c"), ("a b",)])
+def test_template_with_too_few_words_is_refused(names):
+    """Context vectors must never take the place of the class name's own tokens."""
+    clip, _ = clip_and_tokens(tower())
+    prompt = Prompt(ctx=contexts(clip, 1)[0].detach(), template="x x {}")
+    with pytest.raises(ValueError, match="template must hold 3 tokens before {}"):
+        prompt.class_embeddings(clip, names)
+
+
+def test_fewer_context_vectors_than_positions_are_refused():
+    clip, tokens = clip_and_tokens(tower())
+    with pytest.raises(ValueError):
+        text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT)(contexts(clip, 1)[:, :1])
+
+
+# -- chunks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [1, 7])
+def test_chunks_change_nothing(chunk_tokens, shared, causal):
+    model = tower(no_causal_mask=not causal)
+    clip, tokens = clip_and_tokens(model)
+    ctx = contexts(clip, 2, None if shared else len(NAMES))
+    options = {"first": FIRST, "context": CONTEXT, "shared": shared, "chunk_tokens": chunk_tokens}
+    encoder = text_encoder(clip.text, tokens, **options)
+    assert len(encoder.chunks) > 1
+    assert_same_features_and_gradient(encoder, model, tokens, ctx)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("limit", [6, 12])
+def test_checkpointing_changes_nothing(limit, shared, monkeypatch):
+    calls, checkpoint = [], text_tower.checkpoint
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(text_tower, "checkpoint", counted)
+    model = tower()
+    clip, tokens = clip_and_tokens(model)
+    ctx = contexts(clip, 2, None if shared else len(NAMES))
+    encoder = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT, shared=shared, chunk_tokens=limit)
+    assert_same_features_and_gradient(encoder, model, tokens, ctx)
+    assert not calls
+    monkeypatch.setattr(text_tower, "CHUNK_TOKENS", limit)
+    assert_same_features_and_gradient(encoder, model, tokens, ctx)
+    assert len(calls) >= len(encoder.chunks) > 1
+    calls.clear()
+    encoder(ctx.detach())
+    with torch.no_grad():
+        encoder(ctx)
+    assert not calls
+
+
+# -- what is saved ----------------------------------------------------------------------------------------------------
+
+
+def rows(encoder: TextEncoder) -> int:
+    return sum(len(chunk.rows) for chunk in encoder.chunks)
+
+
+def test_only_the_tokens_of_the_names_are_packed():
+    """Behind a shared prefix a class costs its name and the end token, whatever the context's length."""
+    words, count = [name.split() for name in NAMES], len(NAMES)
+    clip, tokens = clip_and_tokens(tower(context_length=77))
+    assert tokens.shape[1] == 77
+    options = {"first": FIRST, "context": CONTEXT}
+    assert rows(text_encoder(clip.text, tokens, **options)) == sum(len(name) + 1 for name in words)
+    whole = text_encoder(clip.text, tokens, **options, shared=False)
+    assert rows(whole) == sum(FIRST + CONTEXT + len(name) + 1 for name in words)
+    clip, tokens = clip_and_tokens(tower(no_causal_mask=True))
+    assert rows(text_encoder(clip.text, tokens, **options)) == count * LENGTH
+
+
+# -- other precisions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
+def test_half_copy_is_close(dtype, tolerance):
+    clip, tokens = clip_and_tokens(tower())
+    ctx = contexts(clip, 2)
+    options = {"first": FIRST, "context": CONTEXT}
+    exact, rough = (
+        text_encoder(clip.text, tokens, **options)(ctx),
+        text_encoder(clip.text_as(dtype), tokens, **options)(ctx),
+    )
+    assert rough.dtype == torch.float32
+    assert_relative(rough.detach(), exact.detach(), tolerance)
+    gradients = [torch.autograd.grad(features.square().sum(), ctx)[0] for features in (rough, exact)]
+    assert gradients[0].dtype == torch.float32
+    assert_relative(*gradients, 2 * tolerance)
+    assert clip.text.dtype == torch.float32
+    assert clip.text_as(dtype) is clip.text_as(dtype)
+
+
+@pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
+def test_a_model_that_open_clip_loaded_in_a_half_type(dtype, tolerance, kind):
+    """Its layer norms and embeddings stay in float32."""
+    model = tower(kind, half=dtype)
+    clip, tokens = clip_and_tokens(model)
+    ctx = contexts(clip, 2)
+    features = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT)(ctx)
+    assert_relative(features.detach(), encode_text(model, tokens, ctx.detach()), tolerance)
+    assert torch.autograd.grad(features.square().sum(), ctx)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_under_autocast(backward_inside):
+    """As any module, the tower may stand in a training loop under autocast."""
+    clip, tokens = clip_and_tokens(tower())
+    encoder, ctx = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT), contexts(clip, 2)
+    expected = torch.autograd.grad(encoder(ctx).square().sum(), ctx)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder(ctx)
+        if backward_inside:
+            got = torch.autograd.grad(features.square().sum(), ctx)[0]
+    if not backward_inside:
+        got = torch.autograd.grad(features.square().sum(), ctx)[0]
+    assert_relative(got, expected, 0.1)
+
+
+# -- refused towers ---------------------------------------------------------------------------------------------------
+
+
+def hugging_face() -> nn.Module:
+    """open_clip's HFTextEncoder needs transformers; its type is what is looked at."""
+    model = tower(open_clip.CustomTextCLIP)
+    text = type("HFTextEncoder", (nn.Module,), {})()
+    text.transformer = nn.Linear(2, 2)
+    model.text = text
+    return model
+
+
+def padding_mask() -> nn.Module:
+    """No configuration of open_clip's asks for one, only its TextTransformer."""
+    model = tower(open_clip.CustomTextCLIP, no_causal_mask=True)
+    model.text.use_pad_mask = True
+    return model
+
+
+REFUSED = {
+    "hugging face": (hugging_face, "TextTransformer, got HFTextEncoder"),
+    "class token": (lambda: tower(open_clip.CustomTextCLIP, embed_cls=True), r"class token \(CoCa\)"),
+    "padding mask": (padding_mask, "padding mask"),
+    "pools first": (lambda: tower(pool_type="first"), "must pool by argmax, eos or last, got 'first'"),
+    "pools none": (lambda: tower(open_clip.CustomTextCLIP, pool_type="none"), "must pool by .* got 'none'"),
+    "custom block": (lambda: tower(block_type="custom"), "ResidualAttentionBlock, got CustomResidualAttentionBlock"),
+    "query norm": (lambda: tower(qk_norm=True), "ResidualAttentionBlock, got CustomResidualAttentionBlock"),
+    "another model": (lambda: nn.Linear(2, 2), "open_clip's CLIP or CustomTextCLIP, got Linear"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_towers_that_are_not_understood_are_refused_by_name(name):
+    make, message = REFUSED[name]
+    with pytest.raises(TypeError, match=message):
+        FrozenClip(make(), Words(), "tiny")
+
+
+def test_coca_is_refused():
+    model = open_clip.CoCa.__new__(open_clip.CoCa)
+    nn.Module.__init__(model)
+    with pytest.raises(TypeError, match="got CoCa"):
+        FrozenClip(model, Words(), "tiny")
