@@ -28,6 +28,10 @@ class _Inert:
     def __setstate__(self, _: Any) -> None: ...
 
 
+_numpy_scalar = getattr(np, "_core", None) or np.core  # numpy 2 and 1
+_numpy_scalar = _numpy_scalar.multiarray.scalar
+
+
 def _plain_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
@@ -49,11 +53,10 @@ _ALLOWED = [
     ),
     (_plain_dict, "collections.defaultdict"),  # torch's unpickler fills plain dicts only
     (dict, "builtins.dict"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
     (np.dtype, "numpy.dtype"),
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
 ]
 
 
@@ -112,8 +115,8 @@ def load_tensors(file: Path) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it holds an object of {found[1]}" if found else "it is not one"
-        raise ValueError(f"{file} cannot be read as a checkpoint: {what}, and pickled code is never run") from error
+        what = f"it holds an object of {found[1]}, and pickled code is never run" if found else str(error)
+        raise ValueError(f"{file} cannot be read as a checkpoint: {what}") from error
     except Exception as error:  # torch.load raises many kinds on files that are not checkpoints
         raise ValueError(f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mergetune.data import ImageList, load_image
+from mergetune.files import write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -448,9 +449,9 @@ def _begin(
     if plan is None:
         _clear(path)
         plan, done = wanted, {}
-    for leftover in path.glob(".*.tmp"):
+    for leftover in path.glob(".*.part"):
         leftover.unlink()
-    _write(path / PLAN, _json(plan))
+    write_atomically(path / PLAN, _json(plan))
     return plan, [number for number in range(_shard_count(plan)) if number not in done]
 
 
@@ -529,8 +530,8 @@ def _write_shard(
         "images": images,
         "skipped": skipped,
     }
-    _write(path / _shard_name(number), content)
-    _write(path / _record_name(number), _json({"plan": plan["id"], "shard": record}))
+    write_atomically(path / _shard_name(number), content)
+    write_atomically(path / _record_name(number), _json({"plan": plan["id"], "shard": record}))
 
 
 def _finish(path: Path, plan: dict[str, Any]) -> None:
@@ -545,7 +546,7 @@ def _finish(path: Path, plan: dict[str, Any]) -> None:
     shards = [done[number] for number in range(_shard_count(plan))]
     if not any(shard["rows"] for shard in shards):
         raise ValueError(f"images must hold at least one readable image, all {len(plan['files'])} were skipped")
-    _write(path / MANIFEST, _json({**plan, "torch": torch.__version__, "shards": shards}))
+    write_atomically(path / MANIFEST, _json({**plan, "torch": torch.__version__, "shards": shards}))
     _tidy(path)
 
 
@@ -615,7 +616,7 @@ def _is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
         # A convenience: where the folder is read-only or someone rebuilds it, what is there does as well.
         with contextlib.suppress(OSError, RuntimeError), _locked(path):
             if _read_document(path / MANIFEST) == manifest:
-                _write(path / MANIFEST, _json(fresh))
+                write_atomically(path / MANIFEST, _json(fresh))
                 _tidy(path)
     return True
 
@@ -774,24 +775,6 @@ def _read_json(file: Path) -> Any:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Put a file in place whole or not at all, whatever happens to this process or the power."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _tidy(path: Path) -> None:

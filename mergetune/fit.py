@@ -8,19 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import repeat
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +28,7 @@ from mergetune.clip import FrozenClip, check_templates
 from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache
+from mergetune.files import remove_parts, write_atomically
 from mergetune.objective import SPACES, SURROGATES, Objective, path_points
 from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text, load_solution
 
@@ -52,8 +53,10 @@ class Training:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2^32, got {self.seed}")
         for name, positive in (("lr", True), ("warmup_lr", True), ("momentum", False), ("weight_decay", False)):
             value = getattr(self, name)
             if not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
@@ -88,7 +91,7 @@ class FitResult:
         """Write the solution and ``result.json`` into the folder ``path``."""
         self.solution.save(path)
         record = {"history": self.history, "settings": self.settings, "timings": self.timings, "versions": _versions()}
-        (Path(path) / RESULT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_atomically(Path(path) / RESULT, f"{json.dumps(record, indent=2)}\n".encode())
 
     @classmethod
     def load(cls, path: str | Path) -> FitResult:
@@ -149,6 +152,8 @@ def tune(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not (math.isfinite(kg_weight) and kg_weight >= 0):
         raise ValueError(f"kg_weight must be finite and not negative, got {kg_weight!r}")
+    if method == "head" and (class_specific or n_ctx is not None):
+        raise ValueError(f"n_ctx and class_specific are for prompts, got {n_ctx}, {class_specific} for a head")
     if method == "head":
         start: Solution = Head.zero_shot(clip, features.classnames, template)
     elif n_ctx is None:
@@ -365,11 +370,17 @@ def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache 
             f"features must hold images of every class, got none of {features.classnames[int(counts.argmin())]!r}"
         )
     if val is not None:
-        seen = {row.tobytes() for row in features.tensor().numpy()}
-        both = [i for i, row in enumerate(val.tensor().numpy()) if row.tobytes() in seen]
+        # The same picture under two names is the data set's own affair; the same name with the same features is a leak.
+        named = bool(features.files and val.files)
+        seen = {(name, row.tobytes()) for name, row in _named_rows(features, named)}
+        both = [i for i, (name, row) in enumerate(_named_rows(val, named)) if (name, row.tobytes()) in seen]
         if both:
             what = f"{val.files[both[0]]!r}" if val.files else f"row {both[0]}"
             raise ValueError(f"val must not share images with features, got {len(both)} in both, {what} among them")
+
+
+def _named_rows(features: FeatureCache, named: bool) -> zip:
+    return zip(features.files if named else repeat(""), features.tensor().numpy(), strict=False)
 
 
 def _train(
@@ -443,7 +454,7 @@ def _train(
 
     seconds = time.perf_counter() - began
     fingerprint = clip.image_fingerprint if isinstance(start, Head) else clip.text_fingerprint
-    notes = {"settings": settings, "best_epoch": run.best_epoch}
+    notes = {"settings": settings, "best_epoch": run.best_epoch, "start": start.notes}
     return FitResult(
         solution=start.with_parameter(run.best.cpu(), notes=notes, backbone=clip.name, fingerprint=fingerprint),
         history=tuple(run.history),
@@ -469,25 +480,23 @@ class _Run:
 
     def write(self, folder: Path) -> None:
         """Replace the state on disk in one step, so that a kill leaves the old one or the new one."""
-        folder.mkdir(parents=True, exist_ok=True)
         momentum = self.optimizer.state[self.parameter].get("momentum_buffer")
         tensors = {"parameter": self.parameter.detach(), "best": self.best}
         tensors |= {} if momentum is None else {"momentum": momentum}
         record = {"settings": self.settings, "history": self.history, "best_epoch": self.best_epoch}
-        part = folder / f"{STATE}.part"
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         record["digest"] = _digest(*(tensors[name] for name in sorted(tensors)))
-        save_file(tensors, part, metadata={"run": json.dumps(record)})
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, folder / STATE)
+        write_atomically(folder / STATE, serialize(tensors, metadata={"run": json.dumps(record)}))
 
     def read(self, folder: Path) -> None:
         """Take up the state in ``folder``, if there is one; it must be of this very run."""
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"resume must be a folder, got the file {folder}")
-        for part in folder.glob(f"{STATE}*.part"):  # of a run that was killed while it wrote
-            part.unlink()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"resume must be a folder that can be written, got {folder}: {error}") from error
+        remove_parts(folder, STATE)
         path = folder / STATE
         if not path.exists():
             return

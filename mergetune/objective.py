@@ -136,8 +136,8 @@ def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:
     """The points a_n of a path; 0 is the fine-tuned solution, 1 is w.
 
     Args:
-        grid: "even": ``points`` evenly spaced in [0, 1) (the paper); "official": ``arange(0.1, 1.01, 1 / points)``, as the
-            official code has it: .1 .3 .5 .7 .9 for 5, but fewer points than asked for from 12 on, and for some the
+        grid: "even": ``points`` evenly spaced in [0, 1) (the paper); "official": ``arange(0.1, 1.01, 1 / points)``, the
+            official code's: .1 .3 .5 .7 .9 for 5, but fewer points than asked for from 12 on, and for some the
             last a hair above 1; "random": uniform, new at every step; or the points themselves.
         points: N; not used with points of your own.
 

@@ -5,8 +5,8 @@ Shapes: C classes, D embedding width, W text-tower width, n context tokens, M so
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.checkpoints import read_prompt
 from mergetune.clip import FrozenClip, check_classnames, check_templates, fill
+from mergetune.files import write_atomically
 from mergetune.text_tower import text_encoder
 
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
@@ -406,11 +408,11 @@ def _save(solution: Solution, path: str | Path, tensors: dict[str, Tensor], extr
         "fingerprint": solution.fingerprint,
         "notes": solution.notes,
     }
-    parts = path / f".{CONFIG}.part", path / f".{WEIGHTS}.part"  # both whole before either takes its place
-    parts[0].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, parts[1])
-    os.replace(parts[1], path / WEIGHTS)
-    os.replace(parts[0], path / CONFIG)
+    weights = serialize({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    config["sha256"] = hashlib.sha256(weights).hexdigest()  # a save that is cut off between the two files is seen
+    text = json.dumps(config, indent=2)  # before anything is written: notes may not be JSON
+    write_atomically(path / WEIGHTS, weights)
+    write_atomically(path / CONFIG, f"{text}\n".encode())
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -434,15 +436,26 @@ def _load(path: str | Path, kind: str, needed: set[str]) -> tuple[dict[str, Any]
     config = _read_config(path)
     if config.get("kind") != kind:
         raise ValueError(f"{path} must hold a {kind}, got {config.get('kind')!r}")
-    fields = {"classnames": list | None, "backbone": str | None, "fingerprint": str | None, "notes": dict}
+    fields = {
+        "classnames": list | None,
+        "backbone": str | None,
+        "fingerprint": str | None,
+        "notes": dict,
+        "sha256": str,
+    }
     fields |= {"template": str} if kind == Prompt.kind else {"logit_scale": int | float}
     for name, expected in fields.items():
         if name not in config or not isinstance(config[name], expected):
             raise ValueError(f"{path / CONFIG}: {name} must be there and right, got {config.get(name)!r}")
     try:
-        tensors = load_file(path / WEIGHTS)
+        weights = (path / WEIGHTS).read_bytes()
+        tensors = deserialize(weights)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path / WEIGHTS} cannot be read: {error}") from error
+    if hashlib.sha256(weights).hexdigest() != config["sha256"]:
+        raise ValueError(
+            f"{path / WEIGHTS} must be what {CONFIG} describes, got another checksum: saving was interrupted"
+        )
     if missing := needed - tensors.keys():
         raise ValueError(f"{path / WEIGHTS} must hold {', '.join(sorted(missing))}, got {', '.join(sorted(tensors))}")
     return config, tensors

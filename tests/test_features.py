@@ -401,7 +401,7 @@ def test_disk_full_leaves_no_bad_shard(images, tmp_path, monkeypatch):
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
-    assert not list((tmp_path / "cache").glob(".*.tmp"))
+    assert not list((tmp_path / "cache").glob(".*.part"))
     done = shard_bytes(tmp_path / "cache")
     assert done.items() & shard_bytes(whole.path).items() and "shard-00002.safetensors" not in done
     cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)

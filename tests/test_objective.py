@@ -474,9 +474,9 @@ def test_random_grid_has_no_fixed_points():
     ("grid", "points", "message"),
     [
         ("uniform", 5, "grid must be one of even, official, random or a list of points, got 'uniform'"),
-        ("even", 0, "points must be at least 1, got 0"),
-        ("random", -1, "points must be at least 1, got -1"),
-        ("official", 2.5, "points must be at least 1, got 2.5"),
+        ("even", 0, "points must be a whole number of at least 1, got 0"),
+        ("random", -1, "points must be a whole number of at least 1, got -1"),
+        ("official", 2.5, "points must be a whole number of at least 1, got 2.5"),
         ([], 5, "grid must hold at least one path point"),
         ([0.5, 1.01], 5, r"grid must hold path points in \[0, 1\], got \[0.5, 1.01\]"),
         ([-0.1], 5, r"path points in \[0, 1\]"),
