@@ -237,7 +237,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("prefix_attention_cpu", &prefix_attention_from_python_cpu, "dtype"_a, "q"_a, "k"_a, "v"_a, "prefix_k"_a,
                "prefix_v"_a, "offsets_ptr"_a, "out"_a, "M"_a, "Tq"_a, "T"_a, "S"_a, "C"_a, "H"_a, "d"_a, "causal"_a,
                "num_threads"_a, "variant"_a = "",
-               "Attention of packed sequences behind a shared prefix, as csrc/include/mergetune/prefix_attention.h says.\n"
+               "Attention of packed sequences behind a shared prefix: see csrc/include/mergetune/prefix_attention.h.\n"
                "A tensor is (address, stride of M, of rows, of H), strides in elements. The bits do not depend on\n"
                "num_threads.");
     module.def("prefix_attention_backward_cpu", &prefix_attention_backward_from_python_cpu, "dtype"_a, "q"_a, "k"_a,

@@ -1,9 +1,8 @@
 """Residual attention blocks on packed texts, with a backward written by hand: activation gradients only.
 
 The weights are frozen, so no gradient of theirs is ever made; what is kept for the backward is the input of each
-normalisation,
-the queries, keys and values, and the hidden layer before its activation: 9 W numbers a token and block, half of what
-autograd keeps. Attention probabilities are made again. In the last block only the pooled rows go past the attention.
+normalisation, the queries, keys and values, and the hidden layer before its activation: 9 W numbers a token and block.
+Attention probabilities are made again. In the last block only the pooled rows go past the attention.
 
 Shapes: M prompts, R = S + T rows of a prompt (its shared prefix, then the packed texts), C classes, W width, H heads.
 """

@@ -116,9 +116,8 @@ class FrozenClip:
             self.model, "text_decoder"
         ):
             raise TypeError(
-                f"model must be open_clip's CLIP or CustomTextCLIP, got {type(self.model).__name__}: its text tower is "
-                "not one "
-                "that mergetune understands"
+                f"model must be open_clip's CLIP or CustomTextCLIP, got {type(self.model).__name__}: its "
+                "text tower is not one that mergetune understands"
             )
         self.model.eval().requires_grad_(False)
         _ = self.text  # an unknown text tower is refused here, before any image is encoded
@@ -353,8 +352,7 @@ def warn_quickgelu(name: str, pretrained: str) -> None:
     if "openai" in path.name.lower() or _is_torchscript(path):
         warn(
             f"{path.name} looks like OpenAI's weights, which were trained with QuickGELU, but {name!r} uses GELU: "
-            "features would "
-            f"be silently wrong. Load it as {name + '-quickgelu'!r}.",
+            f"features would be silently wrong. Load it as {name + '-quickgelu'!r}.",
             stacklevel=3,
         )
 

@@ -16,9 +16,8 @@ def fisher_diagonal(
 ) -> Tensor:
     """Diagonal Gauss-Newton (Fisher) of the zero-shot classifier's cross-entropy, on unlabelled features.
 
-    ``h[c, d] = scale^2 * mean_x p_c (1 - p_c) x_d^2``, normalised to mean 1, so that lam keeps its meaning. The labels
-    are not
-    used: the expectation over them is the classifier's own.
+    ``h[c, d] = scale^2 * mean_x p_c (1 - p_c) x_d^2``, normalised to mean 1, so that lam keeps its meaning. The
+    labels are not used: the expectation over them is the classifier's own.
 
     Args:
         features: image features; a tensor is [N, D].

@@ -138,8 +138,7 @@ class BaseNovel:
 
 @dataclass(frozen=True)
 class Row:
-    """A method over seeds. hm is the harmonic mean of the mean accuracies, as published; spreads are standard
-    deviations.
+    """A method over seeds: means and standard deviations; hm is the harmonic mean of the mean accuracies, as published.
 
     Attributes:
         base, novel, hm: percent.

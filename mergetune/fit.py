@@ -141,8 +141,7 @@ def tune(
         precision: of the text tower: "float32", "bfloat16", or "auto".
         backend: see :func:`mergetune.ops.lmc_loss`.
         val: features for choosing the best epoch; never the test set.
-        resume: a folder that keeps the state of the run; a killed run given the same folder goes on from its last
-            epoch.
+        resume: a folder for the state of the run; a killed run that is given it again goes on from its last epoch.
         progress: show a bar where stderr is a terminal.
         optimiser: momentum, weight_decay, warmup_epochs, warmup_lr of :class:`Training`.
     """
@@ -225,17 +224,14 @@ def fit(
         points: N points on each path, paper 5..10.
         grid: "even", "official", "random" or the points themselves, see :func:`mergetune.objective.path_points`.
         surrogate: "identity" (the paper's: 1/2 |t - t1|^2, which on unit class embeddings is 1 - cos), "fisher"
-            (diagonal Gauss-Newton), "cosine" or "l2" (official code). Mean over classes, on class weights, in both
-            spaces.
-        space: "embedding" interpolates class embeddings (official code), "parameter" what is trained. One thing for a
-            head.
+            (diagonal Gauss-Newton), "cosine" or "l2" (official code). On class weights, in both spaces.
+        space: "embedding" interpolates class embeddings (official code), "parameter" what is trained; one for heads.
         epochs, batch_size, lr: paper 50, 128, 2e-3.
         seed: of the order of the batches, the choice of views and the random grid.
         precision: of the text tower: "float32", "bfloat16", or "auto".
         backend: see :func:`mergetune.ops.lmc_loss`.
         val: features for choosing the best epoch; never the test set.
-        resume: a folder that keeps the state of the run; a killed run given the same folder goes on from its last
-            epoch.
+        resume: a folder for the state of the run; a killed run that is given it again goes on from its last epoch.
         progress: show a bar where stderr is a terminal.
         optimiser: momentum, weight_decay, warmup_epochs, warmup_lr of :class:`Training`.
 
@@ -340,11 +336,9 @@ def _zero_shot(
         prompt = prompt.per_class(classnames)
     if prompt.parameter.shape != tuned.parameter.shape:
         raise ValueError(
-            f"zero_shot must have context vectors of tuned's shape {list(tuned.parameter.shape)} to start between "
-            "them, got "
-            f"{list(prompt.parameter.shape)} from {prompt.template!r}: give a template with {tuned.n_ctx} tokens "
-            f"before {{}}, or "
-            "tau=1 to start at tuned"
+            f"zero_shot must have context vectors of tuned's shape {list(tuned.parameter.shape)} for tau < 1, "
+            f"got {list(prompt.parameter.shape)} from {prompt.template!r}: give a template with {tuned.n_ctx} tokens "
+            "before {}, or tau=1 to start at tuned"
         )
     return w1, prompt.parameter
 
@@ -538,8 +532,8 @@ def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch
         name = names[int(terms.int().argmax()) + (len(names) - len(terms))]
         value = record[step, names.index(name)].item()
         raise FloatingPointError(
-            f"the term {name!r} became {value} at step {epoch * batches + step + 1} (epoch {epoch + 1}): lower lr, or "
-            "look at the features"
+            f"the term {name!r} became {value} at step {epoch * batches + step + 1} (epoch {epoch + 1}): "
+            "lower lr, or look at the features"
         )
     if not parameter.isfinite().all():
         raise FloatingPointError(f"the solution became NaN or infinite at the end of epoch {epoch + 1}: lower lr")

@@ -118,8 +118,7 @@ def connectivity(
 
 
 def plot(panels: Mapping[str, Mapping[str, Path]], file: str | FilePath) -> None:
-    """Draw loss (above) and accuracy (below) along paths, one column for each set of images, as the paper's Fig. 2
-    does.
+    """Draw loss (above) and accuracy (below) along paths, a column for each set of images, like the paper's Fig. 2.
 
     Args:
         panels: name of the images -> name of the path -> path, as :func:`connectivity` gives it.

@@ -8,6 +8,9 @@ Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -17,9 +20,8 @@ try:  # torch is imported first, so that the core shares its OpenMP threads
     from mergetune import _C
 except ImportError as error:
     raise ImportError(
-        f"mergetune's native core could not be loaded ({error}). Build it with `pip install .` in the source tree (a "
-        "C++17 "
-        "compiler is all that it needs), or reinstall the wheel: `pip install --force-reinstall mergetune`."
+        f"mergetune's native core could not be loaded ({error}). Build it with `pip install .` in the source tree "
+        "(a C++17 compiler is all that it needs), or reinstall the wheel: `pip install --force-reinstall mergetune`."
     ) from error
 
 BACKENDS = ("cpp", "cuda", "torch")
@@ -312,12 +314,19 @@ def prefix_attention(
     v: Tensor,
     prefix_k: Tensor,
     prefix_v: Tensor,
-    lengths: tuple[int, ...],
+    lengths: Sequence[int],
     *,
     causal: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
-    """Attention of packed sequences behind a shared prefix, so far in plain torch; see the definition."""
-    return reference.prefix_attention(q, k, v, prefix_k, prefix_v, lengths, causal=causal)
+    """Attention of packed sequences behind a shared prefix; see :func:`reference.prefix_attention`.
+
+    float32, float64 and bfloat16 on the CPU, with float32 arithmetic for bfloat16; differentiable once.
+    """
+    if _attention_backend(q, backend) == "torch":
+        return reference.prefix_attention(q, k, v, prefix_k, prefix_v, tuple(lengths), causal=causal)
+    _check_attention(q, k, v, prefix_k, prefix_v, lengths)
+    return torch.ops.mergetune.prefix_attention(q, k, v, prefix_k, prefix_v, lengths, causal)
 
 
 def prefix_attention_backward(
@@ -327,15 +336,124 @@ def prefix_attention_backward(
     v: Tensor,
     prefix_k: Tensor,
     prefix_v: Tensor,
-    lengths: tuple[int, ...],
+    lengths: Sequence[int],
     *,
     causal: bool = True,
+    backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of :func:`prefix_attention` to q, k, v, prefix_k and prefix_v; the probabilities are made again."""
-    leaves = [t.detach().requires_grad_() for t in (q, k, v, prefix_k, prefix_v)]
-    with torch.enable_grad():
-        out = reference.prefix_attention(*leaves, lengths, causal=causal)
-    return torch.autograd.grad(out, leaves, d_out)
+    inputs = q, k, v, prefix_k, prefix_v
+    if _attention_backend(q, backend) == "torch":
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        with torch.enable_grad():
+            out = reference.prefix_attention(*leaves, tuple(lengths), causal=causal)
+        return torch.autograd.grad(out, leaves, d_out)
+    return torch.ops.mergetune.prefix_attention_backward(d_out, *inputs, lengths, causal)
+
+
+def _attention_backend(q: Tensor, backend: str | None) -> str:
+    native = q.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    if backend is None:
+        return "cpp" if q.device.type == "cpu" and native else "torch"
+    if backend == "cuda":
+        raise RuntimeError("backend 'cuda' is not built for prefix_attention, got it asked for: use 'torch'")
+    if backend == "cpp" and not native:
+        raise TypeError(f"q must be float32, float64 or bfloat16 for backend 'cpp', got {q.dtype}")
+    return _backend(q, backend)
+
+
+def _check_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Sequence[int]
+) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must have shape [M, T, H, d], got {list(q.shape)}")
+    (prompts, queries, heads, width), tokens = q.shape, sum(lengths)
+    _expect("k", k, (prompts, tokens, heads, width))
+    _expect("v", v, (prompts, tokens, heads, width))
+    _expect("prefix_k", prefix_k, (prompts, prefix_k.shape[1], heads, width))
+    _expect("prefix_v", prefix_v, tuple(prefix_k.shape))
+    if queries not in (tokens, len(lengths)):
+        raise ValueError(f"q must have a row for each of {tokens} tokens or {len(lengths)} sequences, got {queries}")
+    if {t.dtype for t in (k, v, prefix_k, prefix_v)} != {q.dtype}:
+        raise TypeError(f"q, k, v, prefix_k and prefix_v must have one dtype, got {q.dtype} and others")
+
+
+@lru_cache(maxsize=64)
+def _offsets(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def _heads(t: Tensor) -> tuple[int, int, int, int]:
+    """A tensor [M, rows, H, d] as the core takes it: address and strides."""
+    return t.data_ptr(), *t.stride()[:3]
+
+
+def _attention_sizes(q: Tensor, k: Tensor, prefix_k: Tensor, lengths: Sequence[int]) -> tuple[int, ...]:
+    return q.shape[0], q.shape[1], k.shape[1], prefix_k.shape[1], len(lengths), q.shape[2], q.shape[3]
+
+
+def _adjacent(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with the values of a head side by side."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _prefix_attention_kernel(q, k, v, prefix_k, prefix_v, lengths, causal) -> Tensor:  # noqa: ANN001
+    q, k, v, prefix_k, prefix_v = _adjacent(q, k, v, prefix_k, prefix_v)
+    out = q.new_empty(q.shape)
+    _C.prefix_attention_cpu(
+        str(q.dtype).removeprefix("torch."),
+        *(_heads(t) for t in (q, k, v, prefix_k, prefix_v)),
+        _offsets(tuple(lengths)).data_ptr(),
+        _heads(out),
+        *_attention_sizes(q, k, prefix_k, lengths),
+        causal,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _prefix_attention_backward_kernel(d_out, q, k, v, prefix_k, prefix_v, lengths, causal) -> tuple[Tensor, ...]:  # noqa: ANN001
+    d_out, q, k, v, prefix_k, prefix_v = _adjacent(d_out, q, k, v, prefix_k, prefix_v)
+    gradients = tuple(t.new_empty(t.shape) for t in (q, k, v, prefix_k, prefix_v))
+    _C.prefix_attention_backward_cpu(
+        str(q.dtype).removeprefix("torch."),
+        *(_heads(t) for t in (q, k, v, prefix_k, prefix_v)),
+        _offsets(tuple(lengths)).data_ptr(),
+        _heads(d_out),
+        *(_heads(t) for t in gradients),
+        *_attention_sizes(q, k, prefix_k, lengths),
+        causal,
+        torch.get_num_threads(),
+    )
+    return gradients
+
+
+def _attention_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+    *tensors, ctx.lengths, ctx.causal = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_backward(ctx, d_out) -> tuple:  # noqa: ANN001
+    if torch.is_grad_enabled():
+        raise RuntimeError("prefix_attention can be differentiated once: for second derivatives use backend='torch'")
+    gradients = torch.ops.mergetune.prefix_attention_backward(d_out, *ctx.saved_tensors, ctx.lengths, ctx.causal)
+    return *gradients, None, None
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, int[] lengths, bool causal"
+_library.define(f"prefix_attention({_INPUTS}) -> Tensor")
+_library.define(f"prefix_attention_backward(Tensor d_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.impl("prefix_attention", _prefix_attention_kernel, "CPU")
+_library.impl("prefix_attention_backward", _prefix_attention_backward_kernel, "CPU")
+torch.library.register_fake("mergetune::prefix_attention", lambda q, *_: q.new_empty(q.shape), lib=_library)
+torch.library.register_fake(
+    "mergetune::prefix_attention_backward",
+    lambda d_out, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:5]),
+    lib=_library,
+)
+torch.library.register_autograd(
+    "mergetune::prefix_attention", _attention_backward, setup_context=_attention_setup, lib=_library
+)
 
 
 # -- self-test --------------------------------------------------------------------------------------------------------

@@ -108,15 +108,13 @@ class Prompt:
     def from_checkpoint(
         cls, path: str | Path, *, template: str | None = None, classnames: Sequence[str] | None = None
     ) -> Prompt:
-        """Read a prompt of CoOp, KgCoOp or the official MERGETUNE (``prompt_learner/model.pth.tar-N``), without running
-        pickle.
+        """Read a prompt of CoOp, KgCoOp or the official MERGETUNE, ``prompt_learner/model.pth.tar-N``, safely.
 
         Args:
             path: the file, or its folder; see :func:`mergetune.checkpoints.read_prompt`.
             template: the text that it was trained with, one token before ``{}`` for each context vector; None is CoOp's
                 "X X X X {}.".
-            classnames: names of the classes of a class-specific context, in the order of training (sorted labels in
-                CoOp).
+            classnames: the classes of a class-specific context, in the order of training (CoOp: sorted labels).
         """
         found = read_prompt(path)
         return cls(

@@ -1,13 +1,10 @@
 """Class features from context vectors: the text tower run on packed tokens, behind a prefix shared by all classes.
 
-In a causal tower nothing after a text's last token can reach its feature, and ``[SOS, ctx_1 .. ctx_n]`` is the same for
-every
-class: its keys and values are computed once, and only the class names' own tokens are packed behind it, sorted by
-length, so that nothing is padded. Class-specific contexts and towers without a causal mask take whole sequences through
-the same code.
+In a causal tower nothing after a text's last token can reach its feature, and ``[SOS, ctx_1 .. ctx_n]`` is the same
+for every class: its keys and values are computed once, and only the class names' own tokens are packed behind it,
+without padding. Class-specific contexts and towers without a causal mask take whole sequences through the same code.
 
-Shapes: M prompts encoded together, C classes, L context length, W tower width, D embedding width, T packed tokens, S
-prefix.
+Shapes: M prompts encoded together, C classes, L context length, W tower width, D embedding width, T packed tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from mergetune.blocks import Layout, run_blocks
 from mergetune.clip import TextParts
 
-CHUNK_TOKENS = (
-    8192  # activations of at most so many tokens are kept at once: about 2.5 GB in float32 for a 12 x 512 tower
-)
+CHUNK_TOKENS = 8192
+"""Activations of at most so many tokens are kept at once: about 2 GB in float32 for a tower of 12 blocks, 512 wide."""
 
 
 @dataclass(frozen=True, eq=False)

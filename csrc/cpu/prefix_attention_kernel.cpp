@@ -57,13 +57,30 @@ MT_HD void store(const Vector<Real>& x, Real* to) {
     std::memcpy(to, &x, sizeof x);
 }
 
+// Lane i is lane `from`[i] of a and then b.
+template <class Real, int... from>
+MT_HD Vector<Real> shuffled(const Vector<Real>& a, const Vector<Real>& b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, from...);
+#else
+    return __builtin_shuffle(a, b, typename Vectors<Real>::Index{from...});
+#endif
+}
+
+// Lane i is x[i ^ half].
+template <int half, class Real, int... i>
+MT_HD Vector<Real> swapped(const Vector<Real>& x, std::integer_sequence<int, i...>) {
+    return shuffled<Real, (i ^ half)...>(x, x);
+}
+
 // Lane i is a[i] + a[i ^ half] where bit `half` of i is 0, else b[i] + b[i ^ half].
 template <int half, class Real, int... i>
 MT_HD Vector<Real> fold(const Vector<Real>& a, const Vector<Real>& b, std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(a, b, (i & half ? i + lanes<Real> : i)...) +
-           __builtin_shufflevector(a, b, (i & half ? (i ^ half) + lanes<Real> : i ^ half)...);
+    return shuffled<Real, (i & half ? i + lanes<Real> : i)...>(a, b) +
+           shuffled<Real, (i & half ? (i ^ half) + lanes<Real> : i ^ half)...>(a, b);
 }
 
+// Halves the number of vectors until one is left, whose lane i comes from x[i]: see sums().
 template <int half, class Real>
 MT_HD void fold_halves(Vector<Real>* x) {
     if constexpr (half >= 1) {
@@ -72,11 +89,24 @@ MT_HD void fold_halves(Vector<Real>* x) {
     }
 }
 
-template <int half, class Real>
-MT_HD void fold_rest(Vector<Real>& x) {
-    if constexpr (half < lanes<Real>) {
-        x = fold<half, Real>(x, x, Lanes<Real>());
-        fold_rest<2 * half, Real>(x);
+// Lane i is the sum of the lanes of x whose number is i modulo `count`, a power of two.
+template <int count, class Real>
+MT_HD Vector<Real> fold_lanes(const Vector<Real>& x) {
+    if constexpr (count < lanes<Real>) {
+        return fold_lanes<2 * count, Real>(x + swapped<count, Real>(x, Lanes<Real>()));
+    } else {
+        return x;
+    }
+}
+
+// Every lane is the largest lane of x.
+template <class Real, int half = lanes<Real> / 2>
+MT_HD Vector<Real> largest_lane(const Vector<Real>& x) {
+    if constexpr (half >= 1) {
+        const Vector<Real> y = swapped<half, Real>(x, Lanes<Real>());
+        return largest_lane<Real, half / 2>(x > y ? x : y);
+    } else {
+        return x;
     }
 }
 
@@ -86,8 +116,7 @@ MT_HD Vector<Real> sums(const Real* x) {
     Vector<Real> v[count];
     for (int j = 0; j < count; ++j) v[j] = load(x + j * lanes<Real>);
     fold_halves<count / 2, Real>(v);
-    fold_rest<count, Real>(v[0]);
-    return v[0];
+    return fold_lanes<count, Real>(v[0]);
 }
 
 // `x` in the lanes before `count`, `padding` in the others.
@@ -190,6 +219,7 @@ MT_HD void dot_products(const Real* x, const Real* rows, std::int64_t count, std
     by_registers<Real>(width, [&](std::int64_t c, auto n) {
         Vector<Real> own[n];
         for (int i = 0; i < n; ++i) own[i] = load(x + c + i * lanes<Real>);
+#pragma GCC unroll 2
         for (std::int64_t j = 0; j < count; ++j) {
             const Real* const row = rows + j * width + c;
             Vector<Real> sum = own[0] * load(row);
@@ -213,6 +243,7 @@ MT_HD void weighted_sum(const Real* weights, std::int64_t step, const Real* rows
     by_registers<Real>(width, [&](std::int64_t c, auto n) {
         Vector<Real> sum[n];
         for (int i = 0; i < n; ++i) sum[i] = add ? load(result + c + i * lanes<Real>) : Vector<Real>{};
+#pragma GCC unroll 2
         for (std::int64_t j = 0; j < count; ++j) {
             const Real weight = weights[j * step];
             const Real* const row = rows + j * width + c;
@@ -222,39 +253,34 @@ MT_HD void weighted_sum(const Real* weights, std::int64_t step, const Real* rows
     });
 }
 
-// Scores become exp(score - largest) in place, whole vectors of them; returns their sum.
+// Scores become probabilities in place, whole vectors of them.
 template <class Real>
-MT_HD Real exponentials(Real* scores, std::int64_t count) {
-    Real largest = -INFINITY, sum = 0;
-    for (std::int64_t j = 0; j < count; j += lanes<Real>) {
-#pragma omp simd reduction(max : largest)
-        for (int i = 0; i < lanes<Real>; ++i) largest = largest > scores[j + i] ? largest : scores[j + i];
+MT_HD void softmax(Real* scores, std::int64_t count) {
+    Vector<Real> largest = load(scores), sum = {};
+    for (std::int64_t j = lanes<Real>; j < count; j += lanes<Real>) {
+        const Vector<Real> x = load(scores + j);
+        largest = largest > x ? largest : x;
     }
+    largest = largest_lane<Real>(largest);
     for (std::int64_t j = 0; j < count; j += lanes<Real>) {
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < lanes<Real>; ++i) {
-            const Real e = exp_nonpositive(scores[j + i] - largest);
-            scores[j + i] = e;
-            sum += e;
-        }
+        Real x[lanes<Real>];
+        store<Real>(load(scores + j) - largest, x);
+        for (int i = 0; i < lanes<Real>; ++i) x[i] = exp_nonpositive(x[i]);
+        store<Real>(load(x), scores + j);
+        sum += load(x);
     }
-    return sum;
+    const Real factor = 1 / fold_lanes<1, Real>(sum)[0];
+    for (std::int64_t j = 0; j < count; j += lanes<Real>) store<Real>(load(scores + j) * factor, scores + j);
 }
 
-// Exponentials become probabilities, and the gradients to probabilities gradients to scores.
+// Gradients to probabilities become gradients to scores in place.
 template <class Real>
-MT_HD void softmax_backward(Real* probabilities, Real* slopes, std::int64_t count, Real factor) {
-    Real mean = 0;
+MT_HD void softmax_backward(const Real* probabilities, Real* slopes, std::int64_t count) {
+    Vector<Real> mean = {};
+    for (std::int64_t j = 0; j < count; j += lanes<Real>) mean += load(probabilities + j) * load(slopes + j);
+    mean = fold_lanes<1, Real>(mean);
     for (std::int64_t j = 0; j < count; j += lanes<Real>) {
-#pragma omp simd reduction(+ : mean)
-        for (int i = 0; i < lanes<Real>; ++i) {
-            probabilities[j + i] *= factor;
-            mean += probabilities[j + i] * slopes[j + i];
-        }
-    }
-    for (std::int64_t j = 0; j < count; j += lanes<Real>) {
-#pragma omp simd
-        for (int i = 0; i < lanes<Real>; ++i) slopes[j + i] = probabilities[j + i] * (slopes[j + i] - mean);
+        store<Real>(load(probabilities + j) * (load(slopes + j) - mean), slopes + j);
     }
 }
 
@@ -289,9 +315,14 @@ struct Sequence {
     MT_HD std::int64_t seen(std::int64_t i, bool causal) const {
         return causal ? length - queries + i + 1 : length;
     }
+
+    // How many of its queries do not see its token j: the first ones.
+    MT_HD std::int64_t unseeing(std::int64_t j, bool causal) const {
+        return causal && j > length - queries ? j - (length - queries) : 0;
+    }
 };
 
-// A thread's scratch, and the rows of the head that it is at. `fixed_d` is d where that is known when compiling, else 0.
+// A thread's scratch, and the rows of the head that it is at. `fixed_d` is d if known when compiling, else 0.
 template <class T, int fixed_d, class Real = typename Arithmetic<T>::type>
 struct Head {
     const PrefixAttention<T> op;  // a copy: what is written elsewhere cannot change it
@@ -339,15 +370,30 @@ struct Head {
         load_rows(op.v, sequence.m, sequence.begin, sequence.length, h, values + op.S * width());
     }
 
+    // Probabilities of `count` queries from `first` on. One step for all of them and then the next, so that the
+    // processor has several queries' chains of additions to work at.
+    MT_HD void attend(const Sequence& sequence, std::int64_t h, std::int64_t first, std::int64_t count) const {
+        for (std::int64_t i = 0; i < count; ++i) {
+            const std::int64_t seen = op.S + sequence.seen(first + i, op.causal);
+            Real* const query = queries + i * width();
+            load_row(at(op.q, sequence.m, sequence.first_query + first + i, h), d(), scale, query);
+            dot_products(query, keys, seen, width(), Real(-INFINITY), products, probabilities + i * place.pitch);
+        }
+        for (std::int64_t i = 0; i < count; ++i) {
+            softmax(probabilities + i * place.pitch, op.S + sequence.seen(first + i, op.causal));
+        }
+    }
+
     MT_HD void forward(const Sequence& sequence, std::int64_t h, const Heads<T>& out) const {
         load_sequence(sequence, h);
-        for (std::int64_t i = 0; i < sequence.queries; ++i) {
-            const std::int64_t row = sequence.first_query + i, seen = op.S + sequence.seen(i, op.causal);
-            load_row<T, Real>(at(op.q, sequence.m, row, h), d(), scale, queries);
-            dot_products<Real>(queries, keys, seen, width(), Real(-INFINITY), products, probabilities);
-            const Real sum = exponentials(probabilities, seen);
-            weighted_sum<false>(probabilities, 1, values, seen, width(), result);
-            store_row(result, d(), 1 / sum, at(out, sequence.m, row, h));
+        for (std::int64_t first = 0; first < sequence.queries; first += query_rows) {
+            const std::int64_t left = sequence.queries - first, count = left < query_rows ? left : query_rows;
+            attend(sequence, h, first, count);
+            for (std::int64_t i = 0; i < count; ++i) {
+                weighted_sum<false>(probabilities + i * place.pitch, 1, values,
+                                    op.S + sequence.seen(first + i, op.causal), width(), result);
+                store_row(result, d(), Real(1), at(out, sequence.m, sequence.first_query + first + i, h));
+            }
         }
     }
 
@@ -356,34 +402,29 @@ struct Head {
                         const PrefixAttentionGradients<T>& gradients) const {
         const std::int64_t pitch = place.pitch;
         load_sequence(sequence, h);
-        fill(d_keys + op.S * width(), sequence.length * width(), Real(0));
-        fill(d_values + op.S * width(), sequence.length * width(), Real(0));
-
         for (std::int64_t first = 0; first < sequence.queries; first += query_rows) {
             const std::int64_t left = sequence.queries - first, count = left < query_rows ? left : query_rows;
+            attend(sequence, h, first, count);
             for (std::int64_t i = 0; i < count; ++i) {
-                const std::int64_t row = sequence.first_query + first + i;
-                const std::int64_t seen = op.S + sequence.seen(first + i, op.causal);
-                Real* const query = queries + i * width();
                 Real* const slope = d_outs + i * width();
-                Real* const p = probabilities + i * pitch;
-                Real* const s = d_scores + i * pitch;
-                load_row<T, Real>(at(op.q, sequence.m, row, h), d(), scale, query);
-                load_row<T, Real>(at(d_out, sequence.m, row, h), d(), Real(1), slope);
-                dot_products<Real>(query, keys, seen, width(), Real(-INFINITY), products, p);
-                const Real sum = exponentials(p, seen);
-                dot_products<Real>(slope, values, seen, width(), Real(0), products, s);
-                softmax_backward(p, s, seen, 1 / sum);
-                weighted_sum<false>(s, 1, keys, seen, width(), result);
-                store_row(result, d(), scale, at(gradients.q, sequence.m, row, h));
+                load_row(at(d_out, sequence.m, sequence.first_query + first + i, h), d(), Real(1), slope);
+                dot_products(slope, values, op.S + sequence.seen(first + i, op.causal), width(), Real(0), products,
+                             d_scores + i * pitch);
             }
-            for (std::int64_t j = 0; j < op.S + sequence.length; ++j) {
-                std::int64_t i = 0;  // the first query that sees key j
-                while (i < count && j >= op.S + sequence.seen(first + i, op.causal)) ++i;
-                weighted_sum<true>(d_scores + i * pitch + j, pitch, queries + i * width(), count - i, width(),
-                                   d_keys + j * width());
-                weighted_sum<true>(probabilities + i * pitch + j, pitch, d_outs + i * width(), count - i, width(),
-                                   d_values + j * width());
+            for (std::int64_t i = 0; i < count; ++i) {
+                softmax_backward(probabilities + i * pitch, d_scores + i * pitch,
+                                 op.S + sequence.seen(first + i, op.causal));
+            }
+            for (std::int64_t i = 0; i < count; ++i) {
+                weighted_sum<false>(d_scores + i * pitch, 1, keys, op.S + sequence.seen(first + i, op.causal), width(),
+                                    result);
+                store_row(result, d(), scale, at(gradients.q, sequence.m, sequence.first_query + first + i, h));
+            }
+            for (std::int64_t j = 0; j < op.S; ++j) add_to_key<true>(j, 0, count);
+            for (std::int64_t j = 0; j < sequence.length; ++j) {
+                const std::int64_t unseeing = sequence.unseeing(j, op.causal) - first;
+                const std::int64_t begin = unseeing < 0 ? 0 : unseeing < count ? unseeing : count;
+                first ? add_to_key<true>(op.S + j, begin, count) : add_to_key<false>(op.S + j, begin, count);
             }
         }
         for (std::int64_t j = 0; j < sequence.length; ++j) {
@@ -391,6 +432,14 @@ struct Head {
             store_row(d_keys + own, d(), Real(1), at(gradients.k, sequence.m, row, h));
             store_row(d_values + own, d(), Real(1), at(gradients.v, sequence.m, row, h));
         }
+    }
+
+    // Gradients to key and value j from the queries [begin, end) held, on top of what they were where `add`.
+    template <bool add>
+    MT_HD void add_to_key(std::int64_t j, std::int64_t begin, std::int64_t end) const {
+        const std::int64_t pitch = place.pitch, weight = begin * pitch + j, row = begin * width();
+        weighted_sum<add>(d_scores + weight, pitch, queries + row, end - begin, width(), d_keys + j * width());
+        weighted_sum<add>(probabilities + weight, pitch, d_outs + row, end - begin, width(), d_values + j * width());
     }
 };
 
@@ -457,15 +506,17 @@ void run_backward(const PrefixAttention<T>& op, const Heads<const T>& d_out,
 
 }  // namespace
 
-#define MT_DEFINE_FOR(T)                                                                                        \
-    void prefix_attention(const PrefixAttention<T>& op, const Heads<T>& out,                                    \
-                          const AttentionWorkspace<Arithmetic<T>::type>& workspace, int threads) {              \
-        op.d == 64 ? run<64>(op, out, workspace, threads) : run<0>(op, out, workspace, threads);                                                                       \
-    }                                                                                                           \
-    void prefix_attention_backward(const PrefixAttention<T>& op, const Heads<const T>& d_out,                   \
-                                   const PrefixAttentionGradients<T>& gradients,                                \
-                                   const AttentionWorkspace<Arithmetic<T>::type>& workspace, int threads) {     \
-        op.d == 64 ? run_backward<64>(op, d_out, gradients, workspace, threads) : run_backward<0>(op, d_out, gradients, workspace, threads);                                                 \
+// 64 is what CLIP's text towers have.
+#define MT_DEFINE_FOR(T)                                                                                    \
+    void prefix_attention(const PrefixAttention<T>& op, const Heads<T>& out,                                \
+                          const AttentionWorkspace<Arithmetic<T>::type>& workspace, int threads) {          \
+        op.d == 64 ? run<64>(op, out, workspace, threads) : run<0>(op, out, workspace, threads);            \
+    }                                                                                                       \
+    void prefix_attention_backward(const PrefixAttention<T>& op, const Heads<const T>& d_out,               \
+                                   const PrefixAttentionGradients<T>& gradients,                            \
+                                   const AttentionWorkspace<Arithmetic<T>::type>& workspace, int threads) { \
+        op.d == 64 ? run_backward<64>(op, d_out, gradients, workspace, threads)                             \
+                   : run_backward<0>(op, d_out, gradients, workspace, threads);                             \
     }
 MT_DEFINE_FOR(float)
 MT_DEFINE_FOR(double)

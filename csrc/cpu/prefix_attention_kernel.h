@@ -16,7 +16,7 @@ struct Arithmetic<BFloat16> {
 };
 
 constexpr std::int64_t widest_vector = 64;  // bytes, of any variant
-constexpr std::int64_t query_rows = 16;     // most queries whose probabilities the backward holds at once
+constexpr std::int64_t query_rows = 16;     // most queries whose probabilities are held at once
 
 template <class Real>
 constexpr std::int64_t whole_vectors(std::int64_t count) {
@@ -29,7 +29,7 @@ struct SequenceBlocks {
     std::int64_t sequences, count;
 
     __attribute__((always_inline)) explicit SequenceBlocks(std::int64_t C) {
-        constexpr std::int64_t fewest_sequences = 8, most_blocks = 64;  // each block keeps gradients of the prefix
+        constexpr std::int64_t fewest_sequences = 8, most_blocks = 32;  // each block keeps gradients of the prefix
         sequences = (C + most_blocks - 1) / most_blocks;
         if (sequences < fewest_sequences) sequences = fewest_sequences;
         count = (C + sequences - 1) / sequences;
@@ -47,16 +47,16 @@ struct Scratch {
         Scratch s{};
         s.width = 2 * whole_vectors<Real>((d + 1) / 2);  // values of BFloat16 come in two vectors at once
         s.pitch = whole_vectors<Real>(most_keys);
-        const std::int64_t rows = most_keys * s.width, held = backward ? query_rows : 1;
+        const std::int64_t rows = most_keys * s.width;
         s.values = s.keys + rows;
         s.d_keys = s.values + rows;
         s.d_values = s.d_keys + (backward ? rows : 0);
         s.queries = s.d_values + (backward ? rows : 0);
-        s.d_outs = s.queries + held * s.width;
-        s.result = s.d_outs + (backward ? held * s.width : 0);
+        s.d_outs = s.queries + query_rows * s.width;
+        s.result = s.d_outs + (backward ? query_rows * s.width : 0);
         s.probabilities = s.result + s.width;
-        s.d_scores = s.probabilities + held * s.pitch;
-        s.products = s.d_scores + (backward ? held * s.pitch : 0);
+        s.d_scores = s.probabilities + query_rows * s.pitch;
+        s.products = s.d_scores + (backward ? query_rows * s.pitch : 0);
         s.size = s.products + s.pitch * whole_vectors<Real>(1);
         return s;
     }
@@ -65,27 +65,27 @@ struct Scratch {
 // Uninitialised, aligned to the widest vector.
 template <class Real>
 struct AttentionWorkspace {
-    Real* scratch;                // [threads, Scratch::size]
-    Real* d_prefix;               // [M, blocks, H, 2 (keys, values), S, width]; backward only
-    std::int64_t most_keys;       // S + the longest sequence
+    Real* scratch;           // [threads, Scratch::size]
+    Real* d_prefix;          // [M, blocks, H, 2 (keys, values), S, width]; backward only
+    std::int64_t most_keys;  // S + the longest sequence
 };
 
-#define MT_DECLARE_OF(T)                                                                                             \
-    void prefix_attention(const PrefixAttention<T>&, const Heads<T>&, const AttentionWorkspace<Arithmetic<T>::type>&, \
-                          int threads);                                                                              \
-    void prefix_attention_backward(const PrefixAttention<T>&, const Heads<const T>&,                                 \
-                                   const PrefixAttentionGradients<T>&,                                               \
+#define MT_DECLARE_FOR(T)                                                                                   \
+    void prefix_attention(const PrefixAttention<T>&, const Heads<T>&,                                       \
+                          const AttentionWorkspace<Arithmetic<T>::type>&, int threads);                     \
+    void prefix_attention_backward(const PrefixAttention<T>&, const Heads<const T>&,                        \
+                                   const PrefixAttentionGradients<T>&,                                      \
                                    const AttentionWorkspace<Arithmetic<T>::type>&, int threads);
-#define MT_DECLARE(variant)     \
-    namespace variant {         \
-    MT_DECLARE_OF(float)        \
-    MT_DECLARE_OF(double)       \
-    MT_DECLARE_OF(BFloat16)     \
+#define MT_DECLARE(variant)      \
+    namespace variant {          \
+    MT_DECLARE_FOR(float)        \
+    MT_DECLARE_FOR(double)       \
+    MT_DECLARE_FOR(BFloat16)     \
     }
 MT_DECLARE(portable)
 MT_DECLARE(avx2)
 MT_DECLARE(avx512)
 #undef MT_DECLARE
-#undef MT_DECLARE_OF
+#undef MT_DECLARE_FOR
 
 }  // namespace mergetune
