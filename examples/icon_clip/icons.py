@@ -191,9 +191,8 @@ def main(
     (out / "icons.json").write_text(json.dumps(records))
     (out / "sets.json").write_text(json.dumps(sets, indent=1))
     held_out = sum(record["held_out"] for record in records)
-    typer.echo(
-        f"{len(records)} icons of {len(sets)} sets: {len(records) - held_out} to pretrain on, {held_out} held out"
-    )
+    used = len({record["set"] for record in records})
+    typer.echo(f"{len(records)} icons of {used} sets: {len(records) - held_out} to pretrain on, {held_out} held out")
 
 
 if __name__ == "__main__":
