@@ -27,7 +27,7 @@ VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_wid
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 NAMES = ("cat", "fire truck", "dog")
 STATE = "state.safetensors"
-QUICK = {"epochs": 3, "batch_size": 8}
+QUICK = {"epochs": 3, "batch_size": 8, "precision": "float32"}
 
 
 @functools.cache
@@ -181,7 +181,9 @@ def assert_trained_to(result: FitResult, start, expected, losses):
 @pytest.mark.parametrize("method", ["coop", "class-specific coop", "kgcoop", "head"])
 def test_two_steps_of_tune_by_hand(method, siglip):
     clip, features = build_clip(siglip=siglip), cache()
-    result = tune(clip, features, method=method.split()[-1], class_specific="class" in method, epochs=2)
+    result = tune(
+        clip, features, method=method.split()[-1], class_specific="class" in method, epochs=2, precision="float32"
+    )
     start = Prompt.from_template(clip)
     start = start.per_class(NAMES) if "class" in method else start
     start = Head.zero_shot(clip, NAMES) if method == "head" else start
@@ -213,7 +215,7 @@ def test_two_steps_of_fit_by_hand(kind, case):
     tuned = [head(k, bias="bias" in kind) if is_head else prompt(k) for k in range(1, count + 1)]
     if kind == "class-specific":
         tuned = [replace(p, ctx=0.3 * normal(3, 4, 16, seed=k), classnames=NAMES) for k, p in enumerate(tuned)]
-    result = fit(clip, features, tuned[0] if count == 1 else tuned, epochs=2, **kwargs)
+    result = fit(clip, features, tuned[0] if count == 1 else tuned, epochs=2, precision="float32", **kwargs)
 
     if is_head:  # all in the CLIP's own scale
         zero_shot = Head.zero_shot(clip, NAMES, bias="bias" in kind).parameter
@@ -281,6 +283,18 @@ def test_the_result_knows_its_clip(clip, kind):
     assert solution.fingerprint == (clip.text_fingerprint if kind == "prompt" else clip.image_fingerprint)
 
 
+def test_the_precision_of_the_tower_is_the_machine_s_own_or_as_asked(clip):
+    """bfloat16 in the tower only: what comes out is float32, and near what float32 makes of it."""
+    runs = {name: fit(clip, cache(), prompt(), epochs=3, precision=name) for name in ("float32", "bfloat16", "auto")}
+    auto = runs["auto"].settings["precision"]
+    able = torch.cpu.get_capabilities()
+    assert auto == ("bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32")
+    assert torch.equal(runs["auto"].solution.ctx, runs[auto].solution.ctx)
+    half, whole = runs["bfloat16"].solution.ctx, runs["float32"].solution.ctx
+    assert half.dtype == torch.float32 and not torch.equal(half, whole)
+    assert torch.allclose(half, whole, atol=0.05)
+
+
 # -- seeds, batches, views --------------------------------------------------------------------------------------------
 
 
@@ -331,7 +345,7 @@ def test_val_chooses_the_epoch_and_nothing_else(clip):
     features = cache()
     x = F.normalize(features.tensor() + 0.01 * normal(30, 8, seed=8), dim=-1)
     val = FeatureCache.from_tensors(x, (features.labels + 1) % 3, NAMES)  # gets worse by training
-    kwargs = {"epochs": 8, "batch_size": 8, "lr": 0.5, "seed": 1}
+    kwargs = {"epochs": 8, "batch_size": 8, "lr": 0.5, "seed": 1, "precision": "float32"}
     plain, chosen = tune(clip, features, **kwargs), tune(clip, features, val=val, **kwargs)
     scores = [entry["val_accuracy"] for entry in chosen.history]
     best = max(scores)

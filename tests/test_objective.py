@@ -364,7 +364,7 @@ def test_fit_of_prompts(clip, built, features, k, surrogate, space):
     tuned = [Prompt(zero_shot.ctx + 0.1 * draw(*zero_shot.ctx.shape, seed=80 + i).float(), template) for i in range(k)]
     betas = [0.5, 2.0, 1.0][:k]
     settings = {"lam": 3.0, "beta": betas, "tau": 0.3, "points": 4, "surrogate": surrogate, "space": space}
-    objective, start = built(tuned, features, **settings)
+    objective, start = built(tuned, features, precision="float32", **settings)
     tokens = clip.tokenize([template.format(name) for name in NAMES])
     encode = open_clip_encode(clip, tokens, 1)
     x, labels, scale = features.tensor().double(), features.labels, clip.model.logit_scale.double().exp().item()
