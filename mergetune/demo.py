@@ -35,6 +35,7 @@ from mergetune.solutions import Prompt, Solution, interpolate
 TEMPLATE = "an icon of a {}"
 SHOTS = 16
 STAGE_1 = {"epochs": 50, "batch_size": 64, "lr": 0.01}
+PRECISION = "float32"  # so that the figures do not depend on what the machine is fastest at
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class DemoResult:
                 part: {name: walk.to_json() for name, walk in paths.items()} for part, paths in self.paths.items()
             },
             "milliseconds_per_step": self.milliseconds,
-            "settings": {"template": TEMPLATE, "shots": SHOTS, "stage_1": STAGE_1},
+            "settings": {"template": TEMPLATE, "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1},
         }
 
 
@@ -115,11 +116,22 @@ def run_demo(
         solutions: dict[str, Solution] = {}
         for method, title in (("coop", "CoOp"), ("kgcoop", "KgCoOp")):
             report(f"seed {seed}: {title} on {len(base.classnames)} base classes, {SHOTS} images each")
-            tuned = tune(clip, shots, method=method, template=TEMPLATE, seed=seed, progress=progress, **STAGE_1)
+            tuned = tune(
+                clip,
+                shots,
+                method=method,
+                template=TEMPLATE,
+                seed=seed,
+                precision=PRECISION,
+                progress=progress,
+                **STAGE_1,
+            )
             solutions[title] = tuned.solution
             milliseconds[title].append(tuned.timings["ms_per_step"])
         report(f"seed {seed}: MERGETUNE from zero-shot and CoOp")
-        merged = fit(clip, shots, solutions["CoOp"], zero_shot=TEMPLATE, seed=seed, progress=progress)
+        merged = fit(
+            clip, shots, solutions["CoOp"], zero_shot=TEMPLATE, seed=seed, precision=PRECISION, progress=progress
+        )
         milliseconds["MERGETUNE"].append(merged.timings["ms_per_step"])
         merged.save(folder / f"seed-{seed}")
         solutions["MERGETUNE"] = merged.solution
