@@ -113,25 +113,15 @@ def run_demo(
     milliseconds: dict[str, list[float]] = defaultdict(list)
     for seed in seeds:
         shots = train.select(base.few_shot(SHOTS, seed=seed))
+        common = {"seed": seed, "precision": PRECISION, "progress": progress}
         solutions: dict[str, Solution] = {}
         for method, title in (("coop", "CoOp"), ("kgcoop", "KgCoOp")):
             report(f"seed {seed}: {title} on {len(base.classnames)} base classes, {SHOTS} images each")
-            tuned = tune(
-                clip,
-                shots,
-                method=method,
-                template=TEMPLATE,
-                seed=seed,
-                precision=PRECISION,
-                progress=progress,
-                **STAGE_1,
-            )
+            tuned = tune(clip, shots, method=method, template=TEMPLATE, **STAGE_1, **common)
             solutions[title] = tuned.solution
             milliseconds[title].append(tuned.timings["ms_per_step"])
         report(f"seed {seed}: MERGETUNE from zero-shot and CoOp")
-        merged = fit(
-            clip, shots, solutions["CoOp"], zero_shot=TEMPLATE, seed=seed, precision=PRECISION, progress=progress
-        )
+        merged = fit(clip, shots, solutions["CoOp"], zero_shot=TEMPLATE, **common)
         milliseconds["MERGETUNE"].append(merged.timings["ms_per_step"])
         merged.save(folder / f"seed-{seed}")
         solutions["MERGETUNE"] = merged.solution
