@@ -1,7 +1,8 @@
-"""Compiles the Triton kernels ahead of time, without a GPU, and says what they take: ``python -m mergetune.kernels.aot``.
+"""Compiles the Triton kernels ahead of time, without a GPU: ``python -m mergetune.kernels.aot`` says what they take.
 
-Every configuration that the launcher may choose, for every GPU architecture, is compiled to machine code; registers and
-spills are ptxas's own report, the stack is cuobjdump's. It exits with 1 if anything spills or exceeds shared memory.
+Every configuration that the launcher may choose, for every GPU architecture, is compiled to machine code. Spills are
+ptxas's own report, registers and stack what cuobjdump finds in the code. Exits with 1 if anything spills or exceeds the
+shared memory of a block.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ if __name__ == "__main__":  # before the kernels are imported: interpreted ones 
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-
 from mergetune.kernels import lmc_loss
 from mergetune.kernels.lmc_loss import Config, lmc_loss_kernel
+from triton.backends.compiler import GPUTarget
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, CUDA C++ guide, table of limits
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS = {  # what the compiler sees of a call
-    "prompt": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": True},
+    "prompt": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": True, "aligned": ("D",)},
     "prompt, fast": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": False, "ATOMIC": True},
-    "head with bias": {"NORMALIZE": False, "HAS_W1": True, "HAS_CURVATURE": False, "aligned": False},
+    "head with bias": {"NORMALIZE": False, "HAS_W1": True, "HAS_CURVATURE": False, "aligned": ()},
+    "one class": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": False, "C": 1, "D": 1},  # ones are constants
     "cached dots": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": False, "KNOWN_DOTS": True},
 }
 
@@ -64,14 +65,13 @@ class Resources:
 
     @property
     def fits(self) -> bool:
-        return not self.spill_bytes and self.shared_bytes <= self.shared_limit
+        return not self.spill_bytes and not self.stack_bytes and self.shared_bytes <= self.shared_limit
 
 
 def compile_lmc_loss(capability: int, dtype: str, variant: str, config: Config, anchors: int = 2) -> Resources:
     """Compiles the kernel of the LMC loss for one architecture and reads its resources."""
     flags = dict(VARIANTS[variant])
-    # A width that is a multiple of 16 lets loads be wide; with a head's bias it is odd.
-    aligned = ["D", "C"] if flags.pop("aligned", True) else []
+    aligned = flags.pop("aligned", ("C", "D"))  # multiples of 16: loads can be wide; with a bias, D is odd
     constants = {
         "ATOMIC": False,
         "KNOWN_DOTS": False,
@@ -96,12 +96,19 @@ def compile_lmc_loss(capability: int, dtype: str, variant: str, config: Config, 
     compiled = triton.compile(
         triton.compiler.ASTSource(lmc_loss_kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "maxnreg": lmc_loss.MAX_REGISTERS,
+        },
     )
-    registers, spills = _ptxas(compiled.asm["ptx"], capability)
+    registers, stack = _cubin_usage(compiled.asm["cubin"])
+    reported, spills = _ptxas_report(compiled.asm["ptx"], capability)
+    if reported != registers:
+        raise RuntimeError(f"ptxas was not called as by Triton: {reported} registers, and the cubin has {registers}")
     return Resources(
-        "lmc_loss", capability, dtype, variant, config, registers, spills, _stack(compiled.asm["cubin"]),
-        compiled.metadata.shared, SHARED_LIMIT[capability],
+        "lmc_loss", capability, dtype, variant, config, registers, spills, stack, compiled.metadata.shared,
+        SHARED_LIMIT[capability],
     )  # fmt: skip
 
 
@@ -110,22 +117,25 @@ def lmc_loss_cases(everything: bool) -> Iterator[tuple[int, str, str, Config]]:
     configs = lambda dtype: lmc_loss.FLOAT_CONFIGS if dtype == "fp32" else lmc_loss.HALF_CONFIGS  # noqa: E731
     for capability in SHARED_LIMIT:
         if everything:
-            yield from ((capability, d, v, c) for d in DTYPES for v in VARIANTS for c in configs(d))
+            one = lambda dtype: lmc_loss.candidate_configs(1, 1, 1, DTYPES[dtype])  # noqa: E731
+            for d in DTYPES:
+                for v in VARIANTS:
+                    yield from ((capability, d, v, c) for c in (one(d) if v == "one class" else configs(d)))
         else:
             yield capability, "bf16", "prompt", configs("bf16")[0]
             yield capability, "fp32", "head with bias", configs("fp32")[0]
 
 
-def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes, by Triton's own assembler; raises if it is missing or its report is not understood."""
+def _ptxas_report(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers and spilled bytes, by Triton's own assembler and options; raises if it cannot be run or understood."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        arch = sm_arch_from_capability(capability)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(source), "-o", str(source) + ".cubin"]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        arch = f"--gpu-name={sm_arch_from_capability(capability)}"
+        command = [get_ptxas(capability).path, "-lineinfo", "-v", "--regAllocOptLevel=2", arch, str(source)]
+        report = subprocess.run([*command, "-o", f"{source}.o"], check=True, capture_output=True, text=True).stderr
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     if not registers or not spills:
@@ -133,17 +143,17 @@ def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
     return int(registers[1]), int(spills[1]) + int(spills[2])
 
 
-def _stack(cubin: bytes) -> int:
-    """Bytes of local memory a thread, from the very machine code that would run."""
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread, from the very machine code that would run."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        report = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
-    stack = re.search(r"STACK:(\d+)", report.stdout)
-    if not stack:
-        raise RuntimeError(f"cuobjdump reported no stack: {report.stdout}")
-    return int(stack[1])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if not usage:
+        raise RuntimeError(f"cuobjdump reported neither registers nor stack: {report}")
+    return int(usage[1]), int(usage[2])
 
 
 def main() -> int:

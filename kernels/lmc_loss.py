@@ -26,7 +26,7 @@ product. Both passes make the products anew: memory is O(groups P B + slabs C D)
 
 **What bounds it.** Predicted, not measured, for an H100 with B 256, C 500, D 512, N 8, K 2 in bfloat16. The E products
 twice and the last one: 7 * 2 B C D = 0.92 GFLOP, 2 us at the 400 TFLOP/s that such small tiles may reach. Exponentials:
-2 P B C = 4.4 M, 1 us. From and to memory 2.6 MB (x, w, anchors, w1, gradient), 1 us at 3 TB/s; but tiles read their
+2 P B C = 4.4 M, 1 us. From and to memory 2.8 MB (x, w, anchors, w1, gradient), 1 us at 3 TB/s; but tiles read their
 operands again from L2, about 50 MB in all, and partial gradients are written and read once there, 16 MB: together some
 12 us at 5.5 TB/s. Five waits of 1-2 us each. So 15-25 us: neither bytes from memory nor flops, but L2 and latency, and
 at this size the host's own launch overhead is of the same order.
@@ -43,6 +43,8 @@ from torch import Tensor
 
 MAX_CLASS_GROUPS = 16  # parts that pass 1 may split a row's classes into; a power of two
 PARALLEL_JOBS = 256  # what each pass is split into, if it can be; fixed, so that the bits do not depend on the device
+
+MAX_REGISTERS = 255  # all that a thread can have: left alone, ptxas may prefer to spill for a higher occupancy
 
 _MIN_SQUARED_NORM = tl.constexpr(1e-24)  # the square of F.normalize's floor
 _STRIP_C = tl.constexpr(4)  # element-wise jobs: few classes, wide rows, one memory latency for D <= 512
@@ -72,16 +74,24 @@ def _wait(counter, count):
     tl.debug_barrier()
 
 
+INTERPRETED = not isinstance(_signal, triton.runtime.JITFunction)
+_WIDEN = tl.constexpr(INTERPRETED)  # Triton's interpreter would multiply the bit patterns of bfloat16
+
+
 # -- building blocks --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _load(ptr, row, rows, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of a matrix [rows, columns] from (row, column) on; 0 outside."""
-    r = row + tl.arange(0, ROWS)
-    c = column + tl.arange(0, COLUMNS)
-    inside = (r < rows)[:, None] & (c < columns)[None, :]
-    return tl.load(ptr + r.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0.0)
+    """[ROWS, COLUMNS] of a matrix [rows, columns] from (row, column) on; 0 outside.
+
+    64 bits for where the tile begins, 32 within it: an offset an element is what fills the registers.
+    """
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, COLUMNS)
+    inside = (r < rows - row)[:, None] & (c < columns - column)[None, :]
+    begin = ptr + (tl.cast(row, tl.int64) * columns + column)
+    return tl.load(begin + (r[:, None] * columns + c[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -92,13 +102,17 @@ def _anchor(anchors, k, C, D):
 
 @triton.jit
 def _products(
-    x, row, B, end, c, C, D, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    x, row, B, end, c, C, D,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """x @ end.T for a row block and a class tile, [BLOCK_B, BLOCK_C] in float32."""
     total = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for d in range(0, D, BLOCK_D):
         x_tile = _load(x, row, B, d, D, BLOCK_B, BLOCK_D)
         end_tile = _load(end, c, C, d, D, BLOCK_C, BLOCK_D)
+        if _WIDEN:
+            x_tile = x_tile.to(tl.float32)
+            end_tile = end_tile.to(tl.float32)
         total = tl.dot(x_tile, tl.trans(end_tile), total, input_precision=PRECISION)
     return total
 
@@ -117,12 +131,13 @@ def _anchor_products(
 
 @triton.jit
 def _class_sum(sums, i, classes, C):
+    """Row i of sums [rows, C], for these classes; 0 outside."""
     return tl.load(sums + i * C + classes, mask=classes < C, other=0.0)
 
 
 @triton.jit
 def _squared_norm(alpha, w_w, a_a, a_w):
-    """|a + alpha (w - a)|^2 from the products of w and a with themselves and each other."""
+    """|a + alpha (w - a)|^2 from the products of w and a; digits are lost only near 0, where w is almost -a."""
     return (1 - alpha) * (1 - alpha) * a_a + 2 * alpha * (1 - alpha) * a_w + alpha * alpha * w_w
 
 
@@ -223,7 +238,7 @@ def _tile_statistics(
     NORMALIZE: tl.constexpr, KNOWN_DOTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1 of a row block over a group of class tiles: peaks and totals [groups, P, B]; picked [P, B], the label's."""
+    """Pass 1 of a row block over a group of tiles: peaks and totals [groups, P, B]; picked [P, B], of the labels."""
     row = block * BLOCK_B
     rows = row + tl.arange(0, BLOCK_B)
     own_labels = tl.load(labels + rows, mask=rows < B, other=-1).to(tl.int32)
@@ -290,7 +305,7 @@ def _row_statistics(
 
         label = tl.load(labels + row, mask=inside, other=0)
         known = (label >= 0) & (label < C)
-        total = tl.where(known, total, float("nan"))
+        total = tl.where(known & inside, total, float("nan"))
         loss = tl.log(total) + (peak - tl.load(picked + at, mask=inside & known, other=0.0))
         term = tl.where(p == 0, 0, 1 + (p - 1) // N)
         terms += tl.sum(tl.where((term[None, :] == end[:, None]) & inside[None, :], loss[None, :], 0.0), 1)
@@ -311,8 +326,8 @@ def _point_gradient(p, weight, logits, is_label, rows, classes, B, C, peaks, tot
 
 @triton.jit
 def _through_norm(gradient, logits, squared_norm):
-    """[BLOCK_C] f, such that the class weight t pulls the gradient by f t: the norm's share, 0 at or below its floor."""
-    pull = -tl.sum(gradient * logits, 0) / squared_norm
+    """[BLOCK_C] f, where the norm adds f t to the gradient to the class weight t; 0 at or below the norm's floor."""
+    pull = -tl.sum(gradient * logits, 0) / tl.maximum(squared_norm, _MIN_SQUARED_NORM)
     return tl.where(squared_norm > _MIN_SQUARED_NORM, pull, 0.0)
 
 
@@ -365,9 +380,7 @@ def _gradient_tile(
             w_w = _class_sum(sums, 0, classes, C)
         rscale = _rscale(w_w, scale, NORMALIZE)
         logits = dots_w * rscale[None, :]
-        gradient = _point_gradient(
-            0, 1.0 / B, logits, is_label, rows, classes, B, C, peaks + result, totals + result
-        )
+        gradient = _point_gradient(0, 1.0 / B, logits, is_label, rows, classes, B, C, peaks + result, totals + result)
         coefficients = gradient * rscale[None, :]
         pull_w = tl.zeros([BLOCK_C], tl.float32)
         if NORMALIZE:
@@ -405,10 +418,11 @@ def _gradient_tile(
         for d in range(0, D, BLOCK_D):
             x_tile = _load(x, row, B, d, D, BLOCK_B, BLOCK_D).to(tl.float32)
             share = tl.dot(of_classes, x_tile, input_precision=GRADIENT_PRECISION)
-            columns = d + tl.arange(0, BLOCK_D)
-            inside = (classes < C)[:, None] & (columns < D)[None, :]
-            at = (tl.cast(slab, tl.int64) * C + classes)[:, None] * D + columns[None, :]
-            _accumulate(slabs + at, share, inside, first, ATOMIC)
+            columns = tl.arange(0, BLOCK_D)
+            inside = (classes < C)[:, None] & (columns < D - d)[None, :]
+            begin_tile = slabs + ((tl.cast(slab, tl.int64) * C + c) * D + d)
+            at = tl.arange(0, BLOCK_C)[:, None] * D + columns[None, :]
+            _accumulate(begin_tile + at, share, inside, first, ATOMIC)
     _signal(counters + _SLABS)
 
 
@@ -481,9 +495,10 @@ def _finish(
                 along_w = tl.where(squared_norm > _MIN_SQUARED_NORM, along, 0.0)
                 slope = (slope - unit * along_w[:, None]) / norm[:, None]
             total += lam / C * slope
-        columns = d + tl.arange(0, _STRIP_D)
-        at = classes.to(tl.int64)[:, None] * D + columns[None, :]
-        tl.store(grad + at, total.to(grad.dtype.element_ty), mask=(classes < C)[:, None] & (columns < D)[None, :])
+        columns = tl.arange(0, _STRIP_D)
+        inside = (classes < C)[:, None] & (columns < D - d)[None, :]
+        at = tl.arange(0, _STRIP_C)[:, None] * D + columns[None, :]
+        tl.store(grad + (tl.cast(c, tl.int64) * D + d) + at, total.to(grad.dtype.element_ty), mask=inside)
 
 
 # -- the kernel -------------------------------------------------------------------------------------------------------
@@ -534,9 +549,7 @@ def lmc_loss_kernel(
             GRADIENT_PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     elif ticket == from_totals:
-        _totals(
-            row_terms, surrogates, betas, loss, terms, counters, B, K, N, lam, row_blocks, strips, HAS_W1, ENDS
-        )
+        _totals(row_terms, surrogates, betas, loss, terms, counters, B, K, N, lam, row_blocks, strips, HAS_W1, ENDS)
     else:
         slab_count = parts
         if ATOMIC:
@@ -561,19 +574,28 @@ class Config:
     num_stages: int = 3
 
 
-# The first that fits the problem is the deterministic choice; the fast variant times those that fit.
-HALF_CONFIGS = (Config(32, 32, 64), Config(64, 64, 64), Config(16, 64, 64), Config(64, 64, 64, num_warps=8))
-FLOAT_CONFIGS = (Config(32, 32, 32), Config(64, 32, 32), Config(16, 32, 32))
-_INTERPRETED = not isinstance(lmc_loss_kernel, triton.runtime.JITFunction)
+# All of them compile without spills (aot.py); a float32 product in three parts needs the narrow tiles for that.
+HALF_CONFIGS = (Config(32, 32, 64), Config(16, 32, 64), Config(64, 64, 32, num_warps=8))
+FLOAT_CONFIGS = (Config(32, 32, 16), Config(16, 32, 16), Config(64, 32, 16, num_warps=8))
 _fastest: dict[tuple, Config] = {}
 
 
-def candidate_configs(batch: int, classes: int, dtype: torch.dtype) -> list[Config]:
-    """The configurations whose tiles are not mostly empty, the default first."""
+def candidate_configs(batch: int, classes: int, width: int, dtype: torch.dtype) -> list[Config]:
+    """The configurations whose tiles are not mostly empty.
+
+    The first is the deterministic choice, made by shape alone: the largest tiles that still give half of
+    PARALLEL_JOBS jobs (larger ones read less again), else the smallest. The fast variant times them all.
+    """
     everything = FLOAT_CONFIGS if dtype == torch.float32 else HALF_CONFIGS
-    smallest = min(everything, key=lambda config: config.block_b * config.block_c)
+    area = lambda config: config.block_b * config.block_c  # noqa: E731
+    if width == 1:  # a constant to the compiler, and Triton 3.8 cannot build a product of one step in sm_100's tiles
+        return [min(everything, key=area)]
+    jobs = lambda config: triton.cdiv(batch, config.block_b) * triton.cdiv(classes, config.block_c)  # noqa: E731
     fitting = [c for c in everything if c.block_b < 2 * max(batch, 16) and c.block_c < 2 * max(classes, 16)]
-    return fitting or [smallest]
+    fitting = fitting or [min(everything, key=area)]
+    busy = [config for config in fitting if jobs(config) >= PARALLEL_JOBS // 2]
+    first = max(busy, key=area) if busy else min(fitting, key=area)
+    return [first, *(config for config in fitting if config != first)]
 
 
 def lmc_loss(
@@ -598,7 +620,7 @@ def lmc_loss(
     counters (zeros). Arguments that are not contiguous, or not of one dtype, are copied first.
 
     Args:
-        x: image features, [B, D], float32, bfloat16 or float16. A head's bias is one more column of x (of ones) and w.
+        x: image features, [B, D], float32, bfloat16 or float16. A head's bias is a last column of w, and of ones in x.
         labels: int64 [B]; one that is not in [0, C) makes loss and gradient NaN.
         w: what is searched, [C, D].
         anchors: fine-tuned solutions, [K, C, D]; K may be 0.
@@ -617,17 +639,17 @@ def lmc_loss(
         The loss and its terms [2 + K] in float32, and the gradient [C, D] in w's dtype.
 
     Raises:
-        TypeError: for float64, which the tensor cores of this kernel do not serve.
+        TypeError: for a w in float64, which this kernel does not compute in.
         RuntimeError: for CPU tensors outside of Triton's interpreter.
     """
     device, out_dtype = w.device, w.dtype
-    if device.type == "cpu" and not _INTERPRETED:
+    if device.type == "cpu" and not INTERPRETED:
         raise RuntimeError("the Triton kernel needs tensors on a GPU, got w on cpu (TRITON_INTERPRET=1 interprets it)")
-    dtype = x.dtype
-    for tensor in (w, anchors):
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"x, w and anchors must be float32, bfloat16 or float16, got {x.dtype}, {w.dtype}, {anchors.dtype}")
+    if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"w must be float32, bfloat16 or float16, got {w.dtype}")
+    # Products want one dtype: the common one, or float32 where only x or the anchors are float64.
+    dtype = torch.promote_types(torch.promote_types(x.dtype, anchors.dtype), w.dtype)
+    dtype = torch.float32 if dtype == torch.float64 else dtype
 
     k = len(anchors)
     n = len(alphas) if k else 0
@@ -662,7 +684,7 @@ def lmc_loss(
         "terms": torch.empty(2 + k, dtype=torch.float32, device=device),
         "grad": torch.empty(w.shape, dtype=out_dtype, device=device),
     }
-    configs = candidate_configs(len(x), len(w), dtype)
+    configs = candidate_configs(len(x), *w.shape, dtype)
     with torch.cuda.device_of(w):
         _launch(configs[0] if deterministic else _tuned(configs, inputs, outputs), inputs, outputs)
     return tuple(outputs.values())
@@ -712,11 +734,12 @@ def _launch(config: Config, inputs: dict, outputs: dict) -> None:
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
     )
 
 
 def _tuned(configs: list[Config], inputs: dict, outputs: dict) -> Config:
-    """The fastest configuration, timed once for each device and kind of problem; the default where nothing can be timed."""
+    """The fastest configuration, timed once a device and kind of problem; the first where nothing can be timed."""
     device = inputs["w"].device
     if len(configs) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return configs[0]

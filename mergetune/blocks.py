@@ -57,7 +57,7 @@ def run_blocks(blocks: tuple[ResidualAttentionBlock, ...], x: Tensor, layout: La
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, blocks: tuple[ResidualAttentionBlock, ...], layout: Layout) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, blocks: tuple[ResidualAttentionBlock, ...], layout: Layout) -> Tensor:
         ctx.blocks, ctx.layout, kept = blocks, layout, []
         for i, block in enumerate(blocks):
             x, saved = _forward(block, x, layout, last=i == len(blocks) - 1)
@@ -68,7 +68,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None]:
         kept = ctx.saved_tensors  # once: unpacking is what makes a checkpoint run again
         each = len(kept) // len(ctx.blocks)
         with torch.autocast(d.device.type, enabled=False):

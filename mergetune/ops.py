@@ -1,15 +1,19 @@
 """The torch ops: schema, fake, autograd and dispatch. The only file that touches torch.ops and the native core.
 
-``ops.<name>`` is the dispatcher, ``reference.<name>`` its definition. CPU tensors go to the C++ core ("cpp"); CUDA
-tensors to plain torch ("torch") unless the compiled kernel ("cuda") is asked for. A backend that is not there raises.
+``ops.<name>`` is the dispatcher, ``reference.<name>`` its definition. CPU tensors go to the C++ core ("cpp"). CUDA
+tensors go to plain torch ("torch"), or to the Triton kernel ("triton") or the compiled one ("cuda") if asked for: those
+two become the default when they have run on a device. A backend that is not there raises; nothing falls back in
+silence.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P = 1 + K * N points in all.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -24,7 +28,7 @@ except ImportError as error:
         "(a C++17 compiler is all that it needs), or reinstall the wheel: `pip install --force-reinstall mergetune`."
     ) from error
 
-BACKENDS = ("cpp", "cuda", "torch")
+BACKENDS = ("cpp", "triton", "cuda", "torch")
 _MIN_SQUARED_NORM = 1e-24  # the square of F.normalize's floor
 
 
@@ -35,20 +39,26 @@ def build_info() -> dict:
 
 def available_backends() -> tuple[str, ...]:
     """The backends that can be asked for here."""
-    cuda = build_info()["cuda_archs"] and torch.cuda.is_available()
-    return tuple(name for name in BACKENDS if name != "cuda" or cuda)
+    gpu = torch.cuda.is_available()
+    there = {"triton": gpu and find_spec("triton"), "cuda": gpu and build_info()["cuda_archs"]}
+    return tuple(name for name in BACKENDS if there.get(name, True))
 
 
-def _backend(tensor: Tensor, backend: str | None) -> str:
+def _backend(tensor: Tensor, backend: str | None, among: tuple[str, ...] = BACKENDS) -> str:
+    """The backend asked for, or the device's own; refused where it is not built or not for the device."""
+    device = tensor.device.type
     if backend is None:
-        return "cpp" if tensor.device.type == "cpu" else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+        return "cpp" if device == "cpu" else "torch"
+    if backend not in among:
+        raise ValueError(f"backend must be None or one of {', '.join(among)}, got {backend!r}")
     if backend == "cuda" and not build_info()["cuda_archs"]:
         raise RuntimeError("backend 'cuda' was not built: nvcc was not found, or MERGETUNE_CUDA=0 was set")
-    needed = {"cpp": "cpu", "cuda": "cuda"}.get(backend, tensor.device.type)
-    if tensor.device.type != needed:
-        raise ValueError(f"backend {backend!r} needs tensors on {needed}, got {tensor.device.type}")
+    if backend == "triton" and not find_spec("triton"):
+        raise RuntimeError("backend 'triton' needs the package triton, which is not installed")
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    needed = {"cpp": "cpu", "cuda": "cuda", "triton": device if interpreted else "cuda"}.get(backend, device)
+    if device != needed:
+        raise ValueError(f"backend {backend!r} needs tensors on {needed}, got {device}")
     return backend
 
 
@@ -69,7 +79,7 @@ def path_cross_entropy(
 
     float32 and float64; nothing of size [P, B, C] is made.
     """
-    backend = _backend(dots, backend)
+    backend = _backend(dots, backend, ("cpp", "cuda", "torch"))
     if dots.dtype not in (torch.float32, torch.float64) or rscale.dtype != dots.dtype:
         raise TypeError(f"dots and rscale must both be float32 or float64, got {dots.dtype} and {rscale.dtype}")
     points, batch, classes = len(anchor), *dots.shape[1:]
@@ -130,7 +140,7 @@ def lmc_loss(
 
     Args:
         anchor_dots: ``x @ anchors[k].T``, [K, B, C], where the caller has them already.
-        backend: None picks by device; "cpp", "cuda" or "torch" (the definition itself).
+        backend: None picks by device; "cpp", "triton", "cuda" or "torch" (the definition itself).
 
     Returns:
         The loss, differentiable once and in ``w`` alone, and its unweighted terms [2 + K].
@@ -150,7 +160,7 @@ def lmc_loss(
             scale=scale, w1=cast(w1), curvature=cast(curvature), lam=lam, normalize=normalize,
         )  # fmt: skip
     loss, terms, _ = torch.ops.mergetune.lmc_loss(
-        x, labels, w, anchors, alphas, betas, scale, w1, curvature, lam, normalize, anchor_dots
+        x, labels, w, anchors, alphas, betas, scale, w1, curvature, lam, normalize, anchor_dots, backend
     )
     return loss, terms
 
@@ -210,9 +220,15 @@ def _lmc_loss_kernel(
     lam: float,
     normalize: bool,
     anchor_dots: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GEMM, one fused pass over the rows, GEMM: the loss, its terms and the gradient to w, in ``_real`` precision."""
     real, device = _real(w), w.device
+    if backend == "triton":
+        from mergetune.kernels import lmc_loss as kernel
+
+        found = kernel.lmc_loss(x, labels, w, anchors, alphas, betas, scale, w1, curvature, lam, normalize, anchor_dots)
+        return tuple(t.to(real) for t in found)
     x, w, anchors = x.to(real), w.to(real), anchors.to(real)
     (classes, _), batch, k, n = w.shape, len(x), len(anchors), len(alphas) if len(anchors) else 0
 
@@ -240,9 +256,7 @@ def _lmc_loss_kernel(
     else:
         rscale = x.new_full((1 + k * n, classes), scale)
 
-    losses, d_dots, d_rscale = path_cross_entropy(
-        dots, labels, anchor, alpha, weight, rscale, backend="cpp" if device.type == "cpu" else "cuda"
-    )
+    losses, d_dots, d_rscale = path_cross_entropy(dots, labels, anchor, alpha, weight, rscale, backend=backend)
     grad = d_dots.T @ x
     if squares is not None:  # through the norm: d rscale / d w = -rscale / |t|^2 * (alpha (1 - alpha) a + alpha^2 w)
         pull = torch.where(squares > _MIN_SQUARED_NORM, -d_rscale.double() * rscale / squares, 0.0)
@@ -274,19 +288,19 @@ def _surrogate(w: Tensor, w1: Tensor, curvature: Tensor | None, normalize: bool)
     return 0.5 * (apart * slope).sum(), (slope - unit * (unit * slope).sum(-1, keepdim=True)) / norm
 
 
-def _lmc_loss_fake(x, labels, w, anchors, *_):  # noqa: ANN001, ANN002, ANN202
+def _lmc_loss_fake(x, labels, w, anchors, *_):
     real = _real(w)
     return w.new_empty((), dtype=real), w.new_empty(2 + len(anchors), dtype=real), w.new_empty(w.shape, dtype=real)
 
 
-def _lmc_loss_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+def _lmc_loss_setup(ctx, inputs, output) -> None:
     _, terms, grad = output
     ctx.mark_non_differentiable(terms, grad)
     ctx.save_for_backward(grad)
     ctx.dtype, ctx.unused = inputs[2].dtype, len(inputs) - 3
 
 
-def _lmc_loss_backward(ctx, d_loss, *_):  # noqa: ANN001, ANN002, ANN202
+def _lmc_loss_backward(ctx, d_loss, *_):
     if torch.is_grad_enabled():
         raise RuntimeError("lmc_loss can be differentiated once: for second derivatives use backend='torch'")
     (grad,) = ctx.saved_tensors
@@ -296,7 +310,8 @@ def _lmc_loss_backward(ctx, d_loss, *_):  # noqa: ANN001, ANN002, ANN202
 _library = torch.library.Library("mergetune", "DEF")
 _library.define(
     "lmc_loss(Tensor x, Tensor labels, Tensor w, Tensor anchors, Tensor alphas, Tensor betas, float scale, Tensor? w1, "
-    "Tensor? curvature, float lam, bool normalize, Tensor? anchor_dots) -> (Tensor loss, Tensor terms, Tensor grad)"
+    "Tensor? curvature, float lam, bool normalize, Tensor? anchor_dots, str backend) -> (Tensor loss, Tensor terms, "
+    "Tensor grad)"
 )
 for _key in ("CPU", "CUDA"):
     # Under autocast the products inside would be rounded to a half type: the op computes in its own precision.
@@ -353,13 +368,9 @@ def prefix_attention_backward(
 
 def _attention_backend(q: Tensor, backend: str | None) -> str:
     native = q.dtype in (torch.float32, torch.float64, torch.bfloat16)
-    if backend is None:
-        return "cpp" if q.device.type == "cpu" and native else "torch"
-    if backend == "cuda":
-        raise RuntimeError("backend 'cuda' is not built for prefix_attention, got it asked for: use 'torch'")
     if backend == "cpp" and not native:
         raise TypeError(f"q must be float32, float64 or bfloat16 for backend 'cpp', got {q.dtype}")
-    return _backend(q, backend)
+    return _backend(q, backend if native or backend else "torch", ("cpp", "torch"))
 
 
 def _check_attention(
@@ -397,7 +408,7 @@ def _adjacent(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-def _prefix_attention_kernel(q, k, v, prefix_k, prefix_v, lengths, causal) -> Tensor:  # noqa: ANN001
+def _prefix_attention_kernel(q, k, v, prefix_k, prefix_v, lengths, causal) -> Tensor:
     q, k, v, prefix_k, prefix_v = _adjacent(q, k, v, prefix_k, prefix_v)
     out = q.new_empty(q.shape)
     _C.prefix_attention_cpu(
@@ -412,7 +423,7 @@ def _prefix_attention_kernel(q, k, v, prefix_k, prefix_v, lengths, causal) -> Te
     return out
 
 
-def _prefix_attention_backward_kernel(d_out, q, k, v, prefix_k, prefix_v, lengths, causal) -> tuple[Tensor, ...]:  # noqa: ANN001
+def _prefix_attention_backward_kernel(d_out, q, k, v, prefix_k, prefix_v, lengths, causal) -> tuple[Tensor, ...]:
     d_out, q, k, v, prefix_k, prefix_v = _adjacent(d_out, q, k, v, prefix_k, prefix_v)
     gradients = tuple(t.new_empty(t.shape) for t in (q, k, v, prefix_k, prefix_v))
     _C.prefix_attention_backward_cpu(
@@ -428,12 +439,12 @@ def _prefix_attention_backward_kernel(d_out, q, k, v, prefix_k, prefix_v, length
     return gradients
 
 
-def _attention_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+def _attention_setup(ctx, inputs, output) -> None:
     *tensors, ctx.lengths, ctx.causal = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _attention_backward(ctx, d_out) -> tuple:  # noqa: ANN001
+def _attention_backward(ctx, d_out) -> tuple:
     if torch.is_grad_enabled():
         raise RuntimeError("prefix_attention can be differentiated once: for second derivatives use backend='torch'")
     gradients = torch.ops.mergetune.prefix_attention_backward(d_out, *ctx.saved_tensors, ctx.lengths, ctx.causal)

@@ -320,7 +320,7 @@ def test_opcheck(k, dtype, normalize):
     size = (7, 4, 6)
     given = {**problem(*size, k, dtype=dtype), **(zero_shot(*size, dtype) if normalize else {})}
     names = ("x", "labels", "w", "anchors", "alphas", "betas")
-    rest = (10.0, given.get("w1"), given.get("curvature"), given.get("lam", 0.0), normalize, None)
+    rest = (10.0, given.get("w1"), given.get("curvature"), given.get("lam", 0.0), normalize, None, "cpp")
     given["w"].requires_grad_()
     torch.library.opcheck(torch.ops.mergetune.lmc_loss.default, (*(given[name] for name in names), *rest))
 
@@ -367,7 +367,7 @@ def test_compiles_without_a_graph_break(compiler):
             ValueError,
             r"anchor_dots must have shape \[2, 9, 4\], got \[2, 4, 9\]",
         ),
-        ({"backend": "triton"}, ValueError, "backend must be None or one of cpp, cuda, torch, got 'triton'"),
+        ({"backend": "metal"}, ValueError, "backend must be None or one of cpp, triton, cuda, torch, got 'metal'"),
     ],
 )
 def test_refusals_name_argument_rule_and_value(changed, error, message):
@@ -458,3 +458,88 @@ def test_self_test_is_small():
     differences = ops.self_test()
     assert set(differences) == {"lmc_loss", "path_cross_entropy"}
     assert max(differences.values()) < 1e-12
+
+
+def test_the_triton_backend_in_the_interpreter():
+    """The same op, another kernel: asked for by name, differentiated alike."""
+    pytest.importorskip("triton")
+    size = (17, 5, 9)
+    arguments = {**problem(*size, dtype=torch.float32), **zero_shot(*size, torch.float32), "scale": 10.0}
+    assert_same(run(**arguments, backend="triton"), run(**arguments, backend="torch"))
+
+
+# -- prefix_attention -------------------------------------------------------------------------------------------------
+
+
+def attention(dtype: torch.dtype = torch.float64, *, last_only: bool = False) -> tuple[list[Tensor], list[int]]:
+    """q, k, v, prefix_k, prefix_v of two prompts, and the lengths."""
+    lengths, heads = [1, 2, 2, 4], (3, 8)
+    rows = [len(lengths) if last_only else sum(lengths), sum(lengths), sum(lengths), 2, 2]
+    return [draw(2, n, *heads, seed=i).to(dtype).requires_grad_() for i, n in enumerate(rows)], lengths
+
+
+@pytest.mark.parametrize("last_only", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_its_definition(causal, last_only):
+    tensors, lengths = attention(last_only=last_only)
+    out = {b: ops.prefix_attention(*tensors, lengths, causal=causal, backend=b) for b in ("cpp", "torch")}
+    assert torch.allclose(out["cpp"], out["torch"], rtol=1e-12)
+    weight = torch.randn_like(out["cpp"])
+    expected = torch.autograd.grad(out["torch"], tensors, weight)
+    for got in (
+        torch.autograd.grad(out["cpp"], tensors, weight),
+        ops.prefix_attention_backward(weight, *tensors, lengths, causal=causal),
+        ops.prefix_attention_backward(weight, *tensors, lengths, causal=causal, backend="torch"),
+    ):
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck_of_attention(dtype):
+    tensors, lengths = attention(dtype)
+    torch.library.opcheck(torch.ops.mergetune.prefix_attention.default, (*tensors, lengths, True))
+
+
+def test_attention_compiles_without_a_graph_break():
+    tensors, lengths = attention(torch.float32)
+    compiled = torch.compile(lambda *t: ops.prefix_attention(*t, lengths), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), ops.prefix_attention(*tensors, lengths))
+
+
+def test_attention_takes_strided_heads_and_half_types():
+    tensors, lengths = attention()
+    spread = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
+    assert torch.equal(ops.prefix_attention(*spread, lengths), ops.prefix_attention(*tensors, lengths))
+    halves = [t.half() for t in tensors]  # float16 has no native kernel: plain torch, unless asked for by name
+    assert torch.equal(ops.prefix_attention(*halves, lengths), reference.prefix_attention(*halves, tuple(lengths)))
+    with pytest.raises(TypeError, match="q must be float32, float64 or bfloat16 for backend 'cpp', got torch.float16"):
+        ops.prefix_attention(*halves, lengths, backend="cpp")
+
+
+def test_double_backward_of_attention_raises():
+    tensors, lengths = attention()
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(ops.prefix_attention(*tensors, lengths).sum(), tensors[0], create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda t: {**t, "k": t["k"][:, 1:]}, ValueError, r"k must have shape \[2, 9, 3, 8\], got \[2, 8, 3, 8\]"),
+        (
+            lambda t: {**t, "q": t["q"][:, :5]},
+            ValueError,
+            "q must have a row for each of 9 tokens or 4 sequences, got 5",
+        ),
+        (lambda t: {**t, "prefix_v": t["prefix_v"][:, :1]}, ValueError, r"prefix_v must have shape \[2, 2, 3, 8\]"),
+        (lambda t: {**t, "v": t["v"].float()}, TypeError, "must have one dtype"),
+        (lambda t: {**t, "q": t["q"][0]}, ValueError, r"q must have shape \[M, T, H, d\]"),
+        (lambda t: {**t, "lengths": [0, 4, 5]}, ValueError, "offsets must ascend"),
+        (lambda t: {**t, "backend": "cuda"}, ValueError, "backend must be None or one of cpp, torch"),
+    ],
+)
+def test_refusals_of_attention(change, error, match):
+    tensors, lengths = attention()
+    given = dict(zip(("q", "k", "v", "prefix_k", "prefix_v"), tensors, strict=True)) | {"lengths": lengths}
+    with pytest.raises(error, match=match):
+        ops.prefix_attention(**change(given))

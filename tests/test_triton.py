@@ -3,6 +3,7 @@
 It is interpreted on the CPU; ``TRITON_INTERPRET=0 pytest tests/test_triton.py`` runs the same tests on a GPU.
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -17,10 +18,11 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are NOT tested")
 
-from mergetune import reference  # noqa: E402
 from mergetune.kernels import lmc_loss as module  # noqa: E402
 
-INTERPRETED = module._INTERPRETED
+from mergetune import reference  # noqa: E402
+
+INTERPRETED = module.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HALVES = [torch.bfloat16, torch.float16]
 ABSOLUTE = {torch.bfloat16: 1e-3, torch.float16: 1e-4}  # on top of twice plain torch's own error
@@ -79,15 +81,15 @@ def problem(b, c, d, k=2, n=3, dtype=torch.float32, w1=True, curvature=True, **o
 
 
 def kernel(arguments: dict, **options) -> dict[str, Tensor]:
-    names = "x labels w anchors alphas betas scale w1 curvature lam normalize anchor_dots".split()
-    on_device = lambda value: value.to(DEVICE) if isinstance(value, Tensor) else value  # noqa: E731
-    results = module.lmc_loss(*(on_device(arguments.get(name)) for name in names), **options)
+    arguments = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    results = module.lmc_loss(**{"anchor_dots": None, **arguments}, **options)
     return {name: result.cpu() for name, result in zip(RESULTS, results, strict=True)}
 
 
 def definition(arguments: dict, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
     """In float64 of the values that the kernel is given, or in another dtype."""
-    cast = {name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in arguments.items()}
+    is_float = lambda value: isinstance(value, Tensor) and value.is_floating_point()  # noqa: E731
+    cast = {name: value.to(dtype) if is_float(value) else value for name, value in arguments.items()}
     cast.pop("anchor_dots", None)
     w = cast.pop("w").detach().requires_grad_()
     loss, terms = reference.lmc_loss(w=w, **cast)
@@ -122,11 +124,12 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         (3, 17, 33, 4, 1),
         (3, 3, 3, 1, 32),
         (17, 3, 65, 3, 2),
-        (17, 33, 1, 1, 3),
-        (33, 65, 3, 0, 0),
-        (33, 17, 17, 4, 3),
+        (17, 33, 3, 1, 3),
+        (17, 65, 3, 0, 0),
+        (17, 17, 17, 4, 2),
+        (17, 33, 65, 1, 1),
         (65, 3, 17, 1, 7),
-        (65, 33, 65, 2, 2),
+        (65, 17, 33, 2, 2),
         (3, 5, 513, 1, 2),
     ],
 )
@@ -139,13 +142,13 @@ def test_parity_with_the_definition(b, c, d, k, n, deterministic):
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_parity_where_a_job_has_several_tiles(one_job, normalize, deterministic):
-    arguments = problem(67, 70, 19, 2, 2, normalize=normalize, w1=False, curvature=False)
+    arguments = problem(35, 69, 9, 1, 2, normalize=normalize, w1=False, curvature=False)
     assert_close(kernel(arguments, deterministic=deterministic), definition(arguments))
 
 
 @runs_kernel
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("w1", "curvature", "lam"), [(True, True, 3.0), (True, False, 3.0), (True, True, 0.0), (False, False, 3.0)])
+@pytest.mark.parametrize(("w1", "curvature", "lam"), [(1, 1, 3.0), (1, 0, 3.0), (1, 1, 0.0), (0, 0, 3.0)])
 @pytest.mark.parametrize("k", [0, 2])
 def test_parity_of_every_option(k, w1, curvature, lam, normalize):
     arguments = problem(9, 5, 7, k, w1=w1, curvature=curvature, lam=lam, normalize=normalize)
@@ -161,7 +164,7 @@ def test_parity_at_the_ends_of_the_path(alphas):
 
 @runs_kernel
 def test_known_anchor_products():
-    arguments = problem(17, 33, 9)
+    arguments = problem(9, 5, 7, 2, 2)
     arguments["anchor_dots"] = arguments["x"] @ arguments["anchors"].mT
     assert_close(kernel(arguments), definition(arguments))
     arguments["anchor_dots"] = torch.zeros_like(arguments["anchor_dots"])
@@ -234,7 +237,7 @@ def test_mixed_dtypes():
 @runs_kernel
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("size", "k"), [((1, 3, 3), 0), ((17, 33, 65), 2)])
+@pytest.mark.parametrize(("size", "k"), [((1, 3, 3), 0), ((17, 17, 65), 2)])
 def test_half_types_by_the_three_way_rule(size, k, normalize, dtype):
     """The error to a float64 truth is at most twice that of plain torch in the same dtype, and a little."""
     arguments = problem(*size, k, dtype=dtype, normalize=normalize)
@@ -278,7 +281,7 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("k", [0, 3])
 def test_one_launch_a_call(launches, k, deterministic):
-    arguments = problem(17, 33, 9, k)
+    arguments = problem(17, 5, 9, k, 2)
     kernel(arguments, deterministic=deterministic)  # a GPU times tile sizes at the fast variant's first call
     launches.clear()
     kernel(arguments, deterministic=deterministic)
@@ -287,7 +290,7 @@ def test_one_launch_a_call(launches, k, deterministic):
 
 @runs_kernel
 def test_every_program_has_a_job_and_every_job_a_program(launches):
-    kernel(problem(67, 70, 9))
+    kernel(problem(35, 37, 9, 1, 2))
     (launch,) = launches
     tickets, norms, surrogates, tiles, rows, slabs = launch["counters"].tolist()
     assert tickets == launch["grid"][0] == surrogates + tiles + rows + slabs + 1 + surrogates
@@ -307,19 +310,22 @@ def test_memory_does_not_grow_with_rows_times_classes(monkeypatch):
 
 @runs_kernel
 def test_deterministic_gives_the_same_bits_twice():
-    arguments = problem(67, 33, 19, 2, dtype=torch.bfloat16)
+    arguments = problem(35, 33, 19, 2, 2, dtype=torch.bfloat16)
     assert_same_bits(kernel(arguments), kernel(arguments))
 
 
 @only_interpreted
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("resident", [1, 2, 5])
+@pytest.mark.parametrize("resident", [2, 5])
 def test_any_number_of_programs_at_once(monkeypatch, resident, deterministic):
-    """Programs really run side by side, in threads that interleave anywhere: no deadlock, and bits in no order's debt."""
+    """Programs side by side, in threads that interleave anywhere: no deadlock, and no bit depends on their order."""
     arguments = problem(35, 33, 9, 2, 2)
     alone = kernel(arguments, deterministic=deterministic)
-    executor = sys.modules["triton.runtime.interpreter"].GridExecutor
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    executor = interpreter.GridExecutor
     create = executor.__init__
+    patch = interpreter._patch_lang
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda _: patch(module.lmc_loss_kernel.fn))
 
     def concurrent(self, fn, arg_names, grid, *rest, **options):
         started = threading.Event()
@@ -332,6 +338,7 @@ def test_any_number_of_programs_at_once(monkeypatch, resident, deterministic):
                 for program in [pool.submit(fn, **kernel_arguments) for _ in range(grid[0])]:
                     program.result()
 
+        run_all_at_once.__signature__ = inspect.signature(fn)
         create(self, fn, arg_names, grid, *rest, **options)
         self.fn = run_all_at_once
 
@@ -363,11 +370,12 @@ def test_every_tile_size_is_right(monkeypatch, dtype, config):
 
 def test_the_choice_of_tiles_depends_on_the_shape_alone():
     first = lambda *shape: module.candidate_configs(*shape)[0]  # noqa: E731
-    assert first(256, 500, torch.bfloat16) == module.HALF_CONFIGS[0]
-    assert first(4096, 1000, torch.bfloat16) == module.HALF_CONFIGS[2]  # enough tiles: larger ones
-    assert first(1, 1, torch.float32).block_b == 16
+    assert first(256, 500, 512, torch.bfloat16) == module.HALF_CONFIGS[0]
+    assert first(4096, 1000, 512, torch.bfloat16) == module.HALF_CONFIGS[2]  # enough tiles: larger ones
+    assert first(1, 1, 512, torch.float32).block_b == 16
+    assert first(4096, 1000, 1, torch.float32).block_b == 16
     for b in (1, 16, 17, 100, 10_000):
-        candidates = module.candidate_configs(b, 500, torch.float16)
+        candidates = module.candidate_configs(b, 500, 512, torch.float16)
         assert candidates
         assert len(set(candidates)) == len(candidates)
         assert all(config.block_b < 2 * max(b, 16) for config in candidates)
