@@ -34,6 +34,7 @@ from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_
 
 RESULT, STATE = "result.json", "state.safetensors"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_PRODUCTS = 1 << 28  # bytes of anchors' products that are kept for all features
 METHODS = ("coop", "kgcoop", "head")
 
 
@@ -278,7 +279,7 @@ def fit(
     anchor_parameters = torch.stack([anchor.parameter.float().to(clip.device) for anchor in anchors])
     middle = anchor_parameters.mean(0)
     start = middle if start_at is None else (1 - tau) * start_at.to(middle) + tau * middle
-    weights = torch.stack([anchor.class_weights(clip, classnames) for anchor in anchors])
+    weights = torch.stack([anchor.class_weights(clip, classnames).float() for anchor in anchors])
     scale, normalize = solution.scale(clip), solution.normalize
     objective = Objective(
         encode=encode,
@@ -415,6 +416,7 @@ def _train(
     if folder is not None:
         run.read(folder)
     batches, size = _batches(len(features), training.batch_size)
+    products = _anchor_products(objective, features, clip.device)
     names = ("loss", *objective.term_names)
     began, steps = time.perf_counter(), 0
 
@@ -430,7 +432,8 @@ def _train(
                 index = order[step * size : (step + 1) * size]
                 views = torch.randint(features.views, (len(index),), generator=generator) if features.views > 1 else 0
                 x = features.rows(index, views).to(clip.device)
-                loss, terms = objective(parameter, x, features.labels[index].to(clip.device), generator)
+                known = None if products is None else products[:, index.to(clip.device)]
+                loss, terms = objective(parameter, x, features.labels[index].to(clip.device), generator, known)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -459,6 +462,14 @@ def _train(
         settings=settings,
         timings={"seconds": seconds, "steps": steps, "ms_per_step": 1e3 * seconds / max(steps, 1)},
     )
+
+
+def _anchor_products(objective: Objective, features: FeatureCache, device: torch.device) -> Tensor | None:
+    """The anchors' products with all features, [K, N, C], where there is one view of each and they are small enough."""
+    if objective.anchors is None or features.views > 1:
+        return None
+    size = len(objective.anchors) * len(features) * len(features.classnames) * 4
+    return objective.anchor_products(features.tensor().to(device)) if size <= MAX_PRODUCTS else None
 
 
 class _Run:

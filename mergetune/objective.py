@@ -66,7 +66,12 @@ class Objective:
         return ("endpoint", "surrogate", *(f"path_{k + 1}" for k in range(paths)))
 
     def __call__(
-        self, parameter: Tensor, x: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        self,
+        parameter: Tensor,
+        x: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        anchor_dots: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss and its terms without their weights.
 
@@ -75,6 +80,7 @@ class Objective:
             x: image features, [B, D].
             labels: [B].
             generator: draws the path points of grid "random".
+            anchor_dots: :meth:`anchor_products` of x, where they are known, [K, B, C].
 
         Returns:
             The loss, differentiable in ``parameter``, and [2 + K] terms, named by ``term_names``.
@@ -85,10 +91,23 @@ class Objective:
             torch.rand(self.points, generator=generator, dtype=torch.float64) if self.alphas is None else self.alphas
         )
         if self.space == "embedding":
-            return self._loss_at(self.encode(parameter[None])[0], x, labels, alphas)
+            return self._loss_at(self.encode(parameter[None])[0], x, labels, alphas, anchor_dots)
         return self._parameter_loss(parameter, x, labels, alphas)
 
-    def _loss_at(self, w: Tensor, x: Tensor, labels: Tensor, alphas: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def anchor_products(self, x: Tensor) -> Tensor | None:
+        """``x @ anchors.T``, [K, B, C], which can be made once for all features; None where it is not needed."""
+        if self.anchors is None or self.space != "embedding":
+            return None
+        return inputs(x, self.anchors) @ self.anchors.mT
+
+    def _loss_at(
+        self,
+        w: Tensor,
+        x: Tensor,
+        labels: Tensor,
+        alphas: Tensor | None = None,
+        anchor_dots: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Endpoint and surrogate, and with ``alphas`` the paths to the anchors, from the class weights w [C, D]."""
         none = w.new_empty(0)
         loss, terms = ops.lmc_loss(
@@ -103,6 +122,7 @@ class Objective:
             curvature=self.curvature,
             lam=self.lam,
             normalize=self.normalize,
+            anchor_dots=anchor_dots,
             backend=self.backend,
         )
         if self.w1 is None or self._is_diagonal:

@@ -283,6 +283,15 @@ def test_the_result_knows_its_clip(clip, kind):
     assert solution.fingerprint == (clip.text_fingerprint if kind == "prompt" else clip.image_fingerprint)
 
 
+@pytest.mark.parametrize("tuned", [[prompt(1), prompt(2)], [head(1, bias=True)]], ids=["prompts", "head"])
+def test_products_with_the_anchors_are_made_once(clip, monkeypatch, tuned):
+    """Kept or made at every step, they are the same products."""
+    kept = fit(clip, cache(), tuned, **QUICK)
+    monkeypatch.setattr(sys.modules[Training.__module__], "MAX_PRODUCTS", 0)
+    made = fit(clip, cache(), tuned, **QUICK)
+    assert torch.allclose(kept.solution.parameter, made.solution.parameter, rtol=1e-5, atol=1e-7)
+
+
 def test_the_precision_of_the_tower_is_the_machine_s_own_or_as_asked(clip):
     """bfloat16 in the tower only: what comes out is float32, and near what float32 makes of it."""
     runs = {name: fit(clip, cache(), prompt(), epochs=3, precision=name) for name in ("float32", "bfloat16", "auto")}

@@ -114,23 +114,22 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @runs_kernel
-@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize(
-    ("b", "c", "d", "k", "n"),
+    ("b", "c", "d", "k", "n", "deterministic"),
     [
-        (1, 1, 1, 1, 1),
-        (1, 3, 17, 0, 1),
-        (3, 1, 3, 2, 2),
-        (3, 17, 33, 4, 1),
-        (3, 3, 3, 1, 32),
-        (17, 3, 65, 3, 2),
-        (17, 33, 3, 1, 3),
-        (17, 65, 3, 0, 0),
-        (17, 17, 17, 4, 2),
-        (17, 33, 65, 1, 1),
-        (65, 3, 17, 1, 7),
-        (65, 17, 33, 2, 2),
-        (3, 5, 513, 1, 2),
+        (1, 1, 1, 1, 1, True),
+        (1, 3, 17, 0, 1, False),
+        (3, 1, 3, 2, 2, True),
+        (3, 17, 33, 4, 1, False),
+        (3, 3, 3, 1, 32, True),
+        (17, 3, 65, 3, 2, False),
+        (17, 33, 3, 1, 3, True),
+        (17, 65, 3, 0, 0, False),
+        (17, 17, 17, 4, 2, True),
+        (17, 33, 65, 1, 1, False),
+        (65, 3, 17, 1, 7, True),
+        (65, 17, 33, 2, 2, False),
+        (3, 5, 513, 1, 2, True),
     ],
 )
 def test_parity_with_the_definition(b, c, d, k, n, deterministic):
