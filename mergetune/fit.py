@@ -298,7 +298,7 @@ def fit(
     )
     settings = {
         "stage": "fit",
-        "tuned": [_digest(anchor.parameter) for anchor in anchors],
+        "tuned": [_digest(anchor.parameter, getattr(anchor, "template", "")) for anchor in anchors],
         "zero_shot": _digest(w1),
         "lam": lam,
         "beta": betas,

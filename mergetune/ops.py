@@ -477,6 +477,7 @@ def self_test() -> dict[str, float]:
     x, labels = torch.nn.functional.normalize(draw(33, 24), dim=-1), torch.arange(33) % 7
     w, anchors, w1, rscale = draw(7, 24), draw(2, 7, 24), draw(7, 24), draw(5, 7).abs()
     alphas, betas = torch.tensor([0.0, 0.4]), torch.tensor([0.5, 2.0])
+    heads = [draw(2, rows, 3, 8) for rows in (8, 8, 8, 5, 5)]
     points = (
         torch.tensor([0, 1, 1, 2, 2]),
         torch.tensor([1.0, 0.0, 0.4, 0.0, 0.4]),
@@ -492,5 +493,10 @@ def self_test() -> dict[str, float]:
         dots = x @ torch.cat([w[None], anchors]).mT
         return torch.cat([t.flatten() for t in path_cross_entropy(dots, labels, *points, rscale, backend=backend)])
 
+    def attention(backend: str | None) -> Tensor:
+        leaves = [t.clone().requires_grad_() for t in heads]
+        out = prefix_attention(*leaves, (1, 2, 2, 3), backend=backend)
+        return torch.cat([t.flatten() for t in (out, *torch.autograd.grad(out.square().sum(), leaves))])
+
     apart = lambda run: ((run(None) - run("torch")).abs().max() / run("torch").abs().max()).item()  # noqa: E731
-    return {"lmc_loss": apart(lmc), "path_cross_entropy": apart(rows)}
+    return {"lmc_loss": apart(lmc), "path_cross_entropy": apart(rows), "prefix_attention": apart(attention)}
