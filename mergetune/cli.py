@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -357,6 +358,8 @@ def _record(result: Any) -> dict[str, Any]:
 
 
 def _finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, dict[str, Any]]) -> None:
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one rank speaks
+        return
     if as_json:
         _print_json(record)
         return
