@@ -248,8 +248,9 @@ def _lmc_loss_kernel(
 
     squares = None
     if normalize:
-        ends = torch.cat([w[None], anchors])
-        own, cross = (ends * ends).sum(-1).double(), (ends * w).sum(-1).double()  # [K + 1, C]
+        lengths = torch.linalg.vector_norm(w, dim=-1)[None], torch.linalg.vector_norm(anchors, dim=-1)
+        own = torch.cat(lengths).double() ** 2  # [K + 1, C], as is cross: |end|^2 and end.w
+        cross = torch.cat([own[:1], (anchors * w).sum(-1).double()])
         a = alpha[:, None]
         squares = (1 - a) ** 2 * own[anchor] + 2 * a * (1 - a) * cross[anchor] + a**2 * own[0]  # [P, C]
         rscale = (scale * squares.clamp_min(_MIN_SQUARED_NORM).rsqrt()).to(real)
@@ -260,15 +261,15 @@ def _lmc_loss_kernel(
     grad = d_dots.T @ x
     if squares is not None:  # through the norm: d rscale / d w = -rscale / |t|^2 * (alpha (1 - alpha) a + alpha^2 w)
         pull = torch.where(squares > _MIN_SQUARED_NORM, -d_rscale.double() * rscale / squares, 0.0)
-        grad += w * (pull * alpha[:, None] ** 2).sum(0).to(real)[:, None]
-        if k:
-            pull = (pull * (alpha * (1 - alpha))[:, None])[1:].view(k, n, classes).sum(1).to(real)
-            grad += (anchors * pull[:, :, None]).sum(0)
+        grad.addcmul_(w, (pull * alpha[:, None] ** 2).sum(0).to(real)[:, None])
+        to_anchors = (pull * (alpha * (1 - alpha))[:, None])[1:].view(k, n, classes).sum(1).to(real)
+        for end, share in zip(anchors, to_anchors, strict=True):
+            grad.addcmul_(end, share[:, None])
 
     surrogate = losses.new_zeros(())
     if w1 is not None:
         surrogate, slope = _surrogate(w, w1.to(real), None if curvature is None else curvature.to(real), normalize)
-        grad += lam * slope
+        grad.add_(slope, alpha=lam)
     paths = losses[1:].view(k, n).mean(1) if k else losses[1:]
     terms = torch.cat([losses[:1], surrogate.double()[None], paths])
     loss = (torch.cat([terms.new_tensor([1.0, lam]), betas.to(terms)]) * terms).sum()
