@@ -1,6 +1,8 @@
 """The ops against their definitions: values, gradients, half types, fakes, compilation, refusals and bits."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -452,6 +454,15 @@ def test_thread_counts_give_the_same_bits(dtype):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+def test_a_missing_core_says_how_to_mend_it():
+    """None in sys.modules makes the import fail as a core that was not built does."""
+    code = "import sys; sys.modules['mergetune._C'] = None; import mergetune"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "ImportError: mergetune's native core could not be loaded" in found.stderr
+    assert "`pip install .`" in found.stderr
 
 
 def test_self_test_is_small():
