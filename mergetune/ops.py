@@ -400,43 +400,36 @@ def _heads(t: Tensor) -> tuple[int, int, int, int]:
     return t.data_ptr(), *t.stride()[:3]
 
 
-def _attention_sizes(q: Tensor, k: Tensor, prefix_k: Tensor, lengths: Sequence[int]) -> tuple[int, ...]:
-    return q.shape[0], q.shape[1], k.shape[1], prefix_k.shape[1], len(lengths), q.shape[2], q.shape[3]
-
-
 def _adjacent(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with the values of a head side by side."""
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-def _prefix_attention_kernel(q, k, v, prefix_k, prefix_v, lengths, causal) -> Tensor:
-    q, k, v, prefix_k, prefix_v = _adjacent(q, k, v, prefix_k, prefix_v)
-    out = q.new_empty(q.shape)
-    _C.prefix_attention_cpu(
+def _call_attention(kernel, inputs: tuple[Tensor, ...], others: tuple[Tensor, ...], lengths, causal: bool) -> None:
+    """Run a kernel of the core on q, k, v, prefix_k, prefix_v and, behind the offsets, on what the kernel is about."""
+    q, k, _, prefix_k, _ = inputs
+    offsets = _offsets(tuple(lengths))  # held here: the cache may drop it while the core runs
+    kernel(
         str(q.dtype).removeprefix("torch."),
-        *(_heads(t) for t in (q, k, v, prefix_k, prefix_v)),
-        _offsets(tuple(lengths)).data_ptr(),
-        _heads(out),
-        *_attention_sizes(q, k, prefix_k, lengths),
+        *(_heads(t) for t in inputs),
+        offsets.data_ptr(),
+        *(_heads(t) for t in others),
+        *(len(q), q.shape[1], k.shape[1], prefix_k.shape[1], len(lengths), q.shape[2], q.shape[3]),
         causal,
         torch.get_num_threads(),
     )
+
+
+def _prefix_attention_kernel(q, k, v, prefix_k, prefix_v, lengths, causal) -> Tensor:
+    out = q.new_empty(q.shape)
+    _call_attention(_C.prefix_attention_cpu, _adjacent(q, k, v, prefix_k, prefix_v), (out,), lengths, causal)
     return out
 
 
 def _prefix_attention_backward_kernel(d_out, q, k, v, prefix_k, prefix_v, lengths, causal) -> tuple[Tensor, ...]:
-    d_out, q, k, v, prefix_k, prefix_v = _adjacent(d_out, q, k, v, prefix_k, prefix_v)
-    gradients = tuple(t.new_empty(t.shape) for t in (q, k, v, prefix_k, prefix_v))
-    _C.prefix_attention_backward_cpu(
-        str(q.dtype).removeprefix("torch."),
-        *(_heads(t) for t in (q, k, v, prefix_k, prefix_v)),
-        _offsets(tuple(lengths)).data_ptr(),
-        _heads(d_out),
-        *(_heads(t) for t in gradients),
-        *_attention_sizes(q, k, prefix_k, lengths),
-        causal,
-        torch.get_num_threads(),
-    )
+    d_out, *inputs = _adjacent(d_out, q, k, v, prefix_k, prefix_v)
+    gradients = tuple(t.new_empty(t.shape) for t in inputs)
+    _call_attention(_C.prefix_attention_backward_cpu, tuple(inputs), (d_out, *gradients), lengths, causal)
     return gradients
 
 
