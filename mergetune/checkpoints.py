@@ -12,11 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CLASS_DEPENDENT = (
-    "token_prefix",
-    "token_suffix",
-    "token_midfix",
-)  # buffers of one set of class names: rebuilt, never read
+CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # of one set of class names: rebuilt, never read
 KGCOOP_UNUSED = ("bias_vectors", "meta_net.")  # saved by KgCoOp, not used in its forward; CoCoOp uses its meta_net
 
 
@@ -28,8 +24,7 @@ class _Inert:
     def __setstate__(self, _: Any) -> None: ...
 
 
-_numpy_scalar = getattr(np, "_core", None) or np.core  # numpy 2 and 1
-_numpy_scalar = _numpy_scalar.multiarray.scalar
+_numpy_scalar = (getattr(np, "_core", None) or np.core).multiarray.scalar  # numpy 2 and 1
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:

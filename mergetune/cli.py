@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -43,10 +44,10 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
-        err.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
     except (RuntimeError, FloatingPointError, OSError) as error:
-        err.print(f"[bold red]failed:[/] {error}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
 
 
@@ -79,10 +80,10 @@ def demo(
     out.print(table)
     out.print(
         f"Standard error from the number of test images: {result.rows[0].base_error:.1f} (base), "
-        f"{result.rows[0].novel_error:.1f} "
-        f"(novel). Figure: {result.figure}. Everything: {folder / 'results.json'}.",
+        f"{result.rows[0].novel_error:.1f} (novel). Figure: {result.figure}. Everything: {folder / 'results.json'}.",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
 
 
@@ -272,9 +273,11 @@ def evaluate(
     for name, found in report.items():
         if base_novel:
             cells = [found["base"]["accuracy"], found["novel"]["accuracy"], found["hm"]]
-            table.add_row(name, *(f"{cell:.2f}" for cell in cells))
+            table.add_row(escape(name), *(f"{cell:.2f}" for cell in cells))
         else:
-            table.add_row(name, f"{found['accuracy']:.2f}", f"{found['mean_per_class']:.2f}", str(found["images"]))
+            table.add_row(
+                escape(name), f"{found['accuracy']:.2f}", f"{found['mean_per_class']:.2f}", str(found["images"])
+            )
     out.print(table)
 
 
@@ -313,7 +316,7 @@ def path(
     for name, walk in walks.items():
         table.add_row(name, *(f"{v:.4f}" for v in (walk.loss[0], max(walk.loss), walk.loss[-1], walk.barrier)))
     out.print(table)
-    out.print(f"Figure: {figure}")
+    out.print(f"Figure: {figure}", highlight=False, soft_wrap=True, markup=False)
 
 
 # -- shared by the commands -------------------------------------------------------------------------------------------
@@ -365,7 +368,7 @@ def _finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, di
         return
     for name, row in rows.items():
         out.print(f"[bold]{name}[/] " + ", ".join(f"{k} {_plain(v)}" for k, v in row.items()), highlight=False)
-    out.print(done, highlight=False, soft_wrap=True)
+    out.print(done, highlight=False, soft_wrap=True, markup=False)
 
 
 def _table(first: str, *numbers: str) -> Table:

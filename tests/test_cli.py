@@ -104,6 +104,15 @@ def test_a_wrong_argument_exits_with_2_and_leaves_nothing(work, model, tmp_path,
     assert not out.exists()
 
 
+def test_brackets_in_an_error_are_printed(work, model, tmp_path):
+    """Shapes and paths look like markup to rich, which would drop them."""
+    (tmp_path / "[a] run").mkdir()
+    (tmp_path / "[a] run" / "solution.json").write_text("{")
+    arguments = ["--cache", work / "cache" / "test", "--backbone", model, "--solution", tmp_path / "[a] run"]
+    result = invoke("eval", *arguments)
+    assert result.exit_code == 2 and "[a] run" in result.stderr
+
+
 def test_cache_names_an_unreadable_image_and_can_skip_it(work, model, tmp_path):
     shutil.copytree(work / "images", tmp_path / "images")
     broken = next((tmp_path / "images" / "train" / "bell").iterdir())
