@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/variants.h"
+#include "mergetune/class_pass.h"
 #include "mergetune/path_cross_entropy.h"
 #include "mergetune/prefix_attention.h"
 
@@ -66,20 +67,26 @@ struct PathArguments {
     }
 };
 
-// Calls `run` with the arguments typed as `dtype` says, without the interpreter's lock.
+// Calls run(T()) for the type that `dtype` names.
 template <class Run>
-void with_dtype(const std::string& dtype, const PathArguments& arguments, Run run) {
+void with_real(const std::string& dtype, Run run) {
     if (dtype == "float32") {
-        const auto op = arguments.typed<float>();
-        py::gil_scoped_release unlocked;
-        run(op);
+        run(float());
     } else if (dtype == "float64") {
-        const auto op = arguments.typed<double>();
-        py::gil_scoped_release unlocked;
-        run(op);
+        run(double());
     } else {
         throw std::invalid_argument("dtype must be 'float32' or 'float64', got '" + dtype + "'");
     }
+}
+
+// Calls `run` with the arguments typed as `dtype` says, without the interpreter's lock.
+template <class Run>
+void with_dtype(const std::string& dtype, const PathArguments& arguments, Run run) {
+    with_real(dtype, [&](auto value) {
+        const auto op = arguments.typed<decltype(value)>();
+        py::gil_scoped_release unlocked;
+        run(op);
+    });
 }
 
 void path_cross_entropy_from_python_cpu(const std::string& dtype, Address dots, std::int64_t stride_m,
@@ -105,6 +112,61 @@ void path_cross_entropy_from_python_cuda(const std::string& dtype, Address dots,
                [&](const auto& op) { path_cross_entropy_cuda(op, queue); });
 }
 #endif
+
+// The class weights as Python passes them: addresses (0 for none), then scale, normalize and sizes.
+using ClassArguments = std::tuple<Address, Address, Address, Address, Address, Address, double, bool, std::int64_t,
+                                  std::int64_t, std::int64_t, std::int64_t>;
+
+template <class T>
+ClassWeights<T> class_weights(const ClassArguments& arguments) {
+    const auto [w, anchors, w1, curvature, anchor, alpha, scale, normalize, K, C, D, P] = arguments;
+    const auto maybe = [](const char* name, Address address) {
+        return address ? pointer<const T>(name, address) : nullptr;
+    };
+    check_size("C", C);
+    check_size("D", D);
+    check_size("P", P);
+    const auto* points = pointer<const std::int64_t>("anchor", anchor);
+    for (std::int64_t p = 0; p < P; ++p) {
+        if (points[p] < 0 || points[p] > K) {
+            throw std::invalid_argument("anchor must lie in [0, " + std::to_string(K) + "], got " +
+                                        std::to_string(points[p]) + " at index " + std::to_string(p));
+        }
+    }
+    return {pointer<const T>("w", w), K ? pointer<const T>("anchors", anchors) : nullptr,
+            maybe("w1", w1), maybe("curvature", curvature), points, pointer<const double>("alpha", alpha),
+            scale, normalize, K, C, D, P};
+}
+
+void path_scales_from_python(const std::string& dtype, const ClassArguments& arguments, Address rscale,
+                             Address products, int num_threads, const std::string& variant) {
+    check_size("num_threads", num_threads);
+    with_real(dtype, [&](auto value) {
+        using T = decltype(value);
+        const auto op = class_weights<T>(arguments);
+        T* const to = pointer<T>("rscale_ptr", rscale);
+        double* const keep = pointer<double>("products_ptr", products);
+        py::gil_scoped_release unlocked;
+        path_scales_cpu(op, to, keep, num_threads, variant);
+    });
+}
+
+void class_gradient_from_python(const std::string& dtype, const ClassArguments& arguments, Address rscale,
+                                Address d_rscale, Address products, double lam, Address grad, Address surrogate,
+                                int num_threads, const std::string& variant) {
+    check_size("num_threads", num_threads);
+    with_real(dtype, [&](auto value) {
+        using T = decltype(value);
+        const auto op = class_weights<T>(arguments);
+        const T* const scales = pointer<const T>("rscale_ptr", rscale);
+        const T* const d_scales = pointer<const T>("d_rscale_ptr", d_rscale);
+        const double* const kept = pointer<const double>("products_ptr", products);
+        T* const to = pointer<T>("grad_ptr", grad);
+        double* const value_to = pointer<double>("surrogate_ptr", surrogate);
+        py::gil_scoped_release unlocked;
+        class_gradient_cpu(op, scales, d_scales, kept, lam, to, value_to, num_threads, variant);
+    });
+}
 
 // A tensor [M, rows, H, d] as Python passes it: its address, and its strides but the last, which is 1.
 using HeadsArgument = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
@@ -233,6 +295,14 @@ PYBIND11_MODULE(_C, module) {
                "variant"_a = "",
                "Cross-entropy at P path points and its gradient, as csrc/include/mergetune/path_cross_entropy.h says.\n"
                "Strides are in elements. The bits do not depend on num_threads.");
+
+    module.def("path_scales_cpu", &path_scales_from_python, "dtype"_a, "class_weights"_a, "rscale_ptr"_a,
+               "products_ptr"_a, "num_threads"_a, "variant"_a = "",
+               "Logit scale over the norm of each interpolated class weight: csrc/include/mergetune/class_pass.h.\n"
+               "class_weights is (w, anchors, w1 or 0, curvature or 0, anchor, alpha, scale, normalize, K, C, D, P).");
+    module.def("class_gradient_cpu", &class_gradient_from_python, "dtype"_a, "class_weights"_a, "rscale_ptr"_a,
+               "d_rscale_ptr"_a, "products_ptr"_a, "lam"_a, "grad_ptr"_a, "surrogate_ptr"_a, "num_threads"_a,
+               "variant"_a = "", "Adds the gradient through the norms and of the surrogate; the surrogate's value.");
 
     module.def("prefix_attention_cpu", &prefix_attention_from_python_cpu, "dtype"_a, "q"_a, "k"_a, "v"_a, "prefix_k"_a,
                "prefix_v"_a, "offsets_ptr"_a, "out"_a, "M"_a, "Tq"_a, "T"_a, "S"_a, "C"_a, "H"_a, "d"_a, "causal"_a,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -223,7 +224,7 @@ def _lmc_loss_kernel(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GEMM, one fused pass over the rows, GEMM: the loss, its terms and the gradient to w, in ``_real`` precision."""
-    real, device = _real(w), w.device
+    real = _real(w)
     if backend == "triton":
         from mergetune.kernels import lmc_loss as kernel
 
@@ -232,13 +233,7 @@ def _lmc_loss_kernel(
     x, w, anchors = x.to(real), w.to(real), anchors.to(real)
     (classes, _), batch, k, n = w.shape, len(x), len(anchors), len(alphas) if len(anchors) else 0
 
-    # The points: the endpoint w, then each path. The endpoint "starts" at w itself.
-    one = torch.ones(1, device=device, dtype=torch.float64)
-    alpha = torch.cat([one, alphas[:n].to(one).repeat(k)])
-    weight = torch.cat([one, betas.to(one).repeat_interleave(n) / max(n, 1)])
-    anchor = torch.arange(1, k + 1, device=device).repeat_interleave(n)
-    anchor = torch.cat([anchor.new_zeros(1), anchor])
-
+    anchor, alpha, weight = _points(alphas if k else alphas[:0], betas)
     dots = x.new_empty(k + 1, batch, classes)
     torch.mm(x, w.T, out=dots[0])
     if anchor_dots is not None:
@@ -246,47 +241,116 @@ def _lmc_loss_kernel(
     elif k:
         torch.matmul(x, anchors.transpose(1, 2), out=dots[1:])
 
-    squares = None
-    if normalize:
-        lengths = torch.linalg.vector_norm(w, dim=-1)[None], torch.linalg.vector_norm(anchors, dim=-1)
-        own = torch.cat(lengths).double() ** 2  # [K + 1, C], as is cross: |end|^2 and end.w
-        cross = torch.cat([own[:1], (anchors * w).sum(-1).double()])
-        a = alpha[:, None]
-        squares = (1 - a) ** 2 * own[anchor] + 2 * a * (1 - a) * cross[anchor] + a**2 * own[0]  # [P, C]
-        rscale = (scale * squares.clamp_min(_MIN_SQUARED_NORM).rsqrt()).to(real)
-    else:
-        rscale = x.new_full((1 + k * n, classes), scale)
-
+    ends = w, anchors, w1 if w1 is None else w1.to(real), curvature if curvature is None else curvature.to(real)
+    geometry = _ClassWeights(*(t if t is None else t.contiguous() for t in ends), anchor, alpha, scale, normalize)
+    native = backend == "cpp"
+    rscale, products = _path_scales_cpp(geometry) if native else _path_scales_torch(geometry)
     losses, d_dots, d_rscale = path_cross_entropy(dots, labels, anchor, alpha, weight, rscale, backend=backend)
     grad = d_dots.T @ x
-    if squares is not None:  # through the norm: d rscale / d w = -rscale / |t|^2 * (alpha (1 - alpha) a + alpha^2 w)
-        pull = torch.where(squares > _MIN_SQUARED_NORM, -d_rscale.double() * rscale / squares, 0.0)
-        grad.addcmul_(w, (pull * alpha[:, None] ** 2).sum(0).to(real)[:, None])
-        to_anchors = (pull * (alpha * (1 - alpha))[:, None])[1:].view(k, n, classes).sum(1).to(real)
-        for end, share in zip(anchors, to_anchors, strict=True):
-            grad.addcmul_(end, share[:, None])
-
-    surrogate = losses.new_zeros(())
-    if w1 is not None:
-        surrogate, slope = _surrogate(w, w1.to(real), None if curvature is None else curvature.to(real), normalize)
-        grad.add_(slope, alpha=lam)
+    add_gradient = _class_gradient_cpp if native else _class_gradient_torch
+    surrogate = add_gradient(geometry, rscale, d_rscale, products, lam, grad)
     paths = losses[1:].view(k, n).mean(1) if k else losses[1:]
-    terms = torch.cat([losses[:1], surrogate.double()[None], paths])
-    loss = (torch.cat([terms.new_tensor([1.0, lam]), betas.to(terms)]) * terms).sum()
+    terms = torch.cat([losses[:1], surrogate, paths])
+    loss = torch.dot(weight, losses) + lam * surrogate[0]
     return loss.to(real), terms.to(real), grad
 
 
-def _surrogate(w: Tensor, w1: Tensor, curvature: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The diagonal surrogate and its gradient to w."""
-    if not normalize:
-        apart = w - w1
-        slope = (apart if curvature is None else curvature * apart) / len(w)
-        return 0.5 * (apart * slope).sum(), slope
-    norm = w.norm(dim=-1, keepdim=True).clamp_min(_MIN_SQUARED_NORM**0.5)
+def _points(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchor, position and weight of every point: the endpoint w, which "starts" at w itself, then each path."""
+    if alphas.device.type == "cpu":
+        return _points_of(tuple(alphas.tolist()), tuple(betas.tolist()))
+    k, n, one = len(betas), len(alphas), alphas.new_ones(1, dtype=torch.float64)
+    anchor = torch.arange(1, k + 1, device=one.device)
+    weight = (betas.to(one) / max(n, 1))[:, None].expand(k, n).flatten()
+    return (
+        torch.cat([anchor.new_zeros(1), anchor[:, None].expand(k, n).flatten()]),
+        torch.cat([one, alphas.to(one).repeat(k)]),
+        torch.cat([one, weight]),
+    )
+
+
+@lru_cache(maxsize=64)
+def _points_of(alphas: tuple[float, ...], betas: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = [(k, t, beta / len(alphas)) for k, beta in enumerate(betas, start=1) for t in alphas]
+    anchor, alpha, weight = zip((0, 1.0, 1.0), *pairs, strict=True)
+    double = torch.float64
+    return torch.tensor(anchor), torch.tensor(alpha, dtype=double), torch.tensor(weight, dtype=double)
+
+
+@dataclass(frozen=True, eq=False)
+class _ClassWeights:
+    """The ends of the paths and the points on them, contiguous: what the passes before and after the rows' work on."""
+
+    w: Tensor  # [C, D]
+    anchors: Tensor  # [K, C, D]
+    w1: Tensor | None
+    curvature: Tensor | None
+    anchor: Tensor  # [P], 0 for w itself
+    alpha: Tensor  # float64 [P]
+    scale: float
+    normalize: bool
+
+    def native(self) -> tuple:
+        """As the core takes them."""
+        address = lambda t: 0 if t is None or not t.numel() else t.data_ptr()  # noqa: E731
+        tensors = self.w, self.anchors, self.w1, self.curvature, self.anchor, self.alpha
+        return *map(address, tensors), self.scale, self.normalize, len(self.anchors), *self.w.shape, len(self.anchor)
+
+
+def _path_scales_cpp(ends: _ClassWeights) -> tuple[Tensor, Tensor]:
+    """Logit scale over the norm of every interpolated weight, [P, C], and the products that it was made from."""
+    rscale = ends.w.new_empty(len(ends.anchor), len(ends.w))
+    products = torch.empty(len(ends.w), 1 + 2 * len(ends.anchors), dtype=torch.float64)
+    dtype = str(rscale.dtype).removeprefix("torch.")
+    _C.path_scales_cpu(dtype, ends.native(), rscale.data_ptr(), products.data_ptr(), torch.get_num_threads())
+    return rscale, products
+
+
+def _class_gradient_cpp(
+    ends: _ClassWeights, rscale: Tensor, d_rscale: Tensor, products: Tensor, lam: float, grad: Tensor
+) -> Tensor:
+    """Adds to ``grad`` what reaches w through the norms, and the surrogate's gradient; returns the surrogate, [1]."""
+    surrogate = torch.empty(1, dtype=torch.float64)
+    addresses = (t.data_ptr() for t in (rscale, d_rscale, products))
+    dtype = str(grad.dtype).removeprefix("torch.")
+    _C.class_gradient_cpu(
+        dtype, ends.native(), *addresses, lam, grad.data_ptr(), surrogate.data_ptr(), torch.get_num_threads()
+    )
+    return surrogate
+
+
+def _path_scales_torch(ends: _ClassWeights) -> tuple[Tensor, Tensor | None]:
+    """:func:`_path_scales_cpp` where there are no compiled passes; its products are the squared norms, [P, C]."""
+    w, anchors, anchor, a = ends.w, ends.anchors, ends.anchor, ends.alpha[:, None]
+    if not ends.normalize:
+        return w.new_full((len(anchor), len(w)), ends.scale), None
+    lengths = torch.linalg.vector_norm(w, dim=-1)[None], torch.linalg.vector_norm(anchors, dim=-1)
+    own = torch.cat(lengths).double() ** 2  # [K + 1, C], as is cross: |end|^2 and end.w
+    cross = torch.cat([own[:1], (anchors * w).sum(-1).double()])
+    squares = (1 - a) ** 2 * own[anchor] + 2 * a * (1 - a) * cross[anchor] + a**2 * own[0]
+    return (ends.scale * squares.clamp_min(_MIN_SQUARED_NORM).rsqrt()).to(w.dtype), squares
+
+
+def _class_gradient_torch(
+    ends: _ClassWeights, rscale: Tensor, d_rscale: Tensor, squares: Tensor | None, lam: float, grad: Tensor
+) -> Tensor:
+    """:func:`_class_gradient_cpp` where there are no compiled passes."""
+    w, alpha, real = ends.w, ends.alpha[:, None], ends.w.dtype
+    if squares is not None:  # d rscale / d w = -rscale / |t|^2 * (alpha (1 - alpha) a + alpha^2 w)
+        pull = torch.where(squares > _MIN_SQUARED_NORM, -d_rscale.double() * rscale / squares, 0.0)
+        grad.addcmul_(w, (pull * alpha**2).sum(0).to(real)[:, None])
+        to_anchors = (pull * alpha * (1 - alpha)).to(real)[1:].chunk(max(len(ends.anchors), 1))  # a chunk a path
+        for end, shares in zip(ends.anchors, to_anchors, strict=False):
+            grad.addcmul_(end, shares.sum(0)[:, None])
+    if ends.w1 is None:
+        return alpha.new_zeros(1)
+    norm = w.norm(dim=-1, keepdim=True).clamp_min(_MIN_SQUARED_NORM**0.5) if ends.normalize else 1.0
     unit = w / norm
-    apart = unit - torch.nn.functional.normalize(w1, dim=-1)
-    slope = (apart if curvature is None else curvature * apart) / len(w)
-    return 0.5 * (apart * slope).sum(), (slope - unit * (unit * slope).sum(-1, keepdim=True)) / norm
+    apart = unit - (torch.nn.functional.normalize(ends.w1, dim=-1) if ends.normalize else ends.w1)
+    slope = (apart if ends.curvature is None else ends.curvature * apart) / len(w)
+    along = unit * (unit * slope).sum(-1, keepdim=True) if ends.normalize else 0.0
+    grad.add_((slope - along) / norm, alpha=lam)
+    return 0.5 * (apart * slope).sum().double()[None]
 
 
 def _lmc_loss_fake(x, labels, w, anchors, *_):
