@@ -5,15 +5,21 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import operator
 import os
+import pickle
+import pickletools
 import posixpath
 import random
+import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +28,11 @@ from PIL import Image
 SPLITS = ("train", "val", "test")
 VAL_SHARE, TEST_SHARE = 0.2, 0.3  # CoOp's shares for data without an official split
 VAL_SHOTS = 4  # CoOp never draws more validation images per class than this
+DATUM = ("dassl.data.datasets.base_dataset", "Datum")  # what CoOp's few-shot files are made of
+DATUM_OPCODES = re.compile(  # what pickle protocols 2 to 5 need for dicts and lists of such records; none calls code
+    "PROTO|FRAME|STOP|MARK|EMPTY_(DICT|LIST|TUPLE)|APPENDS?|SETITEMS?|MEMOIZE|(LONG_)?BIN(PUT|GET)|(SHORT_)?BINUNICODE|"
+    "BININT[12]?|(STACK_)?GLOBAL|NEWOBJ|BUILD"
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,8 @@ class ImageList:
     """
 
     root: Path
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
+    files: tuple[str, ...] = field(repr=False)
+    labels: tuple[int, ...] = field(repr=False)
     classnames: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -52,10 +63,13 @@ class ImageList:
             raise ValueError("files must hold at least one image, got none")
         if len(self.labels) != len(self.files):
             raise ValueError(f"labels must have one entry per file = {len(self.files)}, got {len(self.labels)}")
-        for file, label in zip(self.files, self.labels, strict=True):
-            if not 0 <= label < len(self.classnames):
-                raise ValueError(f"labels must lie in [0, {len(self.classnames)}), got {label} for {file!r}")
-            if posixpath.isabs(file):
+        if min(self.labels) < 0 or max(self.labels) >= len(self.classnames):
+            file, label = next(
+                pair for pair in zip(self.files, self.labels, strict=True) if not 0 <= pair[1] < len(self.classnames)
+            )
+            raise ValueError(f"labels must lie in [0, {len(self.classnames)}), got {label} for {file!r}")
+        for file in self.files:
+            if file.startswith("/"):
                 raise ValueError(f"files must be relative to root = {self.root}, got {file!r}")
         _refuse_repeats("files", self.files)
 
@@ -95,7 +109,10 @@ class ImageList:
         Raises:
             ValueError: no class, an unknown class, a class twice, or no image left.
         """
-        new_label = {old: new for new, old in enumerate(_check_classes(classes, len(self.classnames)))}
+        classes = _check_classes(classes, len(self.classnames))
+        if classes == tuple(range(len(self.classnames))):
+            return self  # ImageNet's list is long
+        new_label = {old: new for new, old in enumerate(classes)}
         kept = [i for i, label in enumerate(self.labels) if label in new_label]
         if not kept:
             empty = [self.classnames[c] for c in new_label]
@@ -121,51 +138,52 @@ class ImageList:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Train, validation and test images over the same classes, of which some are visible.
+    """Train, validation and test images over the same classes, of which some are visible. Each may be missing.
 
     ``train``, ``val``, ``test`` and ``classnames`` show the visible classes, labelled from 0. The whole lists are
     remembered, because CoOp draws few-shot images from all classes before it drops the novel ones.
 
     Attributes:
         name: for tables and messages.
-        full_train: training images of all classes.
+        full_train: training images of all classes, if there are any.
         full_val: validation images of all classes, if there are any.
         full_test: test images of all classes, if there are any.
         visible: which of all classes are visible, and their order; None shows all.
 
     Raises:
-        ValueError: class names differ between splits; a file in two splits; an unknown visible class.
+        ValueError: no split; class names differ between splits; a file in two splits; an unknown visible class.
     """
 
     name: str
-    full_train: ImageList
+    full_train: ImageList | None = None
     full_val: ImageList | None = None
     full_test: ImageList | None = None
     visible: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        names = self.full_train.classnames
+        lists = {split: getattr(self, f"full_{split}") for split in SPLITS}
+        lists = {split: images for split, images in lists.items() if images is not None}
+        if not lists:
+            raise ValueError(f"dataset {self.name!r} must have a train, val or test split, got none")
+        first, names = next((split, images.classnames) for split, images in lists.items())
+        for split, images in lists.items():
+            if images.classnames != names:
+                raise ValueError(
+                    f"{split} must have the class names of {first}, {difference(names, images.classnames)}"
+                )
         visible = range(len(names)) if self.visible is None else self.visible
         object.__setattr__(self, "visible", _check_classes(visible, len(names)))
-        home: dict[Path, str] = {}
-        for split in SPLITS:
-            images = getattr(self, f"full_{split}")
-            if images is None:
-                continue
-            if images.classnames != names:
-                raise ValueError(f"{split} must have the class names of train, {_difference(names, images.classnames)}")
-            for path in images.paths:
-                if home.setdefault(path, split) != split:
-                    raise ValueError(f"a file must lie in one split, got {path} in {home[path]} and {split}")
+        _refuse_shared(lists)
 
     @property
     def classnames(self) -> tuple[str, ...]:
         """Names of the visible classes."""
-        return tuple(self.full_train.classnames[c] for c in self.visible)
+        names = next(images for images in (self.full_train, self.full_val, self.full_test) if images).classnames
+        return tuple(names[c] for c in self.visible)
 
     @functools.cached_property
     def train(self) -> ImageList:
-        """Training images of the visible classes."""
+        """Training images of the visible classes. Raises ValueError where there are none."""
         return self._full("train").select(self.visible)
 
     @functools.cached_property
@@ -211,19 +229,50 @@ class Dataset:
         Raises:
             ValueError: shots < 1; another split; a visible class without images.
         """
-        if split not in ("train", "val"):
-            raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+        _check_few_shot_split(split)
         if shots is not None and operator.index(shots) < 1:
             raise ValueError(f"shots must be at least 1, got {shots}")
         images = self._full(split)
-        everything = images.select(self.visible).require_every_class()
+        everything = (self.train if split == "train" else self.val).require_every_class()
         if shots is None:
             return everything
         stream = random.Random(operator.index(seed))
-        positions = _draw(self.full_train, shots, stream)
+        positions = _draw(self._full("train"), shots, stream)
         if split == "val":
             positions = _draw(images, min(shots, VAL_SHOTS), stream)
         return images.take(positions).select(self.visible)
+
+    def few_shot_file(self, path: str | Path, split: str = "train") -> ImageList:
+        """The images that CoOp drew and stored, of the visible classes: ``split_fewshot/shot_16-seed_1.pkl``.
+
+        The file is a pickle of Dassl's records. Nothing in it is run: only plain values and these records are read.
+        Its paths are those of the machine where it was written; here an image is found by the end of its path.
+
+        Args:
+            path: the file.
+            split: "train" or "val".
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file, or drawn from other images or labels.
+        """
+        _check_few_shot_split(split)
+        path, images = Path(path), self._full(split)
+        stored = _read_few_shot(path, split)
+        ends = [_path_ends(file) for file, _ in stored]
+        wanted = {end for candidates in ends for end in candidates}
+        position_of = {file: i for i, file in enumerate(images.files) if file in wanted}
+        positions = [next((position_of[end] for end in candidates if end in position_of), -1) for candidates in ends]
+        for (file, label), position in zip(stored, positions, strict=True):
+            if position < 0:
+                raise ValueError(f"{path} must list images of {self.name!r}, got {file!r}, which is not in {split}")
+            if label != images.labels[position]:
+                raise ValueError(
+                    f"{path} must have the labels of {self.name!r}, got {label} for {file!r} "
+                    f"instead of {images.labels[position]}: it was drawn from another split"
+                )
+        _refuse_repeats(f"images in {path}", [file for file, _ in stored])
+        return images.take(positions).select(self.visible).require_every_class()
 
     def _full(self, split: str) -> ImageList:
         images = getattr(self, f"full_{split}")
@@ -265,7 +314,7 @@ def ImageFolder(
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"root must be a folder, got {root}")
-    folders = _folders(root)
+    folders = subfolders(root)
     if not folders:
         raise ValueError(f"root must hold one folder per class, got no folders in {root}")
     others = sorted(set(folders) - set(SPLITS))
@@ -322,7 +371,7 @@ def image_table(
         files.append(_relative(file, root, where))
     listed = [file for classes in splits.values() for files in classes.values() for file in files]
     _refuse_repeats(f"path in {path}", listed)
-    _require_files(root, listed, path)
+    require_files(root, listed, path)
     if has_splits:
         _refuse_shares(val, test, f"{path} has a split column")
     else:
@@ -346,27 +395,28 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
     """
     json_file, images = Path(root, json_file), Path(root, image_dir)
     content = _read_json(json_file)
-    if not isinstance(content, dict) or not content.get("train"):
+    if not isinstance(content, dict) or not isinstance(content.get("train"), list) or not content["train"]:
         raise ValueError(f"{json_file} must be an object with a list under 'train', got {_brief(content)}")
     names: dict[int, str] = {}
     splits: dict[str, list[tuple[str, int]]] = {}
     for split in SPLITS:
-        for number, item in enumerate(content.get(split) or (), start=1):
+        items = content.get(split) or []
+        if not isinstance(items, list):
+            raise ValueError(f"{json_file} must have a list under {split!r}, got {_brief(items)}")
+        for number, item in enumerate(items, start=1):
             try:
-                file, label, name = item
-                label = int(label)
-                name = prettify(name)
-                file = _relative(file, images, f"item {number} of {split!r} in {json_file}")
-            except (TypeError, AttributeError, ValueError) as error:
+                file, label, name = _split_item(item)
+            except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"item {number} of {split!r} in {json_file} must be [path, label, class name], got {_brief(item)}"
                 ) from error
+            file = _relative(file, images, f"item {number} of {split!r} in {json_file}")
             if names.setdefault(label, name) != name:
                 raise ValueError(f"label {label} in {json_file} must have one name, got {names[label]!r} and {name!r}")
             splits.setdefault(split, []).append((file, label))
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"labels in {json_file} must be 0..{len(names) - 1} without a gap, got {_some(sorted(names))}")
-    _require_files(images, [file for items in splits.values() for file, _ in items], json_file)
+    require_files(images, [file for items in splits.values() for file, _ in items], json_file)
     classnames = tuple(names[label] for label in range(len(names)))
     lists = {
         split: ImageList(images, tuple(file for file, _ in items), tuple(label for _, label in items), classnames)
@@ -394,6 +444,41 @@ def load_image(path: str | Path) -> Image.Image:
 def prettify(name: str) -> str:
     """A folder's name as a class name: ``shopping_cart`` -> "shopping cart"."""
     return " ".join(name.replace("_", " ").split())
+
+
+def require_files(root: Path, files: Sequence[str], table: Path) -> None:
+    """Refuse listed images that are missing below root; each folder is listed once rather than each image looked up.
+
+    Raises:
+        FileNotFoundError: how many are missing, and the first.
+    """
+    names: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, name = posixpath.split(file)
+        if folder not in names:
+            names[folder] = _file_names(os.path.join(root, folder))
+        # A file system may know a name by another spelling (case, Unicode form), so it has the last word.
+        if name not in names[folder] and not os.path.isfile(os.path.join(root, file)):
+            missing.append(file)
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(files)} images listed in {table} are missing, the first is {root / missing[0]}"
+        )
+
+
+def subfolders(parent: str | Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    with os.scandir(parent) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def difference(expected: Iterable[str], got: Iterable[str]) -> str:
+    """How a list of names differs from another, for messages."""
+    expected, got = list(expected), list(got)
+    lacking, extra = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    parts = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(extra)} besides"] * bool(extra)
+    return " and ".join(parts) or "has them in another order"
 
 
 @functools.cache
@@ -480,7 +565,7 @@ def _dataset(
     keys = sorted(splits["train"])
     for split, classes in splits.items():
         if sorted(classes) != keys:
-            raise ValueError(f"{split} must have the classes of train in {root}, {_difference(keys, classes)}")
+            raise ValueError(f"{split} must have the classes of train in {root}, {difference(keys, classes)}")
     names = _class_names(keys, classnames or {})
     lists = {}
     for split, classes in splits.items():
@@ -504,7 +589,7 @@ def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
     """{class folder in parent: its images, sorted, relative to root}."""
     above = {_identity(root), _identity(parent)}
     classes = {}
-    for name in _folders(parent):
+    for name in subfolders(parent):
         files = _images_below(parent / name, above)
         if not files:
             raise ValueError(f"class folder {parent / name} must hold at least one image, got none")
@@ -512,10 +597,6 @@ def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
     if not classes:
         raise ValueError(f"{parent} must hold one folder per class, got no folders")
     return classes
-
-
-def _folders(parent: Path) -> list[str]:
-    return sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _images_below(folder: Path, above: set[tuple[int, int]]) -> list[Path]:
@@ -549,9 +630,12 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} must be a list of objects with path and label, got {_brief(rows)}")
     elif path.suffix.lower() == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            rows = list(reader)
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file, skipinitialspace=True)
+                rows = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} must be CSV in UTF-8: {error}") from error
         missing = {"path", "label"} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"{path} must have the header path,label[,split], got {reader.fieldnames}")
@@ -565,8 +649,60 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
+
+
+def _split_item(item: Any) -> tuple[str, int, str]:
+    """An entry of CoOp's split file; TypeError or ValueError if it is none."""
+    file, label, name = item
+    if not (isinstance(item, list) and isinstance(file, str) and isinstance(name, str) and file and prettify(name)):
+        raise TypeError
+    return file, int(label) if isinstance(label, str) else operator.index(label), prettify(name)
+
+
+def _read_few_shot(path: Path, split: str) -> list[tuple[str, int]]:
+    """(path, label) of each record under ``split`` in a pickle {split: [Datum, ...]}, without running anything."""
+
+    class Datum:  # made anew for every file, so that nothing a file does to it stays
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.file, self.label = state["_impath"], state["_label"]
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> type:
+            if (module, name) != DATUM:
+                raise pickle.UnpicklingError(f"it holds {module}.{name}, and pickled code is never run")
+            return Datum
+
+    content = path.read_bytes()
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            if not DATUM_OPCODES.fullmatch(opcode.name):
+                raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which such files have no need of")
+            if opcode.name == "LONG_BINPUT" and argument > len(content):
+                raise pickle.UnpicklingError("its memo is larger than the file")  # the reader would allocate it
+        records = [(record.file, record.label) for record in Reader(io.BytesIO(content)).load()[split]]
+        if not records or not all(isinstance(file, str) and type(label) is int for file, label in records):
+            raise TypeError("its records must have a path and a label")
+    except Exception as error:  # pickles that are damaged raise whatever they like
+        raise ValueError(
+            f"{path} must be a few-shot file of CoOp with images under {split!r}: {type(error).__name__}: {error}"
+        ) from error
+    return records
+
+
+def _path_ends(file: str) -> list[str]:
+    """The path without its first parts, longest first: "a/b/c" -> "a/b/c", "b/c", "c"."""
+    parts = file.replace("\\", "/").split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def _file_names(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (OSError, ValueError):  # no such folder, or no such name on this system
+        return set()
 
 
 def _relative(file: str, root: Path, where: str) -> str:
@@ -603,24 +739,25 @@ def _refuse_repeats(what: str, values: Sequence[Any]) -> None:
         seen.add(value)
 
 
+def _refuse_shared(lists: Mapping[str, ImageList]) -> None:
+    """Refuse an image in two splits. Sets of the shorter lists only: ImageNet's training list is long."""
+    one_root = len({images.root for images in lists.values()}) == 1
+    names = {split: images.files if one_root else [*map(str, images.paths)] for split, images in lists.items()}
+    for first, second in itertools.combinations(names, 2):
+        short, long = sorted((names[first], names[second]), key=len)
+        if not set(short).isdisjoint(long):
+            path = lists[first].root / min(set(short).intersection(long))
+            raise ValueError(f"a file must lie in one split, got {path} in {first} and {second}")
+
+
+def _check_few_shot_split(split: str) -> None:
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+
+
 def _refuse_shares(val: float | None, test: float | None, reason: str) -> None:
     if val is not None or test is not None:
         raise ValueError(f"val and test must be None for data that is split already ({reason}), got {val} and {test}")
-
-
-def _require_files(root: Path, files: Sequence[str], table: Path) -> None:
-    missing = [file for file in files if not (root / file).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(files)} images listed in {table} are missing, the first is {root / missing[0]}"
-        )
-
-
-def _difference(expected: Iterable[str], got: Iterable[str]) -> str:
-    expected, got = list(expected), list(got)
-    lacking, extra = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
-    parts = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(extra)} besides"] * bool(extra)
-    return " and ".join(parts) or "has them in another order"
 
 
 def _some(values: Sequence[Any], limit: int = 5) -> str:
@@ -629,5 +766,4 @@ def _some(values: Sequence[Any], limit: int = 5) -> str:
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return reprlib.repr(value)  # of any depth and length

@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,32 @@ def test_dataset_refuses_leaks_and_other_classes():
         Dataset("other", image_list([0, 1]), None, image_list([0, 1, 2], prefix="test/"))
 
 
+def test_leak_is_seen_through_another_root():
+    train = ImageList(Path("data"), ("test/0.png", "1.png"), (0, 1), ("a", "b"))
+    test = ImageList(Path("data/test"), ("1.png", "0.png"), (0, 1), ("a", "b"))
+    with pytest.raises(ValueError, match="got .*data/test/0.png in train and test"):
+        Dataset("leak", train, None, test)
+    assert len(Dataset("none", train, None, replace(test, files=("1.png", "2.png"))).test) == 2
+
+
+def test_dataset_may_have_a_test_split_only():
+    data = Dataset("test only", full_test=image_list([0, 1, 2]))
+    assert data.classnames == ("class 0", "class 1", "class 2")
+    assert data.base_novel()[1].test.files == ("2.png",)
+    for call in (lambda: data.train, lambda: data.few_shot(1), lambda: data.few_shot(None)):
+        with pytest.raises(ValueError, match="dataset 'test only' has no train split"):
+            call()
+    no_train = Dataset("val only", None, image_list([0, 1]))
+    with pytest.raises(ValueError, match="has no train split"):
+        no_train.few_shot(1, split="val")
+
+
+def test_long_lists_are_neither_copied_nor_printed():
+    data = coop_dataset()
+    assert data.train is data.full_train
+    assert "0.png" not in repr(data)
+
+
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +355,8 @@ def test_table_without_splits_is_stratified(tmp_path):
         ("a.json", "{", "must be JSON"),
         ("a.json", '{"path": "0.png"}', "must be a list of objects"),
         ("a.json", '[{"path": "0.png", "label": 3}]', "class name as label, got path='0.png', label=3"),
+        ("a.json", "[" * 100_000, "must be JSON"),
+        ("a.csv", "path,label\n0.png," + "x" * 200_000, "must be CSV in UTF-8: field larger"),
         ("a.txt", "", "must end in .csv or .json"),
     ],
 )
@@ -343,6 +372,21 @@ def test_table_names_missing_files(tmp_path):
     table = write_csv(tmp_path / "a.csv", [{"path": f"{i}.png", "label": "cat"} for i in range(4)])
     with pytest.raises(FileNotFoundError, match="3 of 4 images listed in .*a.csv are missing, the first is .*1.png"):
         image_table(table)
+
+
+def test_table_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_bytes("path,label\n0.png,\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="a.csv must be CSV in UTF-8"):
+        image_table(tmp_path / "a.csv")
+
+
+def test_missing_images_in_folders_that_are_no_folders(tmp_path):
+    draw_image(tmp_path / "0.png")
+    (tmp_path / "1.png").mkdir()
+    files = ["0.png", "0.png/1.png", "gone/2.png", "1.png", "x" * 300 + "/3.png", "nul\0/4.png", "\ud800/5.png"]
+    (tmp_path / "a.json").write_text(json.dumps([{"path": file, "label": "cat"} for file in files]))
+    with pytest.raises(FileNotFoundError, match="6 of 7 images listed in .* missing, the first is .*0.png/1.png"):
+        image_table(tmp_path / "a.json")
 
 
 # -- CoOp's splits ----------------------------------------------------------------------------------------------------
