@@ -7,7 +7,7 @@ import json
 import zipfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from warnings import warn
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import ResidualAttentionBlock, Transformer
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from mergetune.blocks import ACTIVATIONS
+from mergetune.blocks import ACTIVATIONS, Layout, run_blocks
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDED = 16  # sets of class embeddings that are remembered
 COOP_CROP_SCALE = (0.08, 1.0)  # CoOp trains on random resized crops of this share of the area, and flips
 
 
@@ -69,12 +70,13 @@ class TextParts:
 
     def astype(self, dtype: torch.dtype) -> TextParts:
         """A copy in another precision."""
+        norm = torch.float32 if isinstance(self.ln_final, LayerNormFp32) else dtype  # the former works in float32 alone
         return replace(
             self,
             token_embedding=deepcopy(self.token_embedding).to(dtype),
             positional_embedding=self.positional_embedding.to(dtype),
             blocks=tuple(deepcopy(block).to(dtype) for block in self.blocks),
-            ln_final=deepcopy(self.ln_final).to(dtype),
+            ln_final=deepcopy(self.ln_final).to(norm),
             projection=None if self.projection is None else deepcopy(self.projection).to(dtype),
         )
 
@@ -103,24 +105,25 @@ class FrozenClip:
         model: open_clip's ``CLIP`` or ``CustomTextCLIP``; put into eval mode, gradients off.
         tokenizer: (texts, context_length=L) -> LongTensor [n, L].
         name: the backbone's name, kept with every solution.
-        preprocess_cfg: open_clip's preprocessing settings (JSON-able).
+        preprocess_cfg: open_clip's preprocessing settings (JSON-able); empty takes those that open_clip keeps with the
+            model.
     """
 
     model: nn.Module
     tokenizer: Callable[..., Tensor]
     name: str
-    preprocess_cfg: dict[str, Any] = field(default_factory=lambda: asdict(PreprocessCfg()))
+    preprocess_cfg: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, (open_clip.CLIP, open_clip.CustomTextCLIP)) or hasattr(
             self.model, "text_decoder"
         ):
-            raise TypeError(
-                f"model must be open_clip's CLIP or CustomTextCLIP, got {type(self.model).__name__}: its "
-                "text tower is not one that mergetune understands"
-            )
+            raise _refused_model(type(self.model).__name__)
         self.model.eval().requires_grad_(False)
         _ = self.text  # an unknown text tower is refused here, before any image is encoded
+        cfg = self.preprocess_cfg or open_clip.get_model_preprocess_cfg(self.model)
+        cfg = json.loads(json.dumps(merge_preprocess_dict(PreprocessCfg(), cfg)))
+        object.__setattr__(self, "preprocess_cfg", cfg)
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -183,9 +186,10 @@ class FrozenClip:
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Image features. pixels [B, 3, H, W] -> [B, D] float32, unit norm."""
-        weight = next(self.model.visual.parameters())
+        # The convolution that takes the pixels: in open_clip's mixed precision the parameters before it are float32.
+        weight = max(self.model.visual.parameters(), key=Tensor.dim)
         features = self.model.encode_image(pixels.to(device=weight.device, dtype=weight.dtype))
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(_pooled(features).float(), dim=-1)
 
     # -- texts --------------------------------------------------------------------------------------------------------
 
@@ -207,8 +211,9 @@ class FrozenClip:
     @cached_property
     def first_token(self) -> int:
         """Where a text's own tokens begin: 1 if the tokenizer puts a start token first, 0 if not (SigLIP)."""
-        a, b = self.tokenizer(["cat", "dog"])
-        return int((a != b).int().argmax())
+        # Against no text at all: two words may begin alike, as a sentencepiece "▁" before each.
+        empty, word = self.tokenizer(["", "cat"], context_length=self.text.context_length)
+        return int((empty != word).int().argmax())
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids. texts -> LongTensor [n, L].
@@ -217,10 +222,10 @@ class FrozenClip:
             ValueError: a text is longer than the tower's context; tokenizers would cut it in silence.
         """
         length = self.text.context_length
-        tokens = self.tokenizer(list(texts), context_length=length)
-        # Given twice the room, a text that fits has the same tokens, and then only padding.
-        roomy = self.tokenizer(list(texts), context_length=2 * length)
-        too_long = (roomy[:, :length] != tokens).any(-1) | (roomy[:, length:] != roomy[:, -1:]).any(-1)
+        # Given twice the room, a text that fits has no more tokens. What stands in the middle of no text is padding.
+        tokens, roomy = (self.tokenizer(list(texts), context_length=room) for room in (length, 2 * length))
+        padding = self.tokenizer([""], context_length=2 * length)[0, length]
+        too_long = (roomy != padding).sum(-1) > (tokens != padding).sum(-1)
         if too_long.any():
             text = texts[int(too_long.int().argmax())]
             raise ValueError(f"texts must fit the text tower's {length} tokens, got {text!r}")
@@ -230,7 +235,7 @@ class FrozenClip:
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """open_clip's own text features. texts -> [n, D] float32, not normalised."""
         tokens = self.tokenize(texts)
-        return torch.cat([self.model.encode_text(chunk).float() for chunk in tokens.split(batch_size)])
+        return torch.cat([_pooled(self.model.encode_text(chunk)).float() for chunk in tokens.split(batch_size)])
 
     @torch.no_grad()
     def class_embeddings(
@@ -245,11 +250,38 @@ class FrozenClip:
         Returns:
             [C, D] float32, unit norm.
         """
-        templates = check_templates(templates)
-        check_classnames(classnames)
-        texts = [fill(template, name) for template in templates for name in classnames]
-        features = F.normalize(self.encode_text(texts), dim=-1).view(len(templates), len(classnames), -1)
-        return F.normalize(features.mean(0), dim=-1)
+        key = check_classnames(classnames), check_templates(templates)
+        if key not in self._embedded:
+            if len(self._embedded) >= EMBEDDED:
+                self._embedded.pop(next(iter(self._embedded)))
+            names, templates = key
+            total = torch.zeros(len(names), self.embed_dim, device=self.device)
+            for template in templates:
+                total += F.normalize(self._packed_features([fill(template, name) for name in names]), dim=-1)
+            self._embedded[key] = F.normalize(total / len(templates), dim=-1)
+        return self._embedded[key].clone()
+
+    @cached_property
+    def _embedded(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor]:
+        """The latest results of :meth:`class_embeddings`: a run asks for the same ones again and again."""
+        return {}
+
+    def _packed_features(self, texts: Sequence[str], *, batch_size: int = 512) -> Tensor:
+        """:meth:`encode_text` without the padding: in a causal tower nothing behind a text's last token reaches it."""
+        text = self.text
+        if not text.causal:
+            return self.encode_text(texts)
+        tokens = self.tokenize(texts)
+        lengths = text.pooled_position(tokens) + 1
+        order = lengths.argsort(stable=True)
+        features = []
+        for chunk in order.split(batch_size):
+            inside = torch.arange(tokens.shape[1], device=self.device) < lengths[chunk, None]
+            x = text.token_embedding(tokens[chunk]).to(text.dtype) + text.positional_embedding.to(text.dtype)
+            pooled = lengths[chunk].cumsum(0) - 1
+            layout = Layout(0, tuple(lengths[chunk].tolist()), pooled, text.heads, causal=True)
+            features.append(text.project(run_blocks(text.blocks, x[inside][None], layout))[0])
+        return torch.cat(features)[order.argsort()]
 
 
 def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
@@ -269,19 +301,15 @@ def fill(template: str, name: str) -> str:
 
 
 def check_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple: at least one, none empty, none twice."""
+    """The names as a tuple: at least one, none empty. Two classes may have one name: CLIP's ImageNet has such pairs."""
     if isinstance(classnames, str):
         raise TypeError(f"classnames must be a list of names, got the text {classnames!r}")
     names = tuple(classnames)
     if not names:
         raise ValueError("classnames must hold at least one name, got none")
-    seen: set[str] = set()
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"classnames must be texts, got {name!r}")
-        if name in seen:
-            raise ValueError(f"classnames must not repeat, got {name!r} twice")
-        seen.add(name)
     return names
 
 
@@ -297,14 +325,17 @@ def load_clip(
 
     Args:
         name: an open_clip model name ("ViT-B-16-quickgelu"), "hf-hub:org/repo" or "local-dir:path".
-        pretrained: open_clip's tag ("openai") or a local checkpoint; not used with "hf-hub:" and "local-dir:".
+        pretrained: open_clip's tag ("openai") or a local checkpoint; not used with "hf-hub:" and "local-dir:". A
+            checkpoint does not tell its preprocessing: where all of open_clip's tags for the name share one that is not
+            the default (SigLIP, MobileCLIP, CLIPA, PE), it is taken, with a warning.
         device: where the model lives.
         precision: "float32", "bfloat16" or "float16" for the weights; features are float32 always.
         cache_dir: where open_clip keeps downloads.
 
     Raises:
         ValueError: unknown precision; no weights named; weights given twice.
-        RuntimeError: open_clip does not know the model or the tag.
+        RuntimeError: open_clip does not know the model or the tag; weights of another model; a package for its
+            tokenizer is missing.
         TypeError: a model without a text tower that mergetune understands.
     """
     if precision not in PRECISIONS:
@@ -316,29 +347,41 @@ def load_clip(
         raise ValueError(
             f"pretrained must name the weights of {name!r}, got None: a tag of open_clip or a local checkpoint"
         )
+    published = {}
     if not complete:
+        name = name.replace("/", "-")  # as open_clip reads names, but not in its tokenizers
+        config = open_clip.get_model_config(name) or {"text_cfg": {}}
+        if "multimodal_cfg" in config:  # refused before gigabytes are downloaded
+            raise _refused_model("CoCa")
+        if config["text_cfg"].get("hf_model_name"):
+            raise _refused_tower("HFTextEncoder")
         warn_quickgelu(name, str(pretrained))
+        published = _published_preprocess(name, str(pretrained))
     archive = None
     if not complete and _is_torchscript(Path(pretrained)):
         archive = torch.jit.load(pretrained, map_location="cpu")
-    model = open_clip.create_model(
-        name,
-        None if complete or archive is not None else str(pretrained),
-        device=device,
-        require_pretrained=archive is None,
-        cache_dir=cache_dir,
-    )
+    try:
+        model = open_clip.create_model(
+            name,
+            None if complete or archive is not None else str(pretrained),
+            device=device,
+            require_pretrained=archive is None,
+            force_preprocess_cfg=published,
+            cache_dir=cache_dir,
+        )
+    except AssertionError as error:  # from open_clip's resizing of position embeddings
+        raise RuntimeError(f"the weights {pretrained or name} are not those of {name!r}: {error}") from error
+    try:
+        tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
+    except ImportError as error:  # open_clip does not ask for transformers itself
+        raise RuntimeError(f"the tokenizer of {name!r} needs a package: pip install transformers ({error})") from error
     if archive is not None:  # OpenAI's own files, which open_clip refuses to unpickle
         described = {"input_resolution", "context_length", "vocab_size"}
         model.load_state_dict({k: v.float() for k, v in archive.state_dict().items() if k not in described})
     logit_scale = model.logit_scale.detach().clone()
     model.to(dtype=PRECISIONS[precision])
     model.logit_scale.data = logit_scale  # the temperature is not rounded: a half type would change every logit
-    cfg = json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model)))
-    label = name if complete else f"{name}/{pretrained}"
-    return FrozenClip(
-        model, open_clip.get_tokenizer(name, cache_dir=cache_dir), label, {**asdict(PreprocessCfg()), **cfg}
-    )
+    return FrozenClip(model, tokenizer, name if complete else f"{name}/{pretrained}")
 
 
 def warn_quickgelu(name: str, pretrained: str) -> None:
@@ -357,6 +400,24 @@ def warn_quickgelu(name: str, pretrained: str) -> None:
         )
 
 
+def _published_preprocess(name: str, pretrained: str) -> dict[str, Any]:
+    """The preprocessing that a local checkpoint needs: what all tags of the model share, if it is not the default."""
+    if not Path(pretrained).is_file():
+        return {}
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    default = merge_preprocess_dict(PreprocessCfg(), {})
+    shared = [merge_preprocess_dict(default, {**open_clip.get_pretrained_cfg(name, tag), "size": None}) for tag in tags]
+    if not shared or shared[0] == default or any(cfg != shared[0] for cfg in shared):
+        return {}
+    cfg = {key: value for key, value in shared[0].items() if value != default[key]}
+    settings = ", ".join(f"{key} {value}" for key, value in cfg.items())
+    warn(
+        f"{Path(pretrained).name} does not tell its preprocessing; taken as for open_clip's own {name!r}: {settings}",
+        stacklevel=3,
+    )
+    return cfg
+
+
 def _is_torchscript(path: Path) -> bool:
     """OpenAI publishes TorchScript archives; state dicts carry no code."""
     if not path.is_file() or not zipfile.is_zipfile(path):
@@ -365,13 +426,30 @@ def _is_torchscript(path: Path) -> bool:
         return any("/code/" in entry for entry in archive.namelist())
 
 
+def _pooled(features: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Towers with ``output_tokens`` give (pooled, tokens)."""
+    return features[0] if isinstance(features, tuple) else features
+
+
+def _refused_model(kind: str) -> TypeError:
+    return TypeError(
+        f"model must be open_clip's CLIP or CustomTextCLIP, got {kind}: its text tower is not one that mergetune "
+        "understands"
+    )
+
+
+def _refused_tower(kind: str) -> TypeError:
+    hint = ": Hugging Face's text models (RoBERTa, mT5, NLLB) are not supported" if kind == "HFTextEncoder" else ""
+    return TypeError(f"text tower must be open_clip's TextTransformer, got {kind}{hint}")
+
+
 def _text_parts(model: nn.Module) -> TextParts:
     tower = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
     kind = type(tower).__name__
     blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
     pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
     if not isinstance(getattr(tower, "transformer", None), Transformer) or not len(blocks):
-        raise TypeError(f"text tower must be open_clip's TextTransformer, got {kind}")
+        raise _refused_tower(kind)
     for block in blocks:
         if type(block) is not ResidualAttentionBlock:
             raise TypeError(f"text tower {kind} must be made of ResidualAttentionBlock, got {type(block).__name__}")
@@ -382,6 +460,9 @@ def _text_parts(model: nn.Module) -> TextParts:
         raise TypeError(f"text tower {kind} must have neither a class token (CoCa) nor a padding mask, got one")
     if pool not in ("argmax", "eos", "last"):
         raise TypeError(f"text tower {kind} must pool by argmax, eos or last, got {pool!r}")
+    mask = tower.attn_mask
+    if mask is not None and not torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1)):
+        raise TypeError(f"text tower {kind} must have the causal attention mask or none, got another")
     return TextParts(
         token_embedding=tower.token_embedding,
         positional_embedding=tower.positional_embedding,
@@ -390,7 +471,7 @@ def _text_parts(model: nn.Module) -> TextParts:
         projection=tower.text_projection,
         pool=pool,
         eos_id=getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)),
-        causal=tower.attn_mask is not None,
+        causal=mask is not None,
         heads=blocks[0].attn.num_heads,
         context_length=tower.context_length,
     )

@@ -19,13 +19,14 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.checkpoints import read_prompt
+from mergetune.checkpoints import HeadFile, read_head, read_prompt, read_sklearn
 from mergetune.clip import FrozenClip, check_classnames, check_templates, fill
 from mergetune.files import write_atomically
-from mergetune.text_tower import text_encoder
+from mergetune.text_tower import arrange, text_encoder
 
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
 FORMAT_VERSION = 1
+POSITIONS = ("end", "middle", "front")
 
 Encoder = Callable[[Tensor], Tensor]
 """Parameters of M solutions, [M, ...] -> their class weights, [M, C, D], as the loss takes them."""
@@ -33,7 +34,7 @@ Encoder = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Context vectors in front of the class name (CoOp, arXiv 2109.01134); the class token stands at the end.
+    """Context vectors around the class name (CoOp, arXiv 2109.01134).
 
     Attributes:
         ctx: context vectors, [n, W], or specific to each class, [C, n, W]. float32.
@@ -42,6 +43,8 @@ class Prompt:
         backbone: name of the CLIP that it was made for, if known.
         fingerprint: that CLIP's text fingerprint, if known; another CLIP is refused.
         notes: settings and origin, JSON-able, kept with the file.
+        position: where the class name stands, CoOp's CLASS_TOKEN_POSITION: "end", behind all context vectors;
+            "middle", behind the first n // 2; "front", before them. The words behind ``{}`` follow all of them.
     """
 
     ctx: Tensor
@@ -50,6 +53,7 @@ class Prompt:
     backbone: str | None = None
     fingerprint: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    position: str = "end"
 
     kind: ClassVar[str] = "prompt"
     normalize: ClassVar[bool] = True
@@ -67,19 +71,22 @@ class Prompt:
             )
         if self.classnames is not None and len(check_classnames(self.classnames)) != len(self.ctx):
             raise ValueError(f"classnames must name the {len(self.ctx)} classes of ctx, got {len(self.classnames)}")
+        if self.position not in POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {self.position!r}")
 
     @classmethod
-    def from_template(cls, clip: FrozenClip, template: str = "a photo of a {}.") -> Prompt:
+    def from_template(cls, clip: FrozenClip, template: str = "a photo of a {}.", *, position: str = "end") -> Prompt:
         """The zero-shot solution: the embeddings of the template's own words.
 
-        Its class embeddings are those of ``clip.class_embeddings(classnames, template)``.
+        Its class embeddings are those of ``clip.class_embeddings(classnames, template)``. With the class name at
+        another position they are not: that is CoOp's start from words, no zero-shot solution.
         """
         check_templates(template)
         words = _words_before_name(clip, template)
         if not len(words):
             raise ValueError(f"template must hold at least one word before {{}}, got {template!r}")
         ctx = clip.text.token_embedding.weight[words].detach().float().clone()
-        return cls(ctx=ctx, template=template, backbone=clip.name, fingerprint=clip.text_fingerprint)
+        return cls(ctx=ctx, template=template, backbone=clip.name, fingerprint=clip.text_fingerprint, position=position)
 
     @classmethod
     def random(
@@ -90,6 +97,7 @@ class Prompt:
         *,
         seed: int = 1,
         suffix: str = ".",
+        position: str = "end",
     ) -> Prompt:
         """CoOp's random start: normal context vectors of standard deviation 0.02."""
         if n_ctx < 1:
@@ -102,19 +110,26 @@ class Prompt:
             classnames=None if classnames is None else tuple(classnames),
             backbone=clip.name,
             fingerprint=clip.text_fingerprint,
+            position=position,
         )
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, *, template: str | None = None, classnames: Sequence[str] | None = None
+        cls,
+        path: str | Path,
+        *,
+        template: str | None = None,
+        classnames: Sequence[str] | None = None,
+        position: str = "end",
     ) -> Prompt:
-        """Read a prompt of CoOp, KgCoOp or the official MERGETUNE, ``prompt_learner/model.pth.tar-N``, safely.
+        """Read a prompt of CoOp, KgCoOp, ProGrad or the official MERGETUNE, ``prompt_learner/model.pth.tar-N``, safely.
 
         Args:
             path: the file, or its folder; see :func:`mergetune.checkpoints.read_prompt`.
             template: the text that it was trained with, one token before ``{}`` for each context vector; None is CoOp's
                 "X X X X {}.".
             classnames: the classes of a class-specific context, in the order of training (CoOp: sorted labels).
+            position: the run's TRAINER.COOP.CLASS_TOKEN_POSITION, which the file does not tell; KgCoOp has "end" only.
         """
         found = read_prompt(path)
         return cls(
@@ -122,6 +137,7 @@ class Prompt:
             template=placeholder_template(found.ctx.shape[-2]) if template is None else template,
             classnames=None if classnames is None else tuple(classnames),
             notes={"checkpoint": found.file.name, "epoch": found.epoch},
+            position=position,
         )
 
     @property
@@ -153,14 +169,23 @@ class Prompt:
         classnames = check_classnames(classnames)
         if self.classnames is not None:
             _check_same_classes("classnames", classnames, self.classnames)
-        if len(_words_before_name(clip, self.template)) != self.n_ctx:
+        template, first = self.template, clip.first_token
+        words = _words_before_name(clip, template)
+        if len(words) != self.n_ctx and set(template.split("{}")[0].split()) == {"X"}:
+            template = template.replace("X", "a", self.n_ctx)  # "X" is two tokens for some tokenizers, "a" is one
+            words = _words_before_name(clip, template)
+        tokens = clip.tokenize([fill(template, name) for name in classnames])
+        if len(words) != self.n_ctx or (tokens[:, first : first + self.n_ctx] != words).any():
             raise ValueError(
                 f"template must hold {self.n_ctx} tokens before {{}}, one for each context vector, got "
                 f"{self.template!r}"
             )
-        tokens, first = clip.tokenize([fill(self.template, name) for name in classnames]), clip.first_token
-        text = clip.text_as(precision or torch.float32)
-        return text_encoder(text, tokens, first=first, context=self.n_ctx, shared=self.classnames is None)
+        text, where = clip.text_as(precision or torch.float32), {"first": first, "context": self.n_ctx}
+        places = None
+        if self.position != "end":
+            ends = _name_ends(clip, template, classnames)
+            tokens, places = arrange(tokens, ends, position=self.position, **where)
+        return text_encoder(text, tokens, places=places, shared=self.classnames is None, **where)
 
     @torch.no_grad()
     def class_weights(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
@@ -187,13 +212,14 @@ class Prompt:
 
     def save(self, path: str | Path) -> None:
         """Write ``solution.safetensors`` and ``solution.json`` into the folder ``path``."""
-        _save(self, path, {"ctx": self.ctx}, {"template": self.template})
+        _save(self, path, {"ctx": self.ctx}, {"template": self.template, "position": self.position})
 
     @classmethod
     def load(cls, path: str | Path) -> Prompt:
         """Read what :meth:`save` wrote."""
         config, tensors = _load(path, cls.kind, {"ctx"})
-        return cls(ctx=tensors["ctx"], template=config["template"], **_common(config))
+        position = config.get("position", "end")  # files from before the other positions do not have it
+        return cls(ctx=tensors["ctx"], template=config["template"], position=position, **_common(config))
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +281,40 @@ class Head:
             fingerprint=clip.image_fingerprint,
         )
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        classnames: Sequence[str] | None = None,
+        name: str | None = None,
+        logit_scale: float | None = None,
+    ) -> Head:
+        """Read a linear classifier, [C, D] and a bias if there is one, from .pt, .pth, .safetensors or .npz, safely.
+
+        It must have been trained on the CLIP's own features at unit norm. Heads in pickles are converted first:
+        WiSE-FT's by :func:`mergetune.pickles.convert_module`; scikit-learn's are saved as .npz, or given to
+        :meth:`from_sklearn`.
+
+        Args:
+            path: the file; see :func:`mergetune.checkpoints.read_head`.
+            classnames: the class names by label number; may be None where the file has them.
+            name: of the weight in a file that holds more than a head: "classification_head.weight".
+            logit_scale: factor on the logits. None: what the file says, or 1, as the weight holds it already.
+        """
+        found = read_head(path, name=name, logit_scale=logit_scale)
+        return cls._from_file(found, classnames, {"checkpoint": Path(path).name})
+
+    @classmethod
+    def from_sklearn(cls, model: Any, *, classnames: Sequence[str] | None = None) -> Head:
+        """A fitted ``sklearn.linear_model.LogisticRegression``; ``classnames`` by label number, if it has numbers."""
+        return cls._from_file(read_sklearn(model), classnames, {"checkpoint": type(model).__name__})
+
+    @classmethod
+    def _from_file(cls, found: HeadFile, classnames: Sequence[str] | None, notes: dict[str, Any]) -> Head:
+        names = found.name_rows(classnames)
+        return cls(found.weight, names, found.bias, logit_scale=found.scale, notes=notes)
+
     @property
     def parameter(self) -> Tensor:
         """What is searched and interpolated: [C, D], or [C, D + 1] with the bias as a constant feature's weight."""
@@ -283,9 +343,14 @@ class Head:
         return lambda parameter: parameter
 
     def class_weights(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
-        """Its rows for these classes, [C, D], or [C, D + 1] with the bias."""
+        """Its rows for these classes, [C, D], or [C, D + 1] with the bias.
+
+        Of two classes with one name it is the first, unless all its classes are asked for, in their order.
+        """
         self._check_clip(clip)
-        row = {name: i for i, name in enumerate(self.classnames)}
+        if tuple(classnames) == self.classnames:
+            return self.parameter.to(clip.device)
+        row = {name: i for i, name in reversed(list(enumerate(self.classnames)))}
         unknown = [name for name in classnames if name not in row]
         if unknown:
             raise ValueError(f"classnames must be among the head's {len(row)} classes, got {unknown[0]!r}")
@@ -353,9 +418,18 @@ def check_compatible(a: Solution, b: Solution) -> None:
 
 
 def check_same_text(a: Solution, b: Solution) -> None:
-    """Refuse two prompts with other words behind the class name: no straight line of context vectors joins them."""
-    if isinstance(a, Prompt) and isinstance(b, Prompt) and a.template.split("{}")[1] != b.template.split("{}")[1]:
+    """Refuse two prompts with other words behind the class name, or the name at another position.
+
+    No straight line of context vectors joins them.
+    """
+    if not (isinstance(a, Prompt) and isinstance(b, Prompt)):
+        return
+    if a.template.split("{}")[1] != b.template.split("{}")[1]:
         raise ValueError(f"templates on one path of context vectors must end alike, got {a.template!r}, {b.template!r}")
+    if a.position != b.position:
+        raise ValueError(
+            f"prompts on one path of context vectors must have one position, got {a.position}, {b.position}"
+        )
 
 
 def inputs(x: Tensor, weights: Tensor) -> Tensor:
@@ -370,8 +444,17 @@ def placeholder_template(n_ctx: int, suffix: str = ".") -> str:
 
 def _words_before_name(clip: FrozenClip, template: str) -> Tensor:
     """Token ids of a template before its class name."""
-    a, b = clip.tokenize([fill(template, "cat"), fill(template, "dog")])
-    return a[clip.first_token : int((a != b).int().argmax())]
+    # With no name and with two names: two words may begin alike, as a sentencepiece "▁" before each.
+    tokens = clip.tokenize([template.split("{}")[0], fill(template, "cat"), fill(template, "dog")])
+    return tokens[0, clip.first_token : int((tokens != tokens[0]).any(0).int().argmax())]
+
+
+def _name_ends(clip: FrozenClip, template: str, classnames: Sequence[str]) -> Tensor:
+    """Where each class name ends in the template's texts: the position of the first token behind it, [C]."""
+    texts = [template.split("{}")[0] + name for name in classnames]
+    room = 2 * clip.text.context_length  # the texts themselves fit; a further word need not
+    alone, followed = (clip.tokenizer([text + more for text in texts], context_length=room) for more in ("", " x"))
+    return (alone != followed).int().argmax(1).to(clip.device)
 
 
 def _check_same_classes(argument: str, got: Sequence[str], expected: Sequence[str]) -> None:

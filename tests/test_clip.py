@@ -12,10 +12,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg
+from PIL import Image
 from safetensors.torch import save_file
 
 import mergetune
-from mergetune import FrozenClip, load_clip
+from mergetune import FrozenClip, Prompt, load_clip
 from mergetune.clip import warn_quickgelu
 
 ICON = f"local-dir:{Path(mergetune.__file__).parent / 'assets' / 'icon-clip'}"
@@ -123,10 +125,44 @@ def test_wrong_names_are_refused(args, kwargs, error, match):
         load_clip(*args, **kwargs)
 
 
+def test_slashes_in_names_are_read_as_open_clip_does(tiny_name, tmp_path):
+    torch.save(build().state_dict(), tmp_path / "weights.pt")
+    clip = load_clip("tiny/test", tmp_path / "weights.pt")
+    assert clip.name.startswith("tiny-test/") and clip.tokenizer(["cat"]).shape == (1, TEXT["context_length"])
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("coca_ViT-B-32", "got CoCa: its text tower is not one that mergetune understands"),
+        ("coca_roberta-ViT-B-32", "got CoCa"),
+        ("roberta-ViT-B-32", "got HFTextEncoder: Hugging Face's text models .* are not supported"),
+        ("nllb-clip-base-siglip", "got HFTextEncoder: Hugging Face's text models .* are not supported"),
+    ],
+)
+def test_refused_models_are_not_downloaded_first(name, match, monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: pytest.fail("loads the weights"))
+    with pytest.raises(TypeError, match=match):
+        load_clip(name, "laion2b_s13b_b90k")
+
+
+def test_a_missing_package_for_the_tokenizer_is_named(tiny_name, tmp_path, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'transformers'")
+
+    torch.save(build().state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setattr(open_clip, "get_tokenizer", missing)
+    with pytest.raises(RuntimeError, match="tokenizer of 'tiny-test' needs a package: pip install transformers"):
+        load_clip(tiny_name, tmp_path / "weights.pt")
+
+
 def test_another_models_weights_are_refused(tiny_name, tmp_path):
     torch.save({"something": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(RuntimeError, match="state_dict"):
         load_clip(tiny_name, tmp_path / "other.pt")
+    torch.save(open_clip.CLIP(8, VISION, {**TEXT, "width": 32}).state_dict(), tmp_path / "wide.pt")
+    with pytest.raises(RuntimeError, match="wide.pt are not those of 'tiny-test': text pos_embed width"):
+        load_clip(tiny_name, tmp_path / "wide.pt")
 
 
 # -- the frozen view --------------------------------------------------------------------------------------------------
@@ -217,6 +253,99 @@ def test_the_longest_text_fits_and_one_more_token_does_not(kind):
     assert clip.tokenize([fits, "cat"]).shape == (2, 16)
     with pytest.raises(ValueError, match="16 tokens"):
         clip.tokenize(["cat", fits + " cat"])
+
+
+def test_texts_whose_words_begin_alike():
+    """Sentencepiece may put the same piece before every word; it is no start token."""
+
+    def pieces(texts, context_length=16):
+        ids = [[i for word in text.split() for i in (7, *map(ord, word))] + [1] for text in texts]
+        return torch.tensor([(own + [0] * context_length)[:context_length] for own in ids])
+
+    clip = FrozenClip(build("siglip"), pieces, "tiny")
+    assert pieces(["cat", "dog"])[:, 0].tolist() == [7, 7] and clip.first_token == 0
+
+
+# -- towers with options ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
+def test_towers_that_give_their_tokens_too(kind):
+    model = kind(8, {**VISION, "output_tokens": True}, {**TEXT, "output_tokens": True}).eval()
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clip, (expected, _) = frozen(model), model.encode_image(pixels)
+    torch.testing.assert_close(clip.encode_image(pixels), F.normalize(expected, dim=-1))
+    text = model.encode_text(clip.tokenizer(NAMES))
+    torch.testing.assert_close(clip.encode_text(NAMES), text if kind is open_clip.CLIP else text[0])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "pure_bf16"])
+@pytest.mark.parametrize("vision", [VISION, {**VISION, "layers": [1, 1, 1, 1], "image_size": 32}])
+def test_models_that_open_clip_made_in_a_half_type(vision, precision, tmp_path):
+    """In its mixed precision some parameters are float32, among them the first of a ViT."""
+    config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": TEXT}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    half, whole = frozen(open_clip.create_model(f"local-dir:{tmp_path}", precision=precision)), frozen(model)
+    pixels = torch.randn(2, 3, *[vision["image_size"]] * 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(half.encode_image(pixels), whole.encode_image(pixels), atol=2e-2, rtol=0)
+    expected = whole.class_embeddings(NAMES)
+    torch.testing.assert_close(half.class_embeddings(NAMES), expected, atol=3e-2, rtol=0)
+    prompt = Prompt.from_template(half)
+    for dtype in (torch.float32, torch.bfloat16):
+        features = prompt.encoder(half, NAMES, precision=dtype)(prompt.ctx[None])[0]
+        torch.testing.assert_close(F.normalize(features, dim=-1), expected, atol=5e-2, rtol=0)
+
+
+# -- preprocessing ----------------------------------------------------------------------------------------------------
+
+
+def test_the_preprocessing_is_the_models_own_or_what_is_given():
+    model = build()
+    assert frozen(model).preprocess_cfg["size"] in (16, [16, 16])
+    open_clip.set_model_preprocess_cfg(model, {"size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3})
+    own = frozen(model)
+    assert (own.preprocess_cfg["mean"], own.preprocess_cfg["std"]) == ([0.5] * 3, [0.25] * 3)
+    assert own.preprocess_cfg["interpolation"] == "bicubic"
+    given = FrozenClip(model, tokenizer(), "tiny", {"size": 12, "resize_mode": "squash"})
+    assert given.preprocess(Image.new("RGB", (40, 30))).shape == (3, 12, 12)
+    assert own.preprocess(Image.new("RGB", (40, 30), (255, 255, 255))).max() == 2.0
+
+
+SIGLIP_PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mode": "squash"}
+
+
+@pytest.mark.parametrize(
+    ("tags", "taken"),
+    [
+        ({"webli": SIGLIP_PIXELS, "more": {**SIGLIP_PIXELS, "size": 99}}, True),
+        ({"webli": SIGLIP_PIXELS, "openai": {}}, False),  # they differ: the file could be either
+        ({"openai": {}}, False),
+        ({}, False),
+    ],
+)
+def test_a_local_checkpoint_takes_the_preprocessing_of_all_tags(tiny_name, tmp_path, monkeypatch, tags, taken):
+    torch.save(build().state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, tiny_name, tags)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        cfg = load_clip(tiny_name, tmp_path / "weights.pt").preprocess_cfg
+    told = [str(w.message) for w in seen if "preprocessing" in str(w.message)]
+    assert bool(told) == taken and cfg["size"] in (16, [16, 16])
+    default = json.loads(json.dumps(PreprocessCfg().mean))
+    assert (cfg["mean"], cfg["resize_mode"]) == (([0.5] * 3, "squash") if taken else (default, "shortest"))
+    if taken:
+        assert "weights.pt does not tell" in told[0] and "resize_mode squash" in told[0] and " size " not in told[0]
+
+
+def test_a_tag_brings_its_own_preprocessing(tiny_name, monkeypatch):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, tiny_name, {"webli": SIGLIP_PIXELS})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="could not be loaded"):  # there is nothing to download
+            load_clip(tiny_name, "webli")
 
 
 # -- fingerprints -----------------------------------------------------------------------------------------------------
@@ -311,6 +440,7 @@ def test_other_models_are_refused_by_name():
     [
         (lambda text: setattr(text, "pool_type", "first"), "must pool by argmax, eos or last, got 'first'"),
         (lambda text: setattr(text, "use_pad_mask", True), "padding mask"),
+        (lambda text: text.attn_mask[0, 3:].zero_(), "the causal attention mask or none"),
         (lambda text: setattr(text, "transformer", torch.nn.Identity()), "must be open_clip's TextTransformer"),
         (
             lambda text: text.transformer.resblocks.append(torch.nn.Identity()),
@@ -328,3 +458,24 @@ def test_text_towers_that_are_not_understood_are_refused(spoil, match):
 def test_a_text_tower_with_a_class_token_is_refused():
     with pytest.raises(TypeError, match="class token"):
         frozen(open_clip.CustomTextCLIP(8, VISION, {**TEXT, "embed_cls": True}))
+
+
+@pytest.mark.parametrize("templates", ["a photo of a {}.", ["a {}", "{} seen from very far away", "the {}"]])
+def test_class_embeddings_are_open_clips_own_and_remembered(templates, monkeypatch):
+    clip = frozen(build())
+    names = ("cat", "hot-air balloon", "a dog on a very long leash", "cat")
+    listed = [templates] if isinstance(templates, str) else templates
+    each = [F.normalize(clip.encode_text([t.replace("{}", n) for n in names]), dim=-1) for t in listed]
+    expected = F.normalize(torch.stack(each).mean(0), dim=-1)
+    found = clip.class_embeddings(names, templates)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    found.zero_()  # what is remembered is not the caller's
+    monkeypatch.setattr(type(clip), "tokenize", lambda *_: pytest.fail("it was encoded again"))
+    torch.testing.assert_close(clip.class_embeddings(list(names), templates), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_latest_class_embeddings_are_remembered(monkeypatch):
+    clip = frozen(build())
+    for i in range(40):
+        clip.class_embeddings((f"thing {i}",))
+    assert len(clip._embedded) == 16 and (("thing 39",), ("a photo of a {}.",)) in clip._embedded

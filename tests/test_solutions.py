@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mergetune import FrozenClip, Head, Prompt, interpolate, load_solution
+from mergetune import FeatureCache, FrozenClip, Head, Prompt, fit, interpolate, load_solution
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -41,19 +41,21 @@ def make(clip: FrozenClip, kind: str):
     known = {"backbone": clip.name, "notes": {"origin": "test", "list": [1, 2.5, None]}}
     if kind == "shared":
         return Prompt(normal(4, 16), TEMPLATE, fingerprint=clip.text_fingerprint, **known)
+    if kind == "front":
+        return replace(make(clip, "shared"), position="front")
     if kind == "class-specific":
         return Prompt(normal(3, 4, 16), TEMPLATE, NAMES, fingerprint=clip.text_fingerprint, **known)
     bias = normal(3, seed=1) if kind == "head with bias" else None
     return Head(normal(3, 8), NAMES, bias, logit_scale=12.5, fingerprint=clip.image_fingerprint, **known)
 
 
-KINDS = ["shared", "class-specific", "head", "head with bias"]
+KINDS = ["shared", "front", "class-specific", "head", "head with bias"]
 
 
 def assert_same(a, b):
     assert type(a) is type(b)
     assert torch.equal(a.parameter, b.parameter) and a.parameter.dtype == b.parameter.dtype
-    for name in ("template", "classnames", "backbone", "fingerprint", "notes", "logit_scale"):
+    for name in ("template", "position", "classnames", "backbone", "fingerprint", "notes", "logit_scale"):
         assert getattr(a, name, None) == getattr(b, name, None), name
 
 
@@ -123,6 +125,57 @@ def test_context_vectors_go_where_the_words_stood(siglip):
     torch.testing.assert_close(prompt.class_weights(clip, NAMES), expected)
 
 
+@pytest.mark.parametrize("position", ["middle", "front"])
+@pytest.mark.parametrize("suffix", [".", "", " here."])
+def test_the_name_at_another_position(clip, position, suffix):
+    """Its tokens are those that CoOp's tokenizer counts, whatever punctuation is in it."""
+    names = ("cat", "St. Bernard", "hot-air balloon", "7-Eleven", "U.S.A.", "what?")
+    prompt, bpe = Prompt(normal(4, 16), "X X X X {}" + suffix, position=position), open_clip.SimpleTokenizer()
+    before = {"middle": 2, "front": 0}[position]
+    expected = []
+    for name in names:
+        embedded = clip.text.token_embedding.weight[clip.tokenize([f"X X X X {name}{suffix}"])[0]]
+        end = 5 + len(bpe.encode(name))
+        order = [embedded[:1], prompt.ctx[:before], embedded[5:end], prompt.ctx[before:], embedded[end:]]
+        handle = clip.model.token_embedding.register_forward_hook(lambda *_, order=order: torch.cat(order)[None])
+        with torch.no_grad():
+            expected.append(clip.model.encode_text(clip.tokenize([f"X X X X {name}{suffix}"]))[0])
+        handle.remove()
+    torch.testing.assert_close(prompt.class_weights(clip, names), torch.stack(expected))
+
+
+def test_a_name_that_fills_the_text_may_stand_anywhere(clip):
+    longest = " ".join(["cat"] * 10)  # start, 4 context tokens, 10 words, end: all 16
+    for position in ("end", "middle", "front"):
+        prompt = Prompt(normal(4, 16), "X X X X {}", position=position)
+        assert prompt.class_embeddings(clip, ["dog", longest]).isfinite().all()
+        with pytest.raises(ValueError, match="must fit the text tower's 16 tokens"):
+            prompt.class_embeddings(clip, ["dog", f"{longest} cat"])
+
+
+def test_where_the_name_stands_is_kept(clip):
+    for made in (Prompt.from_template(clip, position="middle"), Prompt.random(clip, 4, position="middle")):
+        assert made.position == made.per_class(NAMES).position == made.with_parameter(made.ctx).position == "middle"
+    same = Prompt.from_template(clip).ctx
+    assert torch.equal(Prompt.from_template(clip, position="front").ctx, same)
+    with pytest.raises(ValueError, match="position must be one of end, middle, front, got 'start'"):
+        Prompt(normal(4, 16), TEMPLATE, position="start")
+
+
+@pytest.mark.parametrize("position", ["middle", "front"])
+@pytest.mark.parametrize("space", ["embedding", "parameter"])
+def test_fit_goes_on_from_a_prompt_with_the_name_elsewhere(clip, position, space):
+    """The zero-shot reference stays the ordinary text; the start mixes context vectors."""
+    x = F.normalize(normal(6, 8, seed=3), dim=-1)
+    cache = FeatureCache.from_tensors(x, [0, 1, 2, 0, 1, 2], NAMES)
+    tuned = Prompt(normal(4, 16), TEMPLATE, position=position)
+    run = {"epochs": 1, "lr": 1e-6, "warmup_lr": 1e-6, "precision": "float32", "progress": False, "space": space}
+    solution = fit(clip, cache, tuned, tau=0.25, **run).solution
+    assert solution.position == position
+    mixed = 0.75 * Prompt.from_template(clip).ctx + 0.25 * tuned.ctx
+    torch.testing.assert_close(solution.ctx, mixed, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("names", [("red car", "red bus"), NAMES])
 @pytest.mark.parametrize(
     "template",
@@ -167,7 +220,7 @@ def test_prompts_that_make_no_sense_are_refused(kwargs, error, match):
         Prompt(template=TEMPLATE, **kwargs)
 
 
-@pytest.mark.parametrize("names", [("cat", "cat", "dog"), ("cat", "", "dog")])
+@pytest.mark.parametrize("names", [("cat", "dog"), ("cat", "", "dog")])
 def test_class_names_of_a_prompt_are_checked_when_it_is_made(names):
     with pytest.raises(ValueError, match="classnames"):
         Prompt(torch.zeros(3, 4, 16), TEMPLATE, names)
@@ -177,7 +230,6 @@ def test_class_names_of_a_prompt_are_checked_when_it_is_made(names):
     ("kind", "names", "match"),
     [
         ("shared", (), "at least one name"),
-        ("shared", ("cat", "cat"), "must not repeat, got 'cat' twice"),
         ("shared", ("cat", " "), "must be texts, got ' '"),
         ("shared", ("cat", 3), "must be texts, got 3"),
         ("shared", ("cat", "very " * 12), "must fit the text tower's 16 tokens"),
@@ -247,6 +299,16 @@ def test_with_parameter_is_a_copy_of_what_is_given(clip, kind):
     assert_same(solution.with_parameter(solution.parameter), solution)
 
 
+def test_two_classes_may_have_one_name(clip):
+    """CLIP's names for ImageNet have "missile" and "sunglasses" twice."""
+    names = ("cat", "dog", "cat")
+    prompt = make(clip, "shared").class_embeddings(clip, names)
+    assert torch.equal(prompt[0], prompt[2])
+    head = replace(make(clip, "head"), classnames=names)
+    assert torch.equal(head.class_weights(clip, names), head.parameter)
+    assert torch.equal(head.class_weights(clip, ("dog", "cat")), head.parameter[[1, 0]])  # the first of the two
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
@@ -256,7 +318,6 @@ def test_with_parameter_is_a_copy_of_what_is_given(clip, kind):
         ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \[C\] = \[3\], got \[2\]"),
         ({"bias": torch.full((3,), float("nan"))}, ValueError, "bias must be finite"),
         ({"classnames": ("a", "b")}, ValueError, "must name the 3 classes of weight, got 2"),
-        ({"classnames": ("a", "b", "a")}, ValueError, "must not repeat"),
         ({"classnames": ("a", "b", "")}, ValueError, "must be texts"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale must be positive"),
         ({"logit_scale": float("nan")}, ValueError, "logit_scale must be positive"),
@@ -292,6 +353,11 @@ def test_heads_of_two_scales_are_interpolated_by_their_logits(t):
 def test_prompts_with_other_words_behind_the_name_have_no_line_between_them():
     with pytest.raises(ValueError, match="must end alike"):
         interpolate(Prompt(normal(4, 16), TEMPLATE), Prompt(normal(4, 16), "X X X X {}, a pet."), 0.5)
+
+
+def test_prompts_with_the_name_elsewhere_have_no_line_between_them():
+    with pytest.raises(ValueError, match="must have one position, got end, front"):
+        interpolate(Prompt(normal(4, 16), TEMPLATE), Prompt(normal(4, 16), TEMPLATE, position="front"), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +481,18 @@ def test_a_description_that_lacks_something_is_refused(clip, tmp_path, change):
         load_solution(tmp_path)
 
 
+def test_files_from_before_the_other_positions_have_the_name_at_the_end(clip, tmp_path):
+    make(clip, "shared").save(tmp_path)
+    config = json.loads((tmp_path / "solution.json").read_text())
+    assert config.pop("position") == "end"
+    (tmp_path / "solution.json").write_text(json.dumps(config))
+    assert_same(load_solution(tmp_path), make(clip, "shared"))
+    for wrong in ("start", 5, ["end"]):
+        (tmp_path / "solution.json").write_text(json.dumps({**config, "position": wrong}))
+        with pytest.raises(ValueError, match="position must be one of"):
+            load_solution(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "another"])
 def test_damaged_weights_are_refused(clip, tmp_path, damage):
     make(clip, "shared").save(tmp_path)
@@ -426,3 +504,33 @@ def test_damaged_weights_are_refused(clip, tmp_path, damage):
         file.write_bytes({"truncated": file.read_bytes()[:-8], "empty": b"", "noise": bytes(range(256))}[damage])
     with pytest.raises(ValueError, match="solution.safetensors"):
         load_solution(tmp_path)
+
+
+# -- tokenizers of other families -------------------------------------------------------------------------------------
+
+SIGLIP = {"context_length": 32, "vocab_size": 200, "width": 16, "heads": 2, "layers": 2, "no_causal_mask": True}
+
+
+def pieces(texts, context_length=32):
+    """Sentencepiece-like: "a" and "photo" are whole, any other word is "▁" and its letters."""
+    whole = {"a": 10, "photo": 11, "of": 12}
+    words = [[[whole[word]] if word in whole else [7, *map(ord, word)] for word in text.split()] for text in texts]
+    ids = [[*(i for word in text for i in word), 1] for text in words]
+    return torch.tensor([(own + [0] * context_length)[:context_length] for own in ids])
+
+
+def test_words_before_the_name_where_all_names_begin_alike():
+    clip = FrozenClip(open_clip.CustomTextCLIP(8, VISION, {**SIGLIP, "pool_type": "last"}), pieces, "tiny")
+    prompt = Prompt.from_template(clip, "a photo of {}")
+    assert prompt.n_ctx == 3
+    names = ["cat", "a cat", "of"]  # one begins with the common piece, the others do not
+    torch.testing.assert_close(prompt.class_embeddings(clip, names), clip.class_embeddings(names, "a photo of {}"))
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_stand_ins_that_are_two_tokens(position):
+    """CoOp's "X X X X" holds four places only where the tokenizer knows X."""
+    clip = FrozenClip(open_clip.CustomTextCLIP(8, VISION, {**SIGLIP, "pool_type": "last"}), pieces, "tiny")
+    prompt = Prompt.random(clip, 4, suffix="", position=position)
+    words = Prompt(prompt.ctx, "a photo of a {}", position=position)
+    torch.testing.assert_close(prompt.class_weights(clip, ["cat", "dog"]), words.class_weights(clip, ["cat", "dog"]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mergetune import text_tower
 from mergetune.clip import FrozenClip
 from mergetune.solutions import Prompt
-from mergetune.text_tower import TextEncoder, text_encoder
+from mergetune.text_tower import TextEncoder, arrange, text_encoder
 
 LENGTH, VOCABULARY, PAD, EOS, START = 13, 40, 0, 1, 2
 FIRST, CONTEXT = 1, 3
@@ -181,6 +181,90 @@ def test_open_clips_own_tokenizer():
     prompt = Prompt.from_template(clip, "a photo of a {}.")
     names = ("cat", "hot-air balloon", "Boeing 737-800", "dog")
     assert_relative(prompt.class_embeddings(clip, names), clip.class_embeddings(names, "a photo of a {}."))
+
+
+# -- the class name's position ----------------------------------------------------------------------------------------
+
+
+def coop_features(model: nn.Module, tokens: Tensor, ctx: Tensor, position: str, first: int = FIRST) -> Tensor:
+    """open_clip's own features [M, C, D] of CoOp's sequences, each made whole from its pieces (trainers/coop.py)."""
+    embedding = model.text.token_embedding if hasattr(model, "text") else model.token_embedding
+    n, features = ctx.shape[-2], []
+    for own in ctx:
+
+        def put(module: nn.Module, args: tuple, embedded: Tensor, own: Tensor = own) -> Tensor:
+            texts = []
+            for row, vectors, name in zip(embedded, own.expand(len(embedded), -1, -1), NAMES, strict=True):
+                name_length = len(name.split())
+                start, behind = row[:first], row[first + n :]
+                word, rest = behind[:name_length], behind[name_length:]
+                half = n // 2
+                order = {
+                    "end": (start, vectors, word, rest),
+                    "middle": (start, vectors[:half], word, vectors[half:], rest),
+                    "front": (start, word, vectors, rest),
+                }[position]
+                texts.append(torch.cat(order))
+            return torch.stack(texts)
+
+        handle = embedding.register_forward_hook(put)
+        features.append(model.encode_text(tokens))
+        handle.remove()
+    return torch.stack(features)
+
+
+@pytest.mark.parametrize("name", ["argmax", "eos", "last", "no mask, argmax", "no mask, last", "one layer"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_positions_are_coops(position, shared, name):
+    """Through Prompt, against whole sequences in open_clip's own tower: features and gradient."""
+    model = tower(open_clip.CustomTextCLIP if "no mask" in name else open_clip.CLIP, **TOWERS[name])
+    clip, _ = clip_and_tokens(model)
+    ctx = contexts(clip, 2, None if shared else len(NAMES))
+    words = "x x x {}" if name == "eos" else "x x x {} z"
+    prompt = Prompt(ctx[0].detach(), words, None if shared else NAMES, position=position)
+    got = prompt.encoder(clip, NAMES)(ctx)
+    expected = coop_features(model, clip.tokenize([words.format(name) for name in NAMES]), ctx, position)
+    assert_relative(got.detach(), expected.detach())
+    pull = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
+    assert_relative(*(torch.autograd.grad((pull * features).sum(), ctx)[0] for features in (got, expected)))
+
+
+@pytest.mark.parametrize("position", ["middle", "front"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_positions_without_a_start_token(position, causal):
+    model = tower(open_clip.CustomTextCLIP, pool_type="last", no_causal_mask=not causal)
+    clip = FrozenClip(model, Words(start=False, end=EOS), "tiny")
+    ctx = contexts(clip, 1)
+    got = Prompt(ctx[0].detach(), "x x x {} z", position=position).encoder(clip, NAMES)(ctx)
+    tokens = clip.tokenize([f"x x x {name} z" for name in NAMES])
+    expected = coop_features(model, tokens, ctx, position, first=0)
+    assert_relative(got.detach(), expected.detach())
+    assert_relative(*(torch.autograd.grad(features.square().sum(), ctx)[0] for features in (got, expected)))
+
+
+@pytest.mark.parametrize("position", ["middle", "front"])
+def test_chunks_and_checkpointing_keep_the_position(position, monkeypatch):
+    clip, tokens = clip_and_tokens(tower())
+    ctx, where = contexts(clip, 2), {"first": FIRST, "context": CONTEXT}
+    ends = torch.tensor([FIRST + CONTEXT + len(name.split()) for name in NAMES])
+    tokens, places = arrange(tokens, ends, position=position, **where)
+    expected = text_encoder(clip.text, tokens, places=places, **where)(ctx)
+    monkeypatch.setattr(text_tower, "CHUNK_TOKENS", 11)
+    encoder = text_encoder(clip.text, tokens, places=places, chunk_tokens=11, **where)
+    assert len(encoder.chunks) > 1
+    got = encoder(ctx)
+    assert_relative(got.detach(), expected.detach())
+    assert_relative(*(torch.autograd.grad(features.square().sum(), ctx)[0] for features in (got, expected)))
+
+
+def test_what_stands_before_the_name_is_shared():
+    """One row a class for its words, its end and the context vectors behind the name; the others are in the prefix."""
+    clip, _ = clip_and_tokens(tower())
+    own = sum(len(name.split()) + 2 for name in NAMES)  # with "z" and the end
+    ctx = contexts(clip, 1)[0].detach()
+    packed = {p: rows(Prompt(ctx, "x x x {} z", position=p).encoder(clip, NAMES)) for p in ("end", "middle", "front")}
+    assert packed == {"end": own, "middle": own + 2 * len(NAMES), "front": own + 3 * len(NAMES)}
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------
