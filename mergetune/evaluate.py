@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +30,8 @@ class Report:
 
     Attributes:
         accuracy: correct share of all images, percent.
-        per_class: class name -> accuracy of its images, percent; classes without images are left out.
+        per_class: class name -> accuracy of its images, percent; classes without images are left out. A name that
+            several classes have is followed by their number: "missile (657)".
         images: N.
     """
 
@@ -53,7 +55,7 @@ class Report:
 
 
 @torch.no_grad()
-def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False, batch_size: int = 8192) -> Report:
+def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False, batch_size: int = 2048) -> Report:
     """Accuracy of class weights on cached features.
 
     Args:
@@ -75,9 +77,10 @@ def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False
     ).double()
     counts = torch.bincount(features.labels, minlength=len(weights))
     hits = torch.bincount(features.labels, weights=right, minlength=len(weights))
+    shared = {name for name, owners in Counter(features.classnames).items() if owners > 1}
     per_class = {
-        name: 100 * hit / count
-        for name, hit, count in zip(features.classnames, hits.tolist(), counts.tolist(), strict=True)
+        f"{name} ({c})" if name in shared else name: 100 * hit / count
+        for c, (name, hit, count) in enumerate(zip(features.classnames, hits.tolist(), counts.tolist(), strict=True))
         if count
     }
     return Report(accuracy=100 * right.mean().item(), per_class=per_class, images=len(features))

@@ -6,6 +6,9 @@ A cache is a folder. ``manifest.json`` says what was encoded and how; ``shard-00
 features [V, n, D] of consecutive images. While it is being built there is a ``building.json`` instead of the manifest,
 and beside each finished shard a ``.json`` with its checksum. Every file appears by an atomic rename after it has
 reached the disk, so a build can be killed at any moment and goes on where it was.
+
+A cache of up to ``MAX_MAPPED`` bytes is mapped whole. Of a larger one, rows are read into the batch by ``preadv``: the
+kernel maps far more around a row than the row, so that a mapping would soon be resident as a whole.
 """
 
 from __future__ import annotations
@@ -15,20 +18,23 @@ import datetime
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -40,7 +46,11 @@ if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # safetensors' names
 UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+MAX_MAPPED = 1 << 28  # bytes of features that may become resident
+SHARD_SIZE, MAX_SHARDS = 1024, 256  # of a new cache: images at least, and files at most, so that all can stay open
+ROWS = 4096  # at a time, where all are worked through
 
 FORMAT = "mergetune.features/1"
 MANIFEST, PLAN, LOCK = "manifest.json", "building.json", ".lock"
@@ -60,7 +70,7 @@ PATIENCE = datetime.timedelta(days=7)  # ranks may finish far apart; a rank that
 
 @dataclass(frozen=True, eq=False)
 class FeatureCache:
-    """Unit-norm image features with labels, memory-mapped: only rows that are asked for are read.
+    """Unit-norm image features with labels, on disk or in memory: only rows that are asked for are read.
 
     Made by :func:`cache_features`, :meth:`open` or :meth:`from_tensors`; :meth:`select` gives a view on some images.
 
@@ -75,7 +85,9 @@ class FeatureCache:
         dim: D.
         skipped: {file: reason} of the images that could not be read.
         stored: LongTensor [N], where each row lies in the shards, counted through.
-        shards: the stored features, each [V, n, D].
+        shards: the stored features, each [V, n, D]; of a cache on disk mapped.
+        opened: the shards' files, if rows are to be read from them and not from the mapping.
+        checksums: SHA-256 of each shard's file; none for features in memory.
     """
 
     path: Path | None
@@ -89,13 +101,19 @@ class FeatureCache:
     skipped: Mapping[str, str] = field(repr=False)
     stored: Tensor = field(repr=False)
     shards: tuple[Tensor, ...] = field(repr=False)
+    opened: _Files | None = field(default=None, repr=False)
+    checksums: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureCache:
-        """Map a finished cache. Sizes are checked, checksums are not: see :meth:`verify`.
+        """Open a finished cache. Sizes are checked, checksums are not: see :meth:`verify`.
+
+        Rows of more than ``MAX_MAPPED`` bytes of features are read, not mapped, and take no memory but the batch's.
+        That needs a file descriptor for each shard: where they are more than half of what the process may have
+        (``ulimit -n``), the features are mapped none the less.
 
         Raises:
             FileNotFoundError: there is no cache.
@@ -110,8 +128,13 @@ class FeatureCache:
                     f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again to go on"
                 )
             raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
-        manifest = _read_document(path / MANIFEST)
-        shards = tuple(_map_shard(path, number, shard, manifest) for number, shard in enumerate(manifest["shards"]))
+        manifest = _read_document(path / MANIFEST, images=False)
+        shards = {
+            path / _shard_name(number): _map_shard(path, number, shard, manifest)
+            for number, shard in enumerate(manifest["shards"])
+        }
+        shards = {file: shard for file, shard in shards.items() if shard.numel()}
+        large = sum(shard.nbytes for shard in shards.values()) > MAX_MAPPED
         skipped = _skipped(manifest)
         kept = [i for i, file in enumerate(manifest["files"]) if file not in skipped]
         return cls(
@@ -125,7 +148,9 @@ class FeatureCache:
             dim=manifest["dim"],
             skipped=skipped,
             stored=torch.arange(len(kept)),
-            shards=shards,
+            shards=tuple(shards.values()),
+            opened=_Files(shards) if large and _may_open(len(shards)) else None,
+            checksums=tuple(shard["sha256"] for shard in manifest["shards"]),
         )
 
     @classmethod
@@ -172,11 +197,14 @@ class FeatureCache:
             raise ValueError(
                 f"files must be N = {count} different names, got {len(files)} ({len(set(files))} different)"
             )
-        norms = features.float().norm(dim=-1)
+        parts = [slice(begin, begin + ROWS) for begin in range(0, count, ROWS)]
+        norms = torch.cat([features[:, part].float().norm(dim=-1) for part in parts], dim=1)
         _refuse_rows(~norms.isfinite(), "finite", norms)
         _refuse_rows(norms == 0, "other than zero", norms)
         if normalize:
-            features = (features.float() / norms[..., None]).to(features.dtype)
+            given, features = features, torch.empty_like(features)
+            for part in parts:
+                features[:, part] = given[:, part].float() / norms[:, part, None]
         else:
             far = (norms - 1).abs() > UNIT_NORM_ATOL[features.dtype]
             _refuse_rows(far, "of unit norm (or normalize=True)", norms)
@@ -215,14 +243,10 @@ class FeatureCache:
                 f"index must be [B] and view one number or [B], got {list(index.shape)}, {list(view.shape)}"
             )
         row, view = self.stored[index], view.expand(index.shape)
-        if len(self.shards) == 1:
-            return self.shards[0][view, row].float()
-        starts = torch.tensor([0, *itertools.accumulate(shard.shape[1] for shard in self.shards)])
-        shard_of = torch.searchsorted(starts, row, right=True) - 1
         out = torch.empty(len(index), self.dim)
-        for number in shard_of.unique().tolist():
-            here = (shard_of == number).nonzero().squeeze(1)
-            out[here] = self.shards[number][view[here], row[here] - starts[number]].float()
+        for begin in range(0, len(index), ROWS):
+            part = slice(begin, begin + ROWS)
+            self._rows.read(row[part], view[part], out[part])
         return out
 
     def tensor(self, view: int = 0) -> Tensor:
@@ -290,14 +314,39 @@ class FeatureCache:
         """
         if self.path is None:
             return
-        manifest = _read_document(self.path / MANIFEST)
+        manifest = _read_document(self.path / MANIFEST, images=False)
         shards = tqdm(manifest["shards"], desc="verify shards", unit="shard", disable=None if progress else True)
         for number, shard in enumerate(shards):
             file = self.path / _shard_name(number)
             if _sha256(file) != shard["sha256"]:
                 raise ValueError(f"{file} is damaged: its checksum is not the manifest's; {REBUILD}")
         if images is not None:
-            _refuse_changed(self.path, manifest, images, trust_mtime=False)
+            _refuse_changed(self.path, manifest, images, _identities(self.path, manifest), trust_mtime=False)
+
+    def shared_with(self, other: FeatureCache) -> Tensor:
+        """The rows of ``other`` that are here too, [n], ascending: of the same features (view 0) under the same name.
+
+        Where either has no names the features alone decide. Rows are read a few at a time.
+        """
+        if self.files and other.files:
+            row_of = {file: row for row, file in enumerate(other.files)}
+            pairs = sorted((row_of[file], row) for row, file in enumerate(self.files) if file in row_of)
+            theirs, mine = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
+        else:
+            hashes, order = self._hashes().sort()
+            wanted = other._hashes()
+            place = torch.searchsorted(hashes, wanted).clamp(max=len(hashes) - 1)
+            theirs = (hashes[place] == wanted).nonzero().squeeze(1)
+            mine = order[place[theirs]]
+        parts = zip(mine.split(ROWS), theirs.split(ROWS), strict=True)
+        return theirs[torch.cat([(self.rows(a) == other.rows(b)).all(1) for a, b in parts])]
+
+    def _hashes(self) -> Tensor:
+        """A number for the bits of each row (view 0), int64 [N]: their product with random ones, two columns a word."""
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.randint(-(2**63), 2**63 - 1, (-(-self.dim // 2),), generator=generator)
+        rows = (self.rows(part) for part in torch.arange(len(self)).split(ROWS))
+        return torch.cat([(F.pad(x, (0, self.dim % 2)).view(torch.int64) * factors).sum(1) for x in rows])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -305,13 +354,15 @@ class FeatureCache:
         digest = hashlib.sha256()
         for tensor in (self.labels, self.stored):
             digest.update(tensor.numpy())
-        if self.path is None:
+        digest.update("".join(self.checksums).encode())
+        if not self.checksums:
             for shard in self.shards:
                 digest.update(shard.contiguous().view(torch.uint8).numpy())
-        else:
-            manifest = _read_document(self.path / MANIFEST)
-            digest.update("".join(shard["sha256"] for shard in manifest["shards"]).encode())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def _rows(self) -> _Rows:
+        return _Rows(self.shards, self.opened)
 
     @property
     def _name(self) -> str:
@@ -327,7 +378,7 @@ def cache_features(
     views: int = 1,
     seed: int = 0,
     batch_size: int = 64,
-    shard_size: int = 1024,
+    shard_size: int | None = None,
     workers: int = 0,
     on_error: str = "raise",
     overwrite: bool = False,
@@ -355,8 +406,8 @@ def cache_features(
         views: V >= 1, the evaluation view and V - 1 augmented ones.
         seed: of the augmented views.
         batch_size: images per call of the image tower.
-        shard_size: images per file: the most that a kill can lose, and the portion of a rank. An unfinished cache goes
-            on with its own.
+        shard_size: images per file: the most that a kill can lose, and the portion of a rank. None is 1,024, or more
+            where that would make over 256 files. An unfinished cache goes on with its own.
         workers: processes that decode images; 0 decodes in this one.
         on_error: an unreadable image stops the build ("raise"; finished shards are kept) or is left out, with a
             warning and a note in the manifest ("skip").
@@ -371,6 +422,8 @@ def cache_features(
         RuntimeError: another process is building it; another rank failed.
         OSError: the disk is full, or the like. Finished shards are kept.
     """
+    if shard_size is None:
+        shard_size = max(SHARD_SIZE, -(-len(images) // MAX_SHARDS))
     for name, value, least in (
         ("views", views, 1),
         ("batch_size", batch_size, 1),
@@ -399,7 +452,7 @@ def cache_features(
         "classnames": list(images.classnames),
     }
     wanted["id"] = hashlib.sha256(_json([wanted[name] for name in (*KEY, "dim", "shard_size", "files")])).hexdigest()
-    with _team() as team, contextlib.ExitStack() as stack:
+    with torchrun_team() as team, contextlib.ExitStack() as stack:
         job = team.lead(lambda: _begin(path, wanted, images, overwrite=overwrite, stack=stack))
         if job is not None:
             plan, pending = job
@@ -444,7 +497,7 @@ def _begin(
         if set(plan["files"]) != set(wanted["files"]):
             raise ValueError(f"feature cache {path} is unfinished and was begun for other images; {REBUILD}")
         done = _finished(path, plan)
-        _refuse_changed(path, {**plan, "shards": list(done.values())}, images, numbers=list(done))
+        _refuse_changed(path, plan, images, ((number, shard["images"]) for number, shard in done.items()))
         plan |= {"labels": _reordered(plan, wanted), "classnames": wanted["classnames"]}
     if plan is None:
         _clear(path)
@@ -601,22 +654,25 @@ def _is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
     """
     if not (path / MANIFEST).is_file():
         return False
-    manifest = _read_document(path / MANIFEST)
+    manifest = _read_document(path / MANIFEST, images=False)
     _refuse_stale(path, manifest, wanted)
-    lacking = set(wanted["files"]) - set(manifest["files"])
+    lacking = set(wanted["files"]).difference(manifest["files"])
     if lacking:
         first = next(file for file in wanted["files"] if file in lacking)
         raise ValueError(
             f"feature cache {path} lacks {len(lacking)} of {len(images)} images, the first is {first!r}; {REBUILD}"
         )
-    fresh = _refuse_changed(path, manifest, images)
+    moved = _refuse_changed(path, manifest, images, _identities(path, manifest))
+    fresh = dict(manifest)
     if len(wanted["files"]) == len(manifest["files"]):
-        fresh = {**fresh, "labels": _reordered(manifest, wanted), "classnames": wanted["classnames"]}
-    if fresh != manifest or (path / PLAN).exists():
+        fresh |= {"labels": _reordered(manifest, wanted), "classnames": wanted["classnames"]}
+    if moved or fresh != manifest or (path / PLAN).exists():
         # A convenience: where the folder is read-only or someone rebuilds it, what is there does as well.
         with contextlib.suppress(OSError, RuntimeError), _locked(path):
-            if _read_document(path / MANIFEST) == manifest:
-                write_atomically(path / MANIFEST, _json(fresh))
+            if _read_document(path / MANIFEST, images=False) == manifest:
+                for number, identities in _identities(path, manifest):
+                    manifest["shards"][number]["images"] = moved.get(number, identities)
+                write_atomically(path / MANIFEST, _json({**fresh, "shards": manifest["shards"]}))
                 _tidy(path)
     return True
 
@@ -634,35 +690,39 @@ def _refuse_changed(
     path: Path,
     recorded: dict[str, Any],
     images: ImageList,
+    identities: Iterable[tuple[int, list[list[Any]]]],
     *,
-    numbers: Sequence[int] | None = None,
     trust_mtime: bool = True,
-) -> dict[str, Any]:
-    """The manifest with today's modification times, if each image still has the bytes that were encoded.
+) -> dict[int, list[list[Any]]]:
+    """Raise ValueError unless each image still has the bytes that were encoded.
 
     Args:
-        recorded: a manifest, or a plan with some ``shards``.
-        numbers: of those shards; default all.
+        recorded: a manifest or a plan.
+        identities: number and images' identities of each shard to look at.
         trust_mtime: whether an image of the recorded size and modification time need not be read.
+
+    Returns:
+        The identities of the shards in which a modification time is another one today.
     """
-    listed, changed, shards = set(images.files), [], []
-    for number, shard in zip(numbers or itertools.count(), recorded["shards"], strict=False):
-        identities = []
-        for file, (sha256, size, mtime) in zip(_shard_files(recorded, number), shard["images"], strict=True):
+    listed, changed, moved = set(images.files), [], {}
+    for number, known in identities:
+        today = []
+        for file, (sha256, size, mtime) in zip(_shard_files(recorded, number), known, strict=True):
             if file in listed:
-                now = _stat(images.root / file)
+                now = _stat(os.path.join(images.root, file))
                 same = now == [size, mtime] and trust_mtime
                 if not same and (now[0] != size or _sha256(images.root / file) != sha256):
                     changed.append(file)
                 mtime = now[1]
-            identities.append([sha256, size, mtime])
-        shards.append({**shard, "images": identities})
+            today.append([sha256, size, mtime])
+        if today != known:
+            moved[number] = today
     if changed:
         raise ValueError(
             f"feature cache {path} is stale: {len(changed)} of {len(images)} images below {images.root} are missing or "
             f"not what was encoded, the first is {changed[0]!r}; {REBUILD}"
         )
-    return {**recorded, "shards": shards}
+    return moved
 
 
 def _reordered(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[int]:
@@ -677,9 +737,9 @@ def _image_identity(path: Path) -> list[Any]:
     return [_sha256(path), *stat]
 
 
-def _stat(path: Path) -> list[int | None]:
+def _stat(path: str | Path) -> list[int | None]:
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:
         return [None, None]
     return [stat.st_size, stat.st_mtime_ns]
@@ -732,31 +792,58 @@ def _finished(path: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return done
 
 
-def _read_document(file: Path) -> dict[str, Any]:
-    """A manifest or a plan, of this format."""
-    document = _read_json(file)
+def _read_document(file: Path, *, images: bool = True) -> dict[str, Any]:
+    """A manifest or a plan, of this format; on request without the images' identities, two thirds of a manifest."""
+    content = file.read_bytes()
+    if not images:
+        kept, end = [], 0
+        for begin, after in _images_in(content):
+            kept.append(content[end:begin] + b"[]")
+            end = after
+        content = b"".join([*kept, content[end:]])
+    document = _parse(content, file)
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
         raise ValueError(f"{file} must have format {FORMAT!r}, got {found!r}; {REBUILD}")
     return document
 
 
+def _identities(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, list[list[Any]]]]:
+    """Number and images' identities of each shard in a manifest, one after the other: all at once take long lists."""
+    content = (path / MANIFEST).read_bytes()
+    places = list(_images_in(content))
+    if len(places) == len(manifest["shards"]):
+        yield from ((number, json.loads(content[begin:end])) for number, (begin, end) in enumerate(places))
+    else:  # not as we write it
+        yield from enumerate(shard["images"] for shard in json.loads(content)["shards"])
+
+
+def _images_in(content: bytes) -> Iterator[tuple[int, int]]:
+    """Begin and end of each list of images' identities in a manifest."""
+    mark, end = b'"images":[[', 0  # which no name can hold: the quotes in a name are escaped
+    while (found := content.find(mark, end)) >= 0 and (last := content.find(b"]]", found)) >= 0:
+        begin, end = found + len(mark) - 2, last + 2
+        yield begin, end
+
+
 def _map_shard(path: Path, number: int, shard: dict[str, Any], manifest: dict[str, Any]) -> Tensor:
-    """A shard's features [V, n, D], mapped. Nothing is read but the header."""
+    """A shard's features [V, n, D], mapped. Nothing is read but the header, and that not through the mapping."""
     file = path / _shard_name(number)
     _check_size(file, shard["bytes"])
     try:
         with safetensors.safe_open(file, framework="pt") as content:
-            features = content.get_tensor("features")
+            header = content.get_slice("features")
+            names, shape, dtype = list(content.keys()), header.get_shape(), header.get_dtype()
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
-    shape = (manifest["views"], shard["rows"], manifest["dim"])
-    if features.shape != shape or features.dtype != DTYPES[manifest["dtype"]]:
+    expected = [manifest["views"], shard["rows"], manifest["dim"]]
+    if names != ["features"] or shape != expected or dtype != STORED[manifest["dtype"]]:
         raise ValueError(
-            f"{file} is damaged: it must hold {manifest['dtype']} {list(shape)}, got {features.dtype} "
-            f"{list(features.shape)}; {REBUILD}"
+            f"{file} is damaged: it must hold {STORED[manifest['dtype']]} {expected}, got {dtype} {shape}; {REBUILD}"
         )
-    return features
+    stored = DTYPES[manifest["dtype"]]
+    begin = shard["bytes"] - math.prod(shape) * stored.itemsize
+    return torch.from_file(str(file), size=shard["bytes"], dtype=torch.uint8)[begin:].view(stored).view(shape)
 
 
 def _check_size(file: Path, size: int) -> None:
@@ -767,8 +854,12 @@ def _check_size(file: Path, size: int) -> None:
 
 
 def _read_json(file: Path) -> Any:
+    return _parse(file.read_bytes(), file)
+
+
+def _parse(content: bytes, file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(content)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
 
@@ -789,6 +880,84 @@ def _clear(path: Path) -> None:
     _tidy(path)
     for file in path.glob("shard-*.safetensors"):
         file.unlink()
+
+
+# -- reading rows -----------------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """The shards' files, open until the last view of the cache is gone: even of a rebuilt cache the old ones."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths, self.files = tuple(paths), []
+        for path in self.paths:
+            self.files.append(path.open("rb", buffering=0))
+
+    def __del__(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Files, (self.paths,)  # another process opens its own
+
+
+def _may_open(count: int) -> bool:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return hasattr(os, "preadv") and (limit == resource.RLIM_INFINITY or count <= limit // 2)
+
+
+class _Rows:
+    """Where the rows of some shards lie; reads any of them in one go, however many shards they come from."""
+
+    def __init__(self, shards: Sequence[Tensor], opened: _Files | None) -> None:
+        self.given = shards, opened
+        self.shards = [shard.contiguous() for shard in shards]
+        self.counts = torch.tensor([shard.shape[1] for shard in shards])
+        self.first = self.counts.cumsum(0) - self.counts
+        self.dim, self.dtype, self.opened = shards[0].shape[-1], shards[0].dtype, opened
+        size = self.dtype.itemsize
+        if opened is not None:  # where each shard's features begin, in bytes of its file
+            self.descriptors = [file.fileno() for file in opened.files]
+            self.begin = torch.tensor([shard.storage_offset() * size for shard in shards])
+            return
+        # All shards as one tensor from the lowest address to the highest, of overlapping rows, one at each element: a
+        # row's place is then one number. What lies between the shards is not ours, may not exist, and is never read.
+        address = torch.tensor([shard.data_ptr() for shard in self.shards])
+        lowest = int(address.argmin())
+        self.begin = (address - address[lowest]) // size
+        last = int((self.begin + self.counts * self.shards[0].shape[0] * self.dim).max()) - self.dim
+        words = self.shards[lowest].view({2: torch.int16, 4: torch.int32}[size]).numpy()
+        overlapping = np.lib.stride_tricks.as_strided(words, (last + 1, self.dim), (size, size))
+        self.window = torch.from_numpy(overlapping).view(self.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Rows, self.given  # the window must never be copied
+
+    def read(self, row: Tensor, view: Tensor, out: Tensor) -> None:
+        """Fill out [B, D] float32 with these stored rows [B], of these views [B]."""
+        shard = torch.searchsorted(self.first, row, right=True) - 1
+        place = (view * self.counts[shard] + row - self.first[shard]) * self.dim  # elements from the shard's begin
+        raw = out if self.dtype == out.dtype else torch.empty(out.shape, dtype=self.dtype)
+        if self.opened is None:
+            torch.index_select(self.window, 0, self.begin[shard] + place, out=raw)
+        else:
+            self._read_files(shard, self.begin[shard] + place * raw.itemsize, raw)
+        if raw is not out:
+            out.copy_(raw)
+
+    def _read_files(self, shard: Tensor, begin: Tensor, out: Tensor) -> None:
+        """Fill out [B, D] from these bytes of the shards' files. Rows that follow each other are read at once."""
+        width = self.dim * out.itemsize
+        breaks = (shard.diff() != 0) | (begin.diff() != width)
+        runs = torch.cat([torch.zeros(1, dtype=torch.int64), breaks.nonzero().squeeze(1) + 1])
+        starts, buffer = (runs * width).tolist(), memoryview(out.view(torch.uint8).numpy().reshape(-1))
+        ends = [*starts[1:], len(buffer)]
+        for number, offset, a, b in zip(shard[runs].tolist(), begin[runs].tolist(), starts, ends, strict=True):
+            while a < b:
+                count = os.preadv(self.descriptors[number], (buffer[a:b],), offset)
+                if not count:
+                    raise ValueError(f"{self.opened.paths[number]} was truncated while it was open; {REBUILD}")
+                a, offset = a + count, offset + count
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
@@ -831,7 +1000,7 @@ def _release_locks(worker: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Team:
+class Team:
     """The ranks that build together; one rank where there is no torchrun."""
 
     rank: int = 0
@@ -862,17 +1031,17 @@ class _Team:
 
 
 @contextlib.contextmanager
-def _team() -> Iterator[_Team]:
+def torchrun_team() -> Iterator[Team]:
     """The ranks of torch.distributed, joined here if torchrun started us and nobody did so yet."""
     launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if launched and not dist.is_initialized():
         dist.init_process_group("gloo")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        yield _Team()
+        yield Team()
         return
     group = dist.new_group(backend="gloo", timeout=PATIENCE)  # the caller's own may be NCCL, or in a hurry
     try:
-        yield _Team(dist.get_rank(), dist.get_world_size(), group)
+        yield Team(dist.get_rank(), dist.get_world_size(), group)
     finally:
         dist.destroy_process_group(group)
 
@@ -883,8 +1052,10 @@ def _team() -> Iterator[_Team]:
 def _check_range(name: str, value: Tensor, end: int) -> None:
     if value.is_floating_point() or value.dtype == torch.bool:
         raise IndexError(f"{name} must be integers, got {value.dtype}")
-    if value.numel() and (value.min() < 0 or value.max() >= end):
-        raise IndexError(f"{name} must lie in [0, {end}), got {int(value.min())} to {int(value.max())}")
+    if value.numel():
+        low, high = (int(bound) for bound in value.aminmax())
+        if low < 0 or high >= end:
+            raise IndexError(f"{name} must lie in [0, {end}), got {low} to {high}")
 
 
 def _refuse_rows(bad: Tensor, rule: str, norms: Tensor) -> None:

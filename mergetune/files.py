@@ -1,15 +1,19 @@
 """Files that appear whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(file: Path, content: bytes) -> None:
-    """Put a file in place whole, or leave the old one, whatever happens to this process or the power."""
+@contextmanager
+def writing_atomically(file: Path) -> Iterator[BinaryIO]:
+    """A stream to a file that is put in place whole at the end, or not at all, whatever happens to this process."""
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, file)
@@ -20,6 +24,12 @@ def write_atomically(file: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Put a file in place whole, or leave the old one, whatever happens to this process or the power."""
+    with writing_atomically(file) as stream:
+        stream.write(content)
 
 
 def remove_parts(folder: Path, name: str) -> None:

@@ -10,10 +10,10 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import repeat
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ RESULT, STATE = "result.json", "state.safetensors"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_PRODUCTS = 1 << 28  # bytes of anchors' products that are kept for all features
 METHODS = ("coop", "kgcoop", "head")
+PLAIN = "a photo of a {}."
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def tune(
     seed: int = 1,
     precision: str = "auto",
     backend: str | None = None,
+    cuda_graph: bool = False,
     val: FeatureCache | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
@@ -135,13 +137,14 @@ def tune(
         template: the text whose words the context starts from; for a head its zero-shot text.
         n_ctx: a random start with so many context tokens instead.
         class_specific: a context of its own for every class.
-        zero_shot: templates of the class embeddings that KgCoOp stays near; ``template`` if None.
+        zero_shot: templates of the class embeddings that KgCoOp stays near and a head starts from; None: ``template``.
         kg_weight: KgCoOp's weight.
         epochs, batch_size, lr: CoOp's are 50, 32, 2e-3.
         seed: of the random start and the order of the batches.
         precision: of the text tower: "float32", "bfloat16", or "auto", the faster one here. What is trained, its
             optimiser and the loss are float32.
         backend: see :func:`mergetune.ops.lmc_loss`.
+        cuda_graph: capture a step once and replay it; for a CLIP on a GPU.
         val: features for choosing the best epoch; never the test set.
         resume: a folder for the state of the run; a killed run that is given it again goes on from its last epoch.
         progress: show a bar where stderr is a terminal.
@@ -149,6 +152,7 @@ def tune(
     """
     training = Training(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **optimiser)
     precision = _precision(precision, clip.device)
+    _check_cuda_graph(cuda_graph, clip.device)
     _check_features(clip, features, val)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -156,14 +160,14 @@ def tune(
         raise ValueError(f"kg_weight must be finite and not negative, got {kg_weight!r}")
     if method == "head" and (class_specific or n_ctx is not None):
         raise ValueError(f"n_ctx and class_specific are for prompts, got {n_ctx}, {class_specific} for a head")
+    near = check_templates(template if zero_shot is None else zero_shot)
     if method == "head":
-        start: Solution = Head.zero_shot(clip, features.classnames, template)
+        start: Solution = Head.zero_shot(clip, features.classnames, near)
     elif n_ctx is None:
         start = Prompt.from_template(clip, template)
         start = start.per_class(features.classnames) if class_specific else start
     else:
         start = Prompt.random(clip, n_ctx, features.classnames if class_specific else None, seed=seed)
-    near = check_templates(template if zero_shot is None else zero_shot)
     objective = Objective(
         encode=start.encoder(clip, features.classnames, precision=PRECISIONS[precision]),
         scale=start.scale(clip),
@@ -179,12 +183,15 @@ def tune(
         "template": template,
         "n_ctx": n_ctx,
         "class_specific": class_specific,
-        "zero_shot": list(near) if method == "kgcoop" else None,
+        "zero_shot": list(near) if method != "coop" else None,
         "kg_weight": kg_weight if method == "kgcoop" else None,
         "precision": precision,
         **asdict(training),
     }
-    return _train(clip, objective, start, features, training, settings, val=val, resume=resume, progress=progress)
+    return _train(
+        clip, objective, start, features, training, settings, cuda_graph=cuda_graph, val=val, resume=resume,
+        progress=progress,
+    )  # fmt: skip
 
 
 def fit(
@@ -206,6 +213,7 @@ def fit(
     seed: int = 1,
     precision: str = "auto",
     backend: str | None = None,
+    cuda_graph: bool = False,
     val: FeatureCache | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
@@ -220,7 +228,8 @@ def fit(
         clip: the frozen CLIP that the features come from.
         features: the few-shot features that ``tuned`` was trained on.
         tuned: the fine-tuned solution w2, or several.
-        zero_shot: the zero-shot solution w1: one or more templates, or a solution. None is "a photo of a {}.".
+        zero_shot: the zero-shot solution w1: one or more templates, or a solution. None is "a photo of a {}.". What tau
+            mixes in is the words of the first template with as many tokens as tuned's context, else "a photo of a".
         lam: weight of the surrogate for the zero-shot path, paper 8..16.
         beta: weight of the path to ``tuned``, paper .1 ... 5; one for each of several.
         tau: where the search starts, ``(1 - tau) w1 + tau w2`` in [0, 1]; the mean of several w2.
@@ -234,6 +243,7 @@ def fit(
         precision: of the text tower: "float32", "bfloat16", or "auto", the faster one here. What is trained, its
             optimiser and the loss are float32.
         backend: see :func:`mergetune.ops.lmc_loss`.
+        cuda_graph: capture a step once and replay it; for a CLIP on a GPU, and not with ``grid="random"``.
         val: features for choosing the best epoch; never the test set.
         resume: a folder for the state of the run; a killed run that is given it again goes on from its last epoch.
         progress: show a bar where stderr is a terminal.
@@ -265,6 +275,7 @@ def fit(
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
     alphas = path_points(grid, points)
+    _check_cuda_graph(cuda_graph, clip.device, random=alphas is None)
     # Heads come with the logit scale beside their weight or in it: one unit for all, so that lam and lr mean the same.
     anchors = [anchor.rescaled(clip.logit_scale) if isinstance(anchor, Head) else anchor for anchor in anchors]
     for other in anchors[1:]:
@@ -287,7 +298,7 @@ def fit(
         normalize=normalize,
         anchors=weights if space == "embedding" else anchor_parameters,
         betas=torch.tensor(betas, device=clip.device),
-        alphas=alphas,
+        alphas=None if alphas is None else alphas.to(clip.device),
         points=points,
         space=space,
         w1=w1,
@@ -311,7 +322,10 @@ def fit(
         **asdict(training),
     }
     start = solution.with_parameter(start)
-    return _train(clip, objective, start, features, training, settings, val=val, resume=resume, progress=progress)
+    return _train(
+        clip, objective, start, features, training, settings, cuda_graph=cuda_graph, val=val, resume=resume,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _zero_shot(
@@ -322,9 +336,13 @@ def _zero_shot(
     *,
     needed: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The zero-shot class weights [C, D], and the zero-shot parameter (None if it is not ``needed``)."""
+    """The zero-shot class weights [C, D], and the zero-shot parameter (None if it is not ``needed``).
+
+    The parameter of templates is the words of the first that has a token for each of tuned's context vectors, the plain
+    "a photo of a" if none has: a dataset's own template, "{} texture.", may have no words in front of the name.
+    """
     given = zero_shot if isinstance(zero_shot, Prompt | Head) else None
-    templates = () if given is not None else check_templates("a photo of a {}." if zero_shot is None else zero_shot)
+    templates = () if given is not None else check_templates(PLAIN if zero_shot is None else zero_shot)
     if isinstance(tuned, Head):
         if given is None:
             given = Head.zero_shot(clip, classnames, templates, bias=tuned.bias is not None)
@@ -336,16 +354,20 @@ def _zero_shot(
     w1 = given.class_weights(clip, classnames) if given else clip.class_embeddings(classnames, templates)
     if not needed:
         return w1, None
-    prompt = given or Prompt.from_template(clip, templates[0])
-    if tuned.classnames is not None and prompt.classnames is None:
-        prompt = prompt.per_class(classnames)
-    if prompt.parameter.shape != tuned.parameter.shape:
+    starts = [given] if given else [Prompt.from_template(clip, t) for t in (*templates, PLAIN) if _starts_with_words(t)]
+    starts = [p.per_class(classnames) if tuned.classnames is not None and p.classnames is None else p for p in starts]
+    fitting = [prompt for prompt in starts if prompt.parameter.shape == tuned.parameter.shape]
+    if not fitting:
         raise ValueError(
             f"zero_shot must have context vectors of tuned's shape {list(tuned.parameter.shape)} for tau < 1, "
-            f"got {list(prompt.parameter.shape)} from {prompt.template!r}: give a template with {tuned.n_ctx} tokens "
-            "before {}, or tau=1 to start at tuned"
+            f"got {list(starts[0].parameter.shape)} from {starts[0].template!r}: give a template with {tuned.n_ctx} "
+            "tokens before {}, or tau=1 to start at tuned"
         )
-    return w1, prompt.parameter
+    return w1, fitting[0].parameter
+
+
+def _starts_with_words(template: str) -> bool:
+    return bool(template.partition("{}")[0].strip())
 
 
 def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache | None) -> None:
@@ -368,18 +390,10 @@ def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache 
         raise ValueError(
             f"features must hold images of every class, got none of {features.classnames[int(counts.argmin())]!r}"
         )
-    if val is not None:
-        # The same picture under two names is the data set's own affair; the same name with the same features is a leak.
-        named = bool(features.files and val.files)
-        seen = {(name, row.tobytes()) for name, row in _named_rows(features, named)}
-        both = [i for i, (name, row) in enumerate(_named_rows(val, named)) if (name, row.tobytes()) in seen]
-        if both:
-            what = f"{val.files[both[0]]!r}" if val.files else f"row {both[0]}"
-            raise ValueError(f"val must not share images with features, got {len(both)} in both, {what} among them")
-
-
-def _named_rows(features: FeatureCache, named: bool) -> zip:
-    return zip(features.files if named else repeat(""), features.tensor().numpy(), strict=False)
+    # The same picture under two names is the data set's own affair; the same name with the same features is a leak.
+    if val is not None and (both := features.shared_with(val).tolist()):
+        what = f"{val.files[both[0]]!r}" if val.files else f"row {both[0]}"
+        raise ValueError(f"val must not share images with features, got {len(both)} in both, {what} among them")
 
 
 def _train(
@@ -390,6 +404,7 @@ def _train(
     training: Training,
     settings: dict[str, Any],
     *,
+    cuda_graph: bool,
     val: FeatureCache | None,
     resume: str | Path | None,
     progress: bool,
@@ -417,6 +432,7 @@ def _train(
         run.read(folder)
     batches, size = _batches(len(features), training.batch_size)
     products = _anchor_products(objective, features, clip.device)
+    labels, gradient = features.labels.to(clip.device), partial(_gradient, objective, parameter)
     names = ("loss", *objective.term_names)
     began, steps = time.perf_counter(), 0
 
@@ -428,16 +444,18 @@ def _train(
             generator = torch.Generator().manual_seed((training.seed << 20) + epoch)
             order = torch.randperm(len(features), generator=generator)
             record = torch.zeros(batches, len(names), device=clip.device)
+            order_there = order.to(clip.device)
             for step in range(batches):
-                index = order[step * size : (step + 1) * size]
+                here = slice(step * size, (step + 1) * size)
+                index, there = order[here], order_there[here]
                 views = torch.randint(features.views, (len(index),), generator=generator) if features.views > 1 else 0
-                x = features.rows(index, views).to(clip.device)
-                known = None if products is None else products[:, index.to(clip.device)]
-                loss, terms = objective(parameter, x, features.labels[index].to(clip.device), generator, known)
-                optimizer.zero_grad()
-                loss.backward()
+                x = features.rows(index, views).to(clip.device, non_blocking=True)
+                batch = x, labels[there], None if products is None else products[:, there]
+                if cuda_graph and not steps and not step:
+                    gradient = _capture(gradient, *batch)
+                loss, terms, parameter.grad = gradient(*batch, generator)
                 optimizer.step()
-                record[step] = torch.cat([loss.detach()[None], terms])
+                record[step] = torch.cat([loss[None], terms])
             steps += batches
             _check_finite(record, parameter, names, epoch, batches)
             entry = {
@@ -462,6 +480,45 @@ def _train(
         settings=settings,
         timings={"seconds": seconds, "steps": steps, "ms_per_step": 1e3 * seconds / max(steps, 1)},
     )
+
+
+def _gradient(
+    objective: Objective,
+    parameter: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    known: Tensor | None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a batch, its terms and the gradient to the parameter."""
+    loss, terms = objective(parameter, x, labels, generator, known)
+    return loss.detach(), terms, torch.autograd.grad(loss, parameter)[0]
+
+
+def _capture(gradient: Callable[..., tuple[Tensor, ...]], *batch: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+    """The same function as one CUDA graph: batches are copied to where the first one lies, the results stay in place.
+
+    The optimiser steps outside of it, so that its learning rate may change.
+    """
+    static = [None if t is None else t.clone() for t in batch]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # libraries choose their algorithms and take their workspaces here
+        for _ in range(3):
+            gradient(*static)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = gradient(*static)
+
+    def replay(*batch: Any) -> tuple[Tensor, ...]:
+        for place, new in zip(static, batch, strict=False):  # a generator may come behind them, unused
+            if place is not None:
+                place.copy_(new, non_blocking=True)
+        graph.replay()
+        return results
+
+    return replay
 
 
 def _anchor_products(objective: Objective, features: FeatureCache, device: torch.device) -> Tensor | None:
@@ -552,6 +609,13 @@ def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch
         )
     if not parameter.isfinite().all():
         raise FloatingPointError(f"the solution became NaN or infinite at the end of epoch {epoch + 1}: lower lr")
+
+
+def _check_cuda_graph(wanted: bool, device: torch.device, *, random: bool = False) -> None:
+    if wanted and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a CLIP on a CUDA device, got {device}")
+    if wanted and random:
+        raise ValueError("cuda_graph must be False with grid='random': a graph replays the points it was captured with")
 
 
 def _precision(precision: str, device: torch.device) -> str:

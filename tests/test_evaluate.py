@@ -110,6 +110,11 @@ def test_accuracy_with_a_bias_and_with_normalisation(corners):
     assert accuracy(long, corners, normalize=True).accuracy == pytest.approx(100 * 5 / 7)
 
 
+def test_classes_of_one_name_are_reported_apart(corners):
+    report = accuracy(torch.eye(4), replace(corners, classnames=("a", "x", "x", "d")))
+    assert report.per_class == pytest.approx({"a": 100 * 2 / 3, "x (1)": 100 * 2 / 3, "x (2)": 100})
+
+
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (4, 6), (4,)])
 def test_weights_of_another_shape_are_refused(corners, shape):
     with pytest.raises(ValueError, match=r"weights must have shape \[C, D\] = \[4, 4\], got"):

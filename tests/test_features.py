@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import gc
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -24,9 +27,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mergetune import features
+from mergetune.curvature import fisher_diagonal
 from mergetune.data import ImageFolder, ImageList, load_image
+from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache, cache_features
 
 ASSETS = Path(features.__file__).parent / "assets"
@@ -172,6 +179,14 @@ def test_bits_do_not_depend_on_workers_order_or_the_callers_stream(images, tmp_p
     assert torch.equal(other.tensor(0), one.tensor(0)) and not torch.allclose(other.tensor(1), one.tensor(1))
 
 
+def test_many_images_make_larger_shards_rather_than_many(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "SHARD_SIZE", 2)
+    monkeypatch.setattr(features, "MAX_SHARDS", 3)
+    assert len(cache_features(TinyClip(), images, tmp_path / "cache").shards) == 3
+    assert len(cache_features(TinyClip(), images.take(range(4)), tmp_path / "few").shards) == 2
+    assert len(cache_features(TinyClip(), images, tmp_path / "own", shard_size=1).shards) == 11
+
+
 def test_nothing_is_printed(images, tmp_path, capfd):
     cache_features(TinyClip(), images, tmp_path / "cache").verify()
     assert capfd.readouterr() == ("", "")
@@ -202,12 +217,12 @@ def test_real_clip_end_to_end(tmp_path):
 # -- reading is mapping -----------------------------------------------------------------------------------------------
 
 
-def resident_kib(file: Path) -> int:
-    """How much of a mapped file is in memory, by the kernel's account."""
+def resident_kib(path: Path) -> int:
+    """How much of a mapped file, or of a folder's mapped files, is in memory, by the kernel's account."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
-            inside = line.endswith(str(file))
+            inside = str(path) in line
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1])
     return total
@@ -228,6 +243,183 @@ def test_opening_maps_and_rows_touch_only_what_is_asked(tmp_path):
     assert 0 < resident_kib(shard) < 8_000
     cache.tensor()
     assert resident_kib(shard) > 15_000
+
+
+WAYS = {"mapped": 1 << 40, "read": 0}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Small caches, mapped as they are or read as large ones are."""
+    monkeypatch.setattr(features, "MAX_MAPPED", WAYS[request.param])
+    return request.param
+
+
+def uneven_cache(path: Path, dtype: str = "float32", *, views: int = 3, dim: int = 5, seed: int = 0) -> Tensor:
+    """Write a cache of 12 shards of up to 4 rows, two of them empty. All its rows [V, N, D]."""
+    path.mkdir()
+    files = [f"{i}.png" for i in range(45)]
+    plan = {"format": features.FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": 0}
+    plan |= {"dtype": dtype, "views": views, "dim": dim, "shard_size": 4, "files": files}
+    plan |= {"labels": [i % 3 for i in range(45)], "classnames": ["a", "b", "c"]}
+    generator, all_rows = torch.Generator().manual_seed(seed), []
+    for number in range(12):
+        own = features._shard_files(plan, number)
+        skipped = {file: "gone" for file in own if number in (4, 11) or file in ("0.png", "13.png", "14.png")}
+        rows = torch.randn(views, len(own) - len(skipped), dim, generator=generator).to(features.DTYPES[dtype])
+        features._write_shard(path, plan, number, rows, [["", 0, 0]] * len(own), skipped)
+        all_rows.append(rows)
+    features._finish(path, plan)
+    return torch.cat(all_rows, dim=1).float()
+
+
+@pytest.mark.parametrize("dtype", features.DTYPES)
+def test_rows_of_many_shards_are_a_plain_gather(tmp_path, monkeypatch, way, dtype):
+    expected = uneven_cache(tmp_path / "cache", dtype)
+    cache = FeatureCache.open(tmp_path / "cache")
+    assert (cache.opened is None) == (way == "mapped") and len(cache.shards) == 10 and len(cache) == 37
+    draw = torch.Generator().manual_seed(1)
+    few = cache.select(ImageList(Path(), ["44.png", "1.png", "12.png"][1:], [0, 1], ["x", "y"]))
+    views = {
+        "all": (cache, torch.arange(37)),
+        "classes": (cache.select_classes([2, 0]), (cache.labels != 1).nonzero().squeeze(1)),
+        "images": (few, torch.tensor([0, 11])),
+    }
+    for rows_at_once in (features.ROWS, 4):
+        monkeypatch.setattr(features, "ROWS", rows_at_once)
+        for name, (view, rows) in views.items():
+            assert torch.equal(view.tensor(2), expected[2, rows]), name
+            for size in (1, 3, 50):
+                index = torch.randint(len(view), (size,), generator=draw)
+                which = torch.randint(3, (size,), generator=draw)
+                assert torch.equal(view.rows(index), expected[0, rows[index]]), name
+                assert torch.equal(view.rows(index, which), expected[which, rows[index]]), name
+        assert torch.equal(cache.rows(torch.arange(36, -1, -1), 1), expected[1].flip(0))
+
+
+def test_rows_that_follow_each_other_are_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MAX_MAPPED", 0)
+    expected, preadv, calls = uneven_cache(tmp_path / "cache"), os.preadv, []
+
+    def partly(descriptor, buffers, offset):  # as some file systems do
+        calls.append(offset)
+        return preadv(descriptor, [buffers[0][:70]], offset)
+
+    monkeypatch.setattr(os, "preadv", partly)
+    assert torch.equal(FeatureCache.open(tmp_path / "cache").tensor(), expected[0])
+    assert len(calls) == 10 + 8, "one for each shard that has rows, and one more where 80 bytes did not come at once"
+
+
+def test_features_outlive_their_files(tmp_path, way):
+    expected = uneven_cache(tmp_path / "cache")
+    cache = FeatureCache.open(tmp_path / "cache")
+    shutil.move(tmp_path / "cache", tmp_path / "moved")
+    other = uneven_cache(tmp_path / "cache", seed=1)
+    assert torch.equal(cache.tensor(1), expected[1]) and not torch.equal(other, expected)
+    shutil.rmtree(tmp_path / "moved")
+    assert torch.equal(cache.tensor(1), expected[1])
+
+
+def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MAX_MAPPED", 0)
+    uneven_cache(tmp_path / "cache")
+    cache = FeatureCache.open(tmp_path / "cache")
+    os.truncate(tmp_path / "cache" / "shard-00010.safetensors", 100)
+    cache.rows(torch.arange(33))
+    with pytest.raises(ValueError, match="shard-00010.safetensors was truncated while it was open"):
+        cache.tensor()
+
+
+def test_files_are_closed_with_the_last_view(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MAX_MAPPED", 0)
+    uneven_cache(tmp_path / "cache")
+    cache = FeatureCache.open(tmp_path / "cache")
+    part, files = cache.select_classes([1]), list(cache.opened.files)
+    cache.tensor()
+    part.tensor()
+    del cache
+    gc.collect()
+    assert len(files) == 10 and not any(file.closed for file in files) and len(part.tensor()) == 12
+    del part
+    gc.collect()
+    assert all(file.closed for file in files)
+
+
+def test_features_are_mapped_where_not_all_files_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MAX_MAPPED", 0)
+    expected = uneven_cache(tmp_path / "cache")
+    for limit, is_read in ((20, True), (19, False), (features.resource.RLIM_INFINITY, True)):
+        monkeypatch.setattr(features.resource, "getrlimit", lambda which, limit=limit: (limit, 1 << 20))
+        cache = FeatureCache.open(tmp_path / "cache")
+        assert (cache.opened is not None) == is_read and torch.equal(cache.tensor(), expected[0])
+
+
+def test_copies_of_a_cache_give_the_same_rows(tmp_path, way):
+    expected = uneven_cache(tmp_path / "cache", "bfloat16")
+    cache = FeatureCache.open(tmp_path / "cache").select_classes([0, 1])
+    rows = expected[0, [i for i, c in enumerate(FeatureCache.open(tmp_path / "cache").labels) if c < 2]]
+    assert torch.equal(cache.tensor(), rows)  # and what it needed for that is not copied
+    for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        assert torch.equal(other.tensor(), rows) and other.digest == cache.digest
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that torch makes meanwhile, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return result
+
+
+N_LARGE, D_LARGE = 30_000, 63  # the whole is 7.5 MB as float32; ROWS of it are 1 MB
+WHOLE = torch.full((N_LARGE, D_LARGE), D_LARGE**-0.5, dtype=torch.float16)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("large")
+    rows = F.normalize(torch.randn(N_LARGE, D_LARGE, generator=torch.Generator().manual_seed(0)), dim=-1).half()
+    plan = {"format": features.FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": None}
+    plan |= {"dtype": "float16", "views": 1, "dim": D_LARGE, "shard_size": 500, "classnames": ["a", "b"]}
+    plan |= {"files": [f"{i}.png" for i in range(N_LARGE)], "labels": [i % 2 for i in range(N_LARGE)]}
+    for number, shard in enumerate(rows.split(500)):
+        features._write_shard(path, plan, number, shard[None], [["", 0, 0]] * len(shard), {})
+    features._finish(path, plan)
+    return path
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda cache: cache.rows(torch.randperm(len(cache))[:4096]),
+        lambda cache: accuracy(torch.eye(2, D_LARGE), cache),
+        lambda cache: fisher_diagonal(cache, torch.eye(2, D_LARGE), scale=1.0),
+        lambda cache: cache.shared_with(cache.select_classes([1])),
+        lambda cache: cache.shared_with(replace(cache, files=())),
+        lambda cache: FeatureCache.open(cache.path).digest,
+        lambda cache: FeatureCache.from_tensors(WHOLE, [0] * N_LARGE, ["a"]),
+    ],
+    ids=["rows", "accuracy", "fisher", "shared, named", "shared", "open", "from_tensors"],
+)
+def test_no_work_holds_all_features_at_once(large, way, work):
+    cache = FeatureCache.open(large)
+    with Allocations() as made:
+        work(cache)
+    assert 0 < made.largest <= 4096 * 64 * 4 + N_LARGE * 8, "a part of the features, or a number for each image"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc to see what a mapping holds")
+def test_what_is_read_does_not_stay_in_memory(large, monkeypatch):
+    monkeypatch.setattr(features, "MAX_MAPPED", 0)
+    cache = FeatureCache.open(large)
+    assert len(cache.tensor()) == N_LARGE
+    assert len(cache.shards) == 60 and resident_kib(large.resolve()) <= 4 * 60, "a page of each at most"
 
 
 # -- a second call ----------------------------------------------------------------------------------------------------
@@ -343,6 +535,54 @@ def test_cache_with_other_images_is_refused(images, tmp_path):
     cache_features(TinyClip(), images.take(range(9)), tmp_path / "cache")
     with pytest.raises(ValueError, match="lacks 2 of 11 images, the first is '009.png'; overwrite=True"):
         cache_features(TinyClip(), images, tmp_path / "cache")
+
+
+def test_names_may_hold_anything(images, tmp_path):
+    """Also what separates the images' identities from the rest of the manifest."""
+    names = ['"images":[["x",1,2]],".png', "\\", "]]", '{"images":[[]]}', "ü ☃.png"]
+    for file, name in zip(images.files, names, strict=False):
+        (images.root / file).rename(images.root / name)
+    listed = replace(images, files=(*names, *images.files[len(names) :]), classnames=('"images":[[', "]]", "c"))
+    first = cache_features(TinyClip(), listed, tmp_path / "cache", **BUILD)
+    relabelled = replace(listed, labels=(0,) * 11)
+    cache_features(NoMoreEncoding(), relabelled, tmp_path / "cache", views=2).verify(relabelled)
+    opened = FeatureCache.open(tmp_path / "cache")
+    assert opened.files == listed.files and opened.classnames == listed.classnames and not opened.labels.any()
+    assert torch.equal(opened.tensor(1), first.tensor(1))
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest, indent=1))  # and written by another hand
+    FeatureCache.open(tmp_path / "cache").verify(listed)
+    (images.root / names[1]).write_bytes(b"")
+    with pytest.raises(ValueError, match="is stale: 1 of 11 images"):
+        cache_features(TinyClip(), listed, tmp_path / "cache", views=2)
+
+
+def test_digest_is_that_of_features_order_and_labels(images, tmp_path):
+    cache = cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
+    other = cache_features(TinyClip(), images, tmp_path / "other", **{**BUILD, "seed": 1})
+    swapped = replace(images, labels=images.labels[::-1])
+    found = [cache, other, cache.select(images.take([3, 0])), cache.select(images.take([0, 3])), cache.select(swapped)]
+    assert len({view.digest for view in found}) == 5
+    again = FeatureCache.open(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert again.digest == cache.digest, "nothing is read for it"
+
+
+def test_images_of_two_caches_are_found(monkeypatch):
+    monkeypatch.setattr(features, "ROWS", 4)
+    x = F.normalize(torch.randn(30, 7, generator=torch.Generator().manual_seed(0)), dim=-1)
+    x[20], names = -x[3], [f"{i}.png" for i in range(30)]
+
+    def cache(rows: list[int], files: list[str] = ()) -> FeatureCache:  # noqa: B006
+        return FeatureCache.from_tensors(x[rows].half(), [0] * len(rows), ["a"], files=files)
+
+    first, named = cache([*range(20)]), cache([*range(20)], names[:20])
+    rows = [25, 19, 20, 0, 29, 3, 3]
+    assert first.shared_with(cache(rows)).tolist() == [1, 3, 5, 6]
+    same_names = ["x", names[19], names[3], "y", names[0], names[3] + " ", "z"]
+    assert first.shared_with(cache(rows, same_names)).tolist() == [1, 3, 5, 6], "one without names"
+    assert named.shared_with(cache(rows, same_names)).tolist() == [1], "another image, or another name"
+    assert not len(cache([0]).shared_with(cache([*range(1, 30)]))) and not len(named.shared_with(cache([0], ["new"])))
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

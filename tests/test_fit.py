@@ -422,7 +422,7 @@ def test_runs_that_are_killed_at_random_moments_go_on(which, tmp_path):
     dice, kills, left = random.Random(which), 0, []
     for attempt in range(100):
         child = in_child(lambda: long_run(which, tmp_path / "run").save(tmp_path / "out"))
-        child.join(dice.uniform(0.02, 0.2 + 0.02 * attempt))
+        child.join(dice.uniform(0.02, 0.2 + 0.05 * attempt))
         if child.is_alive():
             child.kill()
             child.join()
@@ -674,7 +674,10 @@ BAD_FIT = [
     ({"grid": [float("nan")]}, r"grid must hold path points in \[0, 1\]"),
     ({"surrogate": "hessian"}, "surrogate must be one of identity, fisher, cosine, l2, got 'hessian'"),
     ({"space": "weights"}, "space must be one of embedding, parameter, got 'weights'"),
-    ({"zero_shot": "the {}"}, "give a template with 4 tokens before {}, or tau=1"),
+    (
+        {"tuned": replace(prompt(), ctx=torch.ones(2, 16), template="X X {}.")},
+        "give a template with 2 tokens before {}",
+    ),
     ({"zero_shot": "no place"}, "exactly one {}"),
     ({"tuned": prompt().per_class(NAMES[::-1])}, "class 0 must be 'dog', got 'cat'"),
     ({"tuned": replace(head(), classnames=NAMES[::-1])}, "class 0 must be 'dog', got 'cat'"),
@@ -691,6 +694,14 @@ BAD_TUNE = [
     ({"template": "a photo"}, "exactly one {}"),
     ({"template": "{}"}, "at least one word before {}"),
 ]
+
+
+@pytest.mark.parametrize("template", ["{} texture.", "a centered satellite photo of {}."])
+def test_a_template_of_another_length_is_the_reference_and_the_plain_words_the_start(clip, template):
+    run = functools.partial(fit, clip, cache(), prompt(), epochs=1, batch_size=30, precision="float32")
+    start = run(zero_shot=template, tau=0.0).settings["start"]
+    assert start == run(tau=0.0).settings["start"]  # "a photo of a"
+    assert run(zero_shot=template).settings["zero_shot"] != run().settings["zero_shot"]
 
 
 def gap() -> FeatureCache:

@@ -1,0 +1,199 @@
+"""A linear head on as many features as ImageNet has: opening, choosing, stepping, testing, and the memory of it all.
+
+MERGETUNE_BENCH_ROWS=1281167 is ImageNet itself (1.3 GB of disk, ``--basetemp`` says where, and some minutes).
+
+TABLE
+
+Shapes: B batch, C classes, D embedding width, N rows of the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bench_cache import random_cache
+from measure import TASKS, WIDTH, Others, compare
+
+from mergetune import Dataset, FeatureCache, FrozenClip, Head, ImageList, fit, tune
+from mergetune.evaluate import accuracy
+from mergetune.objective import Objective, path_points
+
+ROWS = int(os.environ.get("MERGETUNE_BENCH_ROWS", 300_000))
+BATCH, CLASSES, MAX_RSS = 512, TASKS["imagenet"], 2_000_000_000
+SCALE, POINTS, LAM, BETA = 100.0, 5, 8.0, 0.5
+
+
+@pytest.fixture(scope="module", params=[1024, 16384], ids=lambda size: f"shards-of-{size}")
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache on disk; its class names are numbers."""
+    path = tmp_path_factory.mktemp("imagenet")
+    random_cache(path, ROWS, [f"number {i}" for i in range(CLASSES)], shard_size=request.param)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(path: Path) -> FeatureCache:
+    return FeatureCache.open(path)
+
+
+def images_of(cache: FeatureCache) -> ImageList:
+    return ImageList(cache.path, cache.files, tuple(cache.labels.tolist()), cache.classnames)
+
+
+def test_open(benchmark, path: Path) -> None:
+    """Everything that stands before the first row."""
+    manifest = path / "manifest.json"
+    compare(
+        benchmark,
+        f"open, {ROWS} images in {len(FeatureCache.open(path).shards)} shards",
+        lambda: FeatureCache.open(path),
+        baselines={"reading the whole manifest": lambda: json.loads(manifest.read_bytes())},
+        rounds=3,
+        manifest=manifest.stat().st_size,
+    )
+
+
+def test_select(benchmark, cache: FeatureCache) -> None:
+    """16 images of each class, drawn before."""
+    few = Dataset("imagenet", images_of(cache)).few_shot(16)
+    compare(benchmark, f"select, {len(few)} of {ROWS} images", lambda: cache.select(few), rounds=3)
+
+
+@pytest.mark.parametrize("stage", ["tune", "fit"])
+def test_step(benchmark, cache: FeatureCache, stage: str) -> None:
+    """What ``tune(method="head")`` and ``fit`` do for each batch, drawn from all rows."""
+    generator = torch.Generator().manual_seed(0)
+    w1 = torch.nn.functional.normalize(torch.randn(CLASSES, WIDTH, generator=generator), dim=-1)
+    path = {
+        "anchors": w1[None] + 0.01 * torch.randn(1, CLASSES, WIDTH, generator=generator),
+        "betas": torch.tensor([BETA]),
+        "alphas": path_points("even", POINTS),
+        "w1": w1,
+        "lam": LAM,
+    }
+    objective = Objective(encode=lambda w: w, scale=SCALE, normalize=False, **(path if stage == "fit" else {}))
+    parameter = w1.clone().requires_grad_()
+    optimizer = torch.optim.SGD([parameter], lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    order = torch.randperm(ROWS, generator=generator)
+    batches = iter(order.repeat(8).split(BATCH))
+    x = cache.rows(order[:BATCH])
+
+    def step(rows: torch.Tensor, index: torch.Tensor) -> None:
+        loss, _ = objective(parameter, rows, cache.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def drawn() -> None:
+        index = next(batches)
+        step(cache.rows(index), index)
+
+    way = "mapped" if cache.opened is None else "read"
+    compare(
+        benchmark,
+        f"{stage} a head, one step, B {BATCH}, C {CLASSES}, from {len(cache.shards)} shards, {way}",
+        drawn,
+        baselines={"the same batch every time": lambda: step(x, order[:BATCH])},
+        floors={
+            "the rows alone": lambda: cache.rows(next(batches)),
+            "its GEMMs": lambda: (x @ w1.T).T @ x,
+        },
+        rounds=31,
+    )
+
+
+def test_accuracy(benchmark, cache: FeatureCache) -> None:
+    """Over all rows, in order."""
+    weights = torch.randn(CLASSES, WIDTH)
+    x = torch.randn(2048, WIDTH)
+    compare(
+        benchmark,
+        f"accuracy of a head, {ROWS} images, from {len(cache.shards)} shards",
+        lambda: accuracy(weights, cache),
+        floors={"its GEMMs": lambda: [x @ weights.T for _ in range(ROWS // len(x))]},
+        rounds=3,
+    )
+
+
+def test_memory(benchmark, path: Path) -> None:
+    """A process of its own: imports, a ViT-B/16, opening, an epoch of ``tune``, one of ``fit``, and a test."""
+    others, began = Others(), time.perf_counter()
+    command = [sys.executable, __file__, str(path)]
+    run = benchmark.pedantic(lambda: subprocess.run(command, capture_output=True, text=True, check=True), rounds=1)
+    phases = json.loads(run.stdout)
+    title = f"a head on {ROWS} x {WIDTH}, whole run"
+    most = max(phase["peak_rss"] for phase in phases.values())
+    benchmark.extra_info |= {
+        "title": title,
+        "seconds": {title: time.perf_counter() - began},
+        "fastest": {title: time.perf_counter() - began},
+        "baselines": [],
+        "floors": [],
+        "other_cpus": others.cpus(),
+        "peak_bytes": {title: most},
+        "phases": phases,
+    }
+    assert most < MAX_RSS, phases
+
+
+class Phases:
+    """Seconds and peak memory of one part of a process after the other, from Linux's account."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, dict[str, float]] = {}
+        self.anonymous, self.began = 0, time.perf_counter()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:  # the kernel keeps no peak of this one
+            self.anonymous = max(self.anonymous, self._of_status("RssAnon"))
+            time.sleep(0.005)
+
+    def end(self, name: str) -> None:
+        seconds = time.perf_counter() - self.began
+        peaks = {"peak_rss": self._of_status("VmHWM"), "peak_anonymous": self.anonymous}
+        self.done[name] = {"seconds": seconds, **peaks}
+        Path("/proc/self/clear_refs").write_text("5")
+        self.anonymous, self.began = 0, time.perf_counter()
+
+    def _of_status(self, which: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(which)).split()[1]) * 1024
+
+
+def whole_run(path: Path) -> dict[str, dict[str, float]]:
+    """What :func:`test_memory` does in its own process."""
+    import open_clip
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    phases = Phases()
+    phases.end("imports")
+    torch.manual_seed(0)
+    clip = FrozenClip(open_clip.create_model("ViT-B-16"), open_clip.get_tokenizer("ViT-B-16"), "ViT-B-16/random")
+    phases.end("CLIP")
+    cache = FeatureCache.open(path)
+    phases.end("open")
+    head = Head.zero_shot(clip, cache.classnames)
+    phases.end("zero-shot weights")
+    training = {"epochs": 1, "batch_size": BATCH, "warmup_epochs": 0}
+    tuned = tune(clip, cache, method="head", lr=1e-4, **training)
+    phases.end("tune")
+    merged = fit(clip, cache, tuned.solution, zero_shot=head, lr=1e-4, **training)
+    phases.end("fit")
+    accuracy(merged.solution.weight, cache)
+    phases.end("accuracy")
+    phases.done["tune"]["ms_per_step"] = tuned.timings["ms_per_step"]
+    phases.done["fit"]["ms_per_step"] = merged.timings["ms_per_step"]
+    return phases.done
+
+
+if __name__ == "__main__":
+    print(json.dumps(whole_run(Path(sys.argv[1]))))
