@@ -3,6 +3,7 @@
 from mergetune.clip import FrozenClip, load_clip
 from mergetune.curvature import fisher_diagonal
 from mergetune.data import Dataset, ImageFolder, ImageList, coop_split, image_table
+from mergetune.datasets import DATASETS, CoOpDataset, check_dataset
 from mergetune.evaluate import (
     accuracy,
     base_to_novel,
@@ -15,15 +16,20 @@ from mergetune.evaluate import (
 )
 from mergetune.features import FeatureCache, cache_features
 from mergetune.fit import FitResult, fit, tune
+from mergetune.folder import FolderResult, fit_dataset
 from mergetune.geometry import connectivity, path, plot
 from mergetune.solutions import Head, Prompt, interpolate, load_solution
+from mergetune.templates import templates_for
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DATASETS",
+    "CoOpDataset",
     "Dataset",
     "FeatureCache",
     "FitResult",
+    "FolderResult",
     "FrozenClip",
     "Head",
     "ImageFolder",
@@ -32,12 +38,14 @@ __all__ = [
     "accuracy",
     "base_to_novel",
     "cache_features",
+    "check_dataset",
     "classifier",
     "connectivity",
     "coop_split",
     "evaluate",
     "fisher_diagonal",
     "fit",
+    "fit_dataset",
     "harmonic_mean",
     "image_table",
     "interpolate",
@@ -47,6 +55,7 @@ __all__ = [
     "path",
     "plot",
     "summarise",
+    "templates_for",
     "tune",
     "weight_average",
 ]

@@ -6,15 +6,20 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from typer.core import TyperCommand
 
 app = typer.Typer(
     help="Give a fine-tuned CLIP its zero-shot ability back (MERGETUNE, arXiv 2601.10497).",
@@ -36,6 +41,10 @@ Backbone = Annotated[str, BACKBONE]
 Pretrained = Annotated[str | None, PRETRAINED]
 Device = Annotated[str, DEVICE]
 Json = Annotated[bool, JSON]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", help="Of benchmark datasets in CoOp's layout: the images are then one's name, as dtd."),
+]
 
 
 @contextmanager
@@ -63,8 +72,7 @@ def demo(
     from mergetune.demo import run_demo
 
     with _errors():
-        say = (lambda line: None) if as_json else (lambda line: err.print(f"[dim]{line}[/]"))
-        result = run_demo(folder, seeds=seeds, report=say)
+        result = run_demo(folder, seeds=seeds, report=_say(as_json))
     if as_json:
         _print_json(result.to_json())
         return
@@ -125,7 +133,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def cache(
-    images: Annotated[Path, typer.Argument(help="Folder of class folders, or a .csv/.json list.")],
+    images: Annotated[Path, typer.Argument(help="Folder of class folders, a .csv/.json list; with --root a name.")],
     folder: Annotated[Path, typer.Option("--out", help="The caches: one folder each for train, val and test.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
@@ -133,6 +141,7 @@ def cache(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     views: Annotated[int, typer.Option(help="Views of each image; all but the first are augmented.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    root: Root = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
     skip_unreadable: Annotated[bool, typer.Option(help="Leave unreadable images out instead of stopping.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Rebuild a cache of other images or another model.")] = False,
@@ -142,7 +151,7 @@ def cache(
     import mergetune as mt
 
     with _errors():
-        data = _read_images(images)
+        data = _read_images(images, root)
         clip = mt.load_clip(backbone, pretrained, device=device)
         report = {}
         for split in ("train", "val", "test"):
@@ -197,17 +206,29 @@ def tune(
 
 @app.command()
 def fit(
-    features: Annotated[Path, CACHE],
-    tuned: Annotated[
-        list[str], typer.Option("--tuned", help="Saved solution or CoOp checkpoint; several for several anchors.")
-    ],
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the solution and its report.")],
     backbone: Backbone,
+    images: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of class folders, or a .csv/.json list: the whole way, in one command."),
+    ] = None,
+    features: Annotated[Path | None, typer.Option("--cache", help="Instead of images: a feature cache.")] = None,
+    tuned: Annotated[
+        list[str],
+        typer.Option(
+            "--tuned",
+            help="Saved solution or CoOp checkpoint; several for several anchors. With images none "
+            "is needed: stage 1 makes it.",
+        ),
+    ] = [],  # noqa: B006
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the solution and its report; out/NAME OF THE IMAGES.")
+    ] = None,
     pretrained: Pretrained = None,
     device: Device = "cpu",
     classes: Annotated[str, SPLIT] = "all",
     shots: Annotated[int | None, typer.Option(min=1, help="Images a class; all if not given.")] = None,
     template: Annotated[list[str], typer.Option(help=TEMPLATES)] = ["a photo of a {}."],  # noqa: B006
+    method: Annotated[str, typer.Option(help="Stage 1 on images: coop, kgcoop or head.")] = "coop",
     lam: Annotated[float, typer.Option(help="Weight of the zero-shot surrogate.")] = 8.0,
     beta: Annotated[list[float], typer.Option(help="Weight of the path to each --tuned.")] = [0.5],  # noqa: B006
     tau: Annotated[float, typer.Option(help="Start: 0 at zero-shot, 1 at the fine-tuned solution.")] = 0.3,
@@ -215,25 +236,60 @@ def fit(
     grid: Annotated[str, typer.Option(help="even, official or random.")] = "even",
     surrogate: Annotated[str, typer.Option(help="identity, fisher, cosine or l2.")] = "identity",
     space: Annotated[str, typer.Option(help="embedding or parameter.")] = "embedding",
-    epochs: Annotated[int, typer.Option()] = 50,
+    epochs: Annotated[int, typer.Option(help="Of stage 1 too, where it is run.")] = 50,
     batch_size: Annotated[int, typer.Option()] = 128,
     lr: Annotated[float, typer.Option()] = 2e-3,
     seed: Annotated[int, typer.Option()] = 1,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU: capture a step, replay it.")] = False,
+    root: Root = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Stage 2, MERGETUNE. Killed, the same command goes on from its last epoch."""
+    """Stage 2, MERGETUNE: on a feature cache, or on a folder of images with everything before and after it.
+
+    mergetune fit photos/ --backbone ViT-B-32 --pretrained laion2b_s34b_b79k --shots 16
+
+    caches the images, fine-tunes, repairs, tests, and leaves solution, report and figure. Killed, the same command goes
+    on from its last epoch.
+    """
     import mergetune as mt
 
+    options = {
+        "lam": lam, "beta": beta if len(beta) > 1 else beta[0], "tau": tau, "points": points, "grid": grid,
+        "surrogate": surrogate, "space": space, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+        "cuda_graph": cuda_graph,
+    }  # fmt: skip
     with _errors():
+        if (images is None) == (features is None):
+            raise ValueError(f"give a folder of images or --cache, one of them, got {images} and {features}")
+        if images is None and not (tuned and folder):
+            raise ValueError("--tuned and --out are needed with --cache")
+        folder = folder or Path("out") / (images.resolve().stem if images else "")
+        data = _read_images(images, root) if images else _open(features, classes, shots=shots, seed=seed)
         clip = mt.load_clip(backbone, pretrained, device=device)
-        data = _open(features, classes, shots=shots, seed=seed)
-        result = mt.fit(
-            clip, data, [_solution(path) for path in tuned], zero_shot=template, lam=lam, beta=beta if len(beta) > 1
-            else beta[0], tau=tau, points=points, grid=grid, surrogate=surrogate, space=space, epochs=epochs,
-            batch_size=batch_size, lr=lr, seed=seed, resume=folder,
-        )  # fmt: skip
-        result.save(folder)
-    _finish(as_json, _record(result), f"solution in {folder}", {"train": result.history[-1]})
+        solutions = [_solution(path) for path in tuned]
+        if images is None:
+            result = mt.fit(clip, data, solutions, zero_shot=template, seed=seed, resume=folder, **options)
+            result.save(folder)
+        else:
+            found = mt.fit_dataset(
+                clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
+                template=template[0] if len(template) == 1 else template, seed=seed, tune_options={"epochs": epochs},
+                fit_options=options, cache_options={"workers": workers}, report=_say(as_json),
+            )  # fmt: skip
+    if images is None:
+        _finish(as_json, _record(result), f"solution in {folder}", {"train": result.history[-1]})
+    elif os.environ.get("RANK", "0") != "0":
+        return
+    elif as_json:
+        _print_json(found.to_json())
+    else:
+        table = _table("accuracy on test images (%)", *found.reports)
+        for name in next(iter(found.reports.values())):
+            style = "bold" if name == "MERGETUNE" else None
+            table.add_row(name, *(f"{reports[name].accuracy:.2f}" for reports in found.reports.values()), style=style)
+        out.print(table)
+        out.print(f"Solution, report.json, paths.png: {folder}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command("eval")
@@ -294,10 +350,18 @@ def path(
     points: Annotated[int, typer.Option(min=2)] = 21,
     space: Annotated[str, typer.Option(help="embedding or parameter.")] = "embedding",
     figure: Annotated[Path, typer.Option(help="Where the figure goes: .png, .pdf or .svg.")] = Path("paths.png"),
+    plane: Annotated[
+        Path | None, typer.Option(help="Also a figure of the plane through the three: .png, .pdf or .svg.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also paths, plane and curvature as one HTML file.")] = None,
+    curvature: Annotated[
+        int, typer.Option(min=0, help="Of the report: points on each path where the Hessian is looked at; 0 for none.")
+    ] = 5,
     as_json: Json = False,
 ) -> None:
     """Loss, accuracy and barriers on the paths between zero-shot, fine-tuned and merged solution, with a figure."""
     import mergetune as mt
+    from mergetune import geometry
 
     with _errors():
         clip = mt.load_clip(backbone, pretrained, device=device)
@@ -308,24 +372,223 @@ def path(
             mt.Head.zero_shot(clip, data.classnames, template) if head else mt.Prompt.from_template(clip, template)
         )
         walks = mt.connectivity(clip, zero_shot, start, merged, data, points=points, space=space)
-        mt.plot({f"{classes} classes": walks}, figure)
+        images, way = f"{classes} classes", {"zero-shot": zero_shot, "MERGETUNE": merged, "fine-tuned": start}
+        mt.plot({images: walks}, figure)
+        found = {name: walk.to_json() for name, walk in walks.items()}
+        planes, spectra = {}, {}
+        if plane or report:
+            three = {name: way[name] for name in ("zero-shot", "fine-tuned", "MERGETUNE")}
+            planes[images] = geometry.plane(clip, three, data, space=space)
+            found["plane"] = planes[images].to_json()
+        if plane:
+            geometry.plot_plane(planes, plane)
+        if report and curvature:
+            spectra[images] = geometry.spectrum(clip, way, data, points=curvature, space=space)
+            found["curvature"] = spectra[images].to_json()
+        if report:
+            settings = {
+                "backbone": clip.name, "cache": features, "images": len(data), "classes": len(data.classnames),
+                "fine-tuned": tuned, "MERGETUNE": solution, "template": template, "space": space,
+            }  # fmt: skip
+            geometry.report(report, {images: walks}, planes=planes, spectra=spectra, settings=settings)
     if as_json:
-        _print_json({name: walk.to_json() for name, walk in walks.items()})
+        _print_json(found)
         return
     table = _table("", "loss at start", "highest", "at end", "barrier")
     for name, walk in walks.items():
         table.add_row(name, *(f"{v:.4f}" for v in (walk.loss[0], max(walk.loss), walk.loss[-1], walk.barrier)))
     out.print(table)
-    out.print(f"Figure: {figure}", highlight=False, soft_wrap=True, markup=False)
+    for name, file in (("Figure", figure), ("Plane", plane), ("Report", report)):
+        if file:
+            out.print(f"{name}: {file}", highlight=False, soft_wrap=True, markup=False)
+
+
+class _Lists(TyperCommand):
+    """Options that may be given several times take several values at once too: ``--seed 1 2 3``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        spread, current = [], None
+        for arg in args:
+            if arg.startswith("-"):
+                current = arg if arg in several else None
+            elif current is not None and spread[-1] != current:
+                spread.append(current)
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_Lists)
+def reproduce(
+    protocol: Annotated[str, typer.Argument(help="base-to-novel, cross-dataset, domain, few-shot or robust.")],
+    root: Annotated[Path, typer.Option("--root", help="The datasets' folders, in CoOp's layout (DATASETS.md).")],
+    folder: Annotated[Path, typer.Option("--out", help="Results, caches and solutions. What is there is used again.")],
+    backbone: Backbone,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    datasets: Annotated[list[str], typer.Option("--datasets", help="Some only, by CoOp's names.")] = [],  # noqa: B006
+    methods: Annotated[list[str], typer.Option("--method", help="coop, kgcoop, head.")] = [],  # noqa: B006
+    seeds: Annotated[list[int], typer.Option("--seeds")] = [1, 2, 3],  # noqa: B006
+    shots: Annotated[list[int], typer.Option("--shots", help="Images a class.")] = [],  # noqa: B006
+    templates: Annotated[
+        str, typer.Option(help="coop, kgcoop, official, clip-ensemble or coop-ensemble.")
+    ] = "official",
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Stage 1 from files: a path with {dataset}, {method}, {shots}, {seed} in it.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of both stages, instead of 50.")] = None,
+    lam: Annotated[float, typer.Option(help="Weight of the zero-shot surrogate.")] = 8.0,
+    beta: Annotated[float, typer.Option(help="Weight of the path to the tuned solution.")] = 0.5,
+    tau: Annotated[float, typer.Option(help="Start: 0 at zero-shot, 1 at the tuned solution.")] = 0.3,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """An experiment of the paper, from images to table and figure. Interrupted, the same command goes on.
+
+    Options that may be repeated take several values: --seeds 1 2 3. Under torchrun the ranks share the work.
+    """
+    import mergetune as mt
+    from mergetune import protocols
+
+    with _errors():
+        runs = protocols.plan(protocol, datasets=datasets, methods=methods, seeds=seeds, shots=shots)
+        both = {} if epochs is None else {"epochs": epochs}
+        experiment = protocols.Experiment(
+            root=root, out=folder, templates=templates, checkpoints=checkpoints, tune=both,
+            fit=both | {"lam": lam, "beta": beta, "tau": tau}, cache={"workers": workers},
+        )  # fmt: skip
+        protocols.check_data(runs, root)  # before the model is loaded
+        load = partial(mt.load_clip, backbone, pretrained, device=device)
+        if dry_run:
+            found = protocols.forecast(runs, experiment, load())
+            _forecast(found, as_json)
+            return
+        records = protocols.reproduce(runs, experiment, load, processes=processes)
+        if os.environ.get("RANK", "0") != "0":
+            return
+        lines = protocols.save_table(records, folder / protocol)
+    if as_json:
+        _print_json([line.to_json() for line in lines])
+        return
+    columns = list(lines[0].values)
+    table = _table("dataset, stage 1, solution", *columns)
+    for line in lines:
+        style = "bold" if line.solution == "MERGETUNE" else None
+        table.add_row(f"{line.dataset}, {line.method}, {line.solution}", *map(line.show, columns), style=style)
+        if line.published:
+            apart = {c: f"{p:.2f} ({line.values[c] - p:+.2f})" for c, p in line.published.items()}
+            table.add_row("  published, eleven datasets", *(apart.get(c, "") for c in columns), style="dim")
+    out.print(table)
+    out.print(f"Table, figure and runs: {folder / protocol}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def merge(
+    method: Annotated[str | None, typer.Argument(help="One of `mergetune merge --list`.")] = None,
+    experts: Annotated[
+        list[str] | None, typer.Argument(help="Solutions: saved folders, CoOp checkpoints; or .safetensors files.")
+    ] = None,
+    out_path: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the solution, or .safetensors file.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help='Zero-shot text with {}, a saved folder, or a file. "a photo of a {}." if needed.'),
+    ] = None,
+    option: Annotated[list[str], typer.Option("-o", "--option", help="name=value, of the method.")] = [],  # noqa: B006
+    backbone: Annotated[str | None, BACKBONE] = None,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    features: Annotated[Path | None, CACHE] = None,
+    classes: Annotated[str, SPLIT] = "all",
+    shots: Annotated[int | None, typer.Option(help="Of the cache, images a class.")] = None,
+    seed: Annotated[int, typer.Option(help="Of that draw.")] = 1,
+    listing: Annotated[bool, typer.Option("--list", help="The methods: needs, meaningful on, source.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge solutions, or state dicts in files, afterwards: TIES, DARE, WiSE-FT and the others.
+
+    mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." --backbone ... -o density=0.3
+    """
+    import mergetune as mt
+    from mergetune import catalogue
+
+    if listing:
+        entries = catalogue.catalogue()
+        if as_json:
+            _print_json([asdict(entry) for entry in entries])
+            return
+        for entry in entries:
+            options = ", ".join(f"{name}={default}" for name, default in entry.options.items())
+            out.print(f"[bold]{entry.name}[/] {escape(entry.title)}, {entry.source}", highlight=False)
+            needs = f"needs: {entry.needs}\nfor: {entry.meaningful}\noptions: {options or 'none'}"
+            out.print(Padding(escape(needs), (0, 0, 0, 4)), highlight=False)
+        return
+    with _errors():
+        if not (method and experts and out_path):
+            raise ValueError("a method, at least one solution or file, and --out are needed; --list shows the methods")
+        options = catalogue.parse_options(method, option)
+        files = [path.endswith(".safetensors") for path in experts]
+        if any(files) and not all(files):
+            raise ValueError(f"experts must be all solutions or all .safetensors files, got {', '.join(experts)}")
+        if all(files):
+            if features is not None:
+                raise ValueError("--cache goes with solutions, not with files of tensors")
+            catalogue.merge_files(method, base, experts, out_path, options)
+            notes: dict[str, Any] = {"merged": catalogue.find(method), "base": base, "experts": experts}
+        else:
+            data = None if features is None else _open(features, classes, shots=shots, seed=seed)
+            solutions = [_solution(path, data) for path in experts]
+            start: Any = None
+            if base is not None and "{}" not in base:
+                start = _solution(base, data)
+            needed = start is None and (base or catalogue.needs_base(method, len(solutions), options))
+            clip = mt.load_clip(backbone, pretrained, device=device) if backbone else None
+            if (needed or data is not None) and clip is None:
+                raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
+            if needed:
+                start = catalogue.zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
+            merged = catalogue.merge_solutions(method, solutions, base=start, clip=clip, features=data, options=options)
+            merged.save(out_path)
+            notes = merged.notes | {"base": base, "experts": experts}
+    if as_json:
+        _print_json(notes | {"out": str(out_path)})
+    else:
+        out.print(f"{notes['merged']} of {len(experts)}: {out_path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _forecast(found: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(found.to_json())
+        return
+    table = _table("cache", "images to encode")
+    for name, images in found.images.items():
+        table.add_row(name, str(images) if images else "is there")
+    out.print(table)
+    minutes = lambda seconds: f"{seconds / 60:.1f} min"  # noqa: E731
+    out.print(
+        f"{found.runs} runs, {found.finished} of them finished. Encoding about {minutes(found.seconds_encoding)}, "
+        f"training about {minutes(found.seconds_training)}, one after the other on this machine.",
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
 
 
 # -- shared by the commands -------------------------------------------------------------------------------------------
 
 
-def _read_images(path: Path) -> Any:
-    """A folder of class folders, a table, or one of CoOp's split files."""
+def _say(as_json: bool) -> Callable[[str], None]:
+    """Tells what is about to be done, to people."""
+    return (lambda line: None) if as_json else (lambda line: err.print(f"[dim]{escape(line)}[/]"))
+
+
+def _read_images(path: Path, root: Path | None = None) -> Any:
+    """A folder of class folders, a table, one of CoOp's split files, or with a root the name of a benchmark dataset."""
     import mergetune as mt
 
+    if root is not None:
+        return mt.CoOpDataset(str(path), root)
     if path.is_dir():
         return mt.ImageFolder(path)
     if path.suffix == ".json" and path.name.startswith("split_zhou_"):
@@ -349,10 +612,13 @@ def _open(folder: Path, classes: str, *, shots: int | None = None, seed: int = 1
     return cache.select(data.few_shot(shots, seed))
 
 
-def _solution(path: str) -> Any:
-    """A saved solution, or else a checkpoint of CoOp's family."""
+def _solution(path: str, features: Any = None) -> Any:
+    """A saved solution, or else a checkpoint of CoOp's family; features name the classes of class-specific contexts."""
     import mergetune as mt
+    from mergetune.protocols import load_checkpoint
 
+    if features is not None:
+        return load_checkpoint(Path(path), "coop", features.classnames)
     return mt.load_solution(path) if (Path(path) / "solution.json").is_file() else mt.Prompt.from_checkpoint(path)
 
 

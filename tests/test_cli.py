@@ -6,6 +6,7 @@ import zipfile
 from importlib.resources import as_file, files
 
 import pytest
+from miniature import write_miniature
 from typer.testing import CliRunner
 
 from mergetune.cli import app
@@ -86,6 +87,27 @@ def test_fit_again_gives_the_same_and_other_settings_are_refused(work, model):
     assert refused.exit_code == 2 and "lam" in refused.stderr
 
 
+def test_fit_takes_a_folder_of_images_the_whole_way(work, model, tmp_path):
+    arguments = ["fit", work / "images", "--backbone", model, "--shots", 4, "--epochs", 2, "--classes", "base"]
+    report = run(*arguments, "--out", tmp_path / "all")
+    assert report["reports"].keys() == {"base", "novel"} and (tmp_path / "all" / "paths.png").is_file()
+    assert set(report["reports"]["novel"]["MERGETUNE"]["per_class"]) == {"camera", "heart"}
+    assert report["settings"]["epochs"] == 2 and len(
+        json.loads((tmp_path / "all" / "result.json").read_text())["history"]
+    )
+    test = ["--cache", tmp_path / "all" / "cache" / "test", "--backbone", model, "--base-novel"]
+    found = run("eval", *test, "--solution", tmp_path / "all")[str(tmp_path / "all")]
+    assert found["novel"]["accuracy"] == report["reports"]["novel"]["MERGETUNE"]["accuracy"]
+    given = run(*arguments, "--out", tmp_path / "given", "--tuned", tmp_path / "all" / "tuned")
+    assert given["reports"] == report["reports"] and not (tmp_path / "given" / "tuned").exists()
+    head = invoke(
+        "fit", work / "images", "--backbone", model, "--method", "head", "--epochs", 1, "--out", tmp_path / "h"
+    )
+    assert head.exit_code == 0 and "MERGETUNE" in head.stdout
+    both = invoke(*arguments, "--cache", work / "cache" / "train")
+    assert both.exit_code == 2 and "give a folder of images or --cache, one of them" in " ".join(both.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,6 +143,14 @@ def test_cache_names_an_unreadable_image_and_can_skip_it(work, model, tmp_path):
     refused = invoke(*arguments)
     assert refused.exit_code == 2 and broken.name in "".join(refused.stderr.split())
     assert run(*arguments, "--skip-unreadable")["train"]["skipped"] == 1
+
+
+def test_a_benchmark_dataset_is_taken_by_name(model, tmp_path):
+    write_miniature(tmp_path, "eurosat", images_per_class=8, classes=2, size=48)
+    report = run("cache", "EuroSAT", "--root", tmp_path, "--out", tmp_path / "cache", "--backbone", model)
+    assert {split: found["classes"] for split, found in report.items()} == {"train": 2, "val": 2, "test": 2}
+    refused = invoke("cache", "dtd", "--root", tmp_path, "--out", tmp_path / "other", "--backbone", model)
+    assert refused.exit_code == 2 and "split_zhou_DescribableTextures.json" in refused.stderr
 
 
 def test_doctor_is_healthy():
