@@ -14,11 +14,13 @@ from mergetune.evaluate import (
     summarise,
     weight_average,
 )
+from mergetune.exports import push_to_hub, to_coop, to_head, to_hub, zero_shot_classifier
+from mergetune.feature_files import read_features
 from mergetune.features import FeatureCache, cache_features
 from mergetune.fit import FitResult, fit, tune
 from mergetune.folder import FolderResult, fit_dataset
 from mergetune.geometry import connectivity, path, plot
-from mergetune.solutions import Head, Prompt, interpolate, load_solution
+from mergetune.solutions import Head, Prompt, interpolate, load_solution, open_solution
 from mergetune.templates import templates_for
 
 __version__ = "0.1.0"
@@ -52,10 +54,17 @@ __all__ = [
     "load_clip",
     "load_solution",
     "logit_ensemble",
+    "open_solution",
     "path",
     "plot",
+    "push_to_hub",
+    "read_features",
     "summarise",
     "templates_for",
+    "to_coop",
+    "to_head",
+    "to_hub",
     "tune",
     "weight_average",
+    "zero_shot_classifier",
 ]

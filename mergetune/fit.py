@@ -113,6 +113,7 @@ def tune(
     template: str = "a photo of a {}.",
     n_ctx: int | None = None,
     class_specific: bool = False,
+    position: str = "end",
     zero_shot: str | Sequence[str] | None = None,
     kg_weight: float = 8.0,
     epochs: int = 50,
@@ -137,6 +138,7 @@ def tune(
         template: the text whose words the context starts from; for a head its zero-shot text.
         n_ctx: a random start with so many context tokens instead.
         class_specific: a context of its own for every class.
+        position: of the class name, "end", "middle" or "front" (CoOp's CLASS_TOKEN_POSITION).
         zero_shot: templates of the class embeddings that KgCoOp stays near and a head starts from; None: ``template``.
         kg_weight: KgCoOp's weight.
         epochs, batch_size, lr: CoOp's are 50, 32, 2e-3.
@@ -164,10 +166,12 @@ def tune(
     if method == "head":
         start: Solution = Head.zero_shot(clip, features.classnames, near)
     elif n_ctx is None:
-        start = Prompt.from_template(clip, template)
+        start = Prompt.from_template(clip, template, position=position)
         start = start.per_class(features.classnames) if class_specific else start
     else:
-        start = Prompt.random(clip, n_ctx, features.classnames if class_specific else None, seed=seed)
+        start = Prompt.random(
+            clip, n_ctx, features.classnames if class_specific else None, seed=seed, position=position
+        )
     objective = Objective(
         encode=start.encoder(clip, features.classnames, precision=PRECISIONS[precision]),
         scale=start.scale(clip),
@@ -183,6 +187,7 @@ def tune(
         "template": template,
         "n_ctx": n_ctx,
         "class_specific": class_specific,
+        "position": position,
         "zero_shot": list(near) if method != "coop" else None,
         "kg_weight": kg_weight if method == "kgcoop" else None,
         "precision": precision,
@@ -309,7 +314,7 @@ def fit(
     )
     settings = {
         "stage": "fit",
-        "tuned": [_digest(anchor.parameter, getattr(anchor, "template", "")) for anchor in anchors],
+        "tuned": [_digest(anchor.parameter, *_text(anchor)) for anchor in anchors],
         "zero_shot": _digest(w1),
         "lam": lam,
         "beta": betas,
@@ -364,6 +369,11 @@ def _zero_shot(
             "tokens before {}, or tau=1 to start at tuned"
         )
     return w1, fitting[0].parameter
+
+
+def _text(solution: Solution) -> tuple[str, ...]:
+    """What a prompt's embeddings depend on beside its context."""
+    return (solution.template, solution.position) if isinstance(solution, Prompt) else ()
 
 
 def _starts_with_words(template: str) -> bool:

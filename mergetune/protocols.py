@@ -29,7 +29,7 @@ from mergetune.evaluate import Classifier, accuracy, classifier, harmonic_mean, 
 from mergetune.features import FeatureCache, cache_features, torchrun_team
 from mergetune.files import write_atomically
 from mergetune.fit import fit, tune
-from mergetune.solutions import Prompt, Solution, load_solution
+from mergetune.solutions import Solution, open_solution
 from mergetune.templates import templates_for
 
 ELEVEN = (
@@ -316,7 +316,7 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> dict[str, An
         tuned.save(folder / "tuned")
         tuned = tuned.solution
     else:
-        tuned = load_checkpoint(checkpoint, run.method, features.classnames)
+        tuned = open_solution(checkpoint, classnames=features.classnames)
     stage_2 = {"zero_shot": templates, "resume": folder / "merged"}
     merged = fit(clip, features, tuned, **common | stage_2 | experiment.fit)
     merged.save(folder / "merged")
@@ -346,20 +346,6 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> dict[str, An
     }
     write_atomically(folder / "run.json", f"{json.dumps(record, indent=1)}\n".encode())
     return json.loads(json.dumps(record))
-
-
-def load_checkpoint(path: Path, method: str, classnames: Sequence[str]) -> Solution:
-    """A solution that mergetune saved, or a checkpoint of CoOp's family."""
-    if (path / "solution.json").is_file():
-        return load_solution(path)
-    if method == "head":
-        raise ValueError(f"checkpoints of heads must be saved solutions, got {path} without solution.json")
-    try:
-        return Prompt.from_checkpoint(path)
-    except ValueError as error:
-        if "classnames must be given" not in str(error):
-            raise
-        return Prompt.from_checkpoint(path, classnames=classnames)
 
 
 def _solutions(clip: FrozenClip, zero_shot: Classifier, tuned: Solution, merged: Solution) -> dict[str, Classifier]:

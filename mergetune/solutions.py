@@ -128,14 +128,15 @@ class Prompt:
             path: the file, or its folder; see :func:`mergetune.checkpoints.read_prompt`.
             template: the text that it was trained with, one token before ``{}`` for each context vector; None is CoOp's
                 "X X X X {}.".
-            classnames: the classes of a class-specific context, in the order of training (CoOp: sorted labels).
+            classnames: the classes of a class-specific context, in the order of training (CoOp: sorted labels); not
+                looked at for a shared one.
             position: the run's TRAINER.COOP.CLASS_TOKEN_POSITION, which the file does not tell; KgCoOp has "end" only.
         """
         found = read_prompt(path)
         return cls(
             ctx=found.ctx,
             template=placeholder_template(found.ctx.shape[-2]) if template is None else template,
-            classnames=None if classnames is None else tuple(classnames),
+            classnames=None if classnames is None or found.ctx.ndim == 2 else tuple(classnames),
             notes={"checkpoint": found.file.name, "epoch": found.epoch},
             position=position,
         )
@@ -393,6 +394,33 @@ def load_solution(path: str | Path) -> Solution:
     if kind not in kinds:
         raise ValueError(f"{Path(path) / CONFIG}: kind must be one of {', '.join(kinds)}, got {kind!r}")
     return kinds[kind].load(path)
+
+
+def open_solution(
+    path: str | Path, *, classnames: Sequence[str] | None = None, template: str | None = None, position: str = "end"
+) -> Solution:
+    """A solution in any form that is read: saved by mergetune, a checkpoint of CoOp's family, or a head's file.
+
+    Args:
+        path: a folder with ``solution.json``; a checkpoint or its folder, see :meth:`Prompt.from_checkpoint`; or a head
+            in .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`.
+        classnames: the classes of a head or a class-specific context, by label, where the file does not name them.
+        template, position: of a prompt, see :meth:`Prompt.from_checkpoint`; a saved solution knows its own.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        return load_solution(path)
+    if path.suffix in (".npz", ".safetensors", ".pkl", ".joblib"):
+        return Head.from_checkpoint(path, classnames=classnames)
+    try:
+        return Prompt.from_checkpoint(path, template=template, classnames=classnames, position=position)
+    except ValueError as no_prompt:
+        if path.suffix not in (".pt", ".pth"):
+            raise
+        try:
+            return Head.from_checkpoint(path, classnames=classnames)
+        except ValueError as no_head:
+            raise ValueError(f"{path} must hold a prompt or a head: {no_prompt}; {no_head}") from no_head
 
 
 def interpolate(a: Solution, b: Solution, t: float) -> Solution:

@@ -1,14 +1,18 @@
 """The commands, from a folder of images to a report: what they print, what they leave, how they fail."""
 
 import json
+import os
+import pickle
 import shutil
 import zipfile
 from importlib.resources import as_file, files
 
 import pytest
+import torch
 from miniature import write_miniature
 from typer.testing import CliRunner
 
+from mergetune import load_solution, open_solution
 from mergetune.cli import app
 
 CLASSES = ("anchor", "bell", "camera", "heart")
@@ -143,6 +147,50 @@ def test_cache_names_an_unreadable_image_and_can_skip_it(work, model, tmp_path):
     refused = invoke(*arguments)
     assert refused.exit_code == 2 and broken.name in "".join(refused.stderr.split())
     assert run(*arguments, "--skip-unreadable")["train"]["skipped"] == 1
+
+
+def test_what_is_exported_comes_back(work, model, tmp_path):
+    names, merged = tmp_path / "names.txt", work / "kgcoop"  # its text ends in ".", as CoOp's
+    names.write_text("anchor\nbell\n")
+    more = ["--backbone", model, "--classnames", names]
+    for form, target in (("coop", "coop"), ("head", "head.npz"), ("classifier", "zs.pt"), ("hub", "hub")):
+        done = invoke("export", merged, "--to", form, "--out", tmp_path / target, *more)
+        assert done.exit_code == 0, done.stderr
+    test = ["--cache", work / "cache" / "test", "--backbone", model, "--classes", "base"]
+    forms = [tmp_path / name for name in ("coop", "head.npz", "hub")]
+    report = run("eval", *test, *(a for path in (merged, *forms) for a in ("--solution", path)))
+    assert len({report[str(path)]["accuracy"] for path in (merged, *forms)}) == 1
+    assert tuple(torch.load(tmp_path / "zs.pt", weights_only=True).shape) == (128, 2)
+    refused = invoke("export", merged, "--to", "coop", "--out", tmp_path / "x")
+    assert refused.exit_code == 2 and "--backbone is needed for coop" in refused.stderr
+
+
+def test_a_pickled_head_is_converted_without_running_it(tmp_path):
+    torch.save(torch.nn.Linear(4, 3), tmp_path / "head.pt")
+    done = invoke("convert", tmp_path / "head.pt", tmp_path / "head.safetensors")
+    assert done.exit_code == 0 and "weight, bias" in done.stdout
+    assert open_solution(tmp_path / "head.safetensors", classnames=["a", "b", "c"]).weight.shape == (3, 4)
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert invoke("convert", tmp_path / "bad.pt", tmp_path / "out.safetensors").exit_code == 2
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_the_class_names_position_of_a_checkpoint_matters(work, model, tmp_path):
+    tuned = load_solution(work / "coop")
+    torch.save({"state_dict": {"ctx": tuned.ctx}, "epoch": 3}, tmp_path / "model.pth.tar-3")
+    test = ["--cache", work / "cache" / "test", "--backbone", model, "--solution", tmp_path / "model.pth.tar-3"]
+    weights = {p: run("eval", *test, "--position", p)[str(tmp_path / "model.pth.tar-3")] for p in ("end", "front")}
+    assert weights["end"] != weights["front"]
+    wrong = invoke("eval", *test, "--position", "back")
+    assert wrong.exit_code == 2 and "position must be" in wrong.stderr
 
 
 def test_a_benchmark_dataset_is_taken_by_name(model, tmp_path):
