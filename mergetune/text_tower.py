@@ -53,6 +53,7 @@ class TextEncoder:
     context: int  # n
     prefix_positions: Tensor | None  # [S, W], of the context vectors in the prefix; None: nothing is shared
     chunks: tuple[PackedTexts, ...]
+    order: Tensor  # [C], where each class lies in the chunks
 
     def __call__(self, ctx: Tensor) -> Tensor:
         """Class features, not normalised.
@@ -71,13 +72,13 @@ class TextEncoder:
         encode = self._encode
         tokens = len(ctx) * sum(len(chunk.rows) for chunk in self.chunks)
         if tokens > CHUNK_TOKENS and torch.is_grad_enabled() and ctx.requires_grad:
-            encode = partial(checkpoint, self._encode, use_reentrant=False)  # one piece's activations at a time
+            encode = partial(checkpoint, self._encode, use_reentrant=False, preserve_rng_state=False)  # one piece at a time
         chunks = []
         with torch.autocast(ctx.device.type, enabled=False):  # the tower has the precision that was asked for
             for chunk in self.chunks:
                 pieces = ctx.split(max(1, CHUNK_TOKENS // len(chunk.rows)))
                 chunks.append(torch.cat([encode(prompts, chunk) for prompts in pieces]))
-        return torch.cat(chunks, 1)[:, torch.cat([chunk.classes for chunk in self.chunks]).argsort()]
+        return torch.cat(chunks, 1)[:, self.order]
 
     def _encode(self, ctx: Tensor, packed: PackedTexts) -> Tensor:
         prompts = len(ctx)
@@ -154,6 +155,7 @@ def text_encoder(
         context=context,
         prefix_positions=position[first:begin] if behind_prefix else None,
         chunks=tuple(pack(order[chunk == c]) for c in chunk.unique()),
+        order=order.argsort(),
     )
 
 
