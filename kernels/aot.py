@@ -14,8 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 
 if __name__ == "__main__":  # before the kernels are imported: interpreted ones cannot be compiled
@@ -23,8 +25,7 @@ if __name__ == "__main__":  # before the kernels are imported: interpreted ones 
 
 import torch
 import triton
-from mergetune.kernels import lmc_loss
-from mergetune.kernels.lmc_loss import Config, lmc_loss_kernel
+from mergetune.kernels import lmc_loss, prefix_attention
 from triton.backends.compiler import GPUTarget
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block
@@ -36,6 +37,7 @@ VARIANTS = {  # what the compiler sees of a call
     "one class": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": False, "C": 1, "D": 1},  # ones are constants
     "cached dots": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": False, "KNOWN_DOTS": True},
 }
+WIDTHS = (32, 64, 80, 33, 5, 1)  # of heads; multiples of 16 can be loaded widely, ones are constants
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Resources:
     Attributes:
         kernel: its name.
         capability: 80, 90 or 100.
-        dtype, variant, config: what it was compiled for.
+        dtype, variant, config: what it was compiled for; None where nothing can be chosen.
         registers: a thread.
         spill_bytes: stored to and loaded from memory for want of registers.
         stack_bytes: local memory a thread.
@@ -56,7 +58,7 @@ class Resources:
     capability: int
     dtype: str
     variant: str
-    config: Config
+    config: lmc_loss.Config | prefix_attention.Config | None
     registers: int
     spill_bytes: int
     stack_bytes: int
@@ -68,7 +70,7 @@ class Resources:
         return not self.spill_bytes and not self.stack_bytes and self.shared_bytes <= self.shared_limit
 
 
-def compile_lmc_loss(capability: int, dtype: str, variant: str, config: Config, anchors: int = 2) -> Resources:
+def compile_lmc_loss(capability: int, dtype: str, variant: str, config: lmc_loss.Config, anchors: int = 2) -> Resources:
     """Compiles the kernel of the LMC loss for one architecture and reads its resources."""
     flags = dict(VARIANTS[variant])
     aligned = flags.pop("aligned", ("C", "D"))  # multiples of 16: loads can be wide; with a bias, D is odd
@@ -82,37 +84,68 @@ def compile_lmc_loss(capability: int, dtype: str, variant: str, config: Config, 
         "BLOCK_C": config.block_c,
         "BLOCK_D": config.block_d,
     }
-    pointers = dict.fromkeys(("x", "w", "anchors", "w1", "curvature", "grad"), f"*{dtype}")
-    pointers |= {"labels": "*i64", "alphas": "*fp64", "betas": "*fp64", "counters": "*i32"}
-    scalars = dict.fromkeys(("B", "C", "D", "K", "N", "tiles_per_group", "blocks_per_part"), "i32")
-    scalars |= {"scale": "fp32", "lam": "fp32"}
-    names = lmc_loss_kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else scalars.get(name) or pointers.get(name, "*fp32") for name in names
-    }
+    types = dict.fromkeys(("x", "w", "anchors", "w1", "curvature", "grad"), f"*{dtype}")
+    types |= {"labels": "*i64", "alphas": "*fp64", "betas": "*fp64", "counters": "*i32"}
+    types |= dict.fromkeys(("B", "C", "D", "K", "N", "tiles_per_group", "blocks_per_part"), "i32")
+    types |= {"scale": "fp32", "lam": "fp32"}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": lmc_loss.MAX_REGISTERS}
+    what = "lmc_loss", capability, dtype, variant, config
+    return _compile(lmc_loss.lmc_loss_kernel, what, constants, types, aligned, options)
+
+
+def compile_prefix_attention(
+    capability: int, dtype: str, backward: bool, width: int, config: prefix_attention.Config, whole: bool
+) -> Resources:
+    """Compiles a kernel of the attention, likewise; heads are `width` wide, and whole groups are one tile."""
+    kernel = prefix_attention.prefix_attention_backward_kernel if backward else prefix_attention.prefix_attention_kernel
+    constants = prefix_attention.constants(config, width, DTYPES[dtype], whole=whole)
+    if width == 1:
+        constants["D"] = 1
+    strides = [name for name in kernel.arg_names if name.endswith(("_m", "_row", "_h"))]
+    types = dict.fromkeys(("S", "T", "Q", "H", "G", "D", *strides), "i32")
+    types |= {"bounds": "*i32", "windows": "*i32", "parts": "*fp32", "scale": "fp32"}
+    sums = ("sums", "sums_q", "sums_k", "sums_v")
+    types |= {name: f"*{dtype}" for name in kernel.arg_names if name not in types and not (name in sums and not whole)}
+    options = {"num_warps": config.num_warps, "num_stages": 1, "maxnreg": prefix_attention.MAX_REGISTERS}
+    name = f"prefix_attention{'_backward' if backward else ''}"
+    what = name, capability, dtype, f"heads {width} wide, {'whole' if whole else 'long'}", config
+    return _compile(kernel, what, constants, types, ("D", *strides) if width % 16 == 0 else (), options)
+
+
+def compile_prefix_gradient(capability: int, dtype: str) -> Resources:
+    """Compiles the kernel that adds the parts of the prefix's gradient."""
+    types = {"parts": "*fp32", "d_prefix_k": f"*{dtype}", "d_prefix_v": f"*{dtype}", "size": "i32", "G": "i32"}
+    what = "prefix_gradient", capability, dtype, "", None
+    return _compile(prefix_attention.prefix_gradient_kernel, what, {}, types, (), {})
+
+
+def _compile(
+    kernel: triton.JITFunction,
+    what: tuple,
+    constants: dict,
+    types: dict[str, str],
+    aligned: tuple[str, ...],
+    options: dict,
+) -> Resources:
+    """`what` begins the result; arguments not in `types` are pointers to float32, and all pointers are aligned."""
+    names, capability = kernel.arg_names, what[1]
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if "*" in signature[name] or name in aligned
     }
     compiled = triton.compile(
-        triton.compiler.ASTSource(lmc_loss_kernel, signature, constants, attributes),
+        triton.compiler.ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            "maxnreg": lmc_loss.MAX_REGISTERS,
-        },
+        options=options,
     )
     registers, stack = _cubin_usage(compiled.asm["cubin"])
     reported, spills = _ptxas_report(compiled.asm["ptx"], capability)
     if reported != registers:
         raise RuntimeError(f"ptxas was not called as by Triton: {reported} registers, and the cubin has {registers}")
-    return Resources(
-        "lmc_loss", capability, dtype, variant, config, registers, spills, stack, compiled.metadata.shared,
-        SHARED_LIMIT[capability],
-    )  # fmt: skip
+    return Resources(*what, registers, spills, stack, compiled.metadata.shared, SHARED_LIMIT[capability])
 
 
-def lmc_loss_cases(everything: bool) -> Iterator[tuple[int, str, str, Config]]:
+def lmc_loss_cases(everything: bool) -> Iterator[Callable[[], Resources]]:
     """Every case, or those of the default configurations that differ most."""
     configs = lambda dtype: lmc_loss.FLOAT_CONFIGS if dtype == "fp32" else lmc_loss.HALF_CONFIGS  # noqa: E731
     for capability in SHARED_LIMIT:
@@ -120,10 +153,30 @@ def lmc_loss_cases(everything: bool) -> Iterator[tuple[int, str, str, Config]]:
             one = lambda dtype: lmc_loss.candidate_configs(1, 1, 1, DTYPES[dtype])  # noqa: E731
             for d in DTYPES:
                 for v in VARIANTS:
-                    yield from ((capability, d, v, c) for c in (one(d) if v == "one class" else configs(d)))
+                    for c in one(d) if v == "one class" else configs(d):
+                        yield partial(compile_lmc_loss, capability, d, v, c)
         else:
-            yield capability, "bf16", "prompt", configs("bf16")[0]
-            yield capability, "fp32", "head with bias", configs("fp32")[0]
+            yield partial(compile_lmc_loss, capability, "bf16", "prompt", configs("bf16")[0])
+            yield partial(compile_lmc_loss, capability, "fp32", "head with bias", configs("fp32")[0])
+
+
+def prefix_attention_cases(everything: bool) -> Iterator[Callable[[], Resources]]:
+    """Every case, or those of the first configurations for heads as wide as CLIP's."""
+    for capability in SHARED_LIMIT:
+        if not everything:
+            for dtype, backward in (("bf16", False), ("bf16", True), ("fp32", True)):
+                config = prefix_attention.configs(64, DTYPES[dtype], pooled=False)[0]
+                yield partial(compile_prefix_attention, capability, dtype, backward, 64, config, True)
+            continue
+        for dtype in DTYPES:
+            yield partial(compile_prefix_gradient, capability, dtype)
+            for width, pooled, backward in product(WIDTHS, (False, True), (False, True)):
+                *tiles, last = prefix_attention.configs(width, DTYPES[dtype], pooled=pooled)
+                for config in (*tiles, last):
+                    yield partial(compile_prefix_attention, capability, dtype, backward, width, config, config != last)
+
+
+CASES = {"lmc_loss": lmc_loss_cases, "prefix_attention": prefix_attention_cases}
 
 
 def _ptxas_report(ptx: str, capability: int) -> tuple[int, int]:
@@ -158,20 +211,20 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=CASES, help="the kernels of this one only")
     parser.add_argument("--quick", action="store_true", help="the default configurations only")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     failed = False
-    for case in lmc_loss_cases(not options.quick):
-        found = compile_lmc_loss(*case)
+    for case in chain.from_iterable(CASES[op](not options.quick) for op in ([options.op] if options.op else CASES)):
+        found = case()
         failed |= not found.fits
         if options.json:
             print(json.dumps(asdict(found) | {"fits": found.fits}), flush=True)
             continue
-        c = found.config
+        case = f"{found.kernel} sm_{found.capability} {found.dtype}", found.variant, str(found.config or "")
         print(
-            f"{found.kernel} sm_{found.capability} {found.dtype} {found.variant:14} tile {c.block_b} x {c.block_c} x "
-            f"{c.block_d}, {c.num_warps} warps, {c.num_stages} stages: {found.registers} registers, "
+            f"{', '.join(filter(None, case))}: {found.registers} registers, "
             f"{found.spill_bytes} B spilled, {found.stack_bytes} B stack, shared {found.shared_bytes} of "
             f"{found.shared_limit} B{'' if found.fits else '  DOES NOT FIT'}",
             flush=True,

@@ -19,7 +19,8 @@ from mergetune.feature_files import read_features
 from mergetune.features import FeatureCache, cache_features
 from mergetune.fit import FitResult, fit, tune
 from mergetune.folder import FolderResult, fit_dataset
-from mergetune.geometry import connectivity, path, plot
+from mergetune.geometry import connectivity, path, plane, plot, plot_plane, plot_spectrum, spectrum
+from mergetune.geometry import report as connectivity_report
 from mergetune.solutions import Head, Prompt, interpolate, load_solution, open_solution
 from mergetune.templates import templates_for
 
@@ -43,6 +44,7 @@ __all__ = [
     "check_dataset",
     "classifier",
     "connectivity",
+    "connectivity_report",
     "coop_split",
     "evaluate",
     "fisher_diagonal",
@@ -56,9 +58,13 @@ __all__ = [
     "logit_ensemble",
     "open_solution",
     "path",
+    "plane",
     "plot",
+    "plot_plane",
+    "plot_spectrum",
     "push_to_hub",
     "read_features",
+    "spectrum",
     "summarise",
     "templates_for",
     "to_coop",

@@ -41,6 +41,9 @@ Backbone = Annotated[str, BACKBONE]
 Pretrained = Annotated[str | None, PRETRAINED]
 Device = Annotated[str, DEVICE]
 Json = Annotated[bool, JSON]
+Position = Annotated[
+    str, typer.Option("--position", help="Class name in CoOp checkpoints (CLASS_TOKEN_POSITION): end, middle or front.")
+]
 Root = Annotated[
     Path | None,
     typer.Option("--root", help="Of benchmark datasets in CoOp's layout: the images are then one's name, as dtd."),
@@ -228,6 +231,7 @@ def fit(
     classes: Annotated[str, SPLIT] = "all",
     shots: Annotated[int | None, typer.Option(min=1, help="Images a class; all if not given.")] = None,
     template: Annotated[list[str], typer.Option(help=TEMPLATES)] = ["a photo of a {}."],  # noqa: B006
+    position: Position = "end",
     method: Annotated[str, typer.Option(help="Stage 1 on images: coop, kgcoop or head.")] = "coop",
     lam: Annotated[float, typer.Option(help="Weight of the zero-shot surrogate.")] = 8.0,
     beta: Annotated[list[float], typer.Option(help="Weight of the path to each --tuned.")] = [0.5],  # noqa: B006
@@ -267,7 +271,8 @@ def fit(
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         data = _read_images(images, root) if images else _open(features, classes, shots=shots, seed=seed)
         clip = mt.load_clip(backbone, pretrained, device=device)
-        solutions = [_solution(path) for path in tuned]
+        learned = data.base_novel()[0] if images and classes == "base" else data
+        solutions = [_solution(path, learned, position) for path in tuned]
         if images is None:
             result = mt.fit(clip, data, solutions, zero_shot=template, seed=seed, resume=folder, **options)
             result.save(folder)
@@ -302,6 +307,7 @@ def evaluate(
     classes: Annotated[str, SPLIT] = "all",
     base_novel: Annotated[bool, typer.Option("--base-novel", help="Base and novel classes apart, and HM.")] = False,
     template: Annotated[list[str], typer.Option(help=TEMPLATES)] = ["a photo of a {}."],  # noqa: B006
+    position: Position = "end",
     as_json: Json = False,
 ) -> None:
     """Accuracy of zero-shot and of saved solutions on cached test features."""
@@ -310,7 +316,8 @@ def evaluate(
     with _errors():
         clip = mt.load_clip(backbone, pretrained, device=device)
         entries = {"zero-shot": mt.classifier(clip, template)}
-        entries |= {name: mt.classifier(clip, _solution(name)) for name in solution}
+        known = _open(features, "base" if base_novel else classes)
+        entries |= {name: mt.classifier(clip, _solution(name, known, position)) for name in solution}
         report: dict[str, Any] = {}
         if base_novel:
             base, novel = _open(features, "base"), _open(features, "novel")
@@ -357,20 +364,21 @@ def path(
     curvature: Annotated[
         int, typer.Option(min=0, help="Of the report: points on each path where the Hessian is looked at; 0 for none.")
     ] = 5,
+    position: Position = "end",
     as_json: Json = False,
 ) -> None:
     """Loss, accuracy and barriers on the paths between zero-shot, fine-tuned and merged solution, with a figure."""
     import mergetune as mt
     from mergetune import geometry
+    from mergetune.solutions import zero_shot_like
 
     with _errors():
+        if curvature == 1:
+            raise ValueError("curvature must be 0, or at least 2 points with both ends of a path, got 1")
         clip = mt.load_clip(backbone, pretrained, device=device)
         data = _open(features, classes)
-        merged, start = _solution(solution), _solution(tuned)
-        head = isinstance(merged, mt.Head)
-        zero_shot = (
-            mt.Head.zero_shot(clip, data.classnames, template) if head else mt.Prompt.from_template(clip, template)
-        )
+        merged, start = _solution(solution, data, position), _solution(tuned, data, position)
+        zero_shot = zero_shot_like(clip, merged, template)
         walks = mt.connectivity(clip, zero_shot, start, merged, data, points=points, space=space)
         images, way = f"{classes} classes", {"zero-shot": zero_shot, "MERGETUNE": merged, "fine-tuned": start}
         mt.plot({images: walks}, figure)
@@ -378,8 +386,13 @@ def path(
         planes, spectra = {}, {}
         if plane or report:
             three = {name: way[name] for name in ("zero-shot", "fine-tuned", "MERGETUNE")}
-            planes[images] = geometry.plane(clip, three, data, space=space)
-            found["plane"] = planes[images].to_json()
+            try:
+                planes[images] = geometry.plane(clip, three, data, space=space)
+                found["plane"] = planes[images].to_json()
+            except ValueError as error:  # a weight average lies on the line of the other two
+                if plane:
+                    raise
+                _say(as_json)(f"the report goes without the plane: {error}")
         if plane:
             geometry.plot_plane(planes, plane)
         if report and curvature:
@@ -401,6 +414,60 @@ def path(
     for name, file in (("Figure", figure), ("Plane", plane), ("Report", report)):
         if file:
             out.print(f"{name}: {file}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def export(
+    solution: Annotated[str, typer.Argument(help="Saved solution, CoOp checkpoint or head.")],
+    form: Annotated[str, typer.Option("--to", help="coop, head, classifier or hub.")],
+    target: Annotated[Path, typer.Option("--out", help="Folder (coop, hub) or file (.safetensors, .npz, .pt).")],
+    backbone: Annotated[str | None, BACKBONE] = None,
+    pretrained: Pretrained = None,
+    classes: Annotated[Path | None, typer.Option("--classnames", help="Text file, one class name a line.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="coop: float16, as CoOp's own precision fp16.")] = False,
+    push: Annotated[str | None, typer.Option(help="hub: upload too, to this repository: name/repository.")] = None,
+    license: Annotated[str | None, typer.Option(help="hub: the card's, as mit.")] = None,
+    position: Position = "end",
+) -> None:
+    """Write a solution for other tools: CoOp's checkpoint, a head, a zero-shot classifier, a Hugging Face folder."""
+    import mergetune as mt
+    from mergetune import exports
+    from mergetune.solutions import open_solution
+
+    with _errors():
+        if form not in ("coop", "head", "classifier", "hub"):
+            raise ValueError(f"--to must be coop, head, classifier or hub, got {form!r}")
+        names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
+        names = None if names is None else [name.strip() for name in names if name.strip()]
+        found = open_solution(solution, classnames=names, position=position)
+        clip = mt.load_clip(backbone, pretrained) if backbone else None
+        if clip is None and (form in ("coop", "classifier") or (form == "head" and found.kind == "prompt")):
+            raise ValueError(f"--backbone is needed for {form}: it encodes the class names")
+        if form == "coop":
+            exports.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
+        elif form == "head":
+            exports.to_head(found, target, clip=clip, classnames=names)
+        elif form == "classifier":
+            exports.zero_shot_classifier(found, clip, names, file=target)
+        else:
+            exports.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
+            if push:
+                out.print(exports.push_to_hub(found, push, license=license), highlight=False, markup=False)
+    out.print(f"{form}: {target}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A pickled module, as WiSE-FT's classification head.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    only: Annotated[str | None, typer.Option(help="A part of it: classification_head.")] = None,
+) -> None:
+    """The tensors of a pickled module as .safetensors, without running the pickle. `--tuned` reads the result."""
+    from mergetune.pickles import convert_module
+
+    with _errors():
+        names = convert_module(file, target, only=only)
+    out.print(f"{', '.join(names)}: {target}", highlight=False, soft_wrap=True, markup=False)
 
 
 class _Lists(TyperCommand):
@@ -431,8 +498,11 @@ def reproduce(
     seeds: Annotated[list[int], typer.Option("--seeds")] = [1, 2, 3],  # noqa: B006
     shots: Annotated[list[int], typer.Option("--shots", help="Images a class.")] = [],  # noqa: B006
     templates: Annotated[
-        str, typer.Option(help="coop, kgcoop, official, clip-ensemble or coop-ensemble.")
-    ] = "official",
+        str | None,
+        typer.Option(
+            help="coop, kgcoop, official, clip-ensemble or coop-ensemble. official; clip-ensemble for robust."
+        ),
+    ] = None,
     checkpoints: Annotated[
         str | None, typer.Option(help="Stage 1 from files: a path with {dataset}, {method}, {shots}, {seed} in it.")
     ] = None,
@@ -455,8 +525,9 @@ def reproduce(
     with _errors():
         runs = protocols.plan(protocol, datasets=datasets, methods=methods, seeds=seeds, shots=shots)
         both = {} if epochs is None else {"epochs": epochs}
+        usual = "clip-ensemble" if protocol == "robust" else "official"  # as WiSE-FT has it, and the official code
         experiment = protocols.Experiment(
-            root=root, out=folder, templates=templates, checkpoints=checkpoints, tune=both,
+            root=root, out=folder, templates=templates or usual, checkpoints=checkpoints, tune=both,
             fit=both | {"lam": lam, "beta": beta, "tau": tau}, cache={"workers": workers},
         )  # fmt: skip
         protocols.check_data(runs, root)  # before the model is loaded
@@ -514,6 +585,7 @@ def merge(
     """
     import mergetune as mt
     from mergetune import catalogue
+    from mergetune.solutions import zero_shot_like
 
     if listing:
         entries = catalogue.catalogue()
@@ -549,7 +621,7 @@ def merge(
             if (needed or data is not None) and clip is None:
                 raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
             if needed:
-                start = catalogue.zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
+                start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
             merged = catalogue.merge_solutions(method, solutions, base=start, clip=clip, features=data, options=options)
             merged.save(out_path)
             notes = merged.notes | {"base": base, "experts": experts}
@@ -557,6 +629,105 @@ def merge(
         _print_json(notes | {"out": str(out_path)})
     else:
         out.print(f"{notes['merged']} of {len(experts)}: {out_path}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command(cls=_Lists)
+def compare(
+    caches: Annotated[
+        list[Path] | None, typer.Argument(help="Datasets: folders with caches train, test (and val), all classes.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Cells, table and figure. What is there is used again.")] = Path(
+        "out/compare"
+    ),
+    embedded: Annotated[bool, typer.Option("--demo", help="On the embedded CLIP and icons.")] = False,
+    backbone: Annotated[str | None, BACKBONE] = None,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    experts: Annotated[
+        list[str], typer.Option("--expert", help="coop:1, coop:2, kgcoop:1, head:1 are trained; or saved solutions.")
+    ] = ["coop:1", "coop:2", "coop:3", "kgcoop:1"],  # noqa: B006
+    partitions: Annotated[
+        list[int], typer.Option("--partition", min=0, help="Base and novel classes: 0 is CoOp's, 1, 2, ... are random.")
+    ] = [0],  # noqa: B006
+    all_classes: Annotated[bool, typer.Option("--all-classes", help="Train and test on all classes.")] = False,
+    seeds: Annotated[list[int], typer.Option("--seeds")] = [1, 2, 3],  # noqa: B006
+    shots: Annotated[int, typer.Option(min=1, help="Images a class.")] = 16,
+    template: Annotated[list[str], typer.Option(help=TEMPLATES)] = ["a photo of a {}."],  # noqa: B006
+    tuning: Annotated[list[str], typer.Option("--tune", help="name=value, of mergetune.tune.")] = [],  # noqa: B006
+    fitting: Annotated[list[str], typer.Option("--fit", help="name=value, of mergetune.fit.")] = [],  # noqa: B006
+    lam: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = [8.0, 4.0, 16.0],  # noqa: B006
+    tau: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = [0.3, 0.6],  # noqa: B006
+    choose: Annotated[str, typer.Option(help="Hyper-parameters: on validation images, or on the others' ones.")] = (
+        "validation"
+    ),
+    reference: Annotated[str, typer.Option(help="The line that differences are to.")] = "MERGETUNE, chosen [1]",
+    as_json: Json = False,
+) -> None:
+    """Zero-shot, tuned, every merge, the ensembles and MERGETUNE on the same cells: datasets, partitions and seeds.
+
+    Hyper-parameters are chosen on validation images, never on test images. Interrupted, the same command goes on.
+    """
+    import inspect
+
+    import mergetune as mt
+    from mergetune.catalogue import parse_keywords
+    from mergetune.compare import Plan, Task, icons_task
+    from mergetune.compare import compare as run_comparison
+
+    with _errors():
+        options = [
+            parse_keywords(f"mergetune.{function.__name__}", inspect.signature(function).parameters, given)
+            for function, given in ((mt.tune, tuning), (mt.fit, fitting))
+        ]
+        if embedded == bool(caches) or embedded == bool(backbone):
+            raise ValueError("give folders of caches and --backbone, or --demo")
+        trained = [":" in expert and not Path(expert).exists() for expert in experts]
+        if any(trained) and not all(trained):
+            raise ValueError(f"experts must be all trained here or all saved, got {', '.join(experts)}")
+        if embedded:
+            from mergetune import demo as icons
+
+            clip, tasks = icons_task(folder, report=_say(as_json))
+            precision = {"precision": icons.PRECISION}
+            options = [icons.STAGE_1 | precision | options[0], precision | options[1]]
+        else:
+            clip = mt.load_clip(backbone, pretrained, device=device)
+            parts = [{part: cache / part for part in ("train", "test", "val")} for cache in caches]
+            tasks = [
+                Task(
+                    cache.resolve().name, mt.FeatureCache.open(part["train"]), mt.FeatureCache.open(part["test"]),
+                    mt.FeatureCache.open(part["val"]) if part["val"].is_dir() else None, tuple(template),
+                )
+                for cache, part in zip(caches, parts, strict=True)
+            ]  # fmt: skip
+        plan = Plan(
+            experts=tuple(experts) if all(trained) else {path: _solution(path, tasks[0].train) for path in experts},
+            shots=shots, tune=options[0], fit=options[1], grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
+        )  # fmt: skip
+        found = run_comparison(
+            clip, tasks, folder, plan=plan, partitions=(None,) if all_classes else tuple(partitions),
+            seeds=tuple(seeds), reference=reference, report=_say(as_json),
+        )  # fmt: skip
+        found.save(folder)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    columns = list(found.lines[0].values)
+    table = _table("", *columns, f"{columns[-1]} difference")
+    for line in found.lines:
+        difference = line.differences.get(columns[-1])
+        about = ""
+        if difference:
+            about = "{:+.1f} ({:+.1f} to {:+.1f})".format(difference.mean, *difference.classes)
+        values = [f"{line.values[c]:.1f} ± {line.errors[c]:.1f}" for c in columns]
+        style = "bold" if line.row.startswith("MERGETUNE") else None
+        table.add_row(escape(line.row), *values, about, style=style)
+    out.print(table)
+    said = f"Differences are to {found.reference}; {len(found.cells)} cells; ± is the standard error, in brackets the "
+    said += f"95 % interval, over classes. Hyper-parameters: chosen on {found.choose}. More columns, figure: {folder}"
+    out.print(said, highlight=False, soft_wrap=True, markup=False)
+    for method, why in found.left_out.items():
+        err.print(f"[dim]left out: {escape(method)}: {escape(why)}[/]", soft_wrap=True, highlight=False)
 
 
 def _forecast(found: Any, as_json: bool) -> None:
@@ -612,14 +783,11 @@ def _open(folder: Path, classes: str, *, shots: int | None = None, seed: int = 1
     return cache.select(data.few_shot(shots, seed))
 
 
-def _solution(path: str, features: Any = None) -> Any:
-    """A saved solution, or else a checkpoint of CoOp's family; features name the classes of class-specific contexts."""
-    import mergetune as mt
-    from mergetune.protocols import load_checkpoint
+def _solution(path: str, features: Any = None, position: str = "end") -> Any:
+    """A saved solution, a checkpoint of CoOp's family, or a head's file; features name the classes if it does not."""
+    from mergetune.solutions import open_solution
 
-    if features is not None:
-        return load_checkpoint(Path(path), "coop", features.classnames)
-    return mt.load_solution(path) if (Path(path) / "solution.json").is_file() else mt.Prompt.from_checkpoint(path)
+    return open_solution(path, classnames=None if features is None else features.classnames, position=position)
 
 
 def _record(result: Any) -> dict[str, Any]:

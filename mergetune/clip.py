@@ -24,6 +24,7 @@ from torchvision.transforms import Compose, RandomHorizontalFlip
 from mergetune.blocks import ACTIVATIONS, Layout, run_blocks
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PLAIN = "a photo of a {}."
 EMBEDDED = 16  # sets of class embeddings that are remembered
 COOP_CROP_SCALE = (0.08, 1.0)  # CoOp trains on random resized crops of this share of the area, and flips
 
@@ -238,9 +239,7 @@ class FrozenClip:
         return torch.cat([_pooled(self.model.encode_text(chunk)).float() for chunk in tokens.split(batch_size)])
 
     @torch.no_grad()
-    def class_embeddings(
-        self, classnames: Sequence[str], templates: str | Sequence[str] = "a photo of a {}."
-    ) -> Tensor:
+    def class_embeddings(self, classnames: Sequence[str], templates: str | Sequence[str] = PLAIN) -> Tensor:
         """Zero-shot class embeddings: the mean over templates of unit features, made unit again (Radford et al. 2021).
 
         Args:

@@ -18,6 +18,7 @@ import datetime
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -262,25 +263,22 @@ class FeatureCache:
             ValueError: an image that is not in the cache, or none left.
         """
         row_of = {file: row for row, file in enumerate(self.files)}
-        unknown = [file for file in images.files if file not in row_of and file not in self.skipped]
-        if unknown:
-            raise ValueError(
-                f"{len(unknown)} of {len(images)} images are not in {self._name}, the first is {unknown[0]!r}: "
-                "cache_features must be given all images that will be selected"
-            )
-        kept = [i for i, file in enumerate(images.files) if file in row_of]
-        if not kept:
-            raise ValueError(f"images must hold at least one readable image, all {len(images)} were skipped")
-        if len(kept) < len(images):
-            first = next(self.skipped[file] for file in images.files if file not in row_of)
-            warn(f"{len(images) - len(kept)} unreadable images are left out, the first: {first}", stacklevel=2)
-        rows = torch.tensor([row_of[images.files[i]] for i in kept])
+        rows = torch.tensor([row_of.get(file, -1) for file in images.files])
+        files, labels, kept = images.files, torch.tensor(images.labels), rows >= 0
+        if not kept.all():
+            lacking = [files[i] for i in (~kept).nonzero().squeeze(1).tolist()]
+            if unknown := [file for file in lacking if file not in self.skipped]:
+                raise ValueError(
+                    f"{len(unknown)} of {len(images)} images are not in {self._name}, the first is {unknown[0]!r}: "
+                    "cache_features must be given all images that will be selected"
+                )
+            if len(lacking) == len(images):
+                raise ValueError(f"images must hold at least one readable image, all {len(images)} were skipped")
+            reason = self.skipped[lacking[0]]
+            warn(f"{len(lacking)} unreadable images are left out, the first: {reason}", stacklevel=2)
+            files = tuple(itertools.compress(files, kept.tolist()))
         return replace(
-            self,
-            labels=torch.tensor([images.labels[i] for i in kept]),
-            classnames=images.classnames,
-            files=tuple(images.files[i] for i in kept),
-            stored=self.stored[rows],
+            self, labels=labels[kept], classnames=images.classnames, files=files, stored=self.stored[rows[kept]]
         )
 
     def select_classes(self, classes: Sequence[int]) -> FeatureCache:
@@ -911,7 +909,6 @@ class _Rows:
 
     def __init__(self, shards: Sequence[Tensor], opened: _Files | None) -> None:
         self.given = shards, opened
-        self.shards = [shard.contiguous() for shard in shards]
         self.counts = torch.tensor([shard.shape[1] for shard in shards])
         self.first = self.counts.cumsum(0) - self.counts
         self.dim, self.dtype, self.opened = shards[0].shape[-1], shards[0].dtype, opened
@@ -922,6 +919,7 @@ class _Rows:
             return
         # All shards as one tensor from the lowest address to the highest, of overlapping rows, one at each element: a
         # row's place is then one number. What lies between the shards is not ours, may not exist, and is never read.
+        self.shards = [s.contiguous() if s.data_ptr() % size == 0 else s.clone().contiguous() for s in shards]
         address = torch.tensor([shard.data_ptr() for shard in self.shards])
         lowest = int(address.argmin())
         self.begin = (address - address[lowest]) // size

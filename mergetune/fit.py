@@ -24,7 +24,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from mergetune.clip import FrozenClip, check_templates
+from mergetune.clip import PLAIN, FrozenClip, check_templates
 from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache
@@ -36,7 +36,6 @@ RESULT, STATE = "result.json", "state.safetensors"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_PRODUCTS = 1 << 28  # bytes of anchors' products that are kept for all features
 METHODS = ("coop", "kgcoop", "head")
-PLAIN = "a photo of a {}."
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergetune.clip import FrozenClip
+from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset
 from mergetune.evaluate import Report, accuracy, classifier, logit_ensemble, weight_average
 from mergetune.features import cache_features
 from mergetune.files import write_atomically
-from mergetune.fit import PLAIN, FitResult, fit, tune
+from mergetune.fit import FitResult, fit, tune
 from mergetune.geometry import connectivity, plot
-from mergetune.solutions import Head, Prompt, Solution
+from mergetune.solutions import Head, Solution, zero_shot_like
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def fit_dataset(
         part: {name: accuracy(classify(images.classnames), images) for name, classify in table.items()}
         for part, images in tests.items()
     }
-    start = _zero_shot(clip, result.solution, template, visible.classnames)
+    start = zero_shot_like(clip, result.solution, template)
     walks = {
         f"{part} classes, test images": connectivity(clip, start, solutions[0], result.solution, images)
         for part, images in tests.items()
@@ -123,12 +123,3 @@ def fit_dataset(
     found = FolderResult(result, reports, out / "paths.png")
     write_atomically(out / "report.json", f"{json.dumps(found.to_json(), indent=1)}\n".encode())
     return found
-
-
-def _zero_shot(clip: FrozenClip, solution: Solution, template: str | Sequence[str], names: Sequence[str]) -> Solution:
-    """The end of the paths that stands for zero-shot, in the form of the solution."""
-    words = template if isinstance(template, str) else template[0]
-    if isinstance(solution, Head):
-        return Head.zero_shot(clip, names, template, bias=solution.bias is not None)
-    prompt = Prompt.from_template(clip, words if words.partition("{}")[0].strip() else PLAIN)
-    return prompt if solution.classnames is None else prompt.per_class(names)

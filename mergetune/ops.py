@@ -401,12 +401,17 @@ def prefix_attention(
 ) -> Tensor:
     """Attention of packed sequences behind a shared prefix; see :func:`reference.prefix_attention`.
 
-    float32, float64 and bfloat16 on the CPU, with float32 arithmetic for bfloat16; differentiable once.
+    Arithmetic of half types is float32; differentiable once.
+
+    Args:
+        backend: None picks by device; "cpp" (float32, float64, bfloat16), "triton" (float32, bfloat16, float16) or
+            "torch" (the definition itself, differentiable as often as one likes).
     """
-    if _attention_backend(q, backend) == "torch":
+    backend = _attention_backend(q, backend)
+    if backend == "torch":
         return reference.prefix_attention(q, k, v, prefix_k, prefix_v, tuple(lengths), causal=causal)
     _check_attention(q, k, v, prefix_k, prefix_v, lengths)
-    return torch.ops.mergetune.prefix_attention(q, k, v, prefix_k, prefix_v, lengths, causal)
+    return torch.ops.mergetune.prefix_attention(q, k, v, prefix_k, prefix_v, lengths, causal, backend)
 
 
 def prefix_attention_backward(
@@ -422,20 +427,35 @@ def prefix_attention_backward(
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of :func:`prefix_attention` to q, k, v, prefix_k and prefix_v; the probabilities are made again."""
-    inputs = q, k, v, prefix_k, prefix_v
-    if _attention_backend(q, backend) == "torch":
+    inputs, backend = (q, k, v, prefix_k, prefix_v), _attention_backend(q, backend)
+    if backend == "torch":
         leaves = [t.detach().requires_grad_() for t in inputs]
         with torch.enable_grad():
             out = reference.prefix_attention(*leaves, tuple(lengths), causal=causal)
         return torch.autograd.grad(out, leaves, d_out)
-    return torch.ops.mergetune.prefix_attention_backward(d_out, *inputs, lengths, causal)
+    _check_attention(*inputs, lengths)
+    _expect("d_out", d_out, tuple(q.shape))
+    if d_out.dtype != q.dtype:
+        raise TypeError(f"d_out must have q's dtype {q.dtype}, got {d_out.dtype}")
+    return torch.ops.mergetune.prefix_attention_backward(d_out, *inputs, lengths, causal, backend)
+
+
+_ATTENTION_DTYPES = {
+    "cpp": (torch.float32, torch.float64, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def _attention_backend(q: Tensor, backend: str | None) -> str:
-    native = q.dtype in (torch.float32, torch.float64, torch.bfloat16)
-    if backend == "cpp" and not native:
-        raise TypeError(f"q must be float32, float64 or bfloat16 for backend 'cpp', got {q.dtype}")
-    return _backend(q, backend if native or backend else "torch", ("cpp", "torch"))
+    """Like :func:`_backend`; if nothing is asked for, plain torch takes the dtypes that the device's own does not."""
+    chosen = _backend(q, backend, ("cpp", "torch", "triton"))
+    dtypes = _ATTENTION_DTYPES.get(chosen, (q.dtype,))
+    if q.dtype in dtypes:
+        return chosen
+    if backend is None:
+        return "torch"
+    first, second, third = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    raise TypeError(f"q must be {first}, {second} or {third} for backend {backend!r}, got {q.dtype}")
 
 
 def _check_attention(
@@ -484,36 +504,50 @@ def _call_attention(kernel, inputs: tuple[Tensor, ...], others: tuple[Tensor, ..
     )
 
 
-def _prefix_attention_kernel(q, k, v, prefix_k, prefix_v, lengths, causal) -> Tensor:
+def _prefix_attention_kernel(q, k, v, prefix_k, prefix_v, lengths, causal, backend="cpp") -> Tensor:
+    inputs = _adjacent(q, k, v, prefix_k, prefix_v)
+    if _attention_backend(q, backend) == "triton":
+        from mergetune.kernels import prefix_attention as kernel
+
+        return kernel.prefix_attention(*inputs, lengths, causal)
     out = q.new_empty(q.shape)
-    _call_attention(_C.prefix_attention_cpu, _adjacent(q, k, v, prefix_k, prefix_v), (out,), lengths, causal)
+    _call_attention(_C.prefix_attention_cpu, inputs, (out,), lengths, causal)
     return out
 
 
-def _prefix_attention_backward_kernel(d_out, q, k, v, prefix_k, prefix_v, lengths, causal) -> tuple[Tensor, ...]:
+def _prefix_attention_backward_kernel(
+    d_out, q, k, v, prefix_k, prefix_v, lengths, causal, backend="cpp"
+) -> tuple[Tensor, ...]:
     d_out, *inputs = _adjacent(d_out, q, k, v, prefix_k, prefix_v)
+    if _attention_backend(q, backend) == "triton":
+        from mergetune.kernels import prefix_attention as kernel
+
+        return kernel.prefix_attention_backward(d_out, *inputs, lengths, causal)
     gradients = tuple(t.new_empty(t.shape) for t in inputs)
     _call_attention(_C.prefix_attention_backward_cpu, tuple(inputs), (d_out, *gradients), lengths, causal)
     return gradients
 
 
 def _attention_setup(ctx, inputs, output) -> None:
-    *tensors, ctx.lengths, ctx.causal = inputs
+    *tensors, ctx.lengths, ctx.causal, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _attention_backward(ctx, d_out) -> tuple:
     if torch.is_grad_enabled():
         raise RuntimeError("prefix_attention can be differentiated once: for second derivatives use backend='torch'")
-    gradients = torch.ops.mergetune.prefix_attention_backward(d_out, *ctx.saved_tensors, ctx.lengths, ctx.causal)
-    return *gradients, None, None
+    others = ctx.lengths, ctx.causal, ctx.backend
+    return *torch.ops.mergetune.prefix_attention_backward(d_out, *ctx.saved_tensors, *others), None, None, None
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, int[] lengths, bool causal"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, int[] lengths, bool causal, str backend='cpp'"
+)
 _library.define(f"prefix_attention({_INPUTS}) -> Tensor")
 _library.define(f"prefix_attention_backward(Tensor d_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-_library.impl("prefix_attention", _prefix_attention_kernel, "CPU")
-_library.impl("prefix_attention_backward", _prefix_attention_backward_kernel, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("prefix_attention", _prefix_attention_kernel, _key)
+    _library.impl("prefix_attention_backward", _prefix_attention_backward_kernel, _key)
 torch.library.register_fake("mergetune::prefix_attention", lambda q, *_: q.new_empty(q.shape), lib=_library)
 torch.library.register_fake(
     "mergetune::prefix_attention_backward",

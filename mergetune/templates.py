@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import open_clip
 
-from mergetune.clip import check_templates
+from mergetune.clip import PLAIN, check_templates
 from mergetune.datasets import DATASETS, benchmark
-
-PLAIN = "a photo of a {}."
 
 # CoOp: trainers/zsclip.py, its hand-crafted prompts; PLAIN for the others.
 _COOP = dict.fromkeys(DATASETS, PLAIN) | {

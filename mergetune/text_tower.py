@@ -72,7 +72,9 @@ class TextEncoder:
         encode = self._encode
         tokens = len(ctx) * sum(len(chunk.rows) for chunk in self.chunks)
         if tokens > CHUNK_TOKENS and torch.is_grad_enabled() and ctx.requires_grad:
-            encode = partial(checkpoint, self._encode, use_reentrant=False, preserve_rng_state=False)  # one piece at a time
+            encode = partial(
+                checkpoint, self._encode, use_reentrant=False, preserve_rng_state=False
+            )  # one piece at a time
         chunks = []
         with torch.autocast(ctx.device.type, enabled=False):  # the tower has the precision that was asked for
             for chunk in self.chunks:

@@ -16,12 +16,14 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -364,20 +366,23 @@ def test_copies_of_a_cache_give_the_same_rows(tmp_path, way):
 
 
 class Allocations(TorchDispatchMode):
-    """The largest tensor that torch makes meanwhile, in bytes."""
+    """The sizes of the tensors that torch makes meanwhile, in bytes."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for made in tree_leaves(result):
             if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
-                self.largest = max(self.largest, made.untyped_storage().nbytes())
+                self.sizes.append(made.untyped_storage().nbytes())
         return result
 
 
 N_LARGE, D_LARGE = 30_000, 63  # the whole is 7.5 MB as float32; ROWS of it are 1 MB
+MOST_LARGE = 4096 * 64 * 4 + N_LARGE * 8
 WHOLE = torch.full((N_LARGE, D_LARGE), D_LARGE**-0.5, dtype=torch.float16)
 
 
@@ -388,8 +393,9 @@ def large(tmp_path_factory) -> Path:
     plan = {"format": features.FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": None}
     plan |= {"dtype": "float16", "views": 1, "dim": D_LARGE, "shard_size": 500, "classnames": ["a", "b"]}
     plan |= {"files": [f"{i}.png" for i in range(N_LARGE)], "labels": [i % 2 for i in range(N_LARGE)]}
+    identity = [64 * "0", 110_000, 1_700_000_000_000_000_000]
     for number, shard in enumerate(rows.split(500)):
-        features._write_shard(path, plan, number, shard[None], [["", 0, 0]] * len(shard), {})
+        features._write_shard(path, plan, number, shard[None], [identity] * len(shard), {})
     features._finish(path, plan)
     return path
 
@@ -411,7 +417,24 @@ def test_no_work_holds_all_features_at_once(large, way, work):
     cache = FeatureCache.open(large)
     with Allocations() as made:
         work(cache)
-    assert 0 < made.largest <= 4096 * 64 * 4 + N_LARGE * 8, "a part of the features, or a number for each image"
+    assert max(made.sizes) <= MOST_LARGE, "a part of the features, or a number for each image"
+
+
+def test_all_features_are_held_once_where_they_are_asked_for(large, way):
+    cache = FeatureCache.open(large)
+    with Allocations() as made:
+        cache.tensor()
+    assert [size for size in made.sizes if size > MOST_LARGE] == [N_LARGE * D_LARGE * 4]
+
+
+def test_opening_leaves_the_identities_of_images_alone(large):
+    manifest = (large / "manifest.json").stat().st_size
+    tracemalloc.start()
+    cache = FeatureCache.open(large)
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(cache) == N_LARGE and manifest > 3_000_000
+    assert most < 2 * manifest and held < manifest, "all lists and texts of the manifest take 4 times its size"
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc to see what a mapping holds")
@@ -476,6 +499,19 @@ def test_a_copied_data_set_is_the_same_and_a_changed_image_is_not(images, tmp_pa
     (images.root / "003.png").unlink()
     with pytest.raises(ValueError, match="missing or not what was encoded, the first is '003.png'"):
         cache_features(TinyClip(), images, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("asked", [range(11), [2, 5]])
+def test_an_image_that_was_only_touched_is_read_once_more_and_never_again(images, tmp_path, monkeypatch, asked):
+    cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
+    read, sha256 = [], features._sha256
+    monkeypatch.setattr(features, "_sha256", lambda path: [read.append(path.name), sha256(path)][1])
+    for touched in (["005.png"], [], ["002.png", "005.png"], []):
+        for file in touched:
+            os.utime(images.root / file)
+        cache_features(NoMoreEncoding(), images.take(asked), tmp_path / "cache", views=2)
+        assert read == touched
+        read.clear()
 
 
 @pytest.mark.parametrize(
@@ -682,7 +718,8 @@ def test_unreadable_images_can_be_skipped(images, tmp_path):
     torch.testing.assert_close(opened.tensor(), expected)
     torch.testing.assert_close(opened.rows(torch.tensor([6, 0])), expected[[6, 0]])
     with pytest.warns(UserWarning, match="1 unreadable images are left out"):
-        assert opened.select(images.take([2, 1])).files == ("002.png",)
+        chosen = opened.select(images.take([1, 2]))
+    assert chosen.files == ("002.png",) and chosen.labels.tolist() == [2] and len(chosen) == 1
     with pytest.raises(ValueError, match="all 1 were skipped"):
         opened.select(images.take([1]))
     with pytest.raises(ValueError, match=r"cannot read image .*001.png.* \(4 such images when .*on_error='skip'"):
@@ -748,6 +785,22 @@ def test_from_tensors():
     assert half.dtype == "float32" and half.labels.dtype == torch.int64
     torch.testing.assert_close(half.tensor(), x[0])
     assert FeatureCache.from_tensors(x[0].bfloat16(), [0] * 5, ["cat"]).dtype == "bfloat16"
+
+
+def test_features_may_lie_anyhow_in_memory():
+    whole = F.normalize(torch.randn(6, 4), dim=-1)
+    odd = bytearray(1 + 12 * 4)  # as in a file that is mapped from an odd place
+    np.frombuffer(odd, dtype=np.float32, offset=1)[:] = whole[:3].flatten().numpy()
+    parts = [torch.frombuffer(odd, dtype=torch.float32, offset=1).view(3, 4), whole[3:].T.contiguous().T]
+    caches = [FeatureCache.from_tensors(part, [0, 0, 0], ["cat"]) for part in parts]
+    both = replace(
+        caches[0],
+        labels=torch.zeros(6, dtype=torch.int64),
+        stored=torch.arange(6),
+        shards=caches[0].shards + caches[1].shards,
+    )
+    index = torch.tensor([5, 0, 3, 2, 2])
+    assert parts[0].data_ptr() % 4 == 1 and torch.equal(both.rows(index), whole[index])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""Averages of weights: plain, WiSE-FT, spherical, by metrics, by Fisher information. K experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergetune.merging.tensors import (
+    Merge,
+    Part,
+    StateDict,
+    check_choice,
+    check_states,
+    column,
+    floating,
+    method,
+    parts,
+    per_expert,
+    weighted_sum,
+)
+
+
+@method(base=None)
+def average(
+    base: StateDict | None, experts: Sequence[StateDict], *, weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """Weight average (uniform soup, arXiv 2203.05482): ``sum_k weights_k expert_k / sum_k weights_k``.
+
+    Needs: no data. Meaningful for any number of experts and any tensors. The base is not averaged; put it among the
+    experts if it shall be.
+
+    Args:
+        base: gives dtype and names, nothing else; may be None.
+        weights: one for each expert; None is 1 for all.
+    """
+    weights = per_expert("weights", weights, len(experts))
+    total = sum(weights)
+    if not total > 0:
+        raise ValueError(f"weights must have a positive sum, got {weights}")
+    weights = [weight / total for weight in weights]
+    return Merge(lambda part: weighted_sum(weights, part.experts))
+
+
+@method(base=True, most=1)
+def wise_ft(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5) -> dict[str, Tensor]:
+    """WiSE-FT (arXiv 2109.01903): ``(1 - alpha) base + alpha expert``.
+
+    Needs: no data (alpha may be chosen on validation images). Meaningful for the zero-shot base and one expert.
+
+    Args:
+        alpha: 0 is the base, 1 the expert; the paper recommends 0.5 where nothing is known. Outside [0, 1] it
+            extrapolates.
+    """
+    return Merge(lambda part: ((1 - alpha) * part.base).add_(part.experts[0], alpha=alpha))
+
+
+@method(base=None, most=2)
+def slerp(base: StateDict | None, experts: Sequence[StateDict], *, t: float = 0.5) -> dict[str, Tensor]:
+    """Spherical interpolation of each tensor a, b with angle w between them, taken as vectors.
+
+    ``sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b`` (Shoemake, SIGGRAPH 1985; per tensor and without normalising a
+    and b, as mergekit does); ``(1 - t) a + t b`` where ``|cos w| > 0.9995``, as there, or where one is zero.
+
+    Needs: no data. Meaningful for two: base (t 0) and one expert (t 1), or no base and two experts. Two passes.
+    """
+    if len(experts) + (base is not None) != 2:
+        raise ValueError(
+            f"slerp needs a base and one expert, or no base and two experts, got {'a' if base is not None else 'no'} "
+            f"base and {len(experts)}"
+        )
+    ends = [base, *experts] if base is not None else list(experts)
+    scales = {name: _slerp_scales(name, ends, t) for name in floating(ends[0])}
+
+    def merge(part: Part) -> Tensor:
+        a, b = part.experts if part.base is None else (part.base, part.experts[0])
+        return scales[part.name][0] * a + scales[part.name][1] * b
+
+    return Merge(merge)
+
+
+def _slerp_scales(name: str, ends: Sequence[StateDict], t: float) -> tuple[float, float]:
+    gram = sum(((p.experts @ p.experts.T).double() for p in parts(name, None, ends)), torch.zeros(2, 2).double())
+    norms = gram.diagonal().sqrt()
+    cosine = (gram[0, 1] / norms.prod()).item() if norms.all() else 1.0
+    if abs(cosine) > 0.9995:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+@method(base=None)
+def metrics_average(
+    base: StateDict | None,
+    experts: Sequence[StateDict],
+    *,
+    metrics: Sequence[float],
+    higher_is_better: bool = False,
+    penalty: float = 1.0,
+) -> dict[str, Tensor]:
+    """Metrics-weighted averaging of checkpoints (MWA, arXiv 2504.18580): better or later checkpoints count more.
+
+    Computed: ``sum_k w_k expert_k`` with ``w_k = m_k^penalty / sum_j m_j^penalty`` where more is better (steps,
+    accuracy), and ``m_k^-penalty`` for losses. The paper weights by training loss or steps with one penalty factor;
+    its exact formula was not at hand, this power law is our reading of it.
+
+    Needs: one number for each expert, no data. Meaningful for several checkpoints of one run, any tensors.
+
+    Args:
+        metrics: positive numbers: training losses, or with ``higher_is_better`` steps or accuracies.
+        penalty: 0 is the plain average, large takes the best alone.
+    """
+    numbers = per_expert("metrics", metrics, len(experts))
+    if min(numbers) <= 0:
+        raise ValueError(f"metrics must be positive, got {numbers}")
+    if not penalty >= 0:
+        raise ValueError(f"penalty must be at least 0, got {penalty}")
+    logs = torch.tensor(numbers, dtype=torch.float64).log()
+    weights = (penalty * (logs if higher_is_better else -logs)).softmax(0).tolist()
+    return average.plan(base, experts, weights=weights)
+
+
+@method(base=None, least=2)
+def fisher_average(
+    base: StateDict | None,
+    experts: Sequence[StateDict],
+    *,
+    fishers: Sequence[StateDict],
+    weights: Sequence[float] | None = None,
+    floor: float = 1e-6,
+    normalize: str | None = None,
+) -> dict[str, Tensor]:
+    """Fisher-weighted average (arXiv 2111.09832), element by element.
+
+    ``sum_k weights_k F_k expert_k / sum_k weights_k F_k`` with the diagonal Fisher information ``F_k`` of each expert.
+
+    Needs: the Fisher diagonals, which need data (:func:`mergetune.fisher_diagonal` for class weights). Meaningful for
+    several experts, the zero-shot solution may be one of them; any tensors.
+
+    Args:
+        base: gives dtype and names, nothing else; may be None.
+        fishers: one state dict for each expert, of its names and shapes, not negative.
+        weights: lambda of the paper, one for each expert, not negative; None is 1 for all.
+        floor: Fisher values below it count as it, so that nothing is divided by zero (authors' code: 1e-6).
+        normalize: "norm" divides each F_k by its L2 norm over all tensors (a first pass over the diagonals), so that
+            an expert does not outweigh another by the scale of its gradients; None, the paper's, does not.
+    """
+    weights = per_expert("weights", weights, len(experts))
+    check_choice("normalize", normalize, (None, "norm"))
+    check_states("fishers", fishers, experts)
+    if min(weights) < 0 or not sum(weights) > 0:
+        raise ValueError(f"weights must not be negative, nor all zero, got {weights}")
+    if not floor > 0:
+        raise ValueError(f"floor must be positive, got {floor}")
+    scales = [1.0] * len(experts)
+    if normalize:
+        squares = sum(
+            part.of("fishers", fishers).double().square().sum(1).cpu()
+            for name in floating(experts[0])
+            for part in parts(name, None, experts[:1])
+        )
+        scales = [1 / norm if norm else 1.0 for norm in squares.sqrt().tolist()]
+
+    def merge(part: Part) -> Tensor:
+        fisher = part.of("fishers", fishers)
+        if fisher.min() < 0:
+            raise ValueError(f"fishers must not be negative, got {fisher.min().item()} in {part.name!r}")
+        fisher = column(weights, fisher) * (fisher * column(scales, fisher)).clamp(min=floor)
+        return (fisher * part.experts).sum(0) / fisher.sum(0)
+
+    return Merge(merge)

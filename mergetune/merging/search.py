@@ -1,0 +1,447 @@
+"""Merging by search: coefficients learned on unlabelled inputs, options found by CMA-ES, models evolved by M2N2.
+
+All of these call the model many times and hold base and experts in memory. What the learned and found coefficients are
+can be had on its own, for :func:`mergetune.merging.layerwise` and the methods that were searched.
+
+Shapes: K experts, B batch, C classes, N examples, P members of a population.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import trange
+
+from mergetune.merging.task_vectors import layerwise, task_arithmetic
+from mergetune.merging.tensors import StateDict, check, check_choice, floating, needs, per_expert
+
+Predict = Callable[[dict[str, Tensor], Tensor, int], Any]
+"""Weights, inputs [B, ...] of expert k's task, k -> logits [B, C], differentiable in the weights."""
+
+
+@needs(base=True)
+def adamerging(base: StateDict, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
+    """AdaMerging (arXiv 2310.02575): task arithmetic with the coefficients of :func:`entropy_coefficients`.
+
+    Needs: unlabelled inputs of every expert's task and the model. Meaningful for one or several experts, any tensors.
+
+    Args:
+        options: of :func:`entropy_coefficients`.
+    """
+    return layerwise(base, experts, coefficients=entropy_coefficients(base, experts, **options))
+
+
+@needs(base=True)
+def expert_merging(base: StateDict, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
+    """Expert Merging (arXiv 2509.25712): task arithmetic with the coefficients of :func:`alignment_coefficients`.
+
+    Needs: unlabelled inputs of every expert's task and the model. Meaningful for one or several experts, any tensors.
+    Without the chunks of layers of Expert Merging++.
+
+    Args:
+        options: of :func:`alignment_coefficients`.
+    """
+    return layerwise(base, experts, coefficients=alignment_coefficients(base, experts, **options))
+
+
+def entropy_coefficients(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    predict: Predict,
+    data: Sequence[Tensor],
+    per: str = "tensor",
+    start: float = 0.3,
+    steps: int = 500,
+    batch_size: int = 16,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Coefficients in [0, 1] that make the merged model sure of unlabelled inputs (AdaMerging, arXiv 2310.02575).
+
+    Adam on ``sum_k mean_x H(softmax(logits_k(x)))``; coefficients are clamped as they are used. The defaults are those
+    of the authors' code (main_layer_wise_adamerging.py), which sees 2 batches of 16 a step.
+
+    Args:
+        predict: weights, inputs, k -> logits [B, C] for expert k's task.
+        data: inputs of each expert's task, [N_k, ...], K of them; no labels. Use validation or test-time images that
+            no figure is reported on.
+        per: "tensor" learns one coefficient for each tensor and expert (layer-wise), "expert" one for each expert.
+        start: of every coefficient.
+        steps: of Adam.
+        batch_size: inputs of each task at a step.
+        lr: Adam's.
+        seed: of the batches.
+
+    Returns:
+        Name of each floating-point tensor -> K coefficients.
+    """
+
+    def loss(coefficients: Tensor, weights: dict[str, Tensor], batches: list[Tensor]) -> Tensor:
+        total = torch.zeros((), device=coefficients.device)
+        for k, x in enumerate(batches):
+            logs = _logits(predict(weights, x, k)).log_softmax(-1)
+            total = total - (logs.exp() * logs).sum(-1).mean()
+        return total
+
+    return _learn(
+        base,
+        experts,
+        loss,
+        adamerging,
+        bound=lambda raw: raw.clamp(0, 1),
+        start=start,
+        data=data,
+        per=per,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        clip=math.inf,
+    )
+
+
+def alignment_coefficients(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    predict: Predict,
+    data: Sequence[Tensor],
+    per: str = "tensor",
+    start: float = 0.1,
+    steps: int = 50,
+    batch_size: int = 16,
+    lr: float = 0.5,
+    temperature: float = 1.0,
+    hidden: float = 1.0,
+    stay: float = 5.0,
+    task_weights: Sequence[float] | None = None,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Coefficients with which the merged model answers each expert's inputs as the expert does (arXiv 2509.25712).
+
+    Adam, gradients clipped to norm 1, on the sum over experts of ``a_k (T^2 CE(softmax(expert / T), merged / T) +
+    hidden MSE(features)) + stay mean |c_k - start|`` with ``c = sigmoid(raw)``. Form and defaults follow the authors'
+    code (expert_merging_base.py, InternVL/model_merging.py); steps and batch size are ours.
+
+    Args:
+        predict: weights, inputs, k -> logits [B, C], or (logits, list of hidden features) to align those too.
+        data: inputs of each expert's task, [N_k, ...], K of them; no labels.
+        per: "tensor" or "expert".
+        start: of every coefficient, within (0, 1).
+        steps, batch_size, lr, seed: as in :func:`entropy_coefficients`.
+        temperature: T, of the logits.
+        hidden: weight of the mean squared difference of the features, mean over layers.
+        stay: weight of the coefficients' distance from their start, mean over tensors.
+        task_weights: a_k, one for each expert; None is 1 for all.
+
+    Returns:
+        Name of each floating-point tensor -> K coefficients.
+    """
+    if not 0 < start < 1:
+        raise ValueError(f"start must be within (0, 1), got {start}")
+    task_weights = per_expert("task_weights", task_weights, len(experts))
+
+    def loss(coefficients: Tensor, weights: dict[str, Tensor], batches: list[Tensor]) -> Tensor:
+        total = stay * (coefficients - start).abs().mean(0).sum()
+        for k, x in enumerate(batches):
+            with torch.no_grad():
+                target = predict(_floats(experts[k]), x, k)
+            found = predict(weights, x, k)
+            soft = (_logits(target) / temperature).softmax(-1)
+            aligned = temperature**2 * F.cross_entropy(_logits(found) / temperature, soft)
+            if isinstance(found, tuple) and found[1]:
+                pairs = list(zip(found[1], target[1], strict=True))
+                aligned = aligned + hidden * sum(F.mse_loss(a, b) for a, b in pairs) / len(pairs)
+            total = total + task_weights[k] * aligned
+        return total
+
+    return _learn(
+        base,
+        experts,
+        loss,
+        expert_merging,
+        bound=torch.sigmoid,
+        start=math.log(start / (1 - start)),
+        data=data,
+        per=per,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        clip=1.0,
+    )
+
+
+def _learn(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    loss: Callable[[Tensor, dict[str, Tensor], list[Tensor]], Tensor],
+    method: Callable,
+    *,
+    bound: Callable[[Tensor], Tensor],
+    start: float,
+    data: Sequence[Tensor],
+    per: str,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    clip: float,
+) -> dict[str, list[float]]:
+    """Adam on coefficients [tensors or 1, K]; ``loss`` takes them bounded, the merged weights, and a batch a task."""
+    check(method, base, experts)
+    check_choice("per", per, ("tensor", "expert"))
+    if len(data) != len(experts) or not all(len(inputs) for inputs in data):
+        raise ValueError(f"data must hold inputs for each of {len(experts)} experts, got {[len(x) for x in data]}")
+    names, start_weights = floating(base), _floats(base)
+    deltas = {name: torch.stack([e[name].to(start_weights[name]) for e in experts]) for name in names}
+    deltas = {name: delta - start_weights[name] for name, delta in deltas.items()}
+    raw = torch.full((len(names) if per == "tensor" else 1, len(experts)), start)
+    raw = raw.to(start_weights[names[0]].device).requires_grad_()
+    optimizer, generator = torch.optim.Adam([raw], lr=lr), torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for _ in trange(steps, desc=method.__name__, disable=None):
+            coefficients = bound(raw)
+            rows = coefficients.expand(len(names), -1)
+            weights = start_weights | {
+                name: start_weights[name] + torch.einsum("k,k...->...", row.to(deltas[name]), deltas[name])
+                for name, row in zip(names, rows, strict=True)
+            }
+            batches = [x[torch.randperm(len(x), generator=generator)[:batch_size].to(x.device)] for x in data]
+            value = loss(coefficients, weights, batches)
+            if not value.isfinite():
+                raise ValueError(f"the loss of {method.__name__} must be finite, got {value.item()}")
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_([raw], clip)
+            optimizer.step()
+    found = bound(raw).detach().expand(len(names), -1).tolist()
+    return dict(zip(names, found, strict=True))
+
+
+def _floats(state: StateDict) -> dict[str, Tensor]:
+    """Half types as float32, everything else as it is."""
+    half = (torch.float16, torch.bfloat16)
+    return {name: t.detach().float() if t.dtype in half else t.detach() for name, t in state.items()}
+
+
+def _logits(found: Any) -> Tensor:
+    return found[0] if isinstance(found, tuple) else found
+
+
+@dataclass(frozen=True)
+class Evolved:
+    """What :func:`evolve_options` found.
+
+    Attributes:
+        options: for the method; lists where several values were asked for.
+        score: with them.
+        trials: how many were scored.
+    """
+
+    options: dict[str, float | list[float]]
+    score: float
+    trials: int
+
+
+@needs(base=None)
+def evolve(
+    base: StateDict | None, experts: Sequence[StateDict], *, method: Callable = task_arithmetic, **options
+) -> dict[str, Tensor]:
+    """Evolutionary merging (arXiv 2403.13187, parameter space): a method with what :func:`evolve_options` finds for it.
+
+    Needs: a score, which needs labelled validation data. Meaningful for what the method is meaningful for.
+
+    Args:
+        method: any method of this package.
+        options: of :func:`evolve_options`.
+    """
+    fixed = dict(options.get("fixed") or {})
+    found = evolve_options(base, experts, method=method, **options)
+    return method(base, experts, **fixed, **found.options)
+
+
+def evolve_options(
+    base: StateDict | None,
+    experts: Sequence[StateDict],
+    *,
+    score: Callable[[dict[str, Tensor]], float],
+    space: Mapping[str, tuple[float, float] | tuple[float, float, int]],
+    method: Callable = task_arithmetic,
+    fixed: Mapping[str, Any] | None = None,
+    trials: int = 100,
+    backend: str = "cma",
+    seed: int = 0,
+) -> Evolved:
+    """Options of a merging method that score best, by CMA-ES (arXiv 2403.13187, parameter space).
+
+    The paper searches weights and densities of DARE-TIES for each layer with optuna's CMA-ES; here any numeric options
+    of any method, such as ``space={"weights": (0, 1, len(experts)), "density": (0.1, 1)}`` of :func:`ties`.
+
+    Args:
+        score: merged weights -> what is to be large. Take it on validation data.
+        space: option -> (low, high), or (low, high, count) for a list of numbers.
+        fixed: further options, as they are.
+        trials: merged models to score. The search starts in the middle, with steps of a sixth of the range (paper).
+        backend: "cma" or "optuna" (which needs ``cmaes`` too).
+        seed: of the search.
+    """
+    check(method, base, experts)
+    check_choice("backend", backend, ("cma", "optuna"))
+    if not space or any(len(ends) not in (2, 3) or not ends[0] < ends[1] for ends in space.values()):
+        raise ValueError(f"space must hold options with (low, high) or (low, high, count), low < high, got {space}")
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
+    axes = [(option, *ends[:2]) for option, ends in space.items() for _ in range(int(ends[2]) if ends[2:] else 1)]
+    best: Evolved | None = None
+
+    def cost(point: Sequence[float]) -> float:
+        nonlocal best
+        options: dict[str, Any] = {option: [] for option in space}
+        for (option, low, high), x in zip(axes, point, strict=False):
+            options[option].append(low + (high - low) * float(x))
+        options = {option: found if space[option][2:] else found[0] for option, found in options.items()}
+        value = float(score(method(base, experts, **(fixed or {}), **options)))
+        if not math.isfinite(value):
+            raise ValueError(f"score must be finite, got {value} for {options}")
+        trials_so_far = best.trials + 1 if best else 1
+        better = best is None or value > best.score
+        best = Evolved(options if better else best.options, value if better else best.score, trials_so_far)
+        return -value
+
+    search = _cma if backend == "cma" else _optuna
+    search(cost, max(2, len(axes)), trials, seed)  # CMA-ES needs two dimensions; a second one may do nothing
+    return best
+
+
+def _cma(cost: Callable[[Sequence[float]], float], size: int, trials: int, seed: int) -> None:
+    try:
+        import cma
+    except ImportError as error:
+        raise ImportError("evolve with backend='cma' needs pycma: pip install cma") from error
+    options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}  # 0 would be the time
+    strategy = cma.CMAEvolutionStrategy([0.5] * size, 1 / 6, options)
+    while trials > 0:  # its own stopping rules aside: the budget is given
+        points = strategy.ask()
+        costs = [cost(point) for point in points[:trials]]
+        trials -= len(costs)
+        if len(costs) == len(points):
+            strategy.tell(points, costs)
+
+
+def _optuna(cost: Callable[[Sequence[float]], float], size: int, trials: int, seed: int) -> None:
+    try:
+        import cmaes  # noqa: F401
+        import optuna
+    except ImportError as error:
+        raise ImportError("evolve with backend='optuna' needs optuna and cmaes: pip install optuna cmaes") from error
+    names, verbosity = [f"x{i}" for i in range(size)], optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(sampler=optuna.samplers.CmaEsSampler(seed=seed))  # its first step is 1/6 too
+        study.enqueue_trial(dict.fromkeys(names, 0.5))
+        study.optimize(lambda trial: cost([trial.suggest_float(name, 0, 1) for name in names]), n_trials=trials)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+@needs(base=None, least=1)
+@torch.no_grad()
+def natural_niches(
+    base: StateDict | None,
+    experts: Sequence[StateDict],
+    *,
+    score: Callable[[dict[str, Tensor]], Tensor],
+    population: int = 20,
+    steps: int = 1000,
+    alpha: float = 1.0,
+    mutation: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """M2N2: models compete for examples, attract those who solve others, and mate at a split point (arXiv 2508.16204).
+
+    With s_p the scores of member p on the examples and ``f_p = s_p / (sum_q s_q)^alpha`` its shares of them: parent a
+    is drawn by ``sum f_a``, parent b by ``sum max(0, f_b - f_a)``. The child interpolates all their parameters in a row
+    spherically, with weight w up to a random split point and 1 - w behind it. It replaces the member with the smallest
+    ``sum f`` if it is better itself. Follows the authors' code (natural_niches_fn.py); while nobody attracts or
+    scores, the draw is uniform.
+
+    Needs: a score for each of N labelled examples (not those that are reported). Meaningful for two or more models, the
+    base among them if it is given; any tensors. Holds ``population`` models in float32.
+
+    Args:
+        score: merged weights -> scores of N examples, not negative, such as 0 or 1 for right.
+        population: P; authors' default.
+        steps: children; the authors' default is 50,000 for a small network.
+        alpha: of the competition; 0 is none.
+        mutation: standard deviation of noise on children; the authors use 0.01 from scratch, none for trained models.
+        seed: of everything drawn.
+
+    Returns:
+        The member with the highest mean score.
+    """
+    check(natural_niches, base, experts)
+    seeds = ([] if base is None else [base]) + list(experts)
+    if not 2 <= len(seeds) <= population:
+        raise ValueError(f"natural_niches needs 2 to {population} (population) models, base included, got {len(seeds)}")
+    names = floating(seeds[0])
+
+    def model(vector: Tensor) -> dict[str, Tensor]:
+        pieces = dict(zip(names, vector.split([seeds[0][name].numel() for name in names]), strict=True))
+        return {n: pieces[n].reshape(t.shape).to(t) if n in pieces else t.clone() for n, t in seeds[0].items()}
+
+    def scores(vector: Tensor) -> Tensor:
+        found = torch.as_tensor(score(model(vector))).detach().cpu().double()
+        if found.ndim != 1 or not found.isfinite().all() or (found < 0).any():
+            raise ValueError(f"score must give numbers [N], not negative, got {list(found.shape)} {found}")
+        return found
+
+    generator = torch.Generator().manual_seed(seed)
+    archive = [torch.cat([state[name].detach().float().reshape(-1) for name in names]) for state in seeds]
+    solved = torch.stack([scores(vector) for vector in archive])  # [P, N]
+    for _ in trange(steps, desc="natural_niches", disable=None):
+        shares = _shares(solved, alpha)
+        a = _draw(shares.sum(1), generator)
+        b = _draw((shares - shares[a]).clamp(min=0).sum(1), generator)
+        split = int(torch.randint(len(archive[0]), (), generator=generator))
+        child = mate(archive[a], archive[b], torch.rand((), generator=generator).item(), split)
+        if mutation:
+            child = child + mutation * torch.randn(len(child), generator=generator).to(child)
+        extended = torch.cat([solved, scores(child)[None]])
+        archive.append(child)
+        worst = int(_shares(extended, alpha).sum(1).argmin()) if len(archive) > population else None
+        keep = [p for p in range(len(archive)) if p != worst]
+        archive, solved = [archive[p] for p in keep], extended[keep]
+    return model(archive[int(solved.mean(1).argmax())])
+
+
+def mate(a: Tensor, b: Tensor, weight: float, split: int) -> Tensor:
+    """Spherical interpolation of two vectors: ``weight`` is b's share before the split point, a's from there on."""
+    cosine = (a.double() @ b.double() / (a.double().norm() * b.double().norm())).item()
+    angle = math.acos(min(1.0, max(-1.0, cosine))) if math.isfinite(cosine) else 0.0
+
+    def scales(t: float) -> tuple[float, float]:
+        if not math.sin(angle) > 1e-6:
+            return 1 - t, t
+        return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+    (a1, b1), (a2, b2) = scales(weight), scales(1 - weight)
+    return torch.cat([a1 * a[:split] + b1 * b[:split], a2 * a[split:] + b2 * b[split:]])
+
+
+def _shares(solved: Tensor, alpha: float) -> Tensor:
+    """Scores [P, N] -> each member's shares of the examples."""
+    total = solved.sum(0)
+    return solved / torch.where(total > 0, total, 1.0).pow(alpha)
+
+
+def _draw(weights: Tensor, generator: torch.Generator) -> int:
+    weights = weights if weights.sum() > 0 else torch.ones_like(weights)
+    return int(torch.multinomial(weights, 1, generator=generator))

@@ -1,0 +1,51 @@
+"""Merging safetensors files: read, merged and written stretch by stretch, so that no checkpoint is held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mergetune.files import writing_atomically
+from mergetune.merging.tensors import TensorFile, check, merged_pieces
+
+
+@torch.no_grad()
+def merge_files(
+    method: Callable, base_file: str | Path | None, expert_files: Sequence[str | Path], out_file: str | Path, **options
+) -> None:
+    """Merge safetensors files into one: the same bits as ``method`` on the state dicts in memory, in little memory.
+
+    Element-wise methods hold a stretch of every checkpoint at a time, at most a few MB; those on matrices and ``widen``
+    the tensor in work with its factors. Methods with statistics of all tensors (said in their docstrings) read the
+    inputs more than once. The output has the header of the base, or of the first expert without one: the same order of
+    tensors and metadata. It appears whole or not at all; it may replace an input.
+
+    Args:
+        method: a method that works tensor by tensor, such as ``task_arithmetic`` or ``ties``.
+        base_file: None for methods without a base.
+        expert_files: one or more.
+        out_file: is replaced if it is there.
+        options: the method's. Options that are state dicts may be :class:`TensorFile`, so that they too are read from
+            files.
+
+    Raises:
+        FileNotFoundError: an input is missing.
+        ValueError: the method does not work tensor by tensor, an input is no safetensors file, or it cannot be merged.
+    """
+    if not hasattr(method, "plan"):
+        raise ValueError(f"method must work tensor by tensor, got {getattr(method, '__name__', method)}")
+    if isinstance(expert_files, str | Path):
+        raise TypeError(f"expert_files must be a list of files, got {expert_files!r}")
+    base = None if base_file is None else TensorFile(base_file)
+    experts = [TensorFile(file) for file in expert_files]
+    check(method, base, experts)
+    reference = base if base is not None else experts[0]
+    step = method.plan(base, experts, **options)
+    with writing_atomically(Path(out_file)) as out:
+        out.write(reference.header)
+        for name in tqdm(reference, desc=f"merge ({method.__name__})", unit="tensor", disable=None):
+            for piece in merged_pieces(step, name, base, experts):
+                out.write(piece.contiguous().view(torch.uint8).numpy())

@@ -1,0 +1,240 @@
+"""Merging of matrices: magnitudes and directions of columns, singular vectors, projections, LoRA's ranks.
+
+Shapes: K experts, [m, n] a matrix, r its rank or that of its LoRA factors; tau_k = expert_k - base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergetune.merging.tensors import (
+    Merge,
+    Part,
+    StateDict,
+    check_fraction,
+    floating,
+    method,
+    needs,
+    parts,
+    source,
+)
+
+
+@method(base=True, least=2)
+def widen(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    ratio: float = 1.0,
+    calibration: float = 1.0,
+    rows: Sequence[str] = ("model.embed_tokens.weight", "token_embedding.weight"),
+) -> dict[str, Tensor]:
+    """WIDEN: columns whose magnitude or direction moved more count more (arXiv 2408.03092; authors' code).
+
+    A matrix is split into its columns' norms and directions. Within expert k, columns are ranked (0 to 1) by how
+    far the norm moved, and by ``1 - cos`` to the base's direction. Either ranking gives scores: softmax over the
+    experts, and ``calibration`` where the rank is above ``ratio`` times the expert's mean rank. With s_k the mean of
+    both scores, ``merged = base + sum_k s_k tau_k``. In vectors and scalars |tau_k| itself takes the place of the rank.
+
+    Needs: no data. Meaningful for several experts; matrices, for tensors of more dimensions [m, n x ...], and vectors.
+
+    Args:
+        ratio: the paper's t.
+        calibration: the paper's s.
+        rows: names (their ends) of matrices whose rows are the units, as token embeddings' are.
+    """
+
+    def scores(significance: Tensor, high: Tensor) -> Tensor:
+        return torch.where(high, calibration, significance.softmax(0))
+
+    def by_rank(moved: Tensor) -> Tensor:
+        """How far each of n units moved, [K, n] -> their scores."""
+        ranks, n = moved.argsort(dim=1, stable=True).argsort(dim=1), moved.shape[1]
+        return scores(ranks.to(moved) / n, ranks > ratio * (n - 1) / 2)
+
+    def merge(part: Part) -> Tensor:
+        if len(part.shape) < 2:
+            deltas = part.deltas.reshape(len(experts), -1)
+            moved = deltas.abs()
+            high = moved > ratio * moved.mean(1, keepdim=True)
+            return part.base.flatten() + (scores(moved, high) * deltas).sum(0)
+        unit = 1 if part.name.endswith(tuple(rows)) else 0  # the dimension along which norms are taken
+        before, after = part.base.flatten(1), part.experts.flatten(2)
+        magnitudes = by_rank((after.norm(dim=unit + 1) - before.norm(dim=unit)).abs())
+        directions = by_rank(1 - torch.cosine_similarity(after, before[None], dim=unit + 1))
+        weights = (magnitudes + directions) / 2
+        return before + ((after - before) * weights.unsqueeze(unit + 1)).sum(0)
+
+    return Merge(merge, whole=True)
+
+
+@method(base=True, least=2)
+def tsv_m(base: StateDict, experts: Sequence[StateDict], *, scale: float = 1.0) -> dict[str, Tensor]:
+    """TSV-Merge: task singular vectors made orthogonal to each other (arXiv 2412.00081; authors' code: TSVM_utils.py).
+
+    Of each matrix tau_k the first ``min(m, n) // K`` singular triples are kept; all U and all V side by side are
+    replaced by the nearest matrices with orthonormal columns (``U = P S Q' -> P Q'``), and
+    ``merged = base + scale * U diag(S) V'``. Other tensors take the mean of tau_k, and so do matrices with fewer rows
+    or columns than there are experts.
+
+    Needs: no data. Meaningful for several experts that share matrices. The authors average CLIP's ``text_projection``
+    too, here it is a matrix like any other.
+
+    Args:
+        scale: alpha; 1 is the paper's choice without validation.
+    """
+
+    def merge(part: Part) -> Tensor:
+        deltas, keep = part.deltas, min(part.shape) // len(experts) if len(part.shape) == 2 else 0
+        if not keep:
+            return part.base + scale * deltas.mean(0)
+        triples = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+        left = _orthonormal(torch.cat([u[:, :keep] for u, _, _ in triples], 1))
+        right = _orthonormal(torch.cat([v[:keep] for _, _, v in triples]))
+        return part.base + scale * (left * torch.cat([s[:keep] for _, s, _ in triples])) @ right
+
+    return Merge(merge, whole=True)
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns or rows (polar factor)."""
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
+
+
+@method(base=True, least=2)
+def opcm(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5) -> dict[str, Tensor]:
+    """OPCM: experts one after the other, each projected away from what is merged (arXiv 2501.09522; fusion_bench).
+
+    With ``D_1 = tau_1`` and ``U S V'`` the singular value decomposition of D_(t-1)::
+
+        M = U' tau_t V, its diagonal set to 0, and its first q rows in its first q columns, where
+            S_1 .. S_q is what stays within ``alpha`` of the sum of S
+        D_t    = D_(t-1) + U M V'                                   tensors that are no matrices: D_(t-1) + tau_t
+        merged = base + D_K * mean_t |tau_t| / |D_K|                norms over all tensors together
+
+    Only the part of tau_t that lies in both spaces of D_(t-1) is changed. Directions in which D_(t-1) is zero (up to
+    rounding) have no defined singular vectors and are left alone.
+
+    Needs: no data. Meaningful for several experts that share matrices; their order counts. Each decomposition is made
+    twice, for the norm and for the result. fusion_bench projects linear layers only, here embeddings too.
+
+    Args:
+        alpha: 0.5 in the authors' configuration.
+    """
+    check_fraction("alpha", alpha, zero=True)
+
+    def combined(part: Part) -> Tensor:
+        deltas = part.deltas
+        total = deltas[0]
+        for delta in deltas[1:]:
+            total = total + (_projected(delta, total, alpha) if delta.ndim == 2 else delta)
+        return total
+
+    squares, merged = torch.zeros(len(experts), dtype=torch.float64), 0.0
+    for part in (part for name in floating(base) for part in parts(name, base, experts, whole=True)):
+        squares += part.deltas.reshape(len(experts), -1).double().square().sum(1).cpu()
+        merged += combined(part).double().square().sum().item()
+    factor = squares.sqrt().mean().item() / math.sqrt(merged) if merged else 1.0
+    return Merge(lambda part: part.base + factor * combined(part), whole=True)
+
+
+def _projected(delta: Tensor, merged: Tensor, alpha: float) -> Tensor:
+    u, s, v = torch.linalg.svd(merged, full_matrices=False)
+    if not len(s) or not s[0] > 0:
+        return delta
+    split = int((s.cumsum(0) / s.sum() > alpha).int().argmax())
+    within = u.T @ delta @ v.T
+    defined = s > s[0] * max(merged.shape) * torch.finfo(s.dtype).eps
+    removed = torch.diag(within.diagonal() * defined)
+    removed[:split, :split] = within[:split, :split]
+    return delta - u @ removed @ v
+
+
+@needs(base=False, least=2)
+@torch.no_grad()
+def lora_lego(
+    base: None,
+    experts: Sequence[StateDict],
+    *,
+    rank: int | None = None,
+    norms: bool = True,
+    outputs: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """LoRA-LEGO: ranks of several LoRAs, clustered (arXiv 2409.16167).
+
+    The i-th row of A and the i-th column of B, side by side, are one unit. The units of all experts at one place are
+    clustered by k-means; the centroids are the rows and columns of the merged factors. The paper then scales twice,
+    against the loss of norm in averaging and the growth of variance with the rank. Its formulas were not at hand;
+    computed is our reading: ``norms`` stretches each centroid to the mean norm of its units, ``outputs`` multiplies B
+    by ``sqrt(r / rank)``, r the largest rank of an expert.
+
+    Needs: no data; scikit-learn. Meaningful for several experts that hold LoRA factors only, ``*lora_A*`` [r, n] and
+    ``*lora_B*`` [m, r] in pairs (PEFT's names), also of different ranks. LoRA's own factor alpha / r is not in a
+    state dict: bring experts to the same one before. Works on pairs, so it is not for :func:`merge_files`.
+
+    Args:
+        base: None; LoRA factors are differences already.
+        rank: clusters, the rank of the result; None is r.
+        seed: of k-means.
+
+    Returns:
+        Factors in the first expert's dtype.
+    """
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError("lora_lego needs scikit-learn: pip install scikit-learn") from error
+    if base is not None:
+        raise ValueError("lora_lego takes no base: pass None")
+    if isinstance(experts, Mapping) or len(experts) < 2:
+        raise ValueError(f"lora_lego needs a list of at least 2 experts, got {len(experts)}")
+    pairs = _lora_pairs(experts)
+    merged: dict[str, Tensor] = {}
+    for a, b in pairs:
+        like = experts[0][a]
+        units = torch.cat([torch.cat([e[a].float(), e[b].float().T], 1) for e in experts]).cpu()  # [sum of r, n + m]
+        largest = max(len(e[a]) for e in experts)
+        clusters = largest if rank is None else rank
+        if not 1 <= clusters <= len(units):
+            raise ValueError(f"rank must be from 1 to the experts' ranks together, {len(units)}, got {clusters}")
+        labels = torch.from_numpy(KMeans(clusters, n_init=10, random_state=seed).fit(units.double().numpy()).labels_)
+        member = torch.nn.functional.one_hot(labels.long(), clusters).T.float()  # [clusters, sum of r]
+        member = member / member.sum(1, keepdim=True).clamp(min=1)
+        centroids = member @ units
+        if norms:
+            length = centroids.norm(dim=1, keepdim=True)
+            centroids = centroids * torch.where(length > 0, member @ units.norm(dim=1, keepdim=True) / length, 1.0)
+        scale = math.sqrt(largest / clusters) if outputs else 1.0
+        merged[a] = centroids[:, : like.shape[1]].to(like).contiguous()
+        merged[b] = (scale * centroids[:, like.shape[1] :].T).to(experts[0][b]).contiguous()
+    return {name: merged[name] for name in experts[0]}
+
+
+def _lora_pairs(experts: Sequence[StateDict]) -> list[tuple[str, str]]:
+    """Names of A and B at each place, after checking that all experts have them and that they fit."""
+    for k, expert in enumerate(experts):
+        if different := sorted(experts[0].keys() ^ expert.keys()):
+            raise ValueError(f"experts[{k}] must hold the tensors of experts[0], they differ in {different[0]!r}")
+        for name in expert:
+            other = name.replace("lora_A", "lora_#").replace("lora_B", "lora_A").replace("lora_#", "lora_B")
+            if other == name or other not in expert or len(source(expert, name).shape) != 2:
+                raise ValueError(
+                    f"lora_lego needs LoRA factors, matrices in pairs of lora_A and lora_B, and nothing else, got "
+                    f"{name!r} in experts[{k}]"
+                )
+    pairs = [(name, name.replace("lora_A", "lora_B")) for name in experts[0] if "lora_A" in name]
+    for a, b in pairs:
+        for k, expert in enumerate(experts):
+            (r, n), (m, again) = expert[a].shape, expert[b].shape
+            if r != again or n != experts[0][a].shape[1] or m != experts[0][b].shape[0]:
+                raise ValueError(
+                    f"experts[{k}][{a!r}] and its lora_B must have shapes [r, {experts[0][a].shape[1]}] and "
+                    f"[{experts[0][b].shape[0]}, r], got {[r, n]} and {[m, again]}"
+                )
+    return pairs

@@ -1,0 +1,590 @@
+"""Merging of task vectors, the differences of experts from their common base: arithmetic, trimming, signs, balance.
+
+Shapes: K experts, n elements of a stretch; tau_k = expert_k - base, computed in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergetune.merging.tensors import (
+    Merge,
+    Part,
+    StateDict,
+    check,
+    check_choice,
+    check_fraction,
+    check_states,
+    column,
+    floating,
+    method,
+    order_statistics,
+    parts,
+    per_expert,
+    source,
+    stretches,
+    weighted_sum,
+)
+
+SCOPES = ("global", "tensor")
+
+
+@method(base=True)
+def task_arithmetic(
+    base: StateDict, experts: Sequence[StateDict], *, scale: float = 0.4, weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """Task arithmetic (arXiv 2212.04089): ``base + scale * sum_k weights_k tau_k``.
+
+    Needs: no data (scale may be chosen on validation images). Meaningful for one or several experts, any tensors.
+
+    Args:
+        scale: 0.4 is what the TIES paper takes for several experts without validation; 1 gives one expert back.
+        weights: one for each expert; None is 1 for all.
+    """
+    weights = per_expert("weights", weights, len(experts))
+    return Merge(lambda part: part.base.add(weighted_sum(weights, part.deltas), alpha=scale))
+
+
+@method(base=True)
+def negate(base: StateDict, experts: Sequence[StateDict], *, scale: float = 1.0) -> dict[str, Tensor]:
+    """Forgetting by task-vector negation (arXiv 2212.04089, forgetting): ``base - scale * sum_k tau_k``.
+
+    Needs: no data (the paper chooses scale so that a control task keeps 95 % of its accuracy). Meaningful for one
+    expert or several, all of which are forgotten; any tensors.
+    """
+    return task_arithmetic.plan(base, experts, scale=-scale)
+
+
+@method(base=True)
+def layerwise(
+    base: StateDict, experts: Sequence[StateDict], *, coefficients: Mapping[str, Sequence[float]]
+) -> dict[str, Tensor]:
+    """Task arithmetic with coefficients for each tensor: ``base[name] + sum_k coefficients[name][k] tau_k[name]``.
+
+    Layer-wise AdaMerging's form (arXiv 2310.02575), for coefficients that :func:`entropy_coefficients` or
+    :func:`alignment_coefficients` have learned, or others.
+
+    Needs: the coefficients, no data. Meaningful for one or several experts, any tensors.
+
+    Args:
+        coefficients: name of each floating-point tensor -> one number for each expert.
+    """
+    if missing := [name for name in floating(base) if name not in coefficients]:
+        raise ValueError(f"coefficients must be there for every tensor, {missing[0]!r} has none")
+    rows = {n: per_expert(f"coefficients[{n!r}]", coefficients[n], len(experts)) for n in floating(base)}
+    return Merge(lambda part: part.base + weighted_sum(rows[part.name], part.deltas))
+
+
+@method(base=True)
+def ties(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    density: float = 0.2,
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+    trim: str = "global",
+    sign: str = "sum",
+    divide: str = "count",
+) -> dict[str, Tensor]:
+    """TIES: trim, elect signs, average those that agree (arXiv 2306.01708, algorithm 1).
+
+    Of each tau_k the ``density`` of largest magnitude stays; the sign of ``sum_k tau_k`` is elected for each element;
+    the kept values of that sign are averaged and added to the base, times ``scale``. Values that equal the threshold
+    all stay. Where the sum is exactly zero the positive sign is elected, as in peft and mergekit (the authors' code
+    takes the sign that most elements have).
+
+    Needs: no data. Meaningful for several experts, any tensors; of one expert it only trims. Two passes more.
+
+    Args:
+        density: of the elements, what stays (the paper's k = 20 %).
+        scale: lambda; 1 is the paper's choice without validation.
+        weights: one for each expert; None is 1 for all.
+        trim: "global" over all tensors of an expert together (authors' code), "tensor" in each (peft, mergekit).
+        sign: elected by "sum" of values (paper), or by "count" of signs.
+        divide: by the "count" of values that agree (paper, peft), by their "weight" (mergekit; the signs then
+            are those of the weighted values), or by nothing, "none" (the sum).
+    """
+    thresholds = _thresholds(base, experts, density, trim, lambda part: part.deltas.abs())
+    elected = _election(weights, len(experts), sign, divide)
+
+    def merge(part: Part) -> Tensor:
+        deltas = part.deltas
+        return part.base + scale * elected(deltas * _reach(deltas.abs(), thresholds[part.name]))
+
+    return Merge(merge)
+
+
+@method(base=True)
+def dare(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    density: float = 0.1,
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+    rescale: str | None = "density",
+    consensus: str | None = None,
+    divide: str = "count",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """DARE: drop at random and rescale (arXiv 2311.03099), then task arithmetic or TIES' election.
+
+    ``base + scale * sum_k weights_k m_k tau_k / density`` with independent ``m_k ~ Bernoulli(density)``.
+
+    Needs: no data. Meaningful for one or several experts, any tensors; for small tau only (the paper: below 0.002). The
+    mask depends on seed, tensor name, expert and place alone, so the same tensor gets the same one in any
+    state dict. Permuting experts changes the masks.
+
+    Args:
+        density: what stays, 1 - p; the paper drops p = 90 % and more.
+        scale: the paper searches 0.5 to 1.
+        weights: one for each expert; None is 1 for all.
+        rescale: "density" divides by it (paper); "l1", "l2", "linf" restore that norm of each tensor's tau_k (mergekit;
+            tensors are then taken whole); None leaves the rest as it is.
+        consensus: None adds; "sum" or "count" elects signs as :func:`ties` does (DARE-TIES of peft and mergekit).
+        divide: with a consensus, as in :func:`ties`.
+        seed: of the masks.
+    """
+    check_fraction("density", density)
+    check_choice("rescale", rescale, (None, "density", *_NORMS))
+    check_choice("consensus", consensus, (None, "sum", "count"))
+    combined = _election(weights, len(experts), consensus, divide)
+
+    def merge(part: Part) -> Tensor:
+        deltas = part.deltas.reshape(len(experts), -1)
+        masks = [_random_mask(seed, part, k, density) for k in range(len(experts))]
+        kept = deltas * torch.stack(masks).to(deltas.device)
+        if rescale == "density":
+            kept = kept / density
+        elif rescale:
+            before, after = (torch.linalg.vector_norm(t, _NORMS[rescale], dim=1) for t in (deltas, kept))
+            kept = kept * torch.where(after > 0, before / after, 1.0)[:, None]
+        return part.base.flatten() + scale * combined(kept)
+
+    return Merge(merge, whole=rescale in _NORMS)
+
+
+_NORMS = {"l1": 1, "l2": 2, "linf": math.inf}
+
+
+@method(base=True)
+def pcb(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    ratio: float = 0.1,
+    scale: float = 1.0,
+    scope: str = "global",
+    clip: float = 1e-4,
+) -> dict[str, Tensor]:
+    """PCB-Merging: parameters compete within and between experts (arXiv 2410.02396; authors' code: pcb-merging.py).
+
+    With ``a_k = |tau_k|`` clamped to its ``clip`` and ``1 - clip`` quantiles and ``norm`` the map of an expert's values
+    to [0, 1]::
+
+        balance_k = exp(K norm(a_k)^2) * tanh(tau_k sum_j tau_j)                   within, between
+        share_k   = norm(max(balance_k, its 1 - ratio quantile))                   the rest drops to 0
+        merged    = base + scale * sum_k share_k sign(tau_k) a_k / sum_k share_k
+
+    Needs: no data. Meaningful for several experts, any tensors; of one expert it keeps what moved most. Four
+    passes more, for the order statistics.
+
+    Args:
+        ratio: of the elements of an expert, what keeps a share.
+        scale: lambda; the paper searches it, also one for each expert.
+        scope: quantiles and ``norm`` "global" over all tensors of an expert (authors' code), or in each "tensor".
+        clip: 0.01 % in the authors' code.
+    """
+    check_fraction("ratio", ratio)
+    check_choice("scope", scope, SCOPES)
+    if not 0 <= clip < 0.5:
+        raise ValueError(f"clip must be in [0, 0.5), got {clip}")
+    limits: dict[str, list[list[float]]] = {}  # name -> [4][K]: a's lowest and highest, balance's quantile and highest
+
+    def magnitude(part: Part) -> Tensor:
+        low, high = (column(row, part.experts) for row in limits[part.name][:2])
+        return part.deltas.abs().clamp(low, high)
+
+    def balance(part: Part) -> Tensor:
+        deltas = part.deltas
+        within = _unit(magnitude(part), *limits[part.name][:2])
+        return (len(experts) * within.square()).exp() * torch.tanh(deltas * deltas.sum(0))
+
+    for group in _groups(base, scope):
+        total = sum(source(base, name).numel for name in group)
+        ranks = [int(total * clip), int(total * (1 - clip) - 1)]
+        ends = _statistics(base, experts, group, lambda part: part.deltas.abs(), ranks)
+        limits |= dict.fromkeys(group, ends)
+        ranks = [min(int(total * (1 - ratio)), total - 1), total - 1]
+        limits |= dict.fromkeys(group, ends + _statistics(base, experts, group, balance, ranks))
+
+    def merge(part: Part) -> Tensor:
+        low, high = limits[part.name][2:]
+        shares = _unit(balance(part).float().maximum(column(low, part.experts).float()), low, high)
+        mixed = (shares * part.deltas.sign() * magnitude(part)).sum(0) / shares.sum(0).clamp(min=1e-12)
+        return part.base + scale * mixed
+
+    return Merge(merge)
+
+
+def _unit(values: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor:
+    """[K, n] from low to high -> from 0 to 1; 0 where both are the same."""
+    low, high = column(low, values), column(high, values)
+    return torch.where(high > low, (values - low) / (high - low), 0.0)
+
+
+@method(base=True, least=2)
+def sce(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    density: float = 0.1,
+    scale: float = 1.0,
+    select: str = "vectors",
+) -> dict[str, Tensor]:
+    """SCE: select, calculate, erase, in each tensor (FuseChat, arXiv 2408.07990; authors' code: sce_merging.py).
+
+    Select: the ``density`` of elements with the highest variance over the experts, of those where it is not zero.
+    Calculate: each expert's weight is the mean square of its selected tau_k. Erase: values against the sign of
+    ``sum_k tau_k`` drop out. ``merged = base + scale * sum_k weight_k tau_k / sum_k weight_k`` over what is left.
+
+    Needs: no data. Meaningful for several experts (one alone has no variance), any tensors. Reads each tensor four
+    times more.
+
+    Args:
+        density: the authors' configuration has 10 %.
+        scale: 1 is the paper's.
+        select: what the selection holds for: the "vectors" (paper, mergekit) or only the "weights" (authors' code).
+    """
+    check_fraction("density", density)
+    check_choice("select", select, ("vectors", "weights"))
+
+    def variance(part: Part) -> Tensor:
+        return part.deltas.var(0, correction=0, keepdim=True).float()
+
+    @lru_cache(maxsize=1)  # parts come tensor by tensor
+    def statistics(name: str) -> tuple[float, list[float]]:
+        threshold, numel = 0.0, source(base, name).numel
+        if density < 1:
+            moved = sum(int(variance(part).count_nonzero()) for part in parts(name, base, experts))
+            keep = int(density * moved)
+            values = lambda: map(variance, parts(name, base, experts))  # noqa: E731
+            threshold = order_statistics(values, [numel - keep])[0][0] if keep else math.inf
+        squares = sum(
+            (part.deltas * (variance(part) >= threshold)).double().square().sum(1)
+            for part in parts(name, base, experts)
+        )
+        total = squares.sum()
+        weights = squares / total if total > 0 else torch.full_like(squares, 1 / len(experts))
+        return threshold, weights.tolist()
+
+    def merge(part: Part) -> Tensor:
+        threshold, weights = statistics(part.name)
+        deltas = part.deltas
+        if select == "vectors":
+            deltas = deltas * (variance(part) >= threshold)
+        return part.base + scale * _elect(deltas, column(weights, deltas), deltas.sum(0), "weight")
+
+    return Merge(merge)
+
+
+@method(base=True, least=2)
+def delta_guided(
+    base: StateDict, experts: Sequence[StateDict], *, power: float = 1.0, per: str = "tensor"
+) -> dict[str, Tensor]:
+    """Delta-guided fusion (CoDiEmb, arXiv 2508.11442): who moved a parameter further has more say in it.
+
+    Computed: ``base + sum_k w_k tau_k`` with ``w_k = |tau_k|^power / sum_j |tau_j|^power``, |.| the L2 norm of the
+    tensor, or the magnitude of the element. The paper weights checkpoints for each learnable parameter by its deviation
+    from the pretrained value; its exact formula was not at hand, this is our reading of it.
+
+    Needs: no data. Meaningful for several experts, any tensors. Two passes with per="tensor".
+
+    Args:
+        power: 0 is the plain average, large takes who moved furthest.
+        per: "tensor" or "element".
+    """
+    check_choice("per", per, ("tensor", "element"))
+    if not power >= 0:
+        raise ValueError(f"power must be at least 0, got {power}")
+
+    @lru_cache(maxsize=1)
+    def norms(name: str) -> Tensor:
+        return sum(part.deltas.double().square().sum(1) for part in parts(name, base, experts)).sqrt()
+
+    def merge(part: Part) -> Tensor:
+        deltas = part.deltas
+        moved = (deltas.abs().double() if per == "element" else norms(part.name)[:, None]).pow(power)
+        weights = torch.where(moved.sum(0) > 0, moved / moved.sum(0), 1 / len(experts))
+        return part.base + (weights.to(deltas) * deltas).sum(0)
+
+    return Merge(merge)
+
+
+@method(base=True)
+def lines(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    layer: Callable[[str], tuple[int, int] | None] | None = None,
+) -> dict[str, Tensor]:
+    """LiNeS: shallow layers keep more of the base (arXiv 2410.17146; authors' code: src/eval/eval.py).
+
+    ``base + (alpha + beta * l / (L - 1)) * sum_k tau_k`` in block l = 0 .. L - 1; tensors outside the blocks take
+    alpha. To apply it to another method's result, pass that as the one expert: ``lines(base, [ties(base, experts)])``.
+
+    Needs: no data (the paper chooses one of alpha, beta on validation images). Meaningful for one or several experts
+    whose names hold block numbers; prompts and heads have none and are refused.
+
+    Args:
+        alpha: of the first block. None is 1 / K for several experts (the paper's rule where their sum is merged), and
+            0.5 for one (the paper chooses it).
+        beta: None is ``1 - alpha``, so that the last block is taken whole (the paper's for one expert).
+        layer: name -> (l, L), or None outside the blocks. By default the first number between two dots in a name is l,
+            and L counts those behind the same beginning, so that two towers are counted each on its own.
+    """
+    alpha = (1 / len(experts) if len(experts) > 1 else 0.5) if alpha is None else alpha
+    beta = 1 - alpha if beta is None else beta
+    names = floating(base)
+    depths = {name: (layer or _depth_of(names))(name) for name in names}
+    if not any(depths.values()):
+        raise ValueError(f"lines needs names with block numbers such as 'resblocks.3.', got {', '.join(names[:3])}")
+    scales = {name: alpha + beta * d[0] / max(d[1] - 1, 1) if d else alpha for name, d in depths.items()}
+    return Merge(lambda part: part.base + scales[part.name] * part.deltas.sum(0))
+
+
+def _depth_of(names: Sequence[str]) -> Callable[[str], tuple[int, int] | None]:
+    found = {name: match for name in names if (match := re.search(r"(?:^|\.)(\d+)(?=\.)", name))}
+    blocks: dict[str, int] = {}
+    for name, match in found.items():
+        prefix = name[: match.start(1)]
+        blocks[prefix] = max(blocks.get(prefix, 0), int(match[1]) + 1)
+    return lambda name: (int(found[name][1]), blocks[name[: found[name].start(1)]]) if name in found else None
+
+
+@method(base=True)
+def ota_ffg(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    second_moments: Sequence[StateDict],
+    density: float = 0.4,
+    power: float = 0.5,
+    epsilon: float = 1e-26,
+    trim: str = "global",
+    rank_one: bool = False,
+) -> dict[str, Tensor]:
+    """OTA merging with Fast Fisher Grafting (arXiv 2509.11167; authors' code: merge_methods/ota.py).
+
+    Grafting: of each tau_k the ``density`` with the highest saliency ``v_k tau_k^2`` stays, m_k. Aggregation of each
+    element: ``base + sum_k m_k p_k tau_k / sum_k m_k p_k`` with ``p_k = v_k^power + epsilon``; where nothing stays, the
+    base.
+
+    Needs: Adam's second moments ``exp_avg_sq`` of each expert's training, or squared gradients taken again (data).
+    Meaningful for one expert (grafting alone) or several; any tensors. Two passes more.
+
+    Args:
+        second_moments: v_k, one state dict for each expert, of its names and shapes, not negative.
+        density: the authors set a threshold for each expert instead; they show 40 %.
+        power: 0.5 makes Adam's preconditioner; authors' default.
+        epsilon: authors' configuration.
+        trim: "global" over all tensors of an expert, or in each "tensor".
+        rank_one: replace v_k of matrices by ``rows columns' / total``, its sums, as Adafactor does (the paper's
+            memory-light form).
+    """
+    check_states("second_moments", second_moments, experts)
+    if not power > 0:
+        raise ValueError(f"power must be positive, got {power}")
+
+    @lru_cache(maxsize=len(experts))
+    def sums(name: str, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        v = second_moments[k][name].double()
+        return v.sum(1), v.sum(0), v.sum()
+
+    def moments(part: Part) -> Tensor:
+        v = part.of("second_moments", second_moments)
+        if v.numel() and v.min() < 0:
+            raise ValueError(f"second_moments must not be negative, got {v.min().item()} in {part.name!r}")
+        if rank_one and len(part.shape) == 2:
+            place = torch.arange(part.begin, part.end)
+            for k, row in enumerate(v):
+                rows, columns, total = sums(part.name, k)
+                if total > 0:
+                    row.copy_(rows[place // part.shape[1]] * columns[place % part.shape[1]] / total)
+        return v
+
+    thresholds = _thresholds(base, experts, density, trim, lambda part: moments(part) * part.deltas.square())
+
+    def merge(part: Part) -> Tensor:
+        v, deltas = moments(part), part.deltas
+        weights = (v.pow(power) + epsilon) * _reach(v * deltas.square(), thresholds[part.name])
+        total = weights.sum(0)
+        return part.base + (weights * deltas).sum(0) / torch.where(total > 0, total, 1.0)
+
+    return Merge(merge)
+
+
+@method(base=True, most=1)
+def compeft(
+    base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2, alpha: float = 1.0, std: str = "vector"
+) -> dict[str, Tensor]:
+    """ComPEFT: the tuned residual as signs and one number (arXiv 2311.13171, algorithm 1).
+
+    ``base + alpha * std(tau) * sign(tau)`` where |tau| is among the largest ``density`` of all tensors together, the
+    base elsewhere. :func:`compeft_size` says what the residual takes then.
+
+    Needs: no data (the paper chooses alpha on validation). Meaningful for one expert, any tensors. Three passes more.
+
+    Args:
+        density: k of the paper, which tries 5 to 50 %.
+        alpha: the paper tries 0.5 to 10.
+        std: the standard deviation of the whole "vector" (paper), or of the "trimmed" one, zeros included (authors'
+            code, ``replace_noise_and_constant``).
+    """
+    check_choice("std", std, ("vector", "trimmed"))
+    thresholds = _thresholds(base, experts, density, "global", lambda part: part.deltas.abs())
+
+    def signs(part: Part) -> Tensor:
+        return part.deltas.sign() * _reach(part.deltas.abs(), thresholds[part.name])
+
+    count, first, second = 0, 0.0, 0.0
+    for part in (part for name in floating(base) for part in parts(name, base, experts)):
+        values = part.deltas.double() * (1 if std == "vector" else signs(part).abs())
+        count += values.numel()
+        first += values.sum().item()
+        second += values.square().sum().item()
+    deviation = math.sqrt(max(second - first * first / count, 0.0) / (count - 1)) if count > 1 else 0.0
+    return Merge(lambda part: part.base + alpha * deviation * signs(part)[0])
+
+
+@dataclass(frozen=True)
+class CompressedSize:
+    """What a residual takes, in bytes, rounded up.
+
+    Attributes:
+        parameters: its elements.
+        kept: those that are not zero after compression.
+        dense: 16 bits for each element, as it is stored without compression.
+        masks: two bits for each element, and 16 for the one number (arXiv 2311.13171).
+        entropy: the least for independent elements, ``-(1 - k) log2(1 - k) - k log2(k / 2)`` bits each, and 16;
+            Golomb codes come near it.
+    """
+
+    parameters: int
+    kept: int
+    dense: int
+    masks: int
+    entropy: int
+
+
+@torch.no_grad()
+def compeft_size(base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2) -> CompressedSize:
+    """The size of the one expert's residual after :func:`compeft`."""
+    check(compeft, base, experts)
+    thresholds = _thresholds(base, experts, density, "global", lambda part: part.deltas.abs())
+    parameters = sum(source(base, name).numel for name in floating(base))
+    kept = sum(
+        int((part.deltas.abs() * _reach(part.deltas.abs(), thresholds[name])).count_nonzero())
+        for name in floating(base)
+        for part in parts(name, base, experts)
+    )
+    k = kept / max(parameters, 1)
+    bits = sum(-p * math.log2(q) for p, q in ((1 - k, 1 - k), (k, k / 2)) if p > 0)
+    in_bytes = (math.ceil(total / 8) for total in (16 * parameters, 2 * parameters + 16, bits * parameters + 16))
+    return CompressedSize(parameters, kept, *in_bytes)
+
+
+# -- trimming and election ---------------------------------------------------------------------------------------------
+
+
+def _groups(base: StateDict, scope: str) -> list[list[str]]:
+    """Names of the tensors that are trimmed together."""
+    names = [name for name in floating(base) if source(base, name).numel]
+    return [names] if scope == "global" and names else [[name] for name in names]
+
+
+def _thresholds(
+    base: StateDict, experts: Sequence[StateDict], density: float, scope: str, measure: Callable[[Part], Tensor]
+) -> dict[str, list[float]]:
+    """For each tensor and expert the least of the largest ``int(density * elements)`` values of a measure.
+
+    Args:
+        measure: part -> [K, n], not negative.
+    """
+    check_fraction("density", density)
+    check_choice("trim", scope, SCOPES)
+    found: dict[str, list[float]] = {}
+    for group in _groups(base, scope):
+        total = sum(source(base, name).numel for name in group)
+        keep = int(density * total)
+        if keep in (0, total):
+            thresholds = [0.0 if keep else math.inf] * len(experts)
+        else:
+            (thresholds,) = _statistics(base, experts, group, measure, [total - keep])
+        found |= dict.fromkeys(group, thresholds)
+    return found
+
+
+def _statistics(
+    base: StateDict, experts: Sequence[StateDict], group: list[str], measure: Callable[[Part], Tensor], ranks: list[int]
+) -> list[list[float]]:
+    """For each rank the values of a measure, part -> [K, n], over a group of tensors."""
+    return order_statistics(
+        lambda: (measure(part) for name in group for part in parts(name, base, experts)),
+        ranks,
+    )
+
+
+def _reach(values: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Which of [K, n] reach their expert's threshold."""
+    return values.float() >= column(thresholds, values).float()
+
+
+def _election(weights: Sequence[float] | None, count: int, sign: str | None, divide: str) -> Callable[[Tensor], Tensor]:
+    """[K, n] trimmed task vectors -> [n] merged; without ``sign`` their weighted sum. See :func:`ties`."""
+    weights = per_expert("weights", weights, count)
+    check_choice("sign", sign, (None, "sum", "count"))
+    check_choice("divide", divide, ("count", "weight", "none"))
+    if sign and divide == "weight" and min(weights) < 0:
+        raise ValueError(f"weights must not be negative with divide='weight', got {weights}")
+
+    def merge(deltas: Tensor) -> Tensor:
+        if sign is None:
+            return weighted_sum(weights, deltas)
+        factors = column(weights, deltas)
+        voters = factors * deltas if divide == "weight" else deltas
+        return _elect(deltas, factors, (voters.sign() if sign == "count" else voters).sum(0), divide)
+
+    return merge
+
+
+def _elect(deltas: Tensor, weights: Tensor, votes: Tensor, divide: str) -> Tensor:
+    """The weighted deltas that have the sign of the votes (plus where they are zero), divided as ``divide`` says."""
+    agree = deltas.sign() == torch.where(votes >= 0, 1.0, -1.0)
+    total = (weights * deltas * agree).sum(0)
+    if divide == "none":
+        return total
+    divisor = (agree if divide == "count" else weights * agree).sum(0).to(total)
+    return total / torch.where(divisor == 0, 1.0, divisor)
+
+
+def _random_mask(seed: int, part: Part, k: int, density: float) -> Tensor:
+    """[n] random bits that depend on seed, tensor name, expert and place only."""
+    bits = np.empty(part.end - part.begin, np.float32)
+    for begin, end in stretches(len(bits)):
+        key = hashlib.blake2b(f"{seed}/{k}/{part.begin + begin}/{part.name}".encode(), digest_size=16).digest()
+        random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
+        random.random(out=bits[begin:end], dtype=np.float32)
+    return torch.from_numpy(bits < density)
