@@ -18,6 +18,7 @@ than 1 us. Backward: 16 MB, 5 us; five products, 0.8 GFLOP. All 320 programs fit
 registers of the backward), so it takes as long as one: table, rows, product, softmax, product, rows, some 5 us. That 8
 of 9 scores are masked costs nothing: neither bytes nor flops bound it, but latency, and the launches themselves.
 
+Sizes are arguments at run time: there is one binary for each dtype, choice of tiles and alignment of the strides.
 Products of half types round probabilities and their gradients to that type; all sums and the softmax are float32. A NaN
 spreads to the other texts of its tile.
 """
@@ -270,7 +271,7 @@ def prefix_attention_backward_kernel(
             )  # fmt: skip
             weight = tl.exp(scores - peak[:, None]) / total[:, None]
             d_scores = weight * (d_weight - mean[:, None])
-            weight = tl.trans(weight.to(d_out.dtype.element_ty))
+            weight = tl.trans(weight.to(d_out.dtype.element_ty))  # rounded first: it takes half of the room
             d_scores = d_scores.to(q.dtype.element_ty)
             own = (j >= S) & (j < keys)
             first_q = first == 0
@@ -383,7 +384,7 @@ def make_plan(
         raise ValueError(f"lengths must name at least one text, of at least one token each, got {list(lengths)}")
     *tiles, last = configs(width, dtype, pooled=pooled)
     longest = max(lengths)
-    holding = [c for c in tiles if prefix + longest <= c.block_k and (pooled or longest <= c.block_q)]
+    holding = [c for c in tiles if prefix + longest <= c.block_k]  # and the queries: their tiles are as large
     config = holding[0] if holding else last
 
     group_tokens, group_queries, begins, stops, token = [], [], [], [], 0

@@ -1,5 +1,7 @@
 """mergetune: give a fine-tuned CLIP its zero-shot ability back (MERGETUNE, arXiv 2601.10497)."""
 
+from mergetune import merging
+from mergetune.catalogue import merge_solutions
 from mergetune.clip import FrozenClip, load_clip
 from mergetune.curvature import fisher_diagonal
 from mergetune.data import Dataset, ImageFolder, ImageList, coop_split, image_table
@@ -56,6 +58,8 @@ __all__ = [
     "load_clip",
     "load_solution",
     "logit_ensemble",
+    "merge_solutions",
+    "merging",
     "open_solution",
     "path",
     "plane",

@@ -857,30 +857,22 @@ def _t_quantile(freedom: int, level: float) -> float:
 
 
 def plot(comparison: Comparison, file: str | Path) -> None:
-    """Each line's difference to the reference with its class bootstrap interval, and base against novel accuracy."""
+    """Each line's difference to the reference with its class bootstrap interval."""
     from matplotlib.figure import Figure  # here, and without pyplot: no display is needed and no state is shared
 
     lines, last = comparison.lines, list(comparison.lines[0].values)[-1]
-    halves = "novel" in lines[0].values
-    figure = Figure(figsize=(13 if halves else 8, 1.2 + 0.2 * len(lines)), layout="constrained")
-    axes = figure.subplots(1, 2 if halves else 1, squeeze=False)[0]
+    figure = Figure(figsize=(8, 1.2 + 0.18 * len(lines)), layout="constrained")
+    axis = figure.subplots()
     for i, line in enumerate(lines):
         color = "#d95f02" if line.row.startswith("MERGETUNE") else "#555555"
         difference = line.differences.get(last)
         mean, low, high = (0, 0, 0) if difference is None else (difference.mean, *difference.classes)
-        axes[0].plot([low, high], [i, i], color=color, linewidth=1.2)
-        axes[0].plot([mean], [i], "o", color=color, markersize=4)
-        if halves:
-            at = line.values["base"], line.values["novel"]
-            axes[1].plot(*at, "o", color=color, markersize=4)
-            axes[1].annotate(line.row, at, fontsize=5)
-    axes[0].axvline(0, color="#bbbbbb", linewidth=1)
-    axes[0].set_yticks(range(len(lines)), [line.row for line in lines], fontsize=7)
-    axes[0].invert_yaxis()
-    axes[0].set(xlabel=f"{last}, difference to {comparison.reference} (points), 95 % over classes")
-    if halves:
-        axes[1].set(xlabel="base classes (%)", ylabel="novel classes (%)")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
+        axis.plot([low, high], [i, i], color=color, linewidth=1.2)
+        axis.plot([mean], [i], "o", color=color, markersize=4)
+    axis.axvline(0, color="#bbbbbb", linewidth=1)
+    axis.set_yticks(range(len(lines)), [line.row for line in lines], fontsize=7)
+    axis.set_ylim(len(lines) - 0.5, -0.5)
+    axis.set_xlabel(f"{last}, difference to {comparison.reference} (points), 95 % over classes", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.3)
     figure.savefig(file, dpi=150)

@@ -219,9 +219,9 @@ def test_extreme_scores_stay_finite(size, tiles, request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packed", [True, False])
-def test_views_are_read_where_they_lie(launches, packed, dtype):
+def test_views_are_read_where_they_lie(small_tiles, launches, packed, dtype):
     """Thirds of a packed [M, S + T, 3, H, D], as the text tower has them, or each of other strides; NaN lies around."""
-    m, lengths, s, h, d = 2, (2, 3, 4, 1), 5, 2, 24
+    m, lengths, s, h, d = 2, (2, 3, 4, 6), 5, 2, 24  # two groups
     arguments = problem(m, lengths, s, h, d, dtype)
     expected = kernel(arguments)
     nans = partial(torch.full, fill_value=torch.nan, dtype=dtype, device=DEVICE)
