@@ -2,22 +2,22 @@
 
 MERGETUNE_BENCH_ROWS=1281167 is ImageNet itself (1.3 GB of disk, ``--basetemp`` says where, and some minutes).
 
-Measured with those rows in 1,252 shards (of 79 much the same), on one thread of an AMD EPYC (Zen 5) that others used
-too. Opening: 0.9 s of CPU time (3.0 s, and 0.4 GB more at the peak, with the images' checksums); ``select`` of 16,000
-images 0.6 s, of all 1.3 s; rows for a batch of 512 in random order 0.7 to 1.5 ms, all rows in order 0.3 s. One process
-from import to test, CPU seconds and highest resident memory in GB:
+Measured with those rows in 1,252 shards (in 79 much the same), on one thread of an AMD EPYC (Zen 5), which others used
+too. Opening: 0.9 s of CPU time (3.0 s, and 0.4 GB more at the peak, with the images' checksums). ``select`` of 16,000
+images: 0.6 s, of all 1.3 s. Rows in random order: 0.7 to 1.5 ms a batch of 512; all in order: 0.3 s. One process from
+import to test, CPU seconds and highest resident memory in GB:
 
-| | CPU | all | anonymous |
+| | CPU | all memory | anonymous |
 |---|---|---|---|
-| imports | | 0.78 | |
-| a ViT-B/16 | 1 s | 1.41 | 1.08 |
-| open | 1 s | 1.76 | 1.43 |
-| zero-shot weights, texts of 77 tokens, 64 at a time | 85 s | 1.75 | 1.41 |
-| ``tune(method="head")``, those weights and an epoch, B 512 | 121 s | 1.85 | 1.51 |
-| ``fit``, an epoch, B 512 | 65 s | 1.70 | 1.36 |
-| accuracy of all | 16 s | 1.70 | 1.36 |
+| imports | | 0.81 | 0.48 |
+| a ViT-B/16 | 0.9 s | 1.45 | 1.11 |
+| open | 0.9 s | 1.80 | 1.46 |
+| zero-shot weights, 128 texts at a time | 9.3 s | 1.78 | 1.43 |
+| ``tune(method="head")``, an epoch, B 512: 17 ms a step | 40 s | 1.75 | 1.39 |
+| ``fit``, an epoch, B 512: 23 ms a step | 56 s | 1.75 | 1.39 |
+| accuracy of all | 15 s | 1.75 | 1.39 |
 
-Mapped, the features would be 1.3 GB more. With texts 256 at a time the text tower takes the whole to 2.14 GB.
+Mapped, the features would add 1.3 GB. With 512 texts at a time the text tower takes the whole to 2.10 GB.
 
 Shapes: B batch, C classes, D embedding width, N rows of the cache.
 """
