@@ -2,13 +2,13 @@
 
 Shapes: C classes, n context tokens, W tower width, D embedding width.
 
-Two bars are missed without AMX, and cannot be met there: 500 names in bfloat16 ten times as fast as open_clip cut to
-the longest class (7.9 on a Zen 5), and sixty times as fast as 77 tokens (38). Both sides are bound by matrix
-products, which run at 0.9 TFLOP/s here, 9 tenths of what two cores with avx512_bf16 can do; a tower that were nothing
-but its products would be at 9.8 and 48. What is left above them, 1.27 times their time, is GELU both ways (7 %),
-attention (5 %), layer norms (3 %), copies (2 %). Looked at and left: oneDNN's prepacked weights (not to be had for
-bfloat16 from Python, and the products are at the limit already); sharing first tokens of class names in a tree (2,206
-tokens would be 2,116); keeping the first block's queries, keys and values of the fixed tokens (2 % of the products).
+Two bars are missed on a processor without AMX: 500 names in bfloat16 ten times as fast as open_clip cut to the
+longest class (8.2 on a Zen 5), and sixty times as fast as 77 tokens (35). Both sides are bound by matrix products,
+which run at 0.9 TFLOP/s here, 9 tenths of what two cores with avx512_bf16 can do; a tower that were nothing but its
+products would be at 10.5 and 46. What is left above them, 1.28 times their time, is GELU both ways (7 %), attention
+(5 %), layer norms (3 %), copies (2 %). Looked at and left: oneDNN's prepacked weights (not to be had for bfloat16
+from Python, and the products are at the limit already); sharing first tokens of class names in a tree (2,206 tokens
+would be 2,116); keeping the first block's queries, keys and values of the fixed tokens (2 % of the products).
 """
 
 from __future__ import annotations

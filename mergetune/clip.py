@@ -265,7 +265,7 @@ class FrozenClip:
         """The latest results of :meth:`class_embeddings`: a run asks for the same ones again and again."""
         return {}
 
-    def _packed_features(self, texts: Sequence[str], *, batch_size: int = 512) -> Tensor:
+    def _packed_features(self, texts: Sequence[str], *, batch_size: int = 128) -> Tensor:
         """:meth:`encode_text` without the padding: in a causal tower nothing behind a text's last token reaches it."""
         text = self.text
         if not text.causal:

@@ -534,8 +534,13 @@ def _anchor_products(objective: Objective, features: FeatureCache, device: torch
     """The anchors' products with all features, [K, N, C], where there is one view of each and they are small enough."""
     if objective.anchors is None or features.views > 1:
         return None
-    size = len(objective.anchors) * len(features) * len(features.classnames) * 4
-    return objective.anchor_products(features.tensor().to(device)) if size <= MAX_PRODUCTS else None
+    shape = len(objective.anchors), len(features), len(features.classnames)
+    if objective.space != "embedding" or 4 * math.prod(shape) > MAX_PRODUCTS:
+        return None
+    products = torch.empty(shape, device=device)
+    for part in torch.arange(len(features)).split(4096):
+        products[:, part] = objective.anchor_products(features.rows(part).to(device))
+    return products
 
 
 class _Run:
