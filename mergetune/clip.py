@@ -294,6 +294,11 @@ def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     return templates
 
 
+def words_before(template: str) -> str:
+    """The template's words before the class name; a dataset's own may have none: "{} texture."."""
+    return template.partition("{}")[0].strip()
+
+
 def fill(template: str, name: str) -> str:
     """The template with a class name in its place."""
     return template.replace("{}", name)

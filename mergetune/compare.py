@@ -31,20 +31,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergetune.catalogue import AVERAGES, METHODS, catalogue, data_of, merge_solutions, needs_base
-from mergetune.clip import FrozenClip, check_templates
+from mergetune.clip import PLAIN, FrozenClip, check_templates
 from mergetune.data import Dataset, ImageList
 from mergetune.demo import TEMPLATE, load_icons
 from mergetune.evaluate import accuracy, harmonic_mean
 from mergetune.features import FeatureCache, cache_features
 from mergetune.files import write_atomically
 from mergetune.fit import METHODS as TRAINABLE
-from mergetune.fit import PLAIN, FitResult, fit, tune
+from mergetune.fit import FitResult, fit, tune
 from mergetune.solutions import Head, Prompt, Solution, inputs, zero_shot_like
 
 Record = dict[str, Any]
 WEIGHTS = "class-weights.safetensors"
 ZERO_SHOT, REFERENCE = "zero-shot", "MERGETUNE, chosen [1]"
-TITLES = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}
 MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
 MIX = (0.5, 0.25, 0.75)
@@ -300,7 +299,7 @@ def _stage_1(
         given = {"method": method, "template": fold.templates[0], "zero_shot": fold.templates} | plan.tune
         train = partial(tune, clip, fold.train, seed=fold.seed + 1000 * (int(number) - 1), **given)
         result = _kept(folder / f"{method}-{number}", train, progress=progress)
-        title = f"{TITLES[method]} {number}"
+        title = f"{TRAINABLE[method]} {number}"
         experts[title], seconds[title] = result.solution, result.timings["seconds"]
     return experts, seconds
 

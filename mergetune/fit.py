@@ -24,7 +24,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from mergetune.clip import PLAIN, FrozenClip, check_templates
+from mergetune.clip import PLAIN, FrozenClip, check_templates, words_before
 from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache
@@ -35,7 +35,7 @@ from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_
 RESULT, STATE = "result.json", "state.safetensors"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_PRODUCTS = 1 << 28  # bytes of anchors' products that are kept for all features
-METHODS = ("coop", "kgcoop", "head")
+METHODS = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}  # of stage 1, and their titles
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ def _zero_shot(
     w1 = given.class_weights(clip, classnames) if given else clip.class_embeddings(classnames, templates)
     if not needed:
         return w1, None
-    starts = [given] if given else [Prompt.from_template(clip, t) for t in (*templates, PLAIN) if _starts_with_words(t)]
+    starts = [given] if given else [Prompt.from_template(clip, t) for t in (*templates, PLAIN) if words_before(t)]
     starts = [p.per_class(classnames) if tuned.classnames is not None and p.classnames is None else p for p in starts]
     fitting = [prompt for prompt in starts if prompt.parameter.shape == tuned.parameter.shape]
     if not fitting:
@@ -373,10 +373,6 @@ def _zero_shot(
 def _text(solution: Solution) -> tuple[str, ...]:
     """What a prompt's embeddings depend on beside its context."""
     return (solution.template, solution.position) if isinstance(solution, Prompt) else ()
-
-
-def _starts_with_words(template: str) -> bool:
-    return bool(template.partition("{}")[0].strip())
 
 
 def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache | None) -> None:

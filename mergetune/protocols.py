@@ -28,7 +28,7 @@ from mergetune.datasets import CoOpDataset, benchmark, check_dataset, few_shot_p
 from mergetune.evaluate import Classifier, accuracy, classifier, harmonic_mean, logit_ensemble, weight_average
 from mergetune.features import FeatureCache, cache_features, torchrun_team
 from mergetune.files import write_atomically
-from mergetune.fit import fit, tune
+from mergetune.fit import METHODS, fit, tune
 from mergetune.solutions import Solution, open_solution
 from mergetune.templates import templates_for
 
@@ -44,7 +44,6 @@ PROTOCOLS = {
     "few-shot": "train on 1, 2, 4, 8 and 16 images a class, test on the same classes (CoOp)",
     "robust": "train a head on ImageNet, test on it and on its shifted test sets, ensembled with zero-shot (WiSE-FT)",
 }
-METHODS = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}
 MIXES = tuple(i / 10 for i in range(11))  # the mixing coefficients of "robust"
 
 # MERGETUNE (arXiv 2601.10497), ViT-B/16, means over the eleven datasets: (protocol, method, solution) -> column -> %.

@@ -20,7 +20,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.checkpoints import HeadFile, read_head, read_prompt, read_sklearn
-from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates, fill
+from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates, fill, words_before
 from mergetune.files import write_atomically
 from mergetune.text_tower import arrange, text_encoder
 
@@ -401,7 +401,7 @@ def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[st
     if isinstance(like, Head):
         return Head.zero_shot(clip, like.classnames, template, bias=like.bias is not None).rescaled(like.logit_scale)
     words = template if isinstance(template, str) else template[0]
-    prompt = Prompt.from_template(clip, words if words.partition("{}")[0].strip() else PLAIN, position=like.position)
+    prompt = Prompt.from_template(clip, words if words_before(words) else PLAIN, position=like.position)
     return prompt if like.classnames is None else prompt.per_class(like.classnames)
 
 

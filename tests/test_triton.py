@@ -4,9 +4,6 @@ It is interpreted on the CPU; ``TRITON_INTERPRET=0 pytest tests/test_triton.py``
 """
 
 import inspect
-import json
-import os
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from ahead_of_time import check_resources, compile_quick
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are NOT tested")
@@ -385,29 +383,15 @@ def test_the_choice_of_tiles_depends_on_the_shape_alone():
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    """The default configurations compiled in a process of their own: in this one the kernel is interpreted."""
-    for tool in ("ptxas", "ptxas_blackwell", "cuobjdump"):
-        try:
-            getattr(triton.knobs.nvidia, tool).path  # noqa: B018
-        except (AttributeError, RuntimeError) as error:
-            pytest.skip(f"registers, spills and shared memory are NOT checked: Triton has no {tool} here ({error})")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "mergetune.kernels.aot", "--op", "lmc_loss", "--quick", "--json"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode in (0, 1), result.stderr
-    assert result.stdout, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    """The default configurations."""
+    return compile_quick("lmc_loss")
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_ahead_of_time_without_spills(compiled, capability):
     cases = [case for case in compiled if case["capability"] == capability]
     assert {case["dtype"] for case in cases} == {"bf16", "fp32"}
-    for case in cases:
-        assert case["spill_bytes"] == case["stack_bytes"] == 0, case
-        assert 0 < case["registers"] <= 255, case
-        assert 0 < case["shared_bytes"] <= case["shared_limit"], case
-        assert case["fits"], case
+    check_resources(cases)
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

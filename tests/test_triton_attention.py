@@ -4,14 +4,11 @@ They are interpreted on the CPU; ``TRITON_INTERPRET=0 pytest tests/test_triton_a
 M prompts, T packed tokens, S prefix rows, H heads, D head width.
 """
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
+from ahead_of_time import check_resources, compile_quick
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are NOT tested")
@@ -370,18 +367,8 @@ def test_the_whole_text_tower(monkeypatch, launches, settings, shared):
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    """The kernels as CLIP's text towers need them, compiled in a process of their own: here they are interpreted."""
-    for tool in ("ptxas", "ptxas_blackwell", "cuobjdump"):
-        try:
-            getattr(triton.knobs.nvidia, tool).path  # noqa: B018
-        except (AttributeError, RuntimeError) as error:
-            pytest.skip(f"registers, spills and shared memory are NOT checked: Triton has no {tool} here ({error})")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "mergetune.kernels.aot", "--op", "prefix_attention", "--quick", "--json"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode in (0, 1), result.stderr
-    assert result.stdout, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    """The kernels as CLIP's text towers need them."""
+    return compile_quick("prefix_attention")
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -389,11 +376,7 @@ def test_compiles_ahead_of_time_without_spills(compiled, capability):
     cases = [case for case in compiled if case["capability"] == capability]
     backward = {("prefix_attention_backward", "bf16"), ("prefix_attention_backward", "fp32")}
     assert {(case["kernel"], case["dtype"]) for case in cases} == {("prefix_attention", "bf16"), *backward}
-    for case in cases:
-        assert case["spill_bytes"] == case["stack_bytes"] == 0, case
-        assert 0 < case["registers"] <= 255, case
-        assert 0 < case["shared_bytes"] <= case["shared_limit"], case
-        assert case["fits"], case
+    check_resources(cases)
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
