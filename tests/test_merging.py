@@ -744,10 +744,53 @@ def test_base_gives_the_dtype_and_wider_inputs_are_not_rounded() -> None:
 def test_order_statistics_are_exact() -> None:
     values = torch.cat([draw(k)["blocks.0.weight"].float().flatten() for k in range(20)])
     values = torch.cat([values, torch.tensor([0.0, -0.0, 1e-42, -1e-42, 3e38, -3e38]), values[:50]])
-    rows = torch.stack([values, -values.flip(0), values.abs()])
-    ranks = [0, 1, 17, len(values) // 2, len(values) - 2, len(values) - 1]
-    got = tensors.order_statistics(lambda: rows.split(100, dim=1), ranks)
-    assert got == rows.sort(1).values[:, ranks].T.tolist()
+    check_order({"x": torch.stack([values, -values.flip(0), values.abs()])})
+
+
+LARGE = {
+    "smooth": lambda x: x,
+    "few different values": lambda x: (2 * x).round(),
+    "mostly one value": lambda x: x * (x > 1),
+    "sorted, so that no short piece is like the whole": lambda x: x.sort(1).values,
+    "rare and huge, where no sample looks": lambda x: x * (1 + 1e6 * (torch.arange(x.shape[1]) % 8192 == 8191)),
+    "one half far from the other": lambda x: x + 100 * (torch.arange(x.shape[1]) < x.shape[1] // 2),
+    "infinite": lambda x: torch.where(x > 1.5, math.inf, x),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_order_statistics_of_many_values_are_exact(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "STRETCH", 4096)
+    monkeypatch.setattr(tensors, "FEW", 1000)
+    generator = torch.Generator().manual_seed(0)
+    rows = LARGE[kind](torch.randn(2, 150_000, generator=generator, dtype=dtype))
+    check_order({"a": rows[:, :90_000], "none": rows[:, :0], "b": rows[:, 90_000:]})
+
+
+def test_order_statistics_where_the_sample_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "STRETCH", 512)
+    monkeypatch.setattr(tensors, "FEW", 1000)
+    monkeypatch.setattr(tensors, "_sample", lambda *_: np.sort(np.random.default_rng(0).normal(5, 1e-3, (1, 4096))))
+    check_order({"x": torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))})
+
+
+def test_values_that_are_nan_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "FEW", 1000)
+    values = torch.arange(2000.0)
+    values[::2] = torch.nan
+    got = tensors.order_statistics(lambda part: part.experts, ["x"], None, [{"x": values}], [0, 999, 1000, 1999])
+    assert got[:2] == [[1.0], [1999.0]] and math.isnan(got[2][0]) and math.isnan(got[3][0])
+
+
+def check_order(rows: dict[str, Tensor]) -> None:
+    everything = torch.cat([*rows.values()], 1)
+    ranks = [int(share * (everything.shape[1] - 1)) for share in (0, 1e-4, 0.03, 0.5, 0.8, 0.99, 0.9999, 1)]
+    experts = [{name: x[k] for name, x in rows.items()} for k in range(len(everything))]
+    got = tensors.order_statistics(lambda part: part.experts, list(rows), None, experts, ranks)
+    assert got == everything.sort(1).values[:, ranks].T.tolist()
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from mergetune.merging.tensors import (
     column,
     floating,
     method,
-    parts,
+    over_parts,
     per_expert,
     weighted_sum,
 )
@@ -82,7 +82,7 @@ def slerp(base: StateDict | None, experts: Sequence[StateDict], *, t: float = 0.
 
 
 def _slerp_scales(name: str, ends: Sequence[StateDict], t: float) -> tuple[float, float]:
-    gram = sum(((p.experts @ p.experts.T).double() for p in parts(name, None, ends)), torch.zeros(2, 2).double())
+    gram = sum(over_parts(lambda p: (p.experts @ p.experts.T).double(), [name], None, ends), torch.zeros(2, 2).double())
     norms = gram.diagonal().sqrt()
     cosine = (gram[0, 1] / norms.prod()).item() if norms.all() else 1.0
     if abs(cosine) > 0.9995:
@@ -156,11 +156,8 @@ def fisher_average(
         raise ValueError(f"floor must be positive, got {floor}")
     scales = [1.0] * len(experts)
     if normalize:
-        squares = sum(
-            part.of("fishers", fishers).double().square().sum(1).cpu()
-            for name in floating(experts[0])
-            for part in parts(name, None, experts[:1])
-        )
+        norms = lambda part: part.of("fishers", fishers).double().square().sum(1).cpu()  # noqa: E731
+        squares = sum(over_parts(norms, floating(experts[0]), None, experts[:1]))
         scales = [1 / norm if norm else 1.0 for norm in squares.sqrt().tolist()]
 
     def merge(part: Part) -> Tensor:

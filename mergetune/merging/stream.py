@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from mergetune.files import writing_atomically
-from mergetune.merging.tensors import TensorFile, check, merged_pieces
+from mergetune.merging.tensors import TensorFile, check, merged_pieces, sources
 
 
 @torch.no_grad()
@@ -44,8 +44,9 @@ def merge_files(
     check(method, base, experts)
     reference = base if base is not None else experts[0]
     step = method.plan(base, experts, **options)
-    with writing_atomically(Path(out_file)) as out:
+    size = sum(like.numel * like.dtype.itemsize for _, like in sources(reference))
+    label = {"desc": f"merge ({method.__name__})", "unit": "B", "unit_scale": True}
+    with writing_atomically(Path(out_file)) as out, tqdm(total=size, disable=None, **label) as bar:
         out.write(reference.header)
-        for name in tqdm(reference, desc=f"merge ({method.__name__})", unit="tensor", disable=None):
-            for piece in merged_pieces(step, name, base, experts):
-                out.write(piece.contiguous().view(torch.uint8).numpy())
+        for _, piece in merged_pieces(step, base, experts):
+            bar.update(out.write(piece.contiguous().view(torch.uint8).numpy()))

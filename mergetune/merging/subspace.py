@@ -19,8 +19,8 @@ from mergetune.merging.tensors import (
     floating,
     method,
     needs,
-    parts,
     source,
+    whole,
 )
 
 
@@ -136,7 +136,7 @@ def opcm(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5) -
         return total
 
     squares, merged = torch.zeros(len(experts), dtype=torch.float64), 0.0
-    for part in (part for name in floating(base) for part in parts(name, base, experts, whole=True)):
+    for part in (whole(name, base, experts) for name in floating(base)):
         squares += part.deltas.reshape(len(experts), -1).double().square().sum(1).cpu()
         merged += combined(part).double().square().sum().item()
     factor = squares.sqrt().mean().item() / math.sqrt(merged) if merged else 1.0

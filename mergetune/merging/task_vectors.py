@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.merging.tensors import (
@@ -28,7 +29,7 @@ from mergetune.merging.tensors import (
     floating,
     method,
     order_statistics,
-    parts,
+    over_parts,
     per_expert,
     source,
     stretches,
@@ -119,7 +120,7 @@ def ties(
 
     def merge(part: Part) -> Tensor:
         deltas = part.deltas
-        return part.base + scale * elected(deltas * _reach(deltas.abs(), thresholds[part.name]))
+        return part.base + scale * elected(_trimmed(deltas, thresholds[part.name]))
 
     return Merge(merge)
 
@@ -162,10 +163,9 @@ def dare(
 
     def merge(part: Part) -> Tensor:
         deltas = part.deltas.reshape(len(experts), -1)
-        masks = [_random_mask(seed, part, k, density) for k in range(len(experts))]
-        kept = deltas * torch.stack(masks).to(deltas.device)
+        kept = deltas * torch.stack([_random_mask(seed, part, k, density) for k in range(len(experts))]).to(deltas)
         if rescale == "density":
-            kept = kept / density
+            kept /= density
         elif rescale:
             before, after = (torch.linalg.vector_norm(t, _NORMS[rescale], dim=1) for t in (deltas, kept))
             kept = kept * torch.where(after > 0, before / after, 1.0)[:, None]
@@ -223,14 +223,14 @@ def pcb(
     for group in _groups(base, scope):
         total = sum(source(base, name).numel for name in group)
         ranks = [int(total * clip), int(total * (1 - clip) - 1)]
-        ends = _statistics(base, experts, group, lambda part: part.deltas.abs(), ranks)
+        ends = order_statistics(lambda part: part.deltas.abs(), group, base, experts, ranks)
         limits |= dict.fromkeys(group, ends)
         ranks = [min(int(total * (1 - ratio)), total - 1), total - 1]
-        limits |= dict.fromkeys(group, ends + _statistics(base, experts, group, balance, ranks))
+        limits |= dict.fromkeys(group, ends + order_statistics(balance, group, base, experts, ranks))
 
     def merge(part: Part) -> Tensor:
         low, high = limits[part.name][2:]
-        shares = _unit(balance(part).float().maximum(column(low, part.experts).float()), low, high)
+        shares = _unit(balance(part).maximum(column(low, part.experts)), low, high)
         mixed = (shares * part.deltas.sign() * magnitude(part)).sum(0) / shares.sum(0).clamp(min=1e-12)
         return part.base + scale * mixed
 
@@ -240,7 +240,7 @@ def pcb(
 def _unit(values: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor:
     """[K, n] from low to high -> from 0 to 1; 0 where both are the same."""
     low, high = column(low, values), column(high, values)
-    return torch.where(high > low, (values - low) / (high - low), 0.0)
+    return (values - low) / torch.where(high > low, high - low, math.inf)
 
 
 @method(base=True, least=2)
@@ -270,29 +270,31 @@ def sce(
     check_choice("select", select, ("vectors", "weights"))
 
     def variance(part: Part) -> Tensor:
-        return part.deltas.var(0, correction=0, keepdim=True).float()
+        deltas = part.deltas
+        centred = deltas - weighted_sum([1 / len(experts)] * len(experts), deltas)
+        return (weighted_sum([1.0] * len(experts), centred.square()) / len(experts))[None]
 
-    @lru_cache(maxsize=1)  # parts come tensor by tensor
+    def selected(part: Part, threshold: float) -> Tensor:
+        return part.deltas * _reach(variance(part), [threshold])
+
     def statistics(name: str) -> tuple[float, list[float]]:
+        """The least variance that is selected, and the experts' weights."""
         threshold, numel = 0.0, source(base, name).numel
         if density < 1:
-            moved = sum(int(variance(part).count_nonzero()) for part in parts(name, base, experts))
+            moved = sum(over_parts(lambda part: int(variance(part).count_nonzero()), [name], base, experts))
             keep = int(density * moved)
-            values = lambda: map(variance, parts(name, base, experts))  # noqa: E731
-            threshold = order_statistics(values, [numel - keep])[0][0] if keep else math.inf
-        squares = sum(
-            (part.deltas * (variance(part) >= threshold)).double().square().sum(1)
-            for part in parts(name, base, experts)
-        )
+            threshold = order_statistics(variance, [name], base, experts, [numel - keep])[0][0] if keep else math.inf
+        found = over_parts(lambda part: selected(part, threshold).double().square().sum(1), [name], base, experts)
+        squares = sum(found, torch.zeros(len(experts), dtype=torch.float64, device=source(base, name).device))
         total = squares.sum()
         weights = squares / total if total > 0 else torch.full_like(squares, 1 / len(experts))
         return threshold, weights.tolist()
 
+    known = {name: statistics(name) for name in floating(base)}
+
     def merge(part: Part) -> Tensor:
-        threshold, weights = statistics(part.name)
-        deltas = part.deltas
-        if select == "vectors":
-            deltas = deltas * (variance(part) >= threshold)
+        threshold, weights = known[part.name]
+        deltas = selected(part, threshold) if select == "vectors" else part.deltas
         return part.base + scale * _elect(deltas, column(weights, deltas), deltas.sum(0), "weight")
 
     return Merge(merge)
@@ -318,13 +320,15 @@ def delta_guided(
     if not power >= 0:
         raise ValueError(f"power must be at least 0, got {power}")
 
-    @lru_cache(maxsize=1)
-    def norms(name: str) -> Tensor:
-        return sum(part.deltas.double().square().sum(1) for part in parts(name, base, experts)).sqrt()
+    squares: dict[str, Tensor] = {}
+    if per == "tensor":
+        square = lambda part: (part.name, part.deltas.double().square().sum(1))  # noqa: E731
+        for name, found in over_parts(square, floating(base), base, experts):
+            squares[name] = squares.get(name, 0) + found
 
     def merge(part: Part) -> Tensor:
         deltas = part.deltas
-        moved = (deltas.abs().double() if per == "element" else norms(part.name)[:, None]).pow(power)
+        moved = (deltas.abs().double() if per == "element" else squares[part.name].sqrt()[:, None]).pow(power)
         weights = torch.where(moved.sum(0) > 0, moved / moved.sum(0), 1 / len(experts))
         return part.base + (weights.to(deltas) * deltas).sum(0)
 
@@ -456,17 +460,17 @@ def compeft(
     check_choice("std", std, ("vector", "trimmed"))
     thresholds = _thresholds(base, experts, density, "global", lambda part: part.deltas.abs())
 
-    def signs(part: Part) -> Tensor:
-        return part.deltas.sign() * _reach(part.deltas.abs(), thresholds[part.name])
+    def trimmed(part: Part) -> Tensor:
+        return _trimmed(part.deltas, thresholds[part.name])
 
-    count, first, second = 0, 0.0, 0.0
-    for part in (part for name in floating(base) for part in parts(name, base, experts)):
-        values = part.deltas.double() * (1 if std == "vector" else signs(part).abs())
-        count += values.numel()
-        first += values.sum().item()
-        second += values.square().sum().item()
+    def moments(part: Part) -> Tensor:
+        values = (part.deltas if std == "vector" else trimmed(part)).double()
+        return torch.stack([values.sum(), values.square().sum()])
+
+    count = sum(source(base, name).numel for name in floating(base))
+    first, second = sum(over_parts(moments, floating(base), base, experts), torch.zeros(2)).tolist()
     deviation = math.sqrt(max(second - first * first / count, 0.0) / (count - 1)) if count > 1 else 0.0
-    return Merge(lambda part: part.base + alpha * deviation * signs(part)[0])
+    return Merge(lambda part: part.base + alpha * deviation * trimmed(part)[0].sign())
 
 
 @dataclass(frozen=True)
@@ -495,11 +499,8 @@ def compeft_size(base: StateDict, experts: Sequence[StateDict], *, density: floa
     check(compeft, base, experts)
     thresholds = _thresholds(base, experts, density, "global", lambda part: part.deltas.abs())
     parameters = sum(source(base, name).numel for name in floating(base))
-    kept = sum(
-        int((part.deltas.abs() * _reach(part.deltas.abs(), thresholds[name])).count_nonzero())
-        for name in floating(base)
-        for part in parts(name, base, experts)
-    )
+    count = lambda part: int(_trimmed(part.deltas, thresholds[part.name]).count_nonzero())  # noqa: E731
+    kept = sum(over_parts(count, floating(base), base, experts))
     k = kept / max(parameters, 1)
     bits = sum(-p * math.log2(q) for p, q in ((1 - k, 1 - k), (k, k / 2)) if p > 0)
     in_bytes = (math.ceil(total / 8) for total in (16 * parameters, 2 * parameters + 16, bits * parameters + 16))
@@ -532,24 +533,26 @@ def _thresholds(
         if keep in (0, total):
             thresholds = [0.0 if keep else math.inf] * len(experts)
         else:
-            (thresholds,) = _statistics(base, experts, group, measure, [total - keep])
+            (thresholds,) = order_statistics(measure, group, base, experts, [total - keep])
         found |= dict.fromkeys(group, thresholds)
     return found
 
 
-def _statistics(
-    base: StateDict, experts: Sequence[StateDict], group: list[str], measure: Callable[[Part], Tensor], ranks: list[int]
-) -> list[list[float]]:
-    """For each rank the values of a measure, part -> [K, n], over a group of tensors."""
-    return order_statistics(
-        lambda: (measure(part) for name in group for part in parts(name, base, experts)),
-        ranks,
-    )
+def _trimmed(deltas: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """[K, n] with 0 in place of what does not reach its expert's threshold in magnitude."""
+    rows = zip(deltas, _below(thresholds, deltas), strict=True)
+    return torch.stack([F.hardshrink(row, limit.item()) for row, limit in rows])
 
 
 def _reach(values: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Which of [K, n] reach their expert's threshold."""
-    return values.float() >= column(thresholds, values).float()
+    """1 where [K, n] reach their expert's threshold, else 0. By arithmetic, much faster on a CPU than by booleans."""
+    return (values - _below(thresholds, values)[:, None]).relu_().sign_()
+
+
+def _below(thresholds: Sequence[float], like: Tensor) -> Tensor:
+    """The next numbers below thresholds, [K]: what is above them reaches the thresholds."""
+    limits = torch.tensor(thresholds, dtype=like.dtype, device=like.device)
+    return torch.nextafter(limits, torch.full_like(limits, -math.inf))
 
 
 def _election(weights: Sequence[float] | None, count: int, sign: str | None, divide: str) -> Callable[[Tensor], Tensor]:
@@ -572,19 +575,22 @@ def _election(weights: Sequence[float] | None, count: int, sign: str | None, div
 
 def _elect(deltas: Tensor, weights: Tensor, votes: Tensor, divide: str) -> Tensor:
     """The weighted deltas that have the sign of the votes (plus where they are zero), divided as ``divide`` says."""
-    agree = deltas.sign() == torch.where(votes >= 0, 1.0, -1.0)
-    total = (weights * deltas * agree).sum(0)
+    sign = torch.copysign(torch.ones_like(votes), votes + 0.0)  # -0 + 0 is +0
+    agreeing = (deltas * sign).relu_()
+    total = (weights * agreeing).sum(0) * sign
     if divide == "none":
         return total
-    divisor = (agree if divide == "count" else weights * agree).sum(0).to(total)
-    return total / torch.where(divisor == 0, 1.0, divisor)
+    present = agreeing.sign_()
+    divisor = (present if divide == "count" else weights * present).sum(0)
+    return total / divisor.clamp_(min=torch.finfo(divisor.dtype).tiny)
 
 
 def _random_mask(seed: int, part: Part, k: int, density: float) -> Tensor:
-    """[n] random bits that depend on seed, tensor name, expert and place only."""
-    bits = np.empty(part.end - part.begin, np.float32)
-    for begin, end in stretches(len(bits)):
+    """[n] random bits, as 0 and 1, that depend on seed, tensor name, expert and place only."""
+    kept = np.empty(part.end - part.begin, np.float32)
+    for begin, end in stretches(len(kept)):
         key = hashlib.blake2b(f"{seed}/{k}/{part.begin + begin}/{part.name}".encode(), digest_size=16).digest()
         random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
-        random.random(out=bits[begin:end], dtype=np.float32)
-    return torch.from_numpy(bits < density)
+        words = random.integers(0, 2**64, (end - begin + 1) // 2, np.uint64).view(np.uint32)[: end - begin]
+        kept[begin:end] = words <= np.uint32(max(round(density * 2**32), 1) - 1)
+    return torch.from_numpy(kept)

@@ -2,8 +2,8 @@
 
 A method that works tensor by tensor is written as a plan: it checks its options, reads what it must know of all tensors
 (a first pass, if any) and returns a :class:`Merge`, which makes one stretch of one merged tensor. :func:`method` turns
-the plan into a function on state dicts; :func:`mergetune.merging.merge_files` runs the same plan over files. So both
-give the same bits.
+the plan into a function on state dicts; :func:`mergetune.merging.merge_files` runs the same plan over files. Stretches
+are worked on by several threads, each alone on its own, and come back in order. So all ways give the same bits.
 
 Shapes: K experts, n elements of a stretch.
 """
@@ -12,18 +12,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import wraps
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
+from itertools import groupby, islice, starmap
 from pathlib import Path
+from threading import Barrier
+from typing import TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+T = TypeVar("T")
 StateDict = Mapping[str, Tensor]
-STRETCH = 2**17
+STRETCH = 2**18
 """Elements at a time: a stretch of every checkpoint fits the processor's cache. Part of the definition of ``dare``."""
 
 DTYPES = {
@@ -46,7 +53,7 @@ class Source:
 
     Attributes:
         shape, dtype, device: the tensor's.
-        read: begin, end -> that stretch of its elements, [end - begin], in its own dtype, valid until the next call.
+        read: begin, end -> that stretch of its elements, [end - begin], in its own dtype. Not to be written to.
     """
 
     shape: torch.Size
@@ -103,19 +110,14 @@ class TensorFile(Mapping[str, Tensor]):
         dtype = DTYPES[entry["dtype"]]
         offset = len(self.header) + entry["data_offsets"][0]
 
-        buffer = torch.empty(0, dtype=dtype)
-
         def read(begin: int, end: int) -> Tensor:
-            nonlocal buffer
-            buffer = buffer if len(buffer) >= end - begin else torch.empty(end - begin, dtype=dtype)
-            stretch = buffer[: end - begin]
-            self._file.seek(offset + begin * dtype.itemsize)
+            stretch, at = torch.empty(end - begin, dtype=dtype), offset + begin * dtype.itemsize
             raw = memoryview(stretch.view(torch.uint8).numpy())
             while raw:  # the system may give less than was asked for
-                got = self._file.readinto(raw)
+                got = os.preadv(self._file.fileno(), [raw], at)
                 if not got:
                     raise ValueError(f"{self.path} ends before {name} does: it was cut off while it was read")
-                raw = raw[got:]
+                raw, at = raw[got:], at + got
             return stretch
 
         return Source(torch.Size(entry["shape"]), dtype, torch.device("cpu"), read)
@@ -209,16 +211,14 @@ def method(
         @wraps(plan)
         @torch.no_grad()
         def merge(base: StateDict | None, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
-            names = check(merge, base, experts)
-            step = plan(base, experts, **options)
-            merged = {}
-            for name in names:
-                like = source(base if base is not None else experts[0], name)
+            check(merge, base, experts)
+            step, merged = plan(base, experts, **options), {}
+            for name, like in sources(base if base is not None else experts[0]):
                 merged[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-                flat, begin = merged[name].view(-1), 0
-                for piece in merged_pieces(step, name, base, experts):
-                    flat[begin : begin + len(piece)] = piece
-                    begin += len(piece)
+            places = {name: tensor.view(-1) for name, tensor in merged.items()}
+            for name, piece in merged_pieces(step, base, experts):
+                places[name][: len(piece)] = piece
+                places[name] = places[name][len(piece) :]
             return merged
 
         merge.plan = plan
@@ -227,48 +227,115 @@ def method(
     return wrap
 
 
-def merged_pieces(step: Merge, name: str, base: StateDict | None, experts: Sequence[StateDict]) -> Iterator[Tensor]:
-    """One merged tensor, flat, in pieces, in the dtype of the base (of the first expert without one).
+def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDict]) -> Iterator[tuple[str, Tensor]]:
+    """The merged tensors in order, flat, in pieces, each with its tensor's name.
 
-    Each piece is valid until the next one.
+    Dtypes are those of the base (of the first expert without one).
 
     Raises:
         ValueError: a merged value is not finite.
     """
-    like = source(base if base is not None else experts[0], name)
-    if not like.dtype.is_floating_point:
-        yield from (like.read(a, b) for a, b in stretches(like.numel))
+    reference = base if base is not None else experts[0]
+
+    def piece(part: Part) -> tuple[str, Tensor]:
+        return part.name, _finite(step.part(part).reshape(-1), part, source(reference, part.name), experts)
+
+    for is_floating, names in groupby(reference, lambda name: source(reference, name).dtype.is_floating_point):
+        if not is_floating:
+            for name in names:
+                like = source(reference, name)
+                yield from ((name, like.read(begin, end)) for begin, end in stretches(like.numel))
+        elif step.whole:
+            yield from (piece(whole(name, base, experts)) for name in names if source(reference, name).numel)
+        else:
+            yield from over_parts(piece, names, base, experts)
+
+
+def _finite(merged: Tensor, part: Part, like: Source, experts: Sequence[StateDict]) -> Tensor:
+    """Merged values of a part in their dtype; what is the same everywhere may be infinite."""
+    if merged.numel() != part.end - part.begin:
+        raise ValueError(f"{part.name}: merged must hold {part.end - part.begin} values, got {merged.numel()}")
+    found = merged.to(like.dtype)
+    if not found.sum(dtype=merged.dtype).isfinite() and not found.isfinite().all():  # the sum is quick
+        original = like.read(part.begin, part.end)
+        if not all(torch.equal(source(e, part.name).read(part.begin, part.end), original) for e in experts):
+            bad = int((~found.isfinite()).sum())
+            raise ValueError(
+                f"{part.name} must be finite after merging, got {bad} NaN or infinite values: an input holds them, or "
+                f"they are too large for {like.dtype}"
+            )
+        return original  # a mask with -inf
+    return found
+
+
+def over_parts(
+    function: Callable[[Part], T], names: Iterable[str], base: StateDict | None, experts: Sequence[StateDict]
+) -> Iterator[T]:
+    """``function`` of every stretch of some tensors, in order.
+
+    On a CPU several threads share the stretches out; each computes alone, so that the bits do not depend on how many
+    there are. A few stretches are in work at a time, whatever the tensors' sizes.
+    """
+
+    def work(name: str, begin: int, end: int) -> T:
+        return function(_part(base, experts, name, begin, end))
+
+    tasks = ((name, *ends) for name in names for ends in stretches(source(experts[0], name).numel))
+    if any(like.device.type != "cpu" for _, like in islice(sources(experts[0]), 1)):
+        yield from starmap(work, tasks)
         return
-    for part in parts(name, base, experts, whole=step.whole):
-        merged = step.part(part).reshape(-1)
-        if merged.numel() != part.end - part.begin:
-            raise ValueError(f"{name}: merged must hold {part.end - part.begin} values, got {merged.numel()}")
-        piece = merged.to(like.dtype)
-        if not piece.sum(dtype=merged.dtype).isfinite() and not piece.isfinite().all():  # the sum is quick
-            original = like.read(part.begin, part.end)
-            if not all(torch.equal(source(e, name).read(part.begin, part.end), original) for e in experts):
-                bad = int((~piece.isfinite()).sum())
-                raise ValueError(
-                    f"{name} must be finite after merging, got {bad} NaN or infinite values: an input holds them, or "
-                    f"they are too large for {like.dtype}"
-                )
-            piece = original  # a mask with -inf, the same everywhere
-        yield piece
+    threads, waiting = torch.get_num_threads(), deque()
+    pool = _workers(threads)
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(work, *task))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
-def parts(name: str, base: StateDict | None, experts: Sequence[StateDict], *, whole: bool = False) -> Iterator[Part]:
-    """All parts of one tensor in order; each is valid until the next one."""
-    sources = [source(state, name) for state in ([] if base is None else [base]) + list(experts)]
-    first = sources[0]
-    dtype = torch.float64 if any(s.dtype == torch.float64 for s in sources) else torch.float32
-    longest = first.numel if whole else min(first.numel, STRETCH)
-    buffer = torch.empty(len(sources), longest, dtype=dtype, device=first.device)
-    for begin, end in stretches(first.numel, longest):
-        rows = buffer[:, : end - begin]
-        for row, s in zip(rows, sources, strict=True):
-            row.copy_(s.read(begin, end))
-        rows = rows.reshape(-1, *first.shape) if whole else rows
-        yield Part(name, first.shape, begin, end, None if base is None else rows[0], rows if base is None else rows[1:])
+@lru_cache(maxsize=1)
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch computes alone: it keeps a number of threads for each, beside the one for new ones."""
+    ready = Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.get_num_threads()  # takes up the number for new ones, which would else come with the first computation
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, "merge", initializer=alone)
+    for _ in range(threads):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(threads)
+    return pool
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # the threads stay with the parent
+
+
+def whole(name: str, base: StateDict | None, experts: Sequence[StateDict]) -> Part:
+    """A tensor whole, in its shape."""
+    like = source(experts[0], name)
+    part = _part(base, experts, name, 0, like.numel)
+    start = None if part.base is None else part.base.reshape(like.shape)
+    return replace(part, base=start, experts=part.experts.reshape(len(experts), *like.shape))
+
+
+def _part(base: StateDict | None, experts: Sequence[StateDict], name: str, begin: int, end: int) -> Part:
+    found = [source(state, name) for state in ([] if base is None else [base]) + list(experts)]
+    dtype = torch.float64 if any(s.dtype == torch.float64 for s in found) else torch.float32
+    rows = torch.empty(len(found), end - begin, dtype=dtype, device=found[0].device)
+    for row, s in zip(rows, found, strict=True):
+        row.copy_(s.read(begin, end))
+    start, rest = (None, rows) if base is None else (rows[0], rows[1:])
+    return Part(name, found[0].shape, begin, end, start, rest)
 
 
 def stretches(numel: int, step: int | None = None) -> Iterator[tuple[int, int]]:
@@ -277,9 +344,14 @@ def stretches(numel: int, step: int | None = None) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + step, numel)) for begin in range(0, numel, step))
 
 
+def sources(state: StateDict) -> Iterator[tuple[str, Source]]:
+    """All tensors of a state dict, in its order."""
+    return ((name, source(state, name)) for name in state)
+
+
 def floating(state: StateDict) -> list[str]:
     """Names of the tensors that are merged: those of a floating-point dtype."""
-    return [name for name in state if source(state, name).dtype.is_floating_point]
+    return [name for name, like in sources(state) if like.dtype.is_floating_point]
 
 
 def check(method: Callable, base: StateDict | None, experts: Sequence[StateDict]) -> list[str]:
@@ -380,49 +452,85 @@ def check_states(argument: str, states: Sequence[StateDict], experts: Sequence[S
             raise ValueError(f"{argument}[{k}] must hold the experts' tensors, it lacks {missing[0]!r}")
 
 
-def order_statistics(values: Callable[[], Iterable[Tensor]], ranks: Sequence[int]) -> list[list[float]]:
-    """Exact order statistics of more values than fit in memory, as float32, in two passes.
+def order_statistics(
+    measure: Callable[[Part], Tensor],
+    names: Sequence[str],
+    base: StateDict | None,
+    experts: Sequence[StateDict],
+    ranks: Sequence[int],
+) -> list[list[float]]:
+    """Exact order statistics of more values than fit in memory, mostly in one pass.
 
-    A histogram of the upper 16 bits of all values finds the bin of each rank, a histogram of the lower 16 bits in these
-    bins finds the value: the bits of floats are in the order of the floats, those of negative ones in reverse.
+    A sample says between which two values each one lies. A pass counts what lies below these, and keeps what lies
+    between: a percent or two of all values. Where the sample was wrong, a further pass looks within wider bounds.
 
     Args:
-        values: gives K rows of values, [K, n] at a time; called twice. None of them may be NaN.
+        measure: part -> K rows of values, [K, n].
+        names: of the tensors whose values are ordered together.
         ranks: 0 is the smallest value of a row.
 
     Returns:
         For each rank the values of the K rows.
     """
-    uppers: dict[int, np.ndarray] = {}
-    for stretch in values():
-        for k, row in enumerate(stretch):
-            uppers[k] = uppers.get(k, 0) + np.bincount(_halves(row)[1], minlength=2**16)
-    ends = {k: np.cumsum(counts[_ORDER]) for k, counts in uppers.items()}
-    bins = {k: [int(np.searchsorted(end, rank, side="right")) for rank in ranks] for k, end in ends.items()}
-    lowers: dict[tuple[int, int], np.ndarray] = {}
-    for stretch in values():
-        for k, row in enumerate(stretch):
-            lower, upper = _halves(row)
-            for top in {int(_ORDER[place]) for place in bins[k]}:
-                counts = np.bincount(lower[upper == top], minlength=2**16)
-                lowers[k, top] = lowers.get((k, top), 0) + counts
+    numel = [source(experts[0], name).numel for name in names]
+    total = sum(numel)
+    if total <= FEW:
+        rows = np.concatenate([*over_parts(lambda part: measure(part).cpu().numpy(), names, base, experts)], 1)
+        return np.partition(rows, ranks, 1)[:, ranks].T.tolist()
+    sample = _sample(measure, names, base, experts)
+    found: dict[tuple[int, int], float] = {}
+    wanted = [(k, rank) for k in range(len(sample)) for rank in ranks]
+    width = 0.005 + 2 / math.sqrt(sample.shape[1])
+    while wanted:
+        bounds = {(k, rank): _bounds(sample[k], rank / total, width) for k, rank in wanted}
 
-    def value(k: int, rank: int, place: int) -> float:
-        top = int(_ORDER[place])
-        below = ends[k][place] - uppers[k][top]  # how many values lie in the bins before this one
-        negative = top >= 2**15
-        counts = lowers[k, top][::-1] if negative else lowers[k, top]
-        low = int(np.searchsorted(np.cumsum(counts), rank - below, side="right"))
-        return np.uint32(top << 16 | (2**16 - 1 - low if negative else low)).view(np.float32).item()
+        def look(part: Part, bounds: Mapping = bounds) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+            rows = measure(part).cpu().numpy()
+            return {key: _around(rows[key[0]], *ends) for key, ends in bounds.items()}
 
-    return [[value(k, rank, bins[k][i]) for k in uppers] for i, rank in enumerate(ranks)]
+        seen = list(over_parts(look, names, base, experts))
+        for (k, rank), (low, high) in bounds.items():
+            counts, between = zip(*(stretch[k, rank] for stretch in seen), strict=True)
+            below, at_low, inside, at_high = np.sum(counts, 0).cumsum()
+            if at_low <= rank < inside:
+                place = int(rank - at_low)
+                found[k, rank] = float(np.partition(np.concatenate(between), place)[place])
+            elif below <= rank < at_high:
+                found[k, rank] = float(low if rank < at_low else high)
+            elif width == 1:
+                found[k, rank] = math.nan  # which is in no order: they come last
+        wanted, width = [key for key in wanted if key not in found], min(4 * width, 1.0)
+    return [[found[k, rank] for k in range(len(sample))] for rank in ranks]
 
 
-_ORDER = np.concatenate([np.arange(2**16 - 1, 2**15 - 1, -1), np.arange(2**15)])
-"""The upper halves of float32 from the least to the largest value."""
+FEW = 2**18
+"""So many values are simply sorted."""
 
 
-def _halves(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper 16 bits of float32 values."""
-    pairs = values.float().contiguous().cpu().numpy().astype("<f4", copy=False).view("<u2").reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
+def _sample(
+    measure: Callable[[Part], Tensor], names: Sequence[str], base: StateDict | None, experts: Sequence[StateDict]
+) -> np.ndarray:
+    """Sorted values of short pieces, evenly spread over the tensors, [K, n]."""
+    ends = np.cumsum([source(experts[0], name).numel for name in names])
+    rows = []
+    for place in np.linspace(0, ends[-1], min(max(int(ends[-1]) // 2**16, 32), 512), endpoint=False).astype(np.int64):
+        which = int(np.searchsorted(ends, place, side="right"))
+        numel = source(experts[0], names[which]).numel
+        begin = int(place - ends[which] + numel)
+        rows.append(measure(_part(base, experts, names[which], begin, min(begin + 512, numel))).cpu().numpy())
+    return np.sort(np.concatenate(rows, 1), 1)
+
+
+def _bounds(ordered: np.ndarray, at: float, width: float) -> tuple[np.floating, np.floating]:
+    """The values of a sorted sample that lie ``width`` of it before and behind the place ``at``, both in [0, 1]."""
+    infinity, n = ordered.dtype.type(np.inf), len(ordered)
+    first, last = math.floor((at - width) * n), math.ceil((at + width) * n)
+    low, high = -infinity if first < 0 else ordered[first], infinity if last >= n else ordered[last]
+    return -infinity if np.isnan(low) else low, infinity if np.isnan(high) else high
+
+
+def _around(values: np.ndarray, low: np.floating, high: np.floating) -> tuple[np.ndarray, np.ndarray]:
+    """How many of [n] are below ``low``, equal to it, between both and equal to ``high``; and those between."""
+    inside = (values > low) & (values < high)
+    counts = [(values < low), (values == low), inside, (values == high)]
+    return np.array([np.count_nonzero(count) for count in counts]), values[inside]
