@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <iterator>
 #include <sstream>
@@ -14,6 +15,7 @@
 #include "mergetune/class_pass.h"
 #include "mergetune/path_cross_entropy.h"
 #include "mergetune/prefix_attention.h"
+#include "mergetune/task_vectors.h"
 
 namespace py = pybind11;
 
@@ -255,6 +257,70 @@ void prefix_attention_backward_from_python_cpu(
     });
 }
 
+// Calls run(Value()) for the type of a checkpoint's values that `dtype` names.
+template <class Run>
+void with_stored(const std::string& dtype, Run run) {
+    if (dtype == "float16") {
+        run(Half());
+    } else if (dtype == "bfloat16") {
+        run(BFloat16());
+    } else {
+        with_real(dtype, run);
+    }
+}
+
+// The task vectors as Python passes them: addresses (0 for none), by_count, scale and n.
+using TaskArguments = std::tuple<Address, std::vector<Address>, Address, Address, Address, Address, Address, bool,
+                                 double, std::int64_t>;
+
+template <class T>
+T* maybe(const char* name, Address address) {
+    return address ? pointer<T>(name, address) : nullptr;
+}
+
+void merge_deltas_from_python(const std::string& dtype, const TaskArguments& arguments, Address out,
+                              const std::string& variant) {
+    const std::vector<Address>& experts = std::get<1>(arguments);
+    const std::int64_t n = std::get<9>(arguments);
+    check_size("K", std::int64_t(experts.size()));
+    check_size("n", n);
+    with_stored(dtype, [&](auto value) {
+        using Value = decltype(value);
+        std::vector<const Value*> rows;
+        for (const Address expert : experts) rows.push_back(pointer<const Value>("experts", expert));
+        const TaskVectors<Value> op{maybe<const Value>("base", std::get<0>(arguments)),
+                                    rows.data(),
+                                    maybe<const std::uint8_t>("kept", std::get<2>(arguments)),
+                                    maybe<const double>("limits", std::get<3>(arguments)),
+                                    pointer<const double>("weights", std::get<4>(arguments)),
+                                    maybe<const double>("votes", std::get<5>(arguments)),
+                                    maybe<const double>("shares", std::get<6>(arguments)),
+                                    std::get<7>(arguments),
+                                    std::get<8>(arguments),
+                                    std::int64_t(rows.size()),
+                                    n};
+        auto* const to = pointer<Real<Value>>("out_ptr", out);
+        py::gil_scoped_release unlocked;
+        merge_deltas_cpu(op, to, variant);
+    });
+}
+
+std::array<std::int64_t, 4> count_around_from_python(const std::string& dtype, Address values, Address base,
+                                                     std::int64_t n, double low, double high, Address between,
+                                                     const std::string& variant) {
+    check_size("n", n);
+    std::array<std::int64_t, 4> counts{};
+    with_stored(dtype, [&](auto value) {
+        using Value = decltype(value);
+        const auto* const from = pointer<const Value>("values_ptr", values);
+        const auto* const start = maybe<const Value>("base_ptr", base);
+        auto* const to = pointer<Real<Value>>("between_ptr", between);
+        py::gil_scoped_release unlocked;
+        count_around_cpu(from, start, n, Real<Value>(low), Real<Value>(high), counts.data(), to, variant);
+    });
+    return counts;
+}
+
 std::vector<std::string> words(const std::string& text) {
     std::istringstream stream(text);
     return {std::istream_iterator<std::string>(stream), {}};
@@ -314,6 +380,15 @@ PYBIND11_MODULE(_C, module) {
                "v"_a, "prefix_k"_a, "prefix_v"_a, "offsets_ptr"_a, "d_out"_a, "dq"_a, "dk"_a, "dv"_a, "d_prefix_k"_a,
                "d_prefix_v"_a, "M"_a, "Tq"_a, "T"_a, "S"_a, "C"_a, "H"_a, "d"_a, "causal"_a, "num_threads"_a,
                "variant"_a = "", "Its gradients from that of `out`; the probabilities are computed again.");
+
+    module.def("merge_deltas_cpu", &merge_deltas_from_python, "dtype"_a, "task_vectors"_a, "out_ptr"_a,
+               "variant"_a = "",
+               "Task vectors trimmed, elected and added: csrc/include/mergetune/task_vectors.h. task_vectors is (base or\n"
+               "0, list of experts, kept or 0, limits or 0, weights, votes or 0, shares or 0, by_count, scale, n).");
+    module.def("count_around_cpu", &count_around_from_python, "dtype"_a, "values_ptr"_a, "base_ptr"_a, "n"_a,
+               "low"_a, "high"_a, "between_ptr"_a, "variant"_a = "",
+               "How many values, or magnitudes of their differences from a base, lie below `low`, equal it, lie between,\n"
+               "equal `high`; those between are copied.");
 
 #ifdef MERGETUNE_WITH_CUDA
     module.def("path_cross_entropy_cuda", &path_cross_entropy_from_python_cuda, "dtype"_a, "dots_ptr"_a, "stride_m"_a,

@@ -5,13 +5,14 @@ tensors go to plain torch ("torch"), or to the Triton kernel ("triton") or the c
 two become the default when they have run on a device. A backend that is not there raises; nothing falls back in
 silence.
 
-Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P = 1 + K * N points in all.
+Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P = 1 + K * N points in all. For merging:
+K experts, n elements.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -559,6 +560,108 @@ torch.library.register_autograd(
 )
 
 
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def merge_deltas(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    scale: float = 1.0,
+    limits: Sequence[float] | None = None,
+    kept: Tensor | None = None,
+    vote: str | None = None,
+    votes: Sequence[float] | None = None,
+    shares: Sequence[float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Task vectors trimmed, elected and added in one pass; see :func:`reference.merge_deltas`.
+
+    Not differentiable. Runs in the calling thread alone: callers have a stretch for each.
+
+    Args:
+        base, experts: as checkpoints hold them, [n] each: float32, float64, float16, bfloat16, also mixed.
+
+    Returns:
+        [n] float32; float64 where an input is.
+    """
+    experts = list(experts)
+    if not experts or experts[0].ndim != 1 or not len(experts[0]):
+        raise ValueError(f"experts must be tensors [n], at least one, got {[list(t.shape) for t in experts]}")
+    backend = _backend(experts[0], backend, ("cpp", "torch"))
+    k, n = len(experts), len(experts[0])
+    for name, row in [("base", base), *((f"experts[{i}]", row) for i, row in enumerate(experts))]:
+        if row is not None:
+            _expect(name, row, (n,))
+    if vote not in (None, "sum", "count"):
+        raise ValueError(f"vote must be None, sum or count, got {vote!r}")
+    if vote is None and (votes is not None or shares is not None):
+        raise ValueError("votes and shares must be None where there is no vote")
+    if kept is not None:
+        _expect("kept", kept, (k, n))
+        if kept.dtype != torch.bool:
+            raise TypeError(f"kept must be bool, got {kept.dtype}")
+    given = {"limits": limits, "weights": weights, "votes": votes, "shares": shares}
+    for name, values in given.items():
+        if values is not None and len(values) != k:
+            raise ValueError(f"{name} must hold one number for each of {k} experts, got {len(values)}")
+    dtype, rows = _alike([*experts, *([] if base is None else [base])])
+    real, start, rows = _real(rows[0]), None if base is None else rows[k], rows[:k]
+    if backend == "torch":
+        numbers = {name: v if v is None else experts[0].new_tensor(v, dtype=real) for name, v in given.items()}
+        start, rows = None if start is None else start.to(real), torch.stack(rows).to(real)
+        return reference.merge_deltas(start, rows, **numbers, scale=scale, kept=kept, vote=vote)
+    if vote is not None and votes is None:
+        given["votes"] = [1.0] * k
+    numbers = [v if v is None else torch.tensor(v, dtype=torch.float64) for v in given.values()]
+    held = [start, kept if kept is None else kept.contiguous(), *numbers]  # as are the rows, while the core runs
+    start_at, *others = (0 if t is None else t.data_ptr() for t in held)
+    out = torch.empty(n, dtype=real)
+    arguments = start_at, [row.data_ptr() for row in rows], *others, vote == "count", scale, n
+    _C.merge_deltas_cpu(dtype, arguments, out.data_ptr())
+    return out
+
+
+def count_around(
+    values: Tensor, low: float, high: float, *, base: Tensor | None = None, backend: str | None = None
+) -> tuple[list[int], Tensor]:
+    """Counts that find an order statistic, in one pass; see :func:`reference.count_around`.
+
+    Args:
+        values, base: [n], of the dtypes of :func:`merge_deltas`.
+    """
+    backend = _backend(values, backend, ("cpp", "torch"))
+    _expect("values", values, (values.numel(),))
+    if base is not None:
+        _expect("base", base, (len(values),))
+    if not low <= high:
+        raise ValueError(f"low must be at most high, got {low} and {high}")
+    dtype, rows = _alike([values, *([] if base is None else [base])])
+    real = _real(rows[0])
+    if backend == "torch" or not len(values):
+        rows = [row.to(real) for row in rows]
+        return reference.count_around(rows[0], low, high, base=None if base is None else rows[1])
+    between = torch.empty(len(values), dtype=real)
+    start = 0 if base is None else rows[1].data_ptr()
+    counts = _C.count_around_cpu(dtype, rows[0].data_ptr(), start, len(values), low, high, between.data_ptr())
+    return counts, between[: counts[2]].clone()
+
+
+_STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _alike(rows: list[Tensor]) -> tuple[str, list[Tensor]]:
+    """Rows in one dtype, the widest real one where they differ, as the core reads them; and the dtype's name."""
+    if wrong := {row.dtype for row in rows}.difference(_STORED):
+        raise TypeError(f"values must be float32, float64, float16 or bfloat16, got {wrong.pop()}")
+    if len({row.dtype for row in rows}) > 1:
+        rows = [row.to(max(map(_real, rows), key=lambda dtype: dtype.itemsize)) for row in rows]
+    rows = [row.contiguous() for row in rows]
+    rows = [row.clone() if row.data_ptr() % row.dtype.itemsize else row for row in rows]  # as memory-mapped files have
+    return str(rows[0].dtype).removeprefix("torch."), rows
+
+
 # -- self-test --------------------------------------------------------------------------------------------------------
 
 
@@ -590,5 +693,22 @@ def self_test() -> dict[str, float]:
         out = prefix_attention(*leaves, (1, 2, 2, 3), backend=backend)
         return torch.cat([t.flatten() for t in (out, *torch.autograd.grad(out.square().sum(), leaves))])
 
-    apart = lambda run: ((run(None) - run("torch")).abs().max() / run("torch").abs().max()).item()  # noqa: E731
-    return {"lmc_loss": apart(lmc), "path_cross_entropy": apart(rows), "prefix_attention": apart(attention)}
+    def merging(backend: str | None) -> Tensor:
+        experts, limits = draw(3, 999), [0.1, 0.2, 0.3]
+        return merge_deltas(
+            draw(999), experts, [1, 2, 0.5], limits=limits, vote="sum", shares=[1, 1, 1], backend=backend
+        )
+
+    def counting(backend: str | None) -> Tensor:
+        counts, between = count_around(draw(999), 0.1, 0.7, base=draw(999), backend=backend)
+        return torch.cat([torch.tensor(counts), between])
+
+    def apart(run: Callable[[str | None], Tensor]) -> float:
+        found = []
+        for backend in (None, "torch"):
+            generator.manual_seed(1)
+            found.append(run(backend))
+        return ((found[0] - found[1]).abs().max() / found[1].abs().max()).item()
+
+    runs = {"lmc_loss": lmc, "path_cross_entropy": rows, "prefix_attention": attention}
+    return {name: apart(run) for name, run in (runs | {"merge_deltas": merging, "count_around": counting}).items()}

@@ -1,7 +1,7 @@
 """Plain-torch definition of every op: the specification that kernels are held to.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P all points (endpoint and paths),
-M prompts encoded together, T packed tokens, H heads.
+M prompts encoded together, T packed tokens, H heads. For merging: K experts, n elements.
 """
 
 from __future__ import annotations
@@ -155,3 +155,70 @@ def _runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
         else:
             runs.append((length, 1))
     return runs
+
+
+def merge_deltas(
+    base: Tensor | None,
+    experts: Tensor,
+    weights: Tensor,
+    *,
+    scale: float = 1.0,
+    limits: Tensor | None = None,
+    kept: Tensor | None = None,
+    vote: str | None = None,
+    votes: Tensor | None = None,
+    shares: Tensor | None = None,
+) -> Tensor:
+    """Task vectors trimmed or masked, a sign elected for each element, its deltas added (TIES, arXiv 2306.01708).
+
+    ``base + scale * sum_k weights[k] delta[k]`` over the deltas of the elected sign, divided by the sum of their shares
+    where that is not 0. Without a vote all deltas are added and nothing is divided.
+
+    Args:
+        base: [n]; None: the experts are the deltas, and nothing is added to the result.
+        experts: [K, n]; delta = expert - base.
+        weights: [K].
+        scale: of what is added to the base.
+        limits: the least magnitude that is kept, [K]; smaller deltas count as 0.
+        kept: False where a delta counts as 0, bool [K, n].
+        vote: elects by the "sum" of deltas, or by the "count" of their signs; 0 elects plus.
+        votes: weight of each expert in that, [K]; None is 1.
+        shares: what each expert of the elected sign adds to the divisor, [K]; None divides by nothing.
+
+    Returns:
+        [n]. NaN is not hidden by an election; an infinite delta is where it is outvoted.
+    """
+    delta = experts if base is None else experts - base
+    if limits is not None:
+        delta = delta.masked_fill(delta.abs() < limits[:, None], 0)
+    if kept is not None:
+        delta = delta.masked_fill(~kept, 0)
+    column = lambda values: values.to(delta)[:, None]  # noqa: E731
+    against, divisor = torch.zeros_like(delta, dtype=torch.bool), None
+    if vote is not None:
+        ballots = delta if vote == "sum" else delta.sign()
+        elected = (ballots if votes is None else column(votes) * ballots).sum(0)
+        against = torch.where(elected >= 0, delta, -delta) <= 0
+        if shares is not None:
+            divisor = column(shares).expand_as(delta).masked_fill(against, 0).sum(0)
+    merged = (column(weights) * delta).masked_fill(against, 0).sum(0)
+    if divisor is not None:
+        merged = merged / torch.where(divisor == 0, 1, divisor)
+    return scale * merged if base is None else base + scale * merged
+
+
+def count_around(values: Tensor, low: float, high: float, *, base: Tensor | None = None) -> tuple[list[int], Tensor]:
+    """How many values lie below ``low``, equal it, lie between, equal ``high`` (0 if both are one); those between.
+
+    Args:
+        values: [n].
+        low, high: may be infinite; low <= high.
+        base: what is counted are the magnitudes of the differences from it, [n].
+
+    Returns:
+        Four counts, in which NaN is not; and the values between, in their order.
+    """
+    values = values if base is None else (values - base).abs()
+    between = values[(values > low) & (values < high)]
+    counts = (values < low).sum(), (values == low).sum(), between.numel(), (values == high).sum() * (low != high)
+    return [int(count) for count in counts], between

@@ -21,6 +21,7 @@ const std::vector<std::string>& cpu_variants() {
 static bool processor_has([[maybe_unused]] const std::string& variant) {
 #ifdef MERGETUNE_WITH_X86
     // These ask the operating system too: wide registers that it does not save cannot be used.
+    // Every processor with AVX2 converts half types too (F16C).
     if (variant == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (variant == "avx512") {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

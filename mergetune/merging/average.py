@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergetune import ops
 from mergetune.merging.tensors import (
     Merge,
     Part,
@@ -19,7 +20,6 @@ from mergetune.merging.tensors import (
     method,
     over_parts,
     per_expert,
-    weighted_sum,
 )
 
 
@@ -41,7 +41,7 @@ def average(
     if not total > 0:
         raise ValueError(f"weights must have a positive sum, got {weights}")
     weights = [weight / total for weight in weights]
-    return Merge(lambda part: weighted_sum(weights, part.experts))
+    return Merge(lambda part: ops.merge_deltas(None, part.stored, weights))
 
 
 @method(base=True, most=1)

@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mergetune import ops
 from mergetune.merging.tensors import (
     Merge,
     Part,
@@ -33,7 +35,6 @@ from mergetune.merging.tensors import (
     per_expert,
     source,
     stretches,
-    weighted_sum,
 )
 
 SCOPES = ("global", "tensor")
@@ -52,7 +53,7 @@ def task_arithmetic(
         weights: one for each expert; None is 1 for all.
     """
     weights = per_expert("weights", weights, len(experts))
-    return Merge(lambda part: part.base.add(weighted_sum(weights, part.deltas), alpha=scale))
+    return Merge(lambda part: ops.merge_deltas(part.stored_base, part.stored, weights, scale=scale))
 
 
 @method(base=True)
@@ -82,7 +83,7 @@ def layerwise(
     if missing := [name for name in floating(base) if name not in coefficients]:
         raise ValueError(f"coefficients must be there for every tensor, {missing[0]!r} has none")
     rows = {n: per_expert(f"coefficients[{n!r}]", coefficients[n], len(experts)) for n in floating(base)}
-    return Merge(lambda part: part.base + weighted_sum(rows[part.name], part.deltas))
+    return Merge(lambda part: ops.merge_deltas(part.stored_base, part.stored, rows[part.name]))
 
 
 @method(base=True)
@@ -115,14 +116,13 @@ def ties(
         divide: by the "count" of values that agree (paper, peft), by their "weight" (mergekit; the signs then
             are those of the weighted values), or by nothing, "none" (the sum).
     """
-    thresholds = _thresholds(base, experts, density, trim, lambda part: part.deltas.abs())
-    elected = _election(weights, len(experts), sign, divide)
-
-    def merge(part: Part) -> Tensor:
-        deltas = part.deltas
-        return part.base + scale * elected(_trimmed(deltas, thresholds[part.name]))
-
-    return Merge(merge)
+    thresholds = _thresholds(base, experts, density, trim, None)
+    election = _election(weights, len(experts), sign, divide)
+    return Merge(
+        lambda part: ops.merge_deltas(
+            part.stored_base, part.stored, limits=thresholds[part.name], scale=scale, **election
+        )
+    )
 
 
 @method(base=True)
@@ -159,17 +159,20 @@ def dare(
     check_fraction("density", density)
     check_choice("rescale", rescale, (None, "density", *_NORMS))
     check_choice("consensus", consensus, (None, "sum", "count"))
-    combined = _election(weights, len(experts), consensus, divide)
+    election = _election(weights, len(experts), consensus, divide)
+    factor = scale / density if rescale == "density" else scale
 
     def merge(part: Part) -> Tensor:
-        deltas = part.deltas.reshape(len(experts), -1)
-        kept = deltas * torch.stack([_random_mask(seed, part, k, density) for k in range(len(experts))]).to(deltas)
-        if rescale == "density":
-            kept /= density
-        elif rescale:
-            before, after = (torch.linalg.vector_norm(t, _NORMS[rescale], dim=1) for t in (deltas, kept))
-            kept = kept * torch.where(after > 0, before / after, 1.0)[:, None]
-        return part.base.flatten() + scale * combined(kept)
+        masks = torch.stack([_random_mask(seed, part, k, density) for k in range(len(experts))])
+        kept = masks.to(part.stored[0].device)
+        if rescale not in _NORMS:
+            return ops.merge_deltas(part.stored_base, part.stored, kept=kept, scale=factor, **election)
+        base, rows = part.base.flatten(), part.experts.reshape(len(experts), -1)
+        before = rows - base
+        after = before * kept
+        lengths = (torch.linalg.vector_norm(t, _NORMS[rescale], dim=1) for t in (before, after))
+        after *= torch.where((after != 0).any(1), torch.div(*lengths), 1.0)[:, None]
+        return base + ops.merge_deltas(None, after, scale=scale, **election)
 
     return Merge(merge, whole=rescale in _NORMS)
 
@@ -223,7 +226,7 @@ def pcb(
     for group in _groups(base, scope):
         total = sum(source(base, name).numel for name in group)
         ranks = [int(total * clip), int(total * (1 - clip) - 1)]
-        ends = order_statistics(lambda part: part.deltas.abs(), group, base, experts, ranks)
+        ends = order_statistics(None, group, base, experts, ranks)
         limits |= dict.fromkeys(group, ends)
         ranks = [min(int(total * (1 - ratio)), total - 1), total - 1]
         limits |= dict.fromkeys(group, ends + order_statistics(balance, group, base, experts, ranks))
@@ -271,11 +274,10 @@ def sce(
 
     def variance(part: Part) -> Tensor:
         deltas = part.deltas
-        centred = deltas - weighted_sum([1 / len(experts)] * len(experts), deltas)
-        return (weighted_sum([1.0] * len(experts), centred.square()) / len(experts))[None]
+        return (deltas - deltas.mean(0)).square().mean(0, keepdim=True)  # torch.var is 50 times slower over so few rows
 
     def selected(part: Part, threshold: float) -> Tensor:
-        return part.deltas * _reach(variance(part), [threshold])
+        return (variance(part) >= threshold).expand(len(experts), -1)
 
     def statistics(name: str) -> tuple[float, list[float]]:
         """The least variance that is selected, and the experts' weights."""
@@ -284,7 +286,8 @@ def sce(
             moved = sum(over_parts(lambda part: int(variance(part).count_nonzero()), [name], base, experts))
             keep = int(density * moved)
             threshold = order_statistics(variance, [name], base, experts, [numel - keep])[0][0] if keep else math.inf
-        found = over_parts(lambda part: selected(part, threshold).double().square().sum(1), [name], base, experts)
+        square = lambda part: (part.deltas * selected(part, threshold)).double().square().sum(1)  # noqa: E731
+        found = over_parts(square, [name], base, experts)
         squares = sum(found, torch.zeros(len(experts), dtype=torch.float64, device=source(base, name).device))
         total = squares.sum()
         weights = squares / total if total > 0 else torch.full_like(squares, 1 / len(experts))
@@ -294,8 +297,9 @@ def sce(
 
     def merge(part: Part) -> Tensor:
         threshold, weights = known[part.name]
-        deltas = selected(part, threshold) if select == "vectors" else part.deltas
-        return part.base + scale * _elect(deltas, column(weights, deltas), deltas.sum(0), "weight")
+        kept = selected(part, threshold) if select == "vectors" else None
+        shares = {"weights": weights, "shares": weights}
+        return ops.merge_deltas(part.stored_base, part.stored, kept=kept, vote="sum", scale=scale, **shares)
 
     return Merge(merge)
 
@@ -366,7 +370,8 @@ def lines(
     if not any(depths.values()):
         raise ValueError(f"lines needs names with block numbers such as 'resblocks.3.', got {', '.join(names[:3])}")
     scales = {name: alpha + beta * d[0] / max(d[1] - 1, 1) if d else alpha for name, d in depths.items()}
-    return Merge(lambda part: part.base + scales[part.name] * part.deltas.sum(0))
+    ones = [1.0] * len(experts)
+    return Merge(lambda part: ops.merge_deltas(part.stored_base, part.stored, ones, scale=scales[part.name]))
 
 
 def _depth_of(names: Sequence[str]) -> Callable[[str], tuple[int, int] | None]:
@@ -458,7 +463,7 @@ def compeft(
             code, ``replace_noise_and_constant``).
     """
     check_choice("std", std, ("vector", "trimmed"))
-    thresholds = _thresholds(base, experts, density, "global", lambda part: part.deltas.abs())
+    thresholds = _thresholds(base, experts, density, "global", None)
 
     def trimmed(part: Part) -> Tensor:
         return _trimmed(part.deltas, thresholds[part.name])
@@ -497,7 +502,7 @@ class CompressedSize:
 def compeft_size(base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2) -> CompressedSize:
     """The size of the one expert's residual after :func:`compeft`."""
     check(compeft, base, experts)
-    thresholds = _thresholds(base, experts, density, "global", lambda part: part.deltas.abs())
+    thresholds = _thresholds(base, experts, density, "global", None)
     parameters = sum(source(base, name).numel for name in floating(base))
     count = lambda part: int(_trimmed(part.deltas, thresholds[part.name]).count_nonzero())  # noqa: E731
     kept = sum(over_parts(count, floating(base), base, experts))
@@ -517,12 +522,12 @@ def _groups(base: StateDict, scope: str) -> list[list[str]]:
 
 
 def _thresholds(
-    base: StateDict, experts: Sequence[StateDict], density: float, scope: str, measure: Callable[[Part], Tensor]
+    base: StateDict, experts: Sequence[StateDict], density: float, scope: str, measure: Callable[[Part], Tensor] | None
 ) -> dict[str, list[float]]:
     """For each tensor and expert the least of the largest ``int(density * elements)`` values of a measure.
 
     Args:
-        measure: part -> [K, n], not negative.
+        measure: part -> [K, n], not negative; None: the magnitudes of the deltas.
     """
     check_fraction("density", density)
     check_choice("trim", scope, SCOPES)
@@ -555,42 +560,26 @@ def _below(thresholds: Sequence[float], like: Tensor) -> Tensor:
     return torch.nextafter(limits, torch.full_like(limits, -math.inf))
 
 
-def _election(weights: Sequence[float] | None, count: int, sign: str | None, divide: str) -> Callable[[Tensor], Tensor]:
-    """[K, n] trimmed task vectors -> [n] merged; without ``sign`` their weighted sum. See :func:`ties`."""
+def _election(weights: Sequence[float] | None, count: int, sign: str | None, divide: str) -> dict[str, Any]:
+    """What :func:`mergetune.ops.merge_deltas` is to be told of weights, votes and division; see :func:`ties`."""
     weights = per_expert("weights", weights, count)
     check_choice("sign", sign, (None, "sum", "count"))
     check_choice("divide", divide, ("count", "weight", "none"))
-    if sign and divide == "weight" and min(weights) < 0:
+    if sign is None:
+        return {"weights": weights}
+    if divide == "weight" and min(weights) < 0:
         raise ValueError(f"weights must not be negative with divide='weight', got {weights}")
-
-    def merge(deltas: Tensor) -> Tensor:
-        if sign is None:
-            return weighted_sum(weights, deltas)
-        factors = column(weights, deltas)
-        voters = factors * deltas if divide == "weight" else deltas
-        return _elect(deltas, factors, (voters.sign() if sign == "count" else voters).sum(0), divide)
-
-    return merge
-
-
-def _elect(deltas: Tensor, weights: Tensor, votes: Tensor, divide: str) -> Tensor:
-    """The weighted deltas that have the sign of the votes (plus where they are zero), divided as ``divide`` says."""
-    sign = torch.copysign(torch.ones_like(votes), votes + 0.0)  # -0 + 0 is +0
-    agreeing = (deltas * sign).relu_()
-    total = (weights * agreeing).sum(0) * sign
-    if divide == "none":
-        return total
-    present = agreeing.sign_()
-    divisor = (present if divide == "count" else weights * present).sum(0)
-    return total / divisor.clamp_(min=torch.finfo(divisor.dtype).tiny)
+    votes = [float(w > 0) if sign == "count" else w for w in weights] if divide == "weight" else None
+    shares = {"count": [1.0] * count, "weight": weights, "none": None}[divide]
+    return {"weights": weights, "vote": sign, "votes": votes, "shares": shares}
 
 
 def _random_mask(seed: int, part: Part, k: int, density: float) -> Tensor:
-    """[n] random bits, as 0 and 1, that depend on seed, tensor name, expert and place only."""
-    kept = np.empty(part.end - part.begin, np.float32)
+    """[n] random bits that depend on seed, tensor name, expert and place only."""
+    kept = np.empty(part.end - part.begin, np.bool_)
     for begin, end in stretches(len(kept)):
         key = hashlib.blake2b(f"{seed}/{k}/{part.begin + begin}/{part.name}".encode(), digest_size=16).digest()
         random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
         words = random.integers(0, 2**64, (end - begin + 1) // 2, np.uint64).view(np.uint32)[: end - begin]
-        kept[begin:end] = words <= np.uint32(max(round(density * 2**32), 1) - 1)
+        np.less_equal(words, np.uint32(max(round(density * 2**32), 1) - 1), out=kept[begin:end])
     return torch.from_numpy(kept)

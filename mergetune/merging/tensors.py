@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from itertools import groupby, islice, starmap
 from pathlib import Path
 from threading import Barrier
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from mergetune import ops
 
 T = TypeVar("T")
 StateDict = Mapping[str, Tensor]
@@ -139,16 +141,36 @@ class Part:
     Attributes:
         name, shape: of the tensor.
         begin, end: which of its elements.
-        base: [n], or its shape; None where there is no base. float32, or float64 where an input is.
-        experts: [K, n], or [K, *shape]. The dtype of base.
+        stored_base: [n], as it is stored; None where there is no base.
+        stored: the experts, K of [n], as they are stored.
+        whole: whether ``base`` and ``experts`` have the tensor's shape.
     """
 
     name: str
     shape: torch.Size
     begin: int
     end: int
-    base: Tensor | None
-    experts: Tensor
+    stored_base: Tensor | None
+    stored: list[Tensor]
+    whole: bool = False
+
+    @cached_property
+    def base(self) -> Tensor | None:
+        """[n], or its shape; float32, or float64 where an input is."""
+        if self.stored_base is None:
+            return None
+        return self.stored_base.to(self._dtype).reshape(self.shape if self.whole else -1)
+
+    @cached_property
+    def experts(self) -> Tensor:
+        """[K, n], or [K, *shape]. The dtype of base."""
+        rows = torch.stack([row.to(self._dtype) for row in self.stored])
+        return rows.reshape(len(rows), *self.shape) if self.whole else rows
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        rows = [*self.stored, *([] if self.stored_base is None else [self.stored_base])]
+        return torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
 
     @property
     def deltas(self) -> Tensor:
@@ -157,7 +179,7 @@ class Part:
 
     def of(self, argument: str, states: Sequence[StateDict]) -> Tensor:
         """The same stretch of other state dicts (``argument`` names them in errors), [len(states), n]."""
-        rows = torch.empty(len(states), self.end - self.begin, dtype=self.experts.dtype, device=self.experts.device)
+        rows = torch.empty(len(states), self.end - self.begin, dtype=self._dtype, device=self.stored[0].device)
         for k, state in enumerate(states):
             found = source(state, self.name)
             if found.shape != self.shape:
@@ -322,20 +344,13 @@ os.register_at_fork(after_in_child=_workers.cache_clear)  # the threads stay wit
 
 def whole(name: str, base: StateDict | None, experts: Sequence[StateDict]) -> Part:
     """A tensor whole, in its shape."""
-    like = source(experts[0], name)
-    part = _part(base, experts, name, 0, like.numel)
-    start = None if part.base is None else part.base.reshape(like.shape)
-    return replace(part, base=start, experts=part.experts.reshape(len(experts), *like.shape))
+    return replace(_part(base, experts, name, 0, source(experts[0], name).numel), whole=True)
 
 
 def _part(base: StateDict | None, experts: Sequence[StateDict], name: str, begin: int, end: int) -> Part:
-    found = [source(state, name) for state in ([] if base is None else [base]) + list(experts)]
-    dtype = torch.float64 if any(s.dtype == torch.float64 for s in found) else torch.float32
-    rows = torch.empty(len(found), end - begin, dtype=dtype, device=found[0].device)
-    for row, s in zip(rows, found, strict=True):
-        row.copy_(s.read(begin, end))
-    start, rest = (None, rows) if base is None else (rows[0], rows[1:])
-    return Part(name, found[0].shape, begin, end, start, rest)
+    start = None if base is None else source(base, name).read(begin, end)
+    rows = [source(expert, name).read(begin, end) for expert in experts]
+    return Part(name, source(experts[0], name).shape, begin, end, start, rows)
 
 
 def stretches(numel: int, step: int | None = None) -> Iterator[tuple[int, int]]:
@@ -420,14 +435,6 @@ def per_expert(argument: str, values: Sequence[float] | None, count: int, defaul
     return numbers
 
 
-def weighted_sum(weights: Sequence[float], rows: Tensor) -> Tensor:
-    """``sum_k weights_k rows_k``, expert by expert: no product of all of them is made."""
-    total = rows[0] * weights[0]
-    for weight, row in zip(weights[1:], rows[1:], strict=True):
-        total.add_(row, alpha=weight)
-    return total
-
-
 def column(values: Sequence[float], like: Tensor) -> Tensor:
     """[K] numbers, shaped to multiply [K, ...]."""
     return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
@@ -453,7 +460,7 @@ def check_states(argument: str, states: Sequence[StateDict], experts: Sequence[S
 
 
 def order_statistics(
-    measure: Callable[[Part], Tensor],
+    measure: Callable[[Part], Tensor] | None,
     names: Sequence[str],
     base: StateDict | None,
     experts: Sequence[StateDict],
@@ -465,28 +472,29 @@ def order_statistics(
     between: a percent or two of all values. Where the sample was wrong, a further pass looks within wider bounds.
 
     Args:
-        measure: part -> K rows of values, [K, n].
+        measure: part -> K rows of values, [K, n]. None: the magnitudes of the experts' differences from the base, which
+            are counted without being stored.
         names: of the tensors whose values are ordered together.
         ranks: 0 is the smallest value of a row.
 
     Returns:
         For each rank the values of the K rows.
     """
-    numel = [source(experts[0], name).numel for name in names]
-    total = sum(numel)
+    values = measure or (lambda part: part.deltas.abs())
+    total = sum(source(experts[0], name).numel for name in names)
     if total <= FEW:
-        rows = np.concatenate([*over_parts(lambda part: measure(part).cpu().numpy(), names, base, experts)], 1)
+        rows = np.concatenate([*over_parts(lambda part: values(part).cpu().numpy(), names, base, experts)], 1)
         return np.partition(rows, ranks, 1)[:, ranks].T.tolist()
-    sample = _sample(measure, names, base, experts)
+    sample = _sample(values, names, base, experts)
     found: dict[tuple[int, int], float] = {}
     wanted = [(k, rank) for k in range(len(sample)) for rank in ranks]
     width = 0.005 + 2 / math.sqrt(sample.shape[1])
     while wanted:
         bounds = {(k, rank): _bounds(sample[k], rank / total, width) for k, rank in wanted}
 
-        def look(part: Part, bounds: Mapping = bounds) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-            rows = measure(part).cpu().numpy()
-            return {key: _around(rows[key[0]], *ends) for key, ends in bounds.items()}
+        def look(part: Part, bounds: Mapping = bounds) -> dict[tuple[int, int], tuple[list[int], Tensor]]:
+            rows, start = (part.stored, part.stored_base) if measure is None else (measure(part), None)
+            return {key: ops.count_around(rows[key[0]], *ends, base=start) for key, ends in bounds.items()}
 
         seen = list(over_parts(look, names, base, experts))
         for (k, rank), (low, high) in bounds.items():
@@ -494,9 +502,9 @@ def order_statistics(
             below, at_low, inside, at_high = np.sum(counts, 0).cumsum()
             if at_low <= rank < inside:
                 place = int(rank - at_low)
-                found[k, rank] = float(np.partition(np.concatenate(between), place)[place])
+                found[k, rank] = float(np.partition(torch.cat(between).cpu().numpy(), place)[place])
             elif below <= rank < at_high:
-                found[k, rank] = float(low if rank < at_low else high)
+                found[k, rank] = low if rank < at_low else high
             elif width == 1:
                 found[k, rank] = math.nan  # which is in no order: they come last
         wanted, width = [key for key in wanted if key not in found], min(4 * width, 1.0)
@@ -521,16 +529,10 @@ def _sample(
     return np.sort(np.concatenate(rows, 1), 1)
 
 
-def _bounds(ordered: np.ndarray, at: float, width: float) -> tuple[np.floating, np.floating]:
+def _bounds(ordered: np.ndarray, at: float, width: float) -> tuple[float, float]:
     """The values of a sorted sample that lie ``width`` of it before and behind the place ``at``, both in [0, 1]."""
-    infinity, n = ordered.dtype.type(np.inf), len(ordered)
+    n = len(ordered)
     first, last = math.floor((at - width) * n), math.ceil((at + width) * n)
-    low, high = -infinity if first < 0 else ordered[first], infinity if last >= n else ordered[last]
-    return -infinity if np.isnan(low) else low, infinity if np.isnan(high) else high
-
-
-def _around(values: np.ndarray, low: np.floating, high: np.floating) -> tuple[np.ndarray, np.ndarray]:
-    """How many of [n] are below ``low``, equal to it, between both and equal to ``high``; and those between."""
-    inside = (values > low) & (values < high)
-    counts = [(values < low), (values == low), inside, (values == high)]
-    return np.array([np.count_nonzero(count) for count in counts]), values[inside]
+    low = -math.inf if first < 0 else float(ordered[first])
+    high = math.inf if last >= n else float(ordered[last])
+    return -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high

@@ -6,12 +6,9 @@
 #include <cstdint>
 #include <string>
 
-namespace mergetune {
+#include "mergetune/half_types.h"
 
-// The upper half of a float. Only stored so: the arithmetic is float's.
-struct BFloat16 {
-    std::uint16_t bits;
-};
+namespace mergetune {
 
 // [M, rows, H, d] with strides in elements; the d values of a head are adjacent.
 template <class T>
@@ -41,7 +38,7 @@ struct PrefixAttentionGradients {
     Heads<T> q, k, v, prefix_k, prefix_v;
 };
 
-// T is float, double or BFloat16. Writes every value of `out`, shaped as q.
+// T is float, double or BFloat16, whose arithmetic is float's. Writes every value of `out`, shaped as q.
 // `variant` is "" (the process's choice, see cpu/variants.h) or one of cpu_variants().
 // The bits of the result depend on the variant and the sizes, never on num_threads.
 // Throws std::invalid_argument for sizes or offsets that break the rules above.

@@ -1,0 +1,39 @@
+// Task vectors on the CPU: chooses the variant.
+#include "task_vectors_kernel.h"
+
+#include "variants.h"
+
+namespace mergetune {
+
+template <class Value>
+void merge_deltas_cpu(const TaskVectors<Value>& op, Real<Value>* out, const std::string& requested) {
+    [[maybe_unused]] const std::string& variant = choose_cpu_variant(requested);
+#ifdef MERGETUNE_WITH_X86
+    if (variant == "avx512") return avx512::merge_deltas(op, out);
+    if (variant == "avx2") return avx2::merge_deltas(op, out);
+#endif
+    portable::merge_deltas(op, out);
+}
+
+template <class Value>
+void count_around_cpu(const Value* values, const Value* base, std::int64_t n, Real<Value> low, Real<Value> high,
+                      std::int64_t counts[4], Real<Value>* between, const std::string& requested) {
+    [[maybe_unused]] const std::string& variant = choose_cpu_variant(requested);
+#ifdef MERGETUNE_WITH_X86
+    if (variant == "avx512") return avx512::count_around(values, base, n, low, high, counts, between);
+    if (variant == "avx2") return avx2::count_around(values, base, n, low, high, counts, between);
+#endif
+    portable::count_around(values, base, n, low, high, counts, between);
+}
+
+#define MT_INSTANTIATE(Value)                                                                                  \
+    template void merge_deltas_cpu<Value>(const TaskVectors<Value>&, Real<Value>*, const std::string&);        \
+    template void count_around_cpu<Value>(const Value*, const Value*, std::int64_t, Real<Value>, Real<Value>,  \
+                                          std::int64_t[4], Real<Value>*, const std::string&);
+MT_INSTANTIATE(float)
+MT_INSTANTIATE(double)
+MT_INSTANTIATE(Half)
+MT_INSTANTIATE(BFloat16)
+#undef MT_INSTANTIATE
+
+}  // namespace mergetune
