@@ -123,24 +123,47 @@ def test_slerp_of_parallel_and_of_zero_is_straight() -> None:
     close(m.slerp(base, [zero], t=0.25), each(lambda n, b, e: 0.75 * b, base, [zero]))
 
 
+def plain_fisher_average(
+    e: np.ndarray, f: np.ndarray, weights: list[float], norms: list[float], floor: float, first: bool
+) -> np.ndarray:
+    """Expert by expert: floors first, then the coefficients; the weights alone where nothing is left."""
+    above, below = np.zeros_like(e[0]), np.zeros_like(e[0])
+    for k, weight in enumerate(weights):
+        raised = np.maximum(f[k], floor) if k == 0 or not first else f[k]
+        above, below = above + weight / norms[k] * raised * e[k], below + weight / norms[k] * raised
+    with np.errstate(invalid="ignore"):
+        return np.where(below > 0, above / below, np.average(e, 0, weights))
+
+
 @pytest.mark.parametrize("normalize", [None, "norm"])
-def test_fisher_average_minimises_the_weighted_squares(normalize: str | None) -> None:
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("weights", [[1.0, 0.5, 2.0], [0.0, 1.0, 0.5]])
+def test_fisher_average(normalize: str | None, first: bool, weights: list[float]) -> None:
+    """Norms far from 1, a floor that half of the values are below, and elements without any Fisher."""
     base, experts = models()
-    fishers, weights = [positive(k + 10) for k in range(3)], [1.0, 0.5, 2.0]
+    fishers = [{n: 10.0 ** (k - 1) * t for n, t in positive(k + 10).items()} for k in range(3)]
+    for fisher in fishers:
+        fisher["blocks.0.weight"][:3] = 0
     norms = [math.sqrt(sum((f[n] ** 2).sum() for n in SHAPES)) if normalize else 1 for f in fishers]
 
     def rule(name: str, b: np.ndarray, e: np.ndarray) -> np.ndarray:
-        f = np.stack([w * fishers[k][name].numpy() / norms[k] for k, w in enumerate(weights)])
-        return np.average(e, 0, f)
+        f = np.stack([fisher[name].numpy() for fisher in fishers])
+        return plain_fisher_average(e, f, weights, norms, 0.5, first)
 
-    got = m.fisher_average(None, experts, fishers=fishers, weights=weights, normalize=normalize)
-    close(got, each(rule, base, experts))
+    options = {"weights": weights, "floor": 0.5, "normalize": normalize} | ({} if first else {"favor_first": False})
+    close(m.fisher_average(None, experts, fishers=fishers, **options), each(rule, base, experts))
 
 
-def test_fisher_average_of_nothing_known_is_the_plain_average() -> None:
+@pytest.mark.parametrize("normalize", [None, "norm"])
+def test_fisher_average_of_nothing_known_is_the_first_or_the_plain_average(normalize: str | None) -> None:
     base, experts = models()
-    zeros = [{n: 0 * t for n, t in e.items() if n in SHAPES or n == EMPTY} for e in experts]
-    close(m.fisher_average(None, experts, fishers=zeros), each(lambda n, b, e: e.mean(0), base, experts))
+    options = {"fishers": [{n: 0 * t for n, t in e.items() if n in SHAPES or n == EMPTY} for e in experts]}
+    options["normalize"] = normalize
+    close(m.fisher_average(None, experts, **options), arrays(experts[0]))
+    mean = each(lambda n, b, e: e.mean(0), base, experts)
+    close(m.fisher_average(None, experts, favor_first=False, **options), mean)
+    others = each(lambda n, b, e: np.average(e, 0, [0, 1, 3]), base, experts)
+    close(m.fisher_average(None, experts, weights=[0, 1, 3], **options), others)
 
 
 @pytest.mark.parametrize(

@@ -130,11 +130,13 @@ def fisher_average(
     fishers: Sequence[StateDict],
     weights: Sequence[float] | None = None,
     floor: float = 1e-6,
+    favor_first: bool = True,
     normalize: str | None = None,
 ) -> dict[str, Tensor]:
     """Fisher-weighted average (arXiv 2111.09832), element by element.
 
-    ``sum_k weights_k F_k expert_k / sum_k weights_k F_k`` with the diagonal Fisher information ``F_k`` of each expert.
+    ``sum_k c_k max(F_k, floor) expert_k / sum_k c_k max(F_k, floor)`` with the diagonal Fisher information ``F_k`` of
+    each expert and ``c_k = weights_k``, or ``weights_k / |F_k|`` (authors' code: model_merging/merging.py).
 
     Needs: the Fisher diagonals, which need data (:func:`mergetune.fisher_diagonal` for class weights). Meaningful for
     several experts, the zero-shot solution may be one of them; any tensors.
@@ -143,9 +145,13 @@ def fisher_average(
         base: gives dtype and names, nothing else; may be None.
         fishers: one state dict for each expert, of its names and shapes, not negative.
         weights: lambda of the paper, one for each expert, not negative; None is 1 for all.
-        floor: Fisher values below it count as it, so that nothing is divided by zero (authors' code: 1e-6).
-        normalize: "norm" divides each F_k by its L2 norm over all tensors (a first pass over the diagonals), so that
-            an expert does not outweigh another by the scale of its gradients; None, the paper's, does not.
+        floor: Fisher values below it count as it (authors' code: 1e-6), as they are given, before ``normalize``.
+        favor_first: only the first expert's values are raised to ``floor`` (authors' code), so that it stays where no
+            Fisher has anything; else everybody's, and there the weighted average is taken. That is also where nothing
+            is left since the first one's weight is 0.
+        normalize: "norm" divides each weight by the L2 norm of F_k over all tensors (a first pass over the diagonals),
+            so that an expert does not outweigh another by the scale of its gradients. The authors' script does so by
+            default; None is the paper's formula.
     """
     weights = per_expert("weights", weights, len(experts))
     check_choice("normalize", normalize, (None, "norm"))
@@ -154,17 +160,20 @@ def fisher_average(
         raise ValueError(f"weights must not be negative, nor all zero, got {weights}")
     if not floor > 0:
         raise ValueError(f"floor must be positive, got {floor}")
-    scales = [1.0] * len(experts)
+    coefficients = weights
     if normalize:
         norms = lambda part: part.of("fishers", fishers).double().square().sum(1).cpu()  # noqa: E731
         squares = sum(over_parts(norms, floating(experts[0]), None, experts[:1]))
-        scales = [1 / norm if norm else 1.0 for norm in squares.sqrt().tolist()]
+        coefficients = [w / (norm or 1.0) for w, norm in zip(weights, squares.sqrt().tolist(), strict=True)]
+    floored = 1 if favor_first else len(experts)
 
     def merge(part: Part) -> Tensor:
         fisher = part.of("fishers", fishers)
         if fisher.min() < 0:
             raise ValueError(f"fishers must not be negative, got {fisher.min().item()} in {part.name!r}")
-        fisher = column(weights, fisher) * (fisher * column(scales, fisher)).clamp(min=floor)
+        fisher[:floored].clamp_(min=floor)
+        fisher *= column(coefficients, fisher)
+        fisher = torch.where(fisher.sum(0) > 0, fisher, column(weights, fisher))
         return (fisher * part.experts).sum(0) / fisher.sum(0)
 
     return Merge(merge)
