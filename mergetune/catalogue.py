@@ -364,11 +364,13 @@ def _class_weights(like: Solution, clip: FrozenClip, classnames: Sequence[str]) 
 def _fisher(like: Solution, state: StateDict, clip: FrozenClip, features: FeatureCache) -> dict[str, Tensor]:
     """Diagonal Fisher information of a solution's parameters on unlabelled features.
 
-    Heads: :func:`mergetune.fisher_diagonal`, mean 1. Prompts: squared gradients of log p(y | x), with y drawn from p,
-    at up to ``FISHER_IMAGES`` images; each image has a copy of the context vectors in one call of the text tower.
+    A mean over images in either case, so that experts keep their scales. Heads: :func:`mergetune.fisher_diagonal`.
+    Prompts: squared gradients of log p(y | x), with y drawn from p, at up to ``FISHER_IMAGES`` images; each image has a
+    copy of the context vectors in one call of the text tower.
     """
     if isinstance(like, Head):
-        found = fisher_diagonal(features, _joined(state).to(clip.device), scale=like.logit_scale, normalize=False).cpu()
+        made = {"scale": like.logit_scale, "normalize": False, "unit_mean": False}
+        found = fisher_diagonal(features, _joined(state).to(clip.device), **made).cpu()
         return {"weight": found[:, : features.dim], **({"bias": found[:, -1]} if "bias" in state else {})}
     encode, generator = like.encoder(clip, features.classnames), torch.Generator().manual_seed(0)
     total = torch.zeros_like(state["ctx"])

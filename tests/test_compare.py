@@ -157,6 +157,25 @@ def test_heads_of_two_logit_scales_are_merged_in_one(clip):
     torch.testing.assert_close(moved.parameter, (a.parameter + zero.parameter) / 2)
 
 
+def test_fisher_of_a_head_is_the_expected_squared_gradient_in_its_own_scale(clip):
+    """By autograd through the head's logits, over all labels and images."""
+    from mergetune import catalogue as module
+
+    features, solution = cache(8), head(scale=2.5)
+    state = {name: t.double().requires_grad_() for name, t in module.state_of(solution).items()}
+    expected = {name: torch.zeros_like(t) for name, t in state.items()}
+    logits = 2.5 * (features.tensor().double() @ state["weight"].T + state["bias"])
+    for row in logits.log_softmax(1):
+        for value in row:
+            gradients = torch.autograd.grad(value, list(state.values()), retain_graph=True)
+            for name, gradient in zip(state, gradients, strict=True):
+                expected[name] += value.exp().detach() * gradient.square() / len(logits)
+    found = module._fisher(solution, module.state_of(solution), clip, features)
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-9)
+
+
 def test_fisher_of_a_prompt_is_the_expected_squared_gradient(clip, monkeypatch):
     """Many drawn labels come near the expectation over all labels, by autograd through the model's own classifier."""
     from mergetune import catalogue as module

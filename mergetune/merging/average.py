@@ -138,8 +138,8 @@ def fisher_average(
     ``sum_k c_k max(F_k, floor) expert_k / sum_k c_k max(F_k, floor)`` with the diagonal Fisher information ``F_k`` of
     each expert and ``c_k = weights_k``, or ``weights_k / |F_k|`` (authors' code: model_merging/merging.py).
 
-    Needs: the Fisher diagonals, which need data (:func:`mergetune.fisher_diagonal` for class weights). Meaningful for
-    several experts, the zero-shot solution may be one of them; any tensors.
+    Needs: the Fisher diagonals, which need data (:func:`mergetune.fisher_diagonal` for class weights, with
+    ``unit_mean=False``). Meaningful for several experts, the zero-shot solution may be one of them; any tensors.
 
     Args:
         base: gives dtype and names, nothing else; may be None.
