@@ -598,7 +598,8 @@ def test_lora_lego_merges_what_is_alike() -> None:
     nearest = torch.cdist(pool, centres).argmin(1)
     groups = [pool[nearest == c] for c in range(3)]
     means = torch.stack([g.mean(0) for g in groups])
-    stretched = torch.stack([g.norm(dim=1).mean() / g.mean(0).norm() * g.mean(0) for g in groups])
+    heights = [sum(unit.abs().max() for unit in g) / len(g) for g in groups]
+    stretched = torch.stack([h / g.mean(0).abs().max() * g.mean(0) for h, g in zip(heights, groups, strict=True)])
     plain = m.lora_lego(None, [a, b], norms=False, outputs=False)
     torch.testing.assert_close(units_of(plain), means[means[:, 0].argsort()])
     torch.testing.assert_close(units_of(m.lora_lego(None, [a, b])), stretched[stretched[:, 0].argsort()])
@@ -616,6 +617,19 @@ def test_lora_lego_of_twins_is_the_twin() -> None:
         "x.lora_B.weight": expert["x.lora_B.weight"][:, [2, 0, 1]],
     }
     torch.testing.assert_close(product(m.lora_lego(None, [expert, shuffled])), product(expert))
+
+
+def test_lora_lego_of_experts_with_different_factors() -> None:
+    """Twins, one of which has a quarter of the update in its factors and alpha / r = 4: the result's factor is 1."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    expert = lora(1, 3, torch.randn(3, 9, generator=torch.Generator().manual_seed(5)))
+    small = {n: t / 2 for n, t in expert.items()}
+    got = m.lora_lego(None, [small, expert], scales=[4, 1])
+    torch.testing.assert_close(product(got), product(expert))
+    other = lora(2, 2, torch.randn(3, 9, generator=torch.Generator().manual_seed(6)))
+    before = [{n: math.sqrt(s) * t for n, t in e.items()} for s, e in ((0.5, expert), (2, other))]
+    expected, got = m.lora_lego(None, before), m.lora_lego(None, [expert, other], scales=[0.5, 2])
+    assert all(torch.equal(got[n], t) for n, t in expected.items())
 
 
 # -- what must hold for all -------------------------------------------------------------------------------------------
@@ -936,6 +950,10 @@ def test_lora_lego_refuses_pairs_that_do_not_fit() -> None:
         m.lora_lego(None, [good, bad])
     with pytest.raises(ValueError, match="rank must be from 1 to the experts' ranks together, 6, got 7"):
         m.lora_lego(None, [good, good], rank=7)
+    with pytest.raises(ValueError, match=r"scales must be positive, got \[1.0, 0.0\]"):
+        m.lora_lego(None, [good, good], scales=[1, 0])
+    with pytest.raises(ValueError, match="scales must hold one number for each of 2 experts, got 1"):
+        m.lora_lego(None, [good, good], scales=[1])
 
 
 def test_values_that_are_not_finite() -> None:

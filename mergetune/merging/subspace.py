@@ -19,6 +19,7 @@ from mergetune.merging.tensors import (
     floating,
     method,
     needs,
+    per_expert,
     source,
     whole,
 )
@@ -162,6 +163,7 @@ def lora_lego(
     experts: Sequence[StateDict],
     *,
     rank: int | None = None,
+    scales: Sequence[float] | None = None,
     norms: bool = True,
     outputs: bool = True,
     seed: int = 0,
@@ -169,18 +171,23 @@ def lora_lego(
     """LoRA-LEGO: ranks of several LoRAs, clustered (arXiv 2409.16167).
 
     The i-th row of A and the i-th column of B, side by side, are one unit. The units of all experts at one place are
-    clustered by k-means; the centroids are the rows and columns of the merged factors. The paper then scales twice,
-    against the loss of norm in averaging and the growth of variance with the rank. Its formulas were not at hand;
-    computed is our reading: ``norms`` stretches each centroid to the mean norm of its units, ``outputs`` multiplies B
-    by ``sqrt(r / rank)``, r the largest rank of an expert.
+    clustered by k-means; the centroids mu_c are the rows and columns of the merged factors. They are then scaled
+    twice, against the loss of norm in averaging and the growth of variance with the rank, as public reimplementations
+    have it; the paper's text was not at hand::
+
+        norms:   mu_c *= mean_(i in c) max|u_i| / max|mu_c|      over the whole unit u_i = [a_i; b_i]
+        outputs: B *= sqrt(r / rank)                             r the largest rank of an expert
 
     Needs: no data; scikit-learn. Meaningful for several experts that hold LoRA factors only, ``*lora_A*`` [r, n] and
     ``*lora_B*`` [m, r] in pairs (PEFT's names), also of different ranks. LoRA's own factor alpha / r is not in a
-    state dict: bring experts to the same one before. Works on pairs, so it is not for :func:`merge_files`.
+    state dict: give it as ``scales`` where experts differ in it. Works on pairs, so it is not for :func:`merge_files`.
 
     Args:
         base: None; LoRA factors are differences already.
         rank: clusters, the rank of the result; None is r.
+        scales: alpha / r of each expert, positive. A and B are multiplied by its square root, so the result's own
+            factor is 1: set its alpha to its rank. None multiplies by nothing, and the result keeps the experts' one.
+        norms, outputs: whether to scale so.
         seed: of k-means.
 
     Returns:
@@ -194,11 +201,15 @@ def lora_lego(
         raise ValueError("lora_lego takes no base: pass None")
     if isinstance(experts, Mapping) or len(experts) < 2:
         raise ValueError(f"lora_lego needs a list of at least 2 experts, got {len(experts)}")
+    factors = per_expert("scales", scales, len(experts))
+    if min(factors) <= 0:
+        raise ValueError(f"scales must be positive, got {factors}")
     pairs = _lora_pairs(experts)
     merged: dict[str, Tensor] = {}
     for a, b in pairs:
         like = experts[0][a]
-        units = torch.cat([torch.cat([e[a].float(), e[b].float().T], 1) for e in experts]).cpu()  # [sum of r, n + m]
+        units = [torch.cat([e[a].float(), e[b].float().T], 1) for e in experts]
+        units = torch.cat([math.sqrt(f) * unit for f, unit in zip(factors, units, strict=True)]).cpu()  # [all r, n + m]
         largest = max(len(e[a]) for e in experts)
         clusters = largest if rank is None else rank
         if not 1 <= clusters <= len(units):
@@ -208,8 +219,8 @@ def lora_lego(
         member = member / member.sum(1, keepdim=True).clamp(min=1)
         centroids = member @ units
         if norms:
-            length = centroids.norm(dim=1, keepdim=True)
-            centroids = centroids * torch.where(length > 0, member @ units.norm(dim=1, keepdim=True) / length, 1.0)
+            height, wanted = centroids.abs().amax(1, keepdim=True), member @ units.abs().amax(1, keepdim=True)
+            centroids = centroids * torch.where(height > 0, wanted / height, 1.0)
         scale = math.sqrt(largest / clusters) if outputs else 1.0
         merged[a] = centroids[:, : like.shape[1]].to(like).contiguous()
         merged[b] = (scale * centroids[:, like.shape[1] :].T).to(experts[0][b]).contiguous()
