@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler
 from tqdm import trange
 
 from mergetune.merging.task_vectors import layerwise, task_arithmetic
@@ -101,9 +103,8 @@ def entropy_coefficients(
         per=per,
         steps=steps,
         batch_size=batch_size,
-        lr=lr,
         seed=seed,
-        clip=math.inf,
+        prepare=lambda raw: (torch.optim.Adam([raw], lr=lr), None),
     )
 
 
@@ -122,27 +123,34 @@ def alignment_coefficients(
     hidden: float = 1.0,
     stay: float = 5.0,
     task_weights: Sequence[float] | None = None,
+    exclude: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Coefficients with which the merged model answers each expert's inputs as the expert does (arXiv 2509.25712).
 
-    Adam, gradients clipped to norm 1, on the sum over experts of ``a_k (T^2 CE(softmax(expert / T), merged / T) +
-    hidden MSE(features)) + stay mean |c_k - start|`` with ``c = sigmoid(raw)``. Form and defaults follow the authors'
-    code (expert_merging_base.py, InternVL/model_merging.py); steps and batch size are ours.
+    With ``c = sigmoid(raw)``, what is minimised is::
+
+        mean_k a_k (T^2 CE(softmax(expert_k / T), merged / T) + hidden MSE(features)) + stay sum_k mean |c_k - start|
+
+    by AdamW with weight decay 1e-5, gradients clipped to norm 1, and ``lr`` falling to its tenth along a cosine within
+    50 steps, then again within 100, 200 and so on. Form and defaults follow the authors' code (expert_merging_base.py,
+    InternVL/model_merging.py and parametric_task_vector_model.py); steps and batch size are ours.
 
     Args:
         predict: weights, inputs, k -> logits [B, C], or (logits, list of hidden features) to align those too.
         data: inputs of each expert's task, [N_k, ...], K of them; no labels.
         per: "tensor" or "expert".
         start: of every coefficient, within (0, 1).
-        steps, batch_size, lr, seed: as in :func:`entropy_coefficients`.
+        steps, batch_size, seed: as in :func:`entropy_coefficients`.
+        lr: AdamW's, at the start of each cosine.
         temperature: T, of the logits.
         hidden: weight of the mean squared difference of the features, mean over layers.
         stay: weight of the coefficients' distance from their start, mean over tensors.
         task_weights: a_k, one for each expert; None is 1 for all.
+        exclude: patterns of names, such as ``"text.*"`` (fnmatch), whose tensors keep the base.
 
     Returns:
-        Name of each floating-point tensor -> K coefficients.
+        Name of each floating-point tensor -> K coefficients, zeros for those excluded.
     """
     if not 0 < start < 1:
         raise ValueError(f"start must be within (0, 1), got {start}")
@@ -159,8 +167,12 @@ def alignment_coefficients(
             if isinstance(found, tuple) and found[1]:
                 pairs = list(zip(found[1], target[1], strict=True))
                 aligned = aligned + hidden * sum(F.mse_loss(a, b) for a, b in pairs) / len(pairs)
-            total = total + task_weights[k] * aligned
+            total = total + task_weights[k] * aligned / len(batches)
         return total
+
+    def prepare(raw: Tensor) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        optimizer = torch.optim.AdamW([raw], lr=lr, weight_decay=1e-5)
+        return optimizer, CosineAnnealingWarmRestarts(optimizer, T_0=50, T_mult=2, eta_min=0.1 * lr)
 
     return _learn(
         base,
@@ -173,8 +185,9 @@ def alignment_coefficients(
         per=per,
         steps=steps,
         batch_size=batch_size,
-        lr=lr,
         seed=seed,
+        exclude=exclude,
+        prepare=prepare,
         clip=1.0,
     )
 
@@ -191,21 +204,22 @@ def _learn(
     per: str,
     steps: int,
     batch_size: int,
-    lr: float,
     seed: int,
-    clip: float,
+    prepare: Callable[[Tensor], tuple[torch.optim.Optimizer, LRScheduler | None]],
+    exclude: Sequence[str] = (),
+    clip: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Adam on coefficients [tensors or 1, K]; ``loss`` takes them bounded, the merged weights, and a batch a task."""
+    """Learn coefficients [tensors or 1, K]; ``loss`` takes them bounded, the merged weights, and a batch a task."""
     check(method, base, experts)
     check_choice("per", per, ("tensor", "expert"))
     if len(data) != len(experts) or not all(len(inputs) for inputs in data):
         raise ValueError(f"data must hold inputs for each of {len(experts)} experts, got {[len(x) for x in data]}")
-    names, start_weights = floating(base), _floats(base)
+    names, start_weights = _learned(floating(base), exclude), _floats(base)
     deltas = {name: torch.stack([e[name].to(start_weights[name]) for e in experts]) for name in names}
     deltas = {name: delta - start_weights[name] for name, delta in deltas.items()}
     raw = torch.full((len(names) if per == "tensor" else 1, len(experts)), start)
     raw = raw.to(start_weights[names[0]].device).requires_grad_()
-    optimizer, generator = torch.optim.Adam([raw], lr=lr), torch.Generator().manual_seed(seed)
+    (optimizer, schedule), generator = prepare(raw), torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for _ in trange(steps, desc=method.__name__, disable=None):
             coefficients = bound(raw)
@@ -222,8 +236,23 @@ def _learn(
             value.backward()
             torch.nn.utils.clip_grad_norm_([raw], clip)
             optimizer.step()
-    found = bound(raw).detach().expand(len(names), -1).tolist()
-    return dict(zip(names, found, strict=True))
+            if schedule:
+                schedule.step()
+    found = dict(zip(names, bound(raw).detach().expand(len(names), -1).tolist(), strict=True))
+    return {name: found.get(name, [0.0] * len(experts)) for name in floating(base)}
+
+
+def _learned(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The names that no pattern matches."""
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a list of patterns, got {exclude!r}")
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude must hold patterns of the tensors' names, got {pattern!r}, which matches none")
+    kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+    if not kept:
+        raise ValueError(f"exclude must leave something to learn, got {list(exclude)}, which match every tensor")
+    return kept
 
 
 def _floats(state: StateDict) -> dict[str, Tensor]:
