@@ -37,6 +37,25 @@ def linear(weights: dict[str, Tensor], x: Tensor, k: int) -> Tensor:
 # -- learned coefficients ---------------------------------------------------------------------------------------------
 
 
+def test_entropy_coefficients_see_as_much_as_the_authors_do() -> None:
+    """Three steps of Adam on the sum over two batches of 16, with the images that the 32 of a step are."""
+    base, experts = classifiers()
+    data = [x * torch.linspace(0.1, 2, 64)[:, None] for x in inputs()]
+    raw, drawn = torch.full((1, 2), 0.3, requires_grad=True), torch.Generator().manual_seed(5)
+    optimizer = torch.optim.Adam([raw], lr=0.05)
+    for _ in range(3):
+        merged = base | {"w": sum(raw.clamp(0, 1)[0, k] * experts[k]["w"] for k in range(2))}
+        loss = 0.0
+        for k, x in enumerate(data):
+            for batch in x[torch.randperm(64, generator=drawn)[:32]].split(16):
+                loss = loss + torch.distributions.Categorical(logits=linear(merged, batch, k)).entropy().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    got = m.entropy_coefficients(base, experts, predict=linear, data=data, per="expert", steps=3, lr=0.05, seed=5)
+    torch.testing.assert_close(torch.tensor(got["w"]), raw[0].detach())
+
+
 @pytest.mark.parametrize("per", ["tensor", "expert"])
 def test_entropy_coefficients_follow_their_definition(per: str) -> None:
     """Two steps of Adam on the entropy, by hand; the batch is everything."""

@@ -61,14 +61,15 @@ def entropy_coefficients(
     per: str = "tensor",
     start: float = 0.3,
     steps: int = 500,
-    batch_size: int = 16,
+    batch_size: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Coefficients in [0, 1] that make the merged model sure of unlabelled inputs (AdaMerging, arXiv 2310.02575).
 
     Adam on ``sum_k mean_x H(softmax(logits_k(x)))``; coefficients are clamped as they are used. The defaults are those
-    of the authors' code (main_layer_wise_adamerging.py), which sees 2 batches of 16 a step.
+    of the authors' code (main_layer_wise_adamerging.py). It adds the means of two batches of 16 for each task and step:
+    twice the mean over 32, and Adam's steps do not depend on that factor. So there is one batch of 32 here.
 
     Args:
         predict: weights, inputs, k -> logits [B, C] for expert k's task.
