@@ -62,7 +62,8 @@ def slerp(base: StateDict | None, experts: Sequence[StateDict], *, t: float = 0.
     """Spherical interpolation of each tensor a, b with angle w between them, taken as vectors.
 
     ``sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b`` (Shoemake, SIGGRAPH 1985; per tensor and without normalising a
-    and b, as mergekit does); ``(1 - t) a + t b`` where ``|cos w| > 0.9995``, as there, or where one is zero.
+    and b, as mergekit does); ``(1 - t) a + t b`` where ``|cos w| > 0.9995``, as there, or where one is zero. A base and
+    its fine-tune are usually that close: there it is :func:`wise_ft`.
 
     Needs: no data. Meaningful for two: base (t 0) and one expert (t 1), or no base and two experts. Two passes.
     """
@@ -82,7 +83,8 @@ def slerp(base: StateDict | None, experts: Sequence[StateDict], *, t: float = 0.
 
 
 def _slerp_scales(name: str, ends: Sequence[StateDict], t: float) -> tuple[float, float]:
-    gram = sum(over_parts(lambda p: (p.experts @ p.experts.T).double(), [name], None, ends), torch.zeros(2, 2).double())
+    parts = over_parts(lambda p: (p.experts @ p.experts.T).cpu().double(), [name], None, ends)
+    gram = sum(parts, torch.zeros(2, 2).double())
     norms = gram.diagonal().sqrt()
     cosine = (gram[0, 1] / norms.prod()).item() if norms.all() else 1.0
     if abs(cosine) > 0.9995:

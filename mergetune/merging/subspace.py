@@ -6,7 +6,7 @@ Shapes: K experts, [m, n] a matrix, r its rank or that of its LoRA factors; tau_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -108,32 +108,43 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 
 @method(base=True, least=2)
-def opcm(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5) -> dict[str, Tensor]:
+def opcm(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    alpha: float = 0.5,
+    project: Callable[[str], bool] | None = None,
+) -> dict[str, Tensor]:
     """OPCM: experts one after the other, each projected away from what is merged (arXiv 2501.09522; fusion_bench).
 
     With ``D_1 = tau_1`` and ``U S V'`` the singular value decomposition of D_(t-1)::
 
         M = U' tau_t V, its diagonal set to 0, and its first q rows in its first q columns, where
             S_1 .. S_q is what stays within ``alpha`` of the sum of S
-        D_t    = D_(t-1) + U M V'                                   tensors that are no matrices: D_(t-1) + tau_t
+        D_t    = D_(t-1) + U M V'                                   tensors that are not projected: D_(t-1) + tau_t
         merged = base + D_K * mean_t |tau_t| / |D_K|                norms over all tensors together
 
     Only the part of tau_t that lies in both spaces of D_(t-1) is changed. Directions in which D_(t-1) is zero (up to
     rounding) have no defined singular vectors and are left alone.
 
     Needs: no data. Meaningful for several experts that share matrices; their order counts. Each decomposition is made
-    twice, for the norm and for the result. fusion_bench projects linear layers only, here embeddings too.
+    twice, for the norm and for the result.
 
     Args:
         alpha: 0.5 in the authors' configuration.
+        project: whether the tensor of a name is projected, if it is a matrix; None is all of them. fusion_bench
+            projects the weights of ``nn.Linear`` only: neither embeddings nor raw parameters with two dimensions.
     """
     check_fraction("alpha", alpha, zero=True)
+
+    def chosen(part: Part) -> bool:
+        return len(part.shape) == 2 and (project is None or project(part.name))
 
     def combined(part: Part) -> Tensor:
         deltas = part.deltas
         total = deltas[0]
         for delta in deltas[1:]:
-            total = total + (_projected(delta, total, alpha) if delta.ndim == 2 else delta)
+            total = total + (_projected(delta, total, alpha) if chosen(part) else delta)
         return total
 
     squares, merged = torch.zeros(len(experts), dtype=torch.float64), 0.0
