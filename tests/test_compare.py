@@ -108,6 +108,11 @@ def test_options_take_the_types_of_the_signature():
     }  # fmt: skip
     assert parse_options("dare", ["seed=3", "rescale=none"]) == {"seed": 3, "rescale": None}
     assert parse_options("ota-ffg", ["rank_one=true"]) == {"rank_one": True}
+    starts = parse_options("evolve", ["start=density:1,weights:0.5:0.25"])
+    assert starts == {"start": {"density": 1.0, "weights": [0.5, 0.25]}}
+    assert parse_options("expert_merging", ["exclude=b*,x.?"]) == {"exclude": ["b*", "x.?"]}
+    with pytest.raises(ValueError, match="start must be name:value.*, got 'density=1'"):
+        parse_options("evolve", ["start=density=1"])
     found = parse_options("evolve", ["method=ties", "space=density:0.1:1,weights:0:1:2", "trials=5"])
     assert found["method"] is merging.ties and found["space"] == {"density": (0.1, 1.0), "weights": (0.0, 1.0, 2)}
 

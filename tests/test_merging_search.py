@@ -238,6 +238,34 @@ def test_one_option_of_another_method(backend: str) -> None:
     assert found.options["alpha"] == pytest.approx(0.3, abs=0.02)
 
 
+@pytest.mark.parametrize("backend", ["cma", "optuna"])
+@pytest.mark.filterwarnings("ignore")
+def test_evolve_starts_where_it_is_told(backend: str) -> None:
+    """The start is scored first, at a bound too, and what follows is spread about it: steps of a sixth of the range."""
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    base, experts, _ = spot(1, 1)
+    space, middle = {"weights": (-1.0, 3.0, 2), "scale": (0.0, 1.0)}, [1.0, 1.0, 0.5]
+    for start, expected in (
+        (None, middle),
+        ({"weights": [0.0, 2.0]}, [0.0, 2.0, 0.5]),
+        ({"weights": 0.5, "scale": 1}, [0.5, 0.5, 1.0]),
+    ):
+        tried = []
+
+        def seen(base: dict, experts: list, *, weights: list[float], scale: float) -> dict:
+            tried.append([*weights, scale])  # noqa: B023
+            return base
+
+        seen.__dict__ |= vars(m.task_arithmetic)
+        options = {"space": space, "trials": 60, "backend": backend, "start": start, "method": seen}
+        found = m.evolve_options(base, experts, score=lambda state: 0.0, **options)
+        assert tried[0] == pytest.approx(expected) and len(tried) == found.trials == 60
+        early = np.array(tried[1:6])[:, :2]
+        assert abs(early.mean(0) - expected[:2]).max() < 1.0 and early.std() > 0.1
+    best = m.evolve_options(base, experts, score=lambda s: -len(tried), **options | {"trials": 1})
+    assert best.options == {"weights": [0.5, 0.5], "scale": 1.0} and best.trials == 1
+
+
 def test_evolve_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     base, experts, score = spot(1, 1)
     for space in ({}, {"scale": (1, 1)}, {"scale": (1,)}):
@@ -249,6 +277,16 @@ def test_evolve_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         m.evolve(base, experts, score=score, space={"scale": (0, 1)}, trials=0)
     with pytest.raises(ValueError, match="ties needs a base"):
         m.evolve(None, experts, score=score, method=m.ties, space={"scale": (0, 1)})
+    space = {"weights": (0, 1, 2), "scale": (0, 2)}
+    for start, text in (
+        ({"density": 1}, r"start must hold options of space, weights, scale, got 'density'"),
+        ({"weights": [1]}, r"start\['weights'\] must be a number, or 2 of them, got \[1\]"),
+        ({"scale": [1]}, r"start\['scale'\] must be a number, got \[1\]"),
+        ({"weights": [0.5, 1.5]}, r"start\['weights'\] must be within its range, 0 to 1, got \[0.5, 1.5\]"),
+        ({"scale": math.nan}, r"start\['scale'\] must be within its range, 0 to 2, got nan"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            m.evolve(base, experts, score=score, space=space, start=start)
     for backend in ("cma", "optuna"):
         monkeypatch.setitem(sys.modules, backend, None)
         with pytest.raises(ImportError, match=f"backend='{backend}' needs .* pip install"):

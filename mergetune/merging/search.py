@@ -306,6 +306,7 @@ def evolve_options(
     space: Mapping[str, tuple[float, float] | tuple[float, float, int]],
     method: Callable = task_arithmetic,
     fixed: Mapping[str, Any] | None = None,
+    start: Mapping[str, float | Sequence[float]] | None = None,
     trials: int = 100,
     backend: str = "cma",
     seed: int = 0,
@@ -319,7 +320,10 @@ def evolve_options(
         score: merged weights -> what is to be large. Take it on validation data.
         space: option -> (low, high), or (low, high, count) for a list of numbers.
         fixed: further options, as they are.
-        trials: merged models to score. The search starts in the middle, with steps of a sixth of the range (paper).
+        start: option -> where its search starts, one number for all values of a list or one for each; options that are
+            not named, and None, start in the middle of their ranges. mergekit-evolve starts at weights 1 / K and
+            density 1.
+        trials: merged models to score, the start first; steps begin at a sixth of the range (paper).
         backend: "cma" or "optuna" (which needs ``cmaes`` too).
         seed: of the search.
     """
@@ -330,6 +334,8 @@ def evolve_options(
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
     axes = [(option, *ends[:2]) for option, ends in space.items() for _ in range(int(ends[2]) if ends[2:] else 1)]
+    begin = _start(space, start or {})
+    begin += [0.5] * (len(begin) < 2)  # CMA-ES needs two dimensions; a second one may do nothing
     best: Evolved | None = None
 
     def cost(point: Sequence[float]) -> float:
@@ -347,17 +353,37 @@ def evolve_options(
         return -value
 
     search = _cma if backend == "cma" else _optuna
-    search(cost, max(2, len(axes)), trials, seed)  # CMA-ES needs two dimensions; a second one may do nothing
+    search(cost, begin, trials, seed)
     return best
 
 
-def _cma(cost: Callable[[Sequence[float]], float], size: int, trials: int, seed: int) -> None:
+def _start(space: Mapping[str, tuple], start: Mapping[str, float | Sequence[float]]) -> list[float]:
+    """Where the search starts, along every axis, 0 to 1 within its range."""
+    if unknown := [option for option in start if option not in space]:
+        raise ValueError(f"start must hold options of space, {', '.join(space)}, got {unknown[0]!r}")
+    found = []
+    for option, (low, high, *counts) in space.items():
+        count, given = int(counts[0]) if counts else 1, start.get(option, (low + high) / 2)
+        several = hasattr(given, "__len__")
+        if several and (not counts or len(given) != count):
+            rule = f"a number, or {count} of them" if counts else "a number"
+            raise ValueError(f"start[{option!r}] must be {rule}, got {given}")
+        values = list(given) if several else [given] * count
+        if not all(low <= value <= high for value in values):
+            raise ValueError(f"start[{option!r}] must be within its range, {low} to {high}, got {given}")
+        found += [(value - low) / (high - low) for value in values]
+    return found
+
+
+def _cma(cost: Callable[[Sequence[float]], float], begin: list[float], trials: int, seed: int) -> None:
     try:
         import cma
     except ImportError as error:
         raise ImportError("evolve with backend='cma' needs pycma: pip install cma") from error
     options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}  # 0 would be the time
-    strategy = cma.CMAEvolutionStrategy([0.5] * size, 1 / 6, options)
+    strategy = cma.CMAEvolutionStrategy(begin, 1 / 6, options)
+    cost(begin)
+    trials -= 1
     while trials > 0:  # its own stopping rules aside: the budget is given
         points = strategy.ask()
         costs = [cost(point) for point in points[:trials]]
@@ -366,18 +392,19 @@ def _cma(cost: Callable[[Sequence[float]], float], size: int, trials: int, seed:
             strategy.tell(points, costs)
 
 
-def _optuna(cost: Callable[[Sequence[float]], float], size: int, trials: int, seed: int) -> None:
+def _optuna(cost: Callable[[Sequence[float]], float], begin: list[float], trials: int, seed: int) -> None:
     try:
         import cmaes  # noqa: F401
         import optuna
     except ImportError as error:
         raise ImportError("evolve with backend='optuna' needs optuna and cmaes: pip install optuna cmaes") from error
-    names, verbosity = [f"x{i}" for i in range(size)], optuna.logging.get_verbosity()
+    first, verbosity = {f"x{i}": x for i, x in enumerate(begin)}, optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(sampler=optuna.samplers.CmaEsSampler(seed=seed))  # its first step is 1/6 too
-        study.enqueue_trial(dict.fromkeys(names, 0.5))
-        study.optimize(lambda trial: cost([trial.suggest_float(name, 0, 1) for name in names]), n_trials=trials)
+        sampler = optuna.samplers.CmaEsSampler(first, seed=seed)  # its first step is 1/6 too
+        study = optuna.create_study(sampler=sampler)
+        study.enqueue_trial(first)
+        study.optimize(lambda trial: cost([trial.suggest_float(name, 0, 1) for name in first]), n_trials=trials)
     finally:
         optuna.logging.set_verbosity(verbosity)
 
