@@ -358,6 +358,23 @@ def test_natural_niches_attracts_who_solves_the_rest(monkeypatch: pytest.MonkeyP
     m.natural_niches(None, experts, score=lambda s: s["w"], steps=50)
 
 
+def test_natural_niches_draws_from_all_while_nobody_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that score nothing stay until four are there; then the first one goes. Every place is drawn."""
+    made, places = [0.0, 1.0], []
+
+    def count(a: Tensor, b: Tensor, weight: float, split: int) -> Tensor:
+        places.extend((min(len(made), 4), made[-4:].index(parent)) for parent in (a.item(), b.item()))
+        made.append(len(made))
+        return torch.tensor([float(made[-1])])
+
+    monkeypatch.setattr(search, "mate", count)
+    experts = [{"w": torch.tensor([k])} for k in made]
+    m.natural_niches(None, experts, score=lambda s: torch.zeros(3), population=4, steps=80)
+    assert [size for size, _ in places[::2]] == [2, 3] + [4] * 78
+    shares = torch.bincount(torch.tensor([place for size, place in places if size == 4])) / (2 * 78)
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), atol=0.1, rtol=0)
+
+
 def test_natural_niches_never_loses_the_best_of_its_seeds_without_steps() -> None:
     base, experts = {"w": torch.zeros(2)}, [{"w": torch.ones(2)}, {"w": -torch.ones(2)}]
     got = m.natural_niches(base, experts, score=lambda s: (s["w"] > 0).float(), steps=0)

@@ -427,8 +427,9 @@ def natural_niches(
     With s_p the scores of member p on the examples and ``f_p = s_p / (sum_q s_q)^alpha`` its shares of them: parent a
     is drawn by ``sum f_a``, parent b by ``sum max(0, f_b - f_a)``. The child interpolates all their parameters in a row
     spherically, with weight w up to a random split point and 1 - w behind it. It replaces the member with the smallest
-    ``sum f`` if it is better itself. Follows the authors' code (natural_niches_fn.py); while nobody attracts or
-    scores, the draw is uniform.
+    ``sum f`` if it is better itself. Follows the authors' code (natural_niches_fn.py) but for two things: children
+    that score nothing stay until the population is full (there the next child takes their place), and where nobody
+    attracts or scores the draw is uniform (there 0 / 0 gives NaN).
 
     Needs: a score for each of N labelled examples (not those that are reported). Meaningful for two or more models, the
     base among them if it is given; any tensors. Holds ``population`` models in float32.
