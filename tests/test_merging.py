@@ -125,6 +125,36 @@ def test_slerp_of_parallel_and_of_zero_is_straight() -> None:
     close(m.slerp(base, near, t=0.25), arrays(m.wise_ft(base, near, alpha=0.25)))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_model_stock(count: int) -> None:
+    base, experts = models(count)
+    experts = [{n: t + draw(9)[n] * 0.2 if n in SHAPES else t for n, t in e.items()} for e in experts]  # a common part
+    experts[0]["blocks.0.bias"] = base["blocks.0.bias"]  # one expert stayed
+    for k, expert in enumerate(experts):  # nearly nothing: the floor of the product of norms
+        expert["blocks.1.weight"] = base["blocks.1.weight"] + 1e-5 * draw(k)["blocks.1.weight"]
+
+    def rule(name: str, b: np.ndarray, e: np.ndarray) -> np.ndarray:
+        taus, cosines = e - b, []
+        for i in range(count):
+            for j in range(i):
+                norms = np.linalg.norm(taus[i]) * np.linalg.norm(taus[j])
+                cosines.append(np.clip((taus[i] * taus[j]).sum() / max(norms, 1e-6), -1, 1))
+        below = 1 + (count - 1) * np.mean(cosines)
+        t = count * np.mean(cosines) / below if below > 1e-9 else 0  # two numbers may be opposite
+        return t * e.mean(0) + (1 - t) * b
+
+    close(m.model_stock(base, experts), each(rule, base, experts))
+
+
+def test_model_stock_is_the_mean_of_what_agrees_and_the_base_where_nothing_does() -> None:
+    base = {"same": torch.zeros(3), "right angle": torch.zeros(2), "opposite": torch.zeros(2), "still": torch.ones(2)}
+    moved = {"same": torch.tensor([1.0, 2, 3]), "right angle": torch.tensor([1.0, 0]), "opposite": torch.ones(2)}
+    other = {"same": torch.tensor([3.0, 6, 9]), "right angle": torch.tensor([0, 4.0]), "opposite": -3 * torch.ones(2)}
+    got = m.model_stock(base, [base | moved, base | other])
+    torch.testing.assert_close(got["same"], torch.tensor([2.0, 4, 6]))
+    assert all(torch.equal(got[name], base[name]) for name in ("right angle", "opposite", "still"))
+
+
 def plain_fisher_average(
     e: np.ndarray, f: np.ndarray, weights: list[float], norms: list[float], floor: float, first: bool
 ) -> np.ndarray:
@@ -661,7 +691,7 @@ def run(name: str, dtype: torch.dtype = torch.float64, **options) -> tuple[dict,
 
 
 def test_the_catalogue_is_whole() -> None:
-    assert len(METHODS) == 19
+    assert len(METHODS) == 20
     for name in [*METHODS, "lora_lego", "adamerging", "expert_merging", "evolve", "natural_niches"]:
         method = getattr(m, name)
         assert {"base", "least", "most"} <= set(vars(method))
@@ -715,6 +745,7 @@ def test_the_order_of_experts_does_not_count(name: str) -> None:
         ("metrics_average", {}),
         ("fisher_average", {}),
         ("delta_guided", {}),
+        ("model_stock", {}),
         ("ties", {"density": 1.0}),
         ("sce", {"density": 1.0}),
         ("ota_ffg", {"density": 1.0}),
@@ -848,6 +879,8 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (lambda b, e: m.lora_lego(b, e), ValueError, "lora_lego takes no base"),
         (lambda b, e: m.wise_ft(b, e), ValueError, "wise_ft needs 1 expert"),
         (lambda b, e: m.tsv_m(b, e[:1]), ValueError, "tsv_m needs at least 2 expert"),
+        (lambda b, e: m.model_stock(None, e), ValueError, "model_stock needs a base"),
+        (lambda b, e: m.model_stock(b, e[:1]), ValueError, "model_stock needs at least 2 expert"),
         (lambda b, e: m.average(b, []), ValueError, "average needs at least 1 expert"),
         (lambda b, e: m.slerp(b, e[:2]), ValueError, "slerp needs a base and one expert, or no base and two experts"),
         (lambda b, e: m.average(None, e[0]), TypeError, "experts must be a list of state dicts, got dict"),

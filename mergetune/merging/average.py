@@ -1,4 +1,4 @@
-"""Averages of weights: plain, WiSE-FT, spherical, by metrics, by Fisher information. K experts."""
+"""Averages of weights: plain, WiSE-FT, spherical, Model Stock, by metrics, by Fisher information. K experts."""
 
 from __future__ import annotations
 
@@ -91,6 +91,43 @@ def _slerp_scales(name: str, ends: Sequence[StateDict], t: float) -> tuple[float
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+@method(base=True, least=2)
+def model_stock(base: StateDict, experts: Sequence[StateDict]) -> dict[str, Tensor]:
+    """Model Stock: the experts' mean, pulled to the base by their angle (arXiv 2403.19522; mergekit: model_stock.py).
+
+    In each tensor, with tau_k = expert_k - base and cos the mean of the cosines between two of them::
+
+        t      = K cos / (1 + (K - 1) cos)
+        merged = base + t * mean_k tau_k
+
+    The paper has this for two experts and for one angle between any two of several; the mean over pairs is mergekit's.
+    As there, a product of norms below 1e-6 counts as that, so tensors that hardly moved stay near the base, and
+    experts that go against each other (cos < 0) take t below 0. Where the denominator vanishes the base stays.
+
+    Needs: no data. Meaningful for two or more experts fine-tuned from one base alike, such as with several seeds; any
+    tensors. Two passes.
+    """
+    grams: dict[str, Tensor] = {}
+    for name, gram in over_parts(_gram_of_deltas, floating(base), base, experts):
+        grams[name] = grams.get(name, 0) + gram
+    steps = {name: _stock_step(gram) for name, gram in grams.items()}
+    return Merge(lambda part: part.base.add(part.deltas.mean(0), alpha=steps[part.name]))
+
+
+def _gram_of_deltas(part: Part) -> tuple[str, Tensor]:
+    deltas = part.deltas
+    return part.name, (deltas @ deltas.T).cpu().double()
+
+
+def _stock_step(gram: Tensor) -> float:
+    """Products of task vectors [K, K] -> t."""
+    count, norms = len(gram), gram.diagonal().sqrt()
+    cosines = (gram / torch.outer(norms, norms).clamp(min=1e-6)).clamp(-1, 1)
+    cosine = cosines[(*torch.triu_indices(count, count, 1),)].mean().item()
+    below = 1 + (count - 1) * cosine
+    return count * cosine / below if below > 1e-6 else 0.0
 
 
 @method(base=None)
