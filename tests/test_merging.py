@@ -497,10 +497,16 @@ def plain_scores(significance: np.ndarray, ratio: float, calibration: float) -> 
     return scores
 
 
-@pytest.mark.parametrize("options", [{}, {"ratio": 1.4, "calibration": 0.7}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ratio": 1.4, "calibration": 0.7}, {"scale": 0.4}, {"calibration": 0.3, "scale": 0.8, "normalize": True}],
+)
 def test_widen(options: dict) -> None:
     base, experts = models()
-    setting = {"ratio": 1.0, "calibration": 1.0} | options
+    setting = {"ratio": 1.0, "calibration": 1.0} | {o: v for o, v in options.items() if o in ("ratio", "calibration")}
+
+    def used(scores: np.ndarray) -> np.ndarray:
+        return options.get("scale", 1) * (scores / scores.sum(0) if options.get("normalize") else scores)
 
     def ranked(values: np.ndarray) -> np.ndarray:
         return np.stack([[sum(o < v for o in row) / len(row) for v in row] for row in values])
@@ -508,7 +514,7 @@ def test_widen(options: dict) -> None:
     def rule(name: str, b: np.ndarray, e: np.ndarray) -> np.ndarray:
         if b.ndim < 2:
             taus = (e - b).reshape(3, -1)
-            return b + (plain_scores(abs(taus), **setting) * taus).sum(0).reshape(b.shape)
+            return b + (used(plain_scores(abs(taus), **setting)) * taus).sum(0).reshape(b.shape)
         matrices = [x.reshape(len(b), -1) for x in (b, *e)]
         if name == "token_embedding.weight":
             matrices = [x.T for x in matrices]
@@ -516,11 +522,34 @@ def test_widen(options: dict) -> None:
         units = [x / length for x, length in zip(matrices, lengths, strict=True)]
         turned = np.stack([1 - (units[0] * unit).sum(0) for unit in units[1:]])
         scores = plain_scores(ranked(abs(lengths[1:] - lengths[0])), **setting)
-        scores = (scores + plain_scores(ranked(turned), **setting)) / 2
+        scores = used((scores + plain_scores(ranked(turned), **setting)) / 2)
         merged = matrices[0] + sum(s * (x - matrices[0]) for s, x in zip(scores, matrices[1:], strict=True))
         return (merged.T if name == "token_embedding.weight" else merged).reshape(b.shape)
 
     close(m.widen(base, experts, **options), each(rule, base, experts))
+
+
+def test_widen_steps_farther_with_more_experts_and_normalized_it_stays_between_them() -> None:
+    base, experts = models(4)
+    twins = {**base, "w": torch.randn(64, 400, generator=torch.Generator().manual_seed(0))}
+    moved = {**twins, "w": twins["w"] + 0.1 * torch.randn(64, 400, generator=torch.Generator().manual_seed(1))}
+    step = moved["w"] - twins["w"]
+    for count in (2, 4):
+        far = ((m.widen(twins, [moved] * count)["w"] - twins["w"]) * step).sum() / step.square().sum()
+        assert far.item() == pytest.approx(count / 2 + 0.45, abs=0.2)
+    torch.testing.assert_close(m.widen(twins, [moved] * 4, normalize=True)["w"], moved["w"])
+    got = m.widen(base, experts, normalize=True, calibration=0.2)
+    for name in SHAPES:
+        together = torch.stack([e[name] for e in experts])
+        assert (together.amin(0) - 1e-9 <= got[name]).all() and (got[name] <= together.amax(0) + 1e-9).all()
+
+
+def test_widen_takes_the_rows_of_what_it_is_told() -> None:
+    base, experts = models()
+    renamed = [{"ctx": s["token_embedding.weight"]} for s in (base, *experts)]
+    got = m.widen(renamed[0], renamed[1:], rows=("ctx",))["ctx"]
+    assert torch.equal(got, m.widen(base, experts)["token_embedding.weight"])
+    assert not torch.equal(got, m.widen(renamed[0], renamed[1:])["ctx"])
 
 
 def inverse_root(gram: np.ndarray) -> np.ndarray:
@@ -961,6 +990,7 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (lambda b, e: m.layerwise(b, e, coefficients={}), ValueError, "coefficients must be there for every tensor"),
         (lambda b, e: m.lines({"ctx": b["scale"]}, [{"ctx": b["scale"]}]), ValueError, "lines needs names with block"),
         (lambda b, e: m.compeft(b, e), ValueError, "compeft needs 1 expert"),
+        (lambda b, e: m.widen(b, e, normalize=True, calibration=0), ValueError, "calibration must be positive with"),
         (lambda b, e: m.opcm(b, e, alpha=2), ValueError, r"alpha must be in \[0, 1\], got 2"),
         (lambda b, e: m.lora_lego(None, e), ValueError, "lora_lego needs LoRA factors, matrices in pairs"),
     ],

@@ -32,6 +32,8 @@ def widen(
     *,
     ratio: float = 1.0,
     calibration: float = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
     rows: Sequence[str] = ("model.embed_tokens.weight", "token_embedding.weight"),
 ) -> dict[str, Tensor]:
     """WIDEN: columns whose magnitude or direction moved more count more (arXiv 2408.03092; authors' code).
@@ -39,15 +41,26 @@ def widen(
     A matrix is split into its columns' norms and directions. Within expert k, columns are ranked (0 to 1) by how
     far the norm moved, and by ``1 - cos`` to the base's direction. Either ranking gives scores: softmax over the
     experts, and ``calibration`` where the rank is above ``ratio`` times the expert's mean rank. With s_k the mean of
-    both scores, ``merged = base + sum_k s_k tau_k``. In vectors and scalars |tau_k| itself takes the place of the rank.
+    both scores, ``merged = base + scale * sum_k s_k tau_k``. In vectors and scalars |tau_k| itself takes the place of
+    the rank.
+
+    The authors' scores have no fixed sum: over K experts it is about ``K * calibration / 2 + 0.45``. They merge two;
+    four experts that are alike step 2.5 times as far as one of them, and such a sum of task vectors collapses. Then
+    make ``scale`` smaller, or ``normalize``.
 
     Needs: no data. Meaningful for several experts; matrices, for tensors of more dimensions [m, n x ...], and vectors.
 
     Args:
         ratio: the paper's t.
         calibration: the paper's s.
-        rows: names (their ends) of matrices whose rows are the units, as token embeddings' are.
+        scale: of the step; 1 is the authors'.
+        normalize: divide the scores by their sum over the experts, so that with ``scale`` 1 the result stays between
+            the experts; needs a positive ``calibration``.
+        rows: names (their ends) of matrices whose rows are the units, as token embeddings' are. Others can be added:
+            the ``ctx`` of a soft prompt is rows of the token table, too.
     """
+    if normalize and not calibration > 0:
+        raise ValueError(f"calibration must be positive with normalize=True, got {calibration}")
 
     def scores(significance: Tensor, high: Tensor) -> Tensor:
         return torch.where(high, calibration, significance.softmax(0))
@@ -57,18 +70,20 @@ def widen(
         ranks, n = moved.argsort(dim=1, stable=True).argsort(dim=1), moved.shape[1]
         return scores(ranks.to(moved) / n, ranks > ratio * (n - 1) / 2)
 
+    def step(weights: Tensor, deltas: Tensor) -> Tensor:
+        return scale * (weights / weights.sum(0) if normalize else weights).mul(deltas).sum(0)
+
     def merge(part: Part) -> Tensor:
         if len(part.shape) < 2:
             deltas = part.deltas.reshape(len(experts), -1)
             moved = deltas.abs()
             high = moved > ratio * moved.mean(1, keepdim=True)
-            return part.base.flatten() + (scores(moved, high) * deltas).sum(0)
+            return part.base.flatten() + step(scores(moved, high), deltas)
         unit = 1 if part.name.endswith(tuple(rows)) else 0  # the dimension along which norms are taken
         before, after = part.base.flatten(1), part.experts.flatten(2)
         magnitudes = by_rank((after.norm(dim=unit + 1) - before.norm(dim=unit)).abs())
         directions = by_rank(1 - torch.cosine_similarity(after, before[None], dim=unit + 1))
-        weights = (magnitudes + directions) / 2
-        return before + ((after - before) * weights.unsqueeze(unit + 1)).sum(0)
+        return before + step((magnitudes + directions).unsqueeze(unit + 1) / 2, after - before)
 
     return Merge(merge, whole=True)
 
