@@ -124,7 +124,8 @@ def parse_options(method: str, given: Sequence[str]) -> dict[str, Any]:
     """``["scale=0.3", "weights=1,2"]`` -> keyword arguments of a method, by the types that its signature names.
 
     Numbers, text and lists with commas; "none" where None is a value; names of safetensors files for state dicts
-    (``fishers=a.safetensors,b.safetensors``); for ``evolve`` a method's name and ``space=density:0.1:1,scale:0:2``.
+    (``fishers=a.safetensors,b.safetensors``); for ``evolve`` a method's name, ``space=density:0.1:1,weights:0:1:2`` and
+    ``start=density:1,weights:0.5:0.5``.
 
     Raises:
         ValueError: no ``=``, an option that the method does not have, or a value that is none of its type; says which
@@ -177,6 +178,10 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "Sequence[float]": lambda text: [float(number) for number in text.split(",")],
     "Sequence[str]": lambda text: text.split(","),
     "Sequence[StateDict]": lambda text: [TensorFile(file) for file in text.split(",")],
+    "Mapping[str, float | Sequence[float]]": lambda text: {
+        option: [float(x) for x in values.split(":")] if ":" in values else float(values)
+        for option, values in (item.split(":", 1) for item in text.split(","))
+    },
 }
 _KINDS = {
     "int": "a whole number",
@@ -184,6 +189,7 @@ _KINDS = {
     "bool": "true or false",
     "Sequence[float]": "numbers with commas between",
     "Sequence[StateDict]": "safetensors files with commas between",
+    "Mapping[str, float | Sequence[float]]": "name:value[:value ...], with commas between",
 }
 
 
@@ -364,11 +370,13 @@ def _class_weights(like: Solution, clip: FrozenClip, classnames: Sequence[str]) 
 def _fisher(like: Solution, state: StateDict, clip: FrozenClip, features: FeatureCache) -> dict[str, Tensor]:
     """Diagonal Fisher information of a solution's parameters on unlabelled features.
 
-    Heads: :func:`mergetune.fisher_diagonal`, mean 1. Prompts: squared gradients of log p(y | x), with y drawn from p,
-    at up to ``FISHER_IMAGES`` images; each image has a copy of the context vectors in one call of the text tower.
+    A mean over images in either case, so that experts keep their scales. Heads: :func:`mergetune.fisher_diagonal`.
+    Prompts: squared gradients of log p(y | x), with y drawn from p, at up to ``FISHER_IMAGES`` images; each image has a
+    copy of the context vectors in one call of the text tower.
     """
     if isinstance(like, Head):
-        found = fisher_diagonal(features, _joined(state).to(clip.device), scale=like.logit_scale, normalize=False).cpu()
+        made = {"scale": like.logit_scale, "normalize": False, "unit_mean": False}
+        found = fisher_diagonal(features, _joined(state).to(clip.device), **made).cpu()
         return {"weight": found[:, : features.dim], **({"bias": found[:, -1]} if "bias" in state else {})}
     encode, generator = like.encoder(clip, features.classnames), torch.Generator().manual_seed(0)
     total = torch.zeros_like(state["ctx"])

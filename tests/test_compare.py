@@ -108,6 +108,11 @@ def test_options_take_the_types_of_the_signature():
     }  # fmt: skip
     assert parse_options("dare", ["seed=3", "rescale=none"]) == {"seed": 3, "rescale": None}
     assert parse_options("ota-ffg", ["rank_one=true"]) == {"rank_one": True}
+    starts = parse_options("evolve", ["start=density:1,weights:0.5:0.25"])
+    assert starts == {"start": {"density": 1.0, "weights": [0.5, 0.25]}}
+    assert parse_options("expert_merging", ["exclude=b*,x.?"]) == {"exclude": ["b*", "x.?"]}
+    with pytest.raises(ValueError, match="start must be name:value.*, got 'density=1'"):
+        parse_options("evolve", ["start=density=1"])
     found = parse_options("evolve", ["method=ties", "space=density:0.1:1,weights:0:1:2", "trials=5"])
     assert found["method"] is merging.ties and found["space"] == {"density": (0.1, 1.0), "weights": (0.0, 1.0, 2)}
 
@@ -155,6 +160,25 @@ def test_heads_of_two_logit_scales_are_merged_in_one(clip):
     assert zero.logit_scale == 10 and (zero.bias == 0).all()
     moved = merge_solutions("wise_ft", [a], base=zero, options={"alpha": 0.5})
     torch.testing.assert_close(moved.parameter, (a.parameter + zero.parameter) / 2)
+
+
+def test_fisher_of_a_head_is_the_expected_squared_gradient_in_its_own_scale(clip):
+    """By autograd through the head's logits, over all labels and images."""
+    from mergetune import catalogue as module
+
+    features, solution = cache(8), head(scale=2.5)
+    state = {name: t.double().requires_grad_() for name, t in module.state_of(solution).items()}
+    expected = {name: torch.zeros_like(t) for name, t in state.items()}
+    logits = 2.5 * (features.tensor().double() @ state["weight"].T + state["bias"])
+    for row in logits.log_softmax(1):
+        for value in row:
+            gradients = torch.autograd.grad(value, list(state.values()), retain_graph=True)
+            for name, gradient in zip(state, gradients, strict=True):
+                expected[name] += value.exp().detach() * gradient.square() / len(logits)
+    found = module._fisher(solution, module.state_of(solution), clip, features)
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-9)
 
 
 def test_fisher_of_a_prompt_is_the_expected_squared_gradient(clip, monkeypatch):

@@ -121,26 +121,81 @@ def test_slerp_of_parallel_and_of_zero_is_straight() -> None:
     close(m.slerp(base, [double], t=0.25), each(lambda n, b, e: 1.25 * b, base, [double]))
     zero = {n: 0 * t if n in SHAPES else t for n, t in base.items()}
     close(m.slerp(base, [zero], t=0.25), each(lambda n, b, e: 0.75 * b, base, [zero]))
+    near = [{n: t + 0.01 * draw(2)[n] if n in SHAPES else t for n, t in base.items()}]
+    close(m.slerp(base, near, t=0.25), arrays(m.wise_ft(base, near, alpha=0.25)))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_model_stock(count: int) -> None:
+    base, experts = models(count)
+    experts = [{n: t + draw(9)[n] * 0.2 if n in SHAPES else t for n, t in e.items()} for e in experts]  # a common part
+    experts[0]["blocks.0.bias"] = base["blocks.0.bias"]  # one expert stayed
+    for k, expert in enumerate(experts):  # nearly nothing: the floor of the product of norms
+        expert["blocks.1.weight"] = base["blocks.1.weight"] + 1e-5 * draw(k)["blocks.1.weight"]
+
+    def rule(name: str, b: np.ndarray, e: np.ndarray) -> np.ndarray:
+        taus, cosines = e - b, []
+        for i in range(count):
+            for j in range(i):
+                norms = np.linalg.norm(taus[i]) * np.linalg.norm(taus[j])
+                cosines.append(np.clip((taus[i] * taus[j]).sum() / max(norms, 1e-6), -1, 1))
+        below = 1 + (count - 1) * np.mean(cosines)
+        t = count * np.mean(cosines) / below if below > 1e-9 else 0  # two numbers may be opposite
+        return t * e.mean(0) + (1 - t) * b
+
+    close(m.model_stock(base, experts), each(rule, base, experts))
+
+
+def test_model_stock_is_the_mean_of_what_agrees_and_the_base_where_nothing_does() -> None:
+    base = {"same": torch.zeros(3), "right angle": torch.zeros(2), "opposite": torch.zeros(2), "still": torch.ones(2)}
+    moved = {"same": torch.tensor([1.0, 2, 3]), "right angle": torch.tensor([1.0, 0]), "opposite": torch.ones(2)}
+    other = {"same": torch.tensor([3.0, 6, 9]), "right angle": torch.tensor([0, 4.0]), "opposite": -3 * torch.ones(2)}
+    got = m.model_stock(base, [base | moved, base | other])
+    torch.testing.assert_close(got["same"], torch.tensor([2.0, 4, 6]))
+    assert all(torch.equal(got[name], base[name]) for name in ("right angle", "opposite", "still"))
+
+
+def plain_fisher_average(
+    e: np.ndarray, f: np.ndarray, weights: list[float], norms: list[float], floor: float, first: bool
+) -> np.ndarray:
+    """Expert by expert: floors first, then the coefficients; the weights alone where nothing is left."""
+    above, below = np.zeros_like(e[0]), np.zeros_like(e[0])
+    for k, weight in enumerate(weights):
+        raised = np.maximum(f[k], floor) if k == 0 or not first else f[k]
+        above, below = above + weight / norms[k] * raised * e[k], below + weight / norms[k] * raised
+    with np.errstate(invalid="ignore"):
+        return np.where(below > 0, above / below, np.average(e, 0, weights))
 
 
 @pytest.mark.parametrize("normalize", [None, "norm"])
-def test_fisher_average_minimises_the_weighted_squares(normalize: str | None) -> None:
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("weights", [[1.0, 0.5, 2.0], [0.0, 1.0, 0.5]])
+def test_fisher_average(normalize: str | None, first: bool, weights: list[float]) -> None:
+    """Norms far from 1, a floor that half of the values are below, and elements without any Fisher."""
     base, experts = models()
-    fishers, weights = [positive(k + 10) for k in range(3)], [1.0, 0.5, 2.0]
+    fishers = [{n: 10.0 ** (k - 1) * t for n, t in positive(k + 10).items()} for k in range(3)]
+    for fisher in fishers:
+        fisher["blocks.0.weight"][:3] = 0
     norms = [math.sqrt(sum((f[n] ** 2).sum() for n in SHAPES)) if normalize else 1 for f in fishers]
 
     def rule(name: str, b: np.ndarray, e: np.ndarray) -> np.ndarray:
-        f = np.stack([w * fishers[k][name].numpy() / norms[k] for k, w in enumerate(weights)])
-        return np.average(e, 0, f)
+        f = np.stack([fisher[name].numpy() for fisher in fishers])
+        return plain_fisher_average(e, f, weights, norms, 0.5, first)
 
-    got = m.fisher_average(None, experts, fishers=fishers, weights=weights, normalize=normalize)
-    close(got, each(rule, base, experts))
+    options = {"weights": weights, "floor": 0.5, "normalize": normalize} | ({} if first else {"favor_first": False})
+    close(m.fisher_average(None, experts, fishers=fishers, **options), each(rule, base, experts))
 
 
-def test_fisher_average_of_nothing_known_is_the_plain_average() -> None:
+@pytest.mark.parametrize("normalize", [None, "norm"])
+def test_fisher_average_of_nothing_known_is_the_first_or_the_plain_average(normalize: str | None) -> None:
     base, experts = models()
-    zeros = [{n: 0 * t for n, t in e.items() if n in SHAPES or n == EMPTY} for e in experts]
-    close(m.fisher_average(None, experts, fishers=zeros), each(lambda n, b, e: e.mean(0), base, experts))
+    options = {"fishers": [{n: 0 * t for n, t in e.items() if n in SHAPES or n == EMPTY} for e in experts]}
+    options["normalize"] = normalize
+    close(m.fisher_average(None, experts, **options), arrays(experts[0]))
+    mean = each(lambda n, b, e: e.mean(0), base, experts)
+    close(m.fisher_average(None, experts, favor_first=False, **options), mean)
+    others = each(lambda n, b, e: np.average(e, 0, [0, 1, 3]), base, experts)
+    close(m.fisher_average(None, experts, weights=[0, 1, 3], **options), others)
 
 
 @pytest.mark.parametrize(
@@ -442,10 +497,16 @@ def plain_scores(significance: np.ndarray, ratio: float, calibration: float) -> 
     return scores
 
 
-@pytest.mark.parametrize("options", [{}, {"ratio": 1.4, "calibration": 0.7}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ratio": 1.4, "calibration": 0.7}, {"scale": 0.4}, {"calibration": 0.3, "scale": 0.8, "normalize": True}],
+)
 def test_widen(options: dict) -> None:
     base, experts = models()
-    setting = {"ratio": 1.0, "calibration": 1.0} | options
+    setting = {"ratio": 1.0, "calibration": 1.0} | {o: v for o, v in options.items() if o in ("ratio", "calibration")}
+
+    def used(scores: np.ndarray) -> np.ndarray:
+        return options.get("scale", 1) * (scores / scores.sum(0) if options.get("normalize") else scores)
 
     def ranked(values: np.ndarray) -> np.ndarray:
         return np.stack([[sum(o < v for o in row) / len(row) for v in row] for row in values])
@@ -453,7 +514,7 @@ def test_widen(options: dict) -> None:
     def rule(name: str, b: np.ndarray, e: np.ndarray) -> np.ndarray:
         if b.ndim < 2:
             taus = (e - b).reshape(3, -1)
-            return b + (plain_scores(abs(taus), **setting) * taus).sum(0).reshape(b.shape)
+            return b + (used(plain_scores(abs(taus), **setting)) * taus).sum(0).reshape(b.shape)
         matrices = [x.reshape(len(b), -1) for x in (b, *e)]
         if name == "token_embedding.weight":
             matrices = [x.T for x in matrices]
@@ -461,11 +522,34 @@ def test_widen(options: dict) -> None:
         units = [x / length for x, length in zip(matrices, lengths, strict=True)]
         turned = np.stack([1 - (units[0] * unit).sum(0) for unit in units[1:]])
         scores = plain_scores(ranked(abs(lengths[1:] - lengths[0])), **setting)
-        scores = (scores + plain_scores(ranked(turned), **setting)) / 2
+        scores = used((scores + plain_scores(ranked(turned), **setting)) / 2)
         merged = matrices[0] + sum(s * (x - matrices[0]) for s, x in zip(scores, matrices[1:], strict=True))
         return (merged.T if name == "token_embedding.weight" else merged).reshape(b.shape)
 
     close(m.widen(base, experts, **options), each(rule, base, experts))
+
+
+def test_widen_steps_farther_with_more_experts_and_normalized_it_stays_between_them() -> None:
+    base, experts = models(4)
+    twins = {**base, "w": torch.randn(64, 400, generator=torch.Generator().manual_seed(0))}
+    moved = {**twins, "w": twins["w"] + 0.1 * torch.randn(64, 400, generator=torch.Generator().manual_seed(1))}
+    step = moved["w"] - twins["w"]
+    for count in (2, 4):
+        far = ((m.widen(twins, [moved] * count)["w"] - twins["w"]) * step).sum() / step.square().sum()
+        assert far.item() == pytest.approx(count / 2 + 0.45, abs=0.2)
+    torch.testing.assert_close(m.widen(twins, [moved] * 4, normalize=True)["w"], moved["w"])
+    got = m.widen(base, experts, normalize=True, calibration=0.2)
+    for name in SHAPES:
+        together = torch.stack([e[name] for e in experts])
+        assert (together.amin(0) - 1e-9 <= got[name]).all() and (got[name] <= together.amax(0) + 1e-9).all()
+
+
+def test_widen_takes_the_rows_of_what_it_is_told() -> None:
+    base, experts = models()
+    renamed = [{"ctx": s["token_embedding.weight"]} for s in (base, *experts)]
+    got = m.widen(renamed[0], renamed[1:], rows=("ctx",))["ctx"]
+    assert torch.equal(got, m.widen(base, experts)["token_embedding.weight"])
+    assert not torch.equal(got, m.widen(renamed[0], renamed[1:])["ctx"])
 
 
 def inverse_root(gram: np.ndarray) -> np.ndarray:
@@ -504,8 +588,9 @@ def test_tsv_m_keeps_experts_that_do_not_meet() -> None:
     torch.testing.assert_close(m.tsv_m(base, experts)["w"], experts[0]["w"] + experts[1]["w"])
 
 
+@pytest.mark.parametrize("project", [None, lambda name: "embedding" not in name])
 @pytest.mark.parametrize("alpha", [0.5, 0.0, 0.9])
-def test_opcm(alpha: float) -> None:
+def test_opcm(alpha: float, project: Callable[[str], bool] | None) -> None:
     """The authors' recursion: full decompositions, and the running average normalised at each step."""
     base, experts = models()
     b, es = arrays(base), [arrays(e) for e in experts]
@@ -519,7 +604,7 @@ def test_opcm(alpha: float) -> None:
         new = {}
         for name in SHAPES:
             tau = taus[step][name]
-            if tau.ndim == 2:
+            if tau.ndim == 2 and (project is None or name != "token_embedding.weight"):
                 u, s, v = np.linalg.svd(merged[name])
                 split = int(np.argmax(np.cumsum(s) / s.sum() > alpha))
                 inner = u.T @ tau @ v.T
@@ -530,7 +615,8 @@ def test_opcm(alpha: float) -> None:
         mean = np.mean([norm(t) for t in taus[: step + 1]])
         previous = norm(new) / mean
         merged = {name: t / previous for name, t in new.items()}
-    close(m.opcm(base, experts, alpha=alpha), {n: b[n] + merged[n] for n in SHAPES}, tolerance=1e-8)
+    options = {"project": project} if project else {}
+    close(m.opcm(base, experts, alpha=alpha, **options), {n: b[n] + merged[n] for n in SHAPES}, tolerance=1e-8)
 
 
 def test_opcm_leaves_alone_what_has_no_direction() -> None:
@@ -575,7 +661,8 @@ def test_lora_lego_merges_what_is_alike() -> None:
     nearest = torch.cdist(pool, centres).argmin(1)
     groups = [pool[nearest == c] for c in range(3)]
     means = torch.stack([g.mean(0) for g in groups])
-    stretched = torch.stack([g.norm(dim=1).mean() / g.mean(0).norm() * g.mean(0) for g in groups])
+    heights = [sum(unit.abs().max() for unit in g) / len(g) for g in groups]
+    stretched = torch.stack([h / g.mean(0).abs().max() * g.mean(0) for h, g in zip(heights, groups, strict=True)])
     plain = m.lora_lego(None, [a, b], norms=False, outputs=False)
     torch.testing.assert_close(units_of(plain), means[means[:, 0].argsort()])
     torch.testing.assert_close(units_of(m.lora_lego(None, [a, b])), stretched[stretched[:, 0].argsort()])
@@ -593,6 +680,19 @@ def test_lora_lego_of_twins_is_the_twin() -> None:
         "x.lora_B.weight": expert["x.lora_B.weight"][:, [2, 0, 1]],
     }
     torch.testing.assert_close(product(m.lora_lego(None, [expert, shuffled])), product(expert))
+
+
+def test_lora_lego_of_experts_with_different_factors() -> None:
+    """Twins, one of which has a quarter of the update in its factors and alpha / r = 4: the result's factor is 1."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    expert = lora(1, 3, torch.randn(3, 9, generator=torch.Generator().manual_seed(5)))
+    small = {n: t / 2 for n, t in expert.items()}
+    got = m.lora_lego(None, [small, expert], scales=[4, 1])
+    torch.testing.assert_close(product(got), product(expert))
+    other = lora(2, 2, torch.randn(3, 9, generator=torch.Generator().manual_seed(6)))
+    before = [{n: math.sqrt(s) * t for n, t in e.items()} for s, e in ((0.5, expert), (2, other))]
+    expected, got = m.lora_lego(None, before), m.lora_lego(None, [expert, other], scales=[0.5, 2])
+    assert all(torch.equal(got[n], t) for n, t in expected.items())
 
 
 # -- what must hold for all -------------------------------------------------------------------------------------------
@@ -620,7 +720,7 @@ def run(name: str, dtype: torch.dtype = torch.float64, **options) -> tuple[dict,
 
 
 def test_the_catalogue_is_whole() -> None:
-    assert len(METHODS) == 19
+    assert len(METHODS) == 20
     for name in [*METHODS, "lora_lego", "adamerging", "expert_merging", "evolve", "natural_niches"]:
         method = getattr(m, name)
         assert {"base", "least", "most"} <= set(vars(method))
@@ -674,6 +774,7 @@ def test_the_order_of_experts_does_not_count(name: str) -> None:
         ("metrics_average", {}),
         ("fisher_average", {}),
         ("delta_guided", {}),
+        ("model_stock", {}),
         ("ties", {"density": 1.0}),
         ("sce", {"density": 1.0}),
         ("ota_ffg", {"density": 1.0}),
@@ -807,6 +908,8 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (lambda b, e: m.lora_lego(b, e), ValueError, "lora_lego takes no base"),
         (lambda b, e: m.wise_ft(b, e), ValueError, "wise_ft needs 1 expert"),
         (lambda b, e: m.tsv_m(b, e[:1]), ValueError, "tsv_m needs at least 2 expert"),
+        (lambda b, e: m.model_stock(None, e), ValueError, "model_stock needs a base"),
+        (lambda b, e: m.model_stock(b, e[:1]), ValueError, "model_stock needs at least 2 expert"),
         (lambda b, e: m.average(b, []), ValueError, "average needs at least 1 expert"),
         (lambda b, e: m.slerp(b, e[:2]), ValueError, "slerp needs a base and one expert, or no base and two experts"),
         (lambda b, e: m.average(None, e[0]), TypeError, "experts must be a list of state dicts, got dict"),
@@ -887,6 +990,7 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (lambda b, e: m.layerwise(b, e, coefficients={}), ValueError, "coefficients must be there for every tensor"),
         (lambda b, e: m.lines({"ctx": b["scale"]}, [{"ctx": b["scale"]}]), ValueError, "lines needs names with block"),
         (lambda b, e: m.compeft(b, e), ValueError, "compeft needs 1 expert"),
+        (lambda b, e: m.widen(b, e, normalize=True, calibration=0), ValueError, "calibration must be positive with"),
         (lambda b, e: m.opcm(b, e, alpha=2), ValueError, r"alpha must be in \[0, 1\], got 2"),
         (lambda b, e: m.lora_lego(None, e), ValueError, "lora_lego needs LoRA factors, matrices in pairs"),
     ],
@@ -913,6 +1017,10 @@ def test_lora_lego_refuses_pairs_that_do_not_fit() -> None:
         m.lora_lego(None, [good, bad])
     with pytest.raises(ValueError, match="rank must be from 1 to the experts' ranks together, 6, got 7"):
         m.lora_lego(None, [good, good], rank=7)
+    with pytest.raises(ValueError, match=r"scales must be positive, got \[1.0, 0.0\]"):
+        m.lora_lego(None, [good, good], scales=[1, 0])
+    with pytest.raises(ValueError, match="scales must hold one number for each of 2 experts, got 1"):
+        m.lora_lego(None, [good, good], scales=[1])
 
 
 def test_values_that_are_not_finite() -> None:

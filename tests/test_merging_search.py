@@ -37,6 +37,25 @@ def linear(weights: dict[str, Tensor], x: Tensor, k: int) -> Tensor:
 # -- learned coefficients ---------------------------------------------------------------------------------------------
 
 
+def test_entropy_coefficients_see_as_much_as_the_authors_do() -> None:
+    """Three steps of Adam on the sum over two batches of 16, with the images that the 32 of a step are."""
+    base, experts = classifiers()
+    data = [x * torch.linspace(0.1, 2, 64)[:, None] for x in inputs()]
+    raw, drawn = torch.full((1, 2), 0.3, requires_grad=True), torch.Generator().manual_seed(5)
+    optimizer = torch.optim.Adam([raw], lr=0.05)
+    for _ in range(3):
+        merged = base | {"w": sum(raw.clamp(0, 1)[0, k] * experts[k]["w"] for k in range(2))}
+        loss = 0.0
+        for k, x in enumerate(data):
+            for batch in x[torch.randperm(64, generator=drawn)[:32]].split(16):
+                loss = loss + torch.distributions.Categorical(logits=linear(merged, batch, k)).entropy().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    got = m.entropy_coefficients(base, experts, predict=linear, data=data, per="expert", steps=3, lr=0.05, seed=5)
+    torch.testing.assert_close(torch.tensor(got["w"]), raw[0].detach())
+
+
 @pytest.mark.parametrize("per", ["tensor", "expert"])
 def test_entropy_coefficients_follow_their_definition(per: str) -> None:
     """Two steps of Adam on the entropy, by hand; the batch is everything."""
@@ -83,18 +102,18 @@ def test_alignment_coefficients_find_the_experts_answers() -> None:
 
 
 @pytest.mark.parametrize("hidden", [0.0, 2.0])
-def test_alignment_loss_is_as_written(hidden: float) -> None:
-    """Four steps of Adam on the loss by hand."""
+def test_alignment_is_as_written(hidden: float) -> None:
+    """AdamW, the clipped gradient and the restarting cosine written out, past the first restart."""
     base, experts = classifiers()
-    experts[0]["bias"] = torch.tensor([0.4, 0, -1, 0])
-    data, t, weights = inputs(), 2.0, [0.3, 1.0]
+    experts[0]["bias"], experts[1]["bias"] = torch.tensor([0.4, 0, -1, 0]), torch.tensor([0, 1.0, 0, 2])
+    data, t, weights = inputs(), 2.0, [3.0, 10.0]
 
     def predict(w: dict[str, Tensor], x: Tensor, k: int) -> tuple[Tensor, list[Tensor]]:
         return linear(w, x, k), [x @ w["w"].T, w["bias"].expand(len(x), 4)]
 
-    raw = torch.full((2, 2), math.log(0.2 / 0.8), requires_grad=True)
-    optimizer = torch.optim.Adam([raw], lr=0.1)
-    for _ in range(4):
+    raw, first, second = torch.full((2, 2), math.log(0.2 / 0.8)), 0.0, 0.0
+    for step in range(60):
+        raw.requires_grad_()
         c = raw.sigmoid()
         merged = {n: sum(c[i, k] * experts[k][n] for k in range(2)) for i, n in enumerate(["w", "bias"])}
         loss = 0.3 * (c - 0.2).abs().mean(0).sum()
@@ -102,18 +121,21 @@ def test_alignment_loss_is_as_written(hidden: float) -> None:
             (soft, features), (found, own) = predict(experts[k], x, k), predict(merged, x, k)
             ce = -((soft / t).softmax(1) * (found / t).log_softmax(1)).sum(1).mean() * t**2
             mse = sum(((a - b) ** 2).mean() for a, b in zip(own, features, strict=True)) / 2
-            loss = loss + weights[k] * (ce + hidden * mse)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([raw], 1.0)
-        optimizer.step()
+            loss = loss + weights[k] * (ce + hidden * mse) / 2
+        (gradient,) = torch.autograd.grad(loss, raw)
+        gradient = gradient / max(1.0, gradient.norm() + 1e-6)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        share = step / 50 if step < 50 else (step - 50) / 100
+        lr = 0.01 + (0.1 - 0.01) * (1 + math.cos(math.pi * share)) / 2
+        moved = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        raw = (raw - lr * 1e-5 * raw - lr * moved).detach()
     got = m.alignment_coefficients(
         base,
         experts,
         predict=predict,
         data=data,
         start=0.2,
-        steps=4,
+        steps=60,
         batch_size=64,
         lr=0.1,
         temperature=t,
@@ -121,7 +143,26 @@ def test_alignment_loss_is_as_written(hidden: float) -> None:
         stay=0.3,
         task_weights=weights,
     )
-    torch.testing.assert_close(torch.tensor([got["w"], got["bias"]]), raw.sigmoid().detach())
+    torch.testing.assert_close(torch.tensor([got["w"], got["bias"]]), raw.sigmoid(), atol=1e-4, rtol=1e-4)
+
+
+def test_excluded_tensors_keep_the_base() -> None:
+    """They are learned without: the rest is as if the experts had not moved them."""
+    base, experts = classifiers()
+    still = [dict(e) for e in experts]
+    experts[1]["bias"] = torch.tensor([0.5, 0, 0, -0.5])
+    options = {"predict": linear, "data": inputs(), "steps": 5}
+    got = m.alignment_coefficients(base, experts, exclude=["b*s"], **options)
+    assert got["bias"] == [0.0, 0.0] and got["w"] != pytest.approx([0.1, 0.1], abs=0.01)
+    merged = m.expert_merging(base, experts, exclude=["b*s"], **options)
+    assert torch.equal(merged["bias"], base["bias"])
+    one = m.alignment_coefficients({"w": base["w"]}, [{"w": e["w"]} for e in experts], **options | {"predict": bare})
+    targets = m.alignment_coefficients(base, still, exclude=["bias"], **options)
+    assert targets["w"] == pytest.approx(one["w"], rel=1e-5)
+
+
+def bare(weights: dict[str, Tensor], x: Tensor, k: int) -> Tensor:
+    return x @ weights["w"].T
 
 
 @pytest.mark.parametrize("method", [m.adamerging, m.expert_merging])
@@ -144,6 +185,11 @@ def test_learning_refuses() -> None:
         m.adamerging(base, experts, predict=linear, data=inputs(), per="layer")
     with pytest.raises(ValueError, match=r"start must be within \(0, 1\), got 0"):
         m.expert_merging(base, experts, predict=linear, data=inputs(), start=0)
+    for exclude, text in ((["w", "x*"], "'x\\*', which matches none"), (["*"], "leave something to learn")):
+        with pytest.raises(ValueError, match=f"exclude must .*{text}"):
+            m.expert_merging(base, experts, predict=linear, data=inputs(), exclude=exclude)
+    with pytest.raises(TypeError, match="exclude must be a list of patterns, got 'w'"):
+        m.expert_merging(base, experts, predict=linear, data=inputs(), exclude="w")
     with pytest.raises(ValueError, match="the loss of adamerging must be finite"):
         m.adamerging(base, experts, predict=lambda w, x, k: w["w"] * math.nan, data=inputs())
 
@@ -192,6 +238,34 @@ def test_one_option_of_another_method(backend: str) -> None:
     assert found.options["alpha"] == pytest.approx(0.3, abs=0.02)
 
 
+@pytest.mark.parametrize("backend", ["cma", "optuna"])
+@pytest.mark.filterwarnings("ignore")
+def test_evolve_starts_where_it_is_told(backend: str) -> None:
+    """The start is scored first, at a bound too, and what follows is spread about it: steps of a sixth of the range."""
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    base, experts, _ = spot(1, 1)
+    space, middle = {"weights": (-1.0, 3.0, 2), "scale": (0.0, 1.0)}, [1.0, 1.0, 0.5]
+    for start, expected in (
+        (None, middle),
+        ({"weights": [0.0, 2.0]}, [0.0, 2.0, 0.5]),
+        ({"weights": 0.5, "scale": 1}, [0.5, 0.5, 1.0]),
+    ):
+        tried = []
+
+        def seen(base: dict, experts: list, *, weights: list[float], scale: float) -> dict:
+            tried.append([*weights, scale])  # noqa: B023
+            return base
+
+        seen.__dict__ |= vars(m.task_arithmetic)
+        options = {"space": space, "trials": 60, "backend": backend, "start": start, "method": seen}
+        found = m.evolve_options(base, experts, score=lambda state: 0.0, **options)
+        assert tried[0] == pytest.approx(expected) and len(tried) == found.trials == 60
+        early = np.array(tried[1:6])[:, :2]
+        assert abs(early.mean(0) - expected[:2]).max() < 1.0 and early.std() > 0.1
+    best = m.evolve_options(base, experts, score=lambda s: -len(tried), **options | {"trials": 1})
+    assert best.options == {"weights": [0.5, 0.5], "scale": 1.0} and best.trials == 1
+
+
 def test_evolve_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     base, experts, score = spot(1, 1)
     for space in ({}, {"scale": (1, 1)}, {"scale": (1,)}):
@@ -203,6 +277,16 @@ def test_evolve_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         m.evolve(base, experts, score=score, space={"scale": (0, 1)}, trials=0)
     with pytest.raises(ValueError, match="ties needs a base"):
         m.evolve(None, experts, score=score, method=m.ties, space={"scale": (0, 1)})
+    space = {"weights": (0, 1, 2), "scale": (0, 2)}
+    for start, text in (
+        ({"density": 1}, r"start must hold options of space, weights, scale, got 'density'"),
+        ({"weights": [1]}, r"start\['weights'\] must be a number, or 2 of them, got \[1\]"),
+        ({"scale": [1]}, r"start\['scale'\] must be a number, got \[1\]"),
+        ({"weights": [0.5, 1.5]}, r"start\['weights'\] must be within its range, 0 to 1, got \[0.5, 1.5\]"),
+        ({"scale": math.nan}, r"start\['scale'\] must be within its range, 0 to 2, got nan"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            m.evolve(base, experts, score=score, space=space, start=start)
     for backend in ("cma", "optuna"):
         monkeypatch.setitem(sys.modules, backend, None)
         with pytest.raises(ImportError, match=f"backend='{backend}' needs .* pip install"):
@@ -272,6 +356,23 @@ def test_natural_niches_attracts_who_solves_the_rest(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(search, "mate", copy)
     m.natural_niches(None, experts, score=lambda s: s["w"], steps=50)
+
+
+def test_natural_niches_draws_from_all_while_nobody_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that score nothing stay until four are there; then the first one goes. Every place is drawn."""
+    made, places = [0.0, 1.0], []
+
+    def count(a: Tensor, b: Tensor, weight: float, split: int) -> Tensor:
+        places.extend((min(len(made), 4), made[-4:].index(parent)) for parent in (a.item(), b.item()))
+        made.append(len(made))
+        return torch.tensor([float(made[-1])])
+
+    monkeypatch.setattr(search, "mate", count)
+    experts = [{"w": torch.tensor([k])} for k in made]
+    m.natural_niches(None, experts, score=lambda s: torch.zeros(3), population=4, steps=80)
+    assert [size for size, _ in places[::2]] == [2, 3] + [4] * 78
+    shares = torch.bincount(torch.tensor([place for size, place in places if size == 4])) / (2 * 78)
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), atol=0.1, rtol=0)
 
 
 def test_natural_niches_never_loses_the_best_of_its_seeds_without_steps() -> None:

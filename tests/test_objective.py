@@ -343,8 +343,8 @@ def features() -> FeatureCache:
     return FeatureCache.from_tensors(x, torch.arange(count) % CLASSES, NAMES)
 
 
-def fisher_by_hand(x: Tensor, w1: Tensor, scale: float, normalize: bool) -> Tensor:
-    """h[c,d] = scale^2 mean_x p_c (1 - p_c) x_d^2, mean 1."""
+def fisher_by_hand(x: Tensor, w1: Tensor, scale: float, normalize: bool, unit_mean: bool = True) -> Tensor:
+    """h[c,d] = scale^2 mean_x p_c (1 - p_c) x_d^2, mean 1 or as it is."""
     x = x if x.shape[1] == w1.shape[1] else F.pad(x, (0, 1), value=1.0)
     h = torch.zeros_like(w1)
     for image in x:
@@ -352,7 +352,7 @@ def fisher_by_hand(x: Tensor, w1: Tensor, scale: float, normalize: bool) -> Tens
         for c in range(len(w1)):
             for d in range(w1.shape[1]):
                 h[c, d] += scale**2 * p[c] * (1 - p[c]) * image[d] ** 2 / len(x)
-    return h / h.mean()
+    return h / h.mean() if unit_mean else h
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -509,6 +509,15 @@ def test_fisher_diagonal_is_its_formula(bias, normalize):
     assert torch.allclose(got.double(), fisher_by_hand(x, w1, 3.0, normalize), rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_fisher_diagonal_as_a_mean_over_images(bias):
+    x, w1 = unit(draw(17, WIDTH, seed=1)), draw(CLASSES, WIDTH + bias, seed=2)
+    got = fisher_diagonal(x, w1, scale=3.0, normalize=False, unit_mean=False, batch_size=5)
+    expected = fisher_by_hand(x, w1, 3.0, False, unit_mean=False)
+    assert got.dtype == torch.float32 and not 0.5 < expected.mean() < 2
+    assert torch.allclose(got.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_fisher_diagonal_of_a_cache_in_batches():
     x, w1 = unit(draw(17, WIDTH, seed=1)), draw(CLASSES, WIDTH, seed=2)
     cache = FeatureCache.from_tensors(x.float(), torch.arange(17) % CLASSES, NAMES)
@@ -537,3 +546,4 @@ def test_fisher_diagonal_of_a_certain_classifier_is_refused():
         ValueError, match="the Fisher diagonal must have a positive mean, got 0.0: use surrogate='identity'"
     ):
         fisher_diagonal(x, torch.eye(3), scale=1e4)
+    assert torch.equal(fisher_diagonal(x, torch.eye(3), scale=1e4, unit_mean=False), torch.zeros(3, 3))

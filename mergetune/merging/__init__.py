@@ -1,6 +1,6 @@
 """Merging models afterwards: pure functions on state dicts, ``method(base, experts, *, options) -> state dict``."""
 
-from mergetune.merging.average import average, fisher_average, metrics_average, slerp, wise_ft
+from mergetune.merging.average import average, fisher_average, metrics_average, model_stock, slerp, wise_ft
 from mergetune.merging.search import (
     Evolved,
     adamerging,
@@ -52,6 +52,7 @@ __all__ = [
     "lora_lego",
     "merge_files",
     "metrics_average",
+    "model_stock",
     "natural_niches",
     "negate",
     "opcm",

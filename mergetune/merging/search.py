@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler
 from tqdm import trange
 
 from mergetune.merging.task_vectors import layerwise, task_arithmetic
@@ -59,14 +61,15 @@ def entropy_coefficients(
     per: str = "tensor",
     start: float = 0.3,
     steps: int = 500,
-    batch_size: int = 16,
+    batch_size: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Coefficients in [0, 1] that make the merged model sure of unlabelled inputs (AdaMerging, arXiv 2310.02575).
 
     Adam on ``sum_k mean_x H(softmax(logits_k(x)))``; coefficients are clamped as they are used. The defaults are those
-    of the authors' code (main_layer_wise_adamerging.py), which sees 2 batches of 16 a step.
+    of the authors' code (main_layer_wise_adamerging.py). It adds the means of two batches of 16 for each task and step:
+    twice the mean over 32, and Adam's steps do not depend on that factor. So there is one batch of 32 here.
 
     Args:
         predict: weights, inputs, k -> logits [B, C] for expert k's task.
@@ -101,9 +104,8 @@ def entropy_coefficients(
         per=per,
         steps=steps,
         batch_size=batch_size,
-        lr=lr,
         seed=seed,
-        clip=math.inf,
+        prepare=lambda raw: (torch.optim.Adam([raw], lr=lr), None),
     )
 
 
@@ -122,27 +124,34 @@ def alignment_coefficients(
     hidden: float = 1.0,
     stay: float = 5.0,
     task_weights: Sequence[float] | None = None,
+    exclude: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Coefficients with which the merged model answers each expert's inputs as the expert does (arXiv 2509.25712).
 
-    Adam, gradients clipped to norm 1, on the sum over experts of ``a_k (T^2 CE(softmax(expert / T), merged / T) +
-    hidden MSE(features)) + stay mean |c_k - start|`` with ``c = sigmoid(raw)``. Form and defaults follow the authors'
-    code (expert_merging_base.py, InternVL/model_merging.py); steps and batch size are ours.
+    With ``c = sigmoid(raw)``, what is minimised is::
+
+        mean_k a_k (T^2 CE(softmax(expert_k / T), merged / T) + hidden MSE(features)) + stay sum_k mean |c_k - start|
+
+    by AdamW with weight decay 1e-5, gradients clipped to norm 1, and ``lr`` falling to its tenth along a cosine within
+    50 steps, then again within 100, 200 and so on. Form and defaults follow the authors' code (expert_merging_base.py,
+    InternVL/model_merging.py and parametric_task_vector_model.py); steps and batch size are ours.
 
     Args:
         predict: weights, inputs, k -> logits [B, C], or (logits, list of hidden features) to align those too.
         data: inputs of each expert's task, [N_k, ...], K of them; no labels.
         per: "tensor" or "expert".
         start: of every coefficient, within (0, 1).
-        steps, batch_size, lr, seed: as in :func:`entropy_coefficients`.
+        steps, batch_size, seed: as in :func:`entropy_coefficients`.
+        lr: AdamW's, at the start of each cosine.
         temperature: T, of the logits.
         hidden: weight of the mean squared difference of the features, mean over layers.
         stay: weight of the coefficients' distance from their start, mean over tensors.
         task_weights: a_k, one for each expert; None is 1 for all.
+        exclude: patterns of names, such as ``"text.*"`` (fnmatch), whose tensors keep the base.
 
     Returns:
-        Name of each floating-point tensor -> K coefficients.
+        Name of each floating-point tensor -> K coefficients, zeros for those excluded.
     """
     if not 0 < start < 1:
         raise ValueError(f"start must be within (0, 1), got {start}")
@@ -159,8 +168,12 @@ def alignment_coefficients(
             if isinstance(found, tuple) and found[1]:
                 pairs = list(zip(found[1], target[1], strict=True))
                 aligned = aligned + hidden * sum(F.mse_loss(a, b) for a, b in pairs) / len(pairs)
-            total = total + task_weights[k] * aligned
+            total = total + task_weights[k] * aligned / len(batches)
         return total
+
+    def prepare(raw: Tensor) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        optimizer = torch.optim.AdamW([raw], lr=lr, weight_decay=1e-5)
+        return optimizer, CosineAnnealingWarmRestarts(optimizer, T_0=50, T_mult=2, eta_min=0.1 * lr)
 
     return _learn(
         base,
@@ -173,8 +186,9 @@ def alignment_coefficients(
         per=per,
         steps=steps,
         batch_size=batch_size,
-        lr=lr,
         seed=seed,
+        exclude=exclude,
+        prepare=prepare,
         clip=1.0,
     )
 
@@ -191,21 +205,22 @@ def _learn(
     per: str,
     steps: int,
     batch_size: int,
-    lr: float,
     seed: int,
-    clip: float,
+    prepare: Callable[[Tensor], tuple[torch.optim.Optimizer, LRScheduler | None]],
+    exclude: Sequence[str] = (),
+    clip: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Adam on coefficients [tensors or 1, K]; ``loss`` takes them bounded, the merged weights, and a batch a task."""
+    """Learn coefficients [tensors or 1, K]; ``loss`` takes them bounded, the merged weights, and a batch a task."""
     check(method, base, experts)
     check_choice("per", per, ("tensor", "expert"))
     if len(data) != len(experts) or not all(len(inputs) for inputs in data):
         raise ValueError(f"data must hold inputs for each of {len(experts)} experts, got {[len(x) for x in data]}")
-    names, start_weights = floating(base), _floats(base)
+    names, start_weights = _learned(floating(base), exclude), _floats(base)
     deltas = {name: torch.stack([e[name].to(start_weights[name]) for e in experts]) for name in names}
     deltas = {name: delta - start_weights[name] for name, delta in deltas.items()}
     raw = torch.full((len(names) if per == "tensor" else 1, len(experts)), start)
     raw = raw.to(start_weights[names[0]].device).requires_grad_()
-    optimizer, generator = torch.optim.Adam([raw], lr=lr), torch.Generator().manual_seed(seed)
+    (optimizer, schedule), generator = prepare(raw), torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for _ in trange(steps, desc=method.__name__, disable=None):
             coefficients = bound(raw)
@@ -222,8 +237,23 @@ def _learn(
             value.backward()
             torch.nn.utils.clip_grad_norm_([raw], clip)
             optimizer.step()
-    found = bound(raw).detach().expand(len(names), -1).tolist()
-    return dict(zip(names, found, strict=True))
+            if schedule:
+                schedule.step()
+    found = dict(zip(names, bound(raw).detach().expand(len(names), -1).tolist(), strict=True))
+    return {name: found.get(name, [0.0] * len(experts)) for name in floating(base)}
+
+
+def _learned(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The names that no pattern matches."""
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a list of patterns, got {exclude!r}")
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude must hold patterns of the tensors' names, got {pattern!r}, which matches none")
+    kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+    if not kept:
+        raise ValueError(f"exclude must leave something to learn, got {list(exclude)}, which match every tensor")
+    return kept
 
 
 def _floats(state: StateDict) -> dict[str, Tensor]:
@@ -276,6 +306,7 @@ def evolve_options(
     space: Mapping[str, tuple[float, float] | tuple[float, float, int]],
     method: Callable = task_arithmetic,
     fixed: Mapping[str, Any] | None = None,
+    start: Mapping[str, float | Sequence[float]] | None = None,
     trials: int = 100,
     backend: str = "cma",
     seed: int = 0,
@@ -289,7 +320,10 @@ def evolve_options(
         score: merged weights -> what is to be large. Take it on validation data.
         space: option -> (low, high), or (low, high, count) for a list of numbers.
         fixed: further options, as they are.
-        trials: merged models to score. The search starts in the middle, with steps of a sixth of the range (paper).
+        start: option -> where its search starts, one number for all values of a list or one for each; options that are
+            not named, and None, start in the middle of their ranges. mergekit-evolve starts at weights 1 / K and
+            density 1.
+        trials: merged models to score, the start first; steps begin at a sixth of the range (paper).
         backend: "cma" or "optuna" (which needs ``cmaes`` too).
         seed: of the search.
     """
@@ -300,6 +334,8 @@ def evolve_options(
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
     axes = [(option, *ends[:2]) for option, ends in space.items() for _ in range(int(ends[2]) if ends[2:] else 1)]
+    begin = _start(space, start or {})
+    begin += [0.5] * (len(begin) < 2)  # CMA-ES needs two dimensions; a second one may do nothing
     best: Evolved | None = None
 
     def cost(point: Sequence[float]) -> float:
@@ -317,17 +353,37 @@ def evolve_options(
         return -value
 
     search = _cma if backend == "cma" else _optuna
-    search(cost, max(2, len(axes)), trials, seed)  # CMA-ES needs two dimensions; a second one may do nothing
+    search(cost, begin, trials, seed)
     return best
 
 
-def _cma(cost: Callable[[Sequence[float]], float], size: int, trials: int, seed: int) -> None:
+def _start(space: Mapping[str, tuple], start: Mapping[str, float | Sequence[float]]) -> list[float]:
+    """Where the search starts, along every axis, 0 to 1 within its range."""
+    if unknown := [option for option in start if option not in space]:
+        raise ValueError(f"start must hold options of space, {', '.join(space)}, got {unknown[0]!r}")
+    found = []
+    for option, (low, high, *counts) in space.items():
+        count, given = int(counts[0]) if counts else 1, start.get(option, (low + high) / 2)
+        several = hasattr(given, "__len__")
+        if several and (not counts or len(given) != count):
+            rule = f"a number, or {count} of them" if counts else "a number"
+            raise ValueError(f"start[{option!r}] must be {rule}, got {given}")
+        values = list(given) if several else [given] * count
+        if not all(low <= value <= high for value in values):
+            raise ValueError(f"start[{option!r}] must be within its range, {low} to {high}, got {given}")
+        found += [(value - low) / (high - low) for value in values]
+    return found
+
+
+def _cma(cost: Callable[[Sequence[float]], float], begin: list[float], trials: int, seed: int) -> None:
     try:
         import cma
     except ImportError as error:
         raise ImportError("evolve with backend='cma' needs pycma: pip install cma") from error
     options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}  # 0 would be the time
-    strategy = cma.CMAEvolutionStrategy([0.5] * size, 1 / 6, options)
+    strategy = cma.CMAEvolutionStrategy(begin, 1 / 6, options)
+    cost(begin)
+    trials -= 1
     while trials > 0:  # its own stopping rules aside: the budget is given
         points = strategy.ask()
         costs = [cost(point) for point in points[:trials]]
@@ -336,18 +392,19 @@ def _cma(cost: Callable[[Sequence[float]], float], size: int, trials: int, seed:
             strategy.tell(points, costs)
 
 
-def _optuna(cost: Callable[[Sequence[float]], float], size: int, trials: int, seed: int) -> None:
+def _optuna(cost: Callable[[Sequence[float]], float], begin: list[float], trials: int, seed: int) -> None:
     try:
         import cmaes  # noqa: F401
         import optuna
     except ImportError as error:
         raise ImportError("evolve with backend='optuna' needs optuna and cmaes: pip install optuna cmaes") from error
-    names, verbosity = [f"x{i}" for i in range(size)], optuna.logging.get_verbosity()
+    first, verbosity = {f"x{i}": x for i, x in enumerate(begin)}, optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(sampler=optuna.samplers.CmaEsSampler(seed=seed))  # its first step is 1/6 too
-        study.enqueue_trial(dict.fromkeys(names, 0.5))
-        study.optimize(lambda trial: cost([trial.suggest_float(name, 0, 1) for name in names]), n_trials=trials)
+        sampler = optuna.samplers.CmaEsSampler(first, seed=seed)  # its first step is 1/6 too
+        study = optuna.create_study(sampler=sampler)
+        study.enqueue_trial(first)
+        study.optimize(lambda trial: cost([trial.suggest_float(name, 0, 1) for name in first]), n_trials=trials)
     finally:
         optuna.logging.set_verbosity(verbosity)
 
@@ -370,8 +427,9 @@ def natural_niches(
     With s_p the scores of member p on the examples and ``f_p = s_p / (sum_q s_q)^alpha`` its shares of them: parent a
     is drawn by ``sum f_a``, parent b by ``sum max(0, f_b - f_a)``. The child interpolates all their parameters in a row
     spherically, with weight w up to a random split point and 1 - w behind it. It replaces the member with the smallest
-    ``sum f`` if it is better itself. Follows the authors' code (natural_niches_fn.py); while nobody attracts or
-    scores, the draw is uniform.
+    ``sum f`` if it is better itself. Follows the authors' code (natural_niches_fn.py) but for two things: children
+    that score nothing stay until the population is full (there the next child takes their place), and where nobody
+    attracts or scores the draw is uniform (there 0 / 0 gives NaN).
 
     Needs: a score for each of N labelled examples (not those that are reported). Meaningful for two or more models, the
     base among them if it is given; any tensors. Holds ``population`` models in float32.

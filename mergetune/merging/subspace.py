@@ -6,7 +6,7 @@ Shapes: K experts, [m, n] a matrix, r its rank or that of its LoRA factors; tau_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mergetune.merging.tensors import (
     floating,
     method,
     needs,
+    per_expert,
     source,
     whole,
 )
@@ -31,6 +32,8 @@ def widen(
     *,
     ratio: float = 1.0,
     calibration: float = 1.0,
+    scale: float = 1.0,
+    normalize: bool = False,
     rows: Sequence[str] = ("model.embed_tokens.weight", "token_embedding.weight"),
 ) -> dict[str, Tensor]:
     """WIDEN: columns whose magnitude or direction moved more count more (arXiv 2408.03092; authors' code).
@@ -38,15 +41,26 @@ def widen(
     A matrix is split into its columns' norms and directions. Within expert k, columns are ranked (0 to 1) by how
     far the norm moved, and by ``1 - cos`` to the base's direction. Either ranking gives scores: softmax over the
     experts, and ``calibration`` where the rank is above ``ratio`` times the expert's mean rank. With s_k the mean of
-    both scores, ``merged = base + sum_k s_k tau_k``. In vectors and scalars |tau_k| itself takes the place of the rank.
+    both scores, ``merged = base + scale * sum_k s_k tau_k``. In vectors and scalars |tau_k| itself takes the place of
+    the rank.
+
+    The authors' scores have no fixed sum: over K experts it is about ``K * calibration / 2 + 0.45``. They merge two;
+    four experts that are alike step 2.5 times as far as one of them, and such a sum of task vectors collapses. Then
+    make ``scale`` smaller, or ``normalize``.
 
     Needs: no data. Meaningful for several experts; matrices, for tensors of more dimensions [m, n x ...], and vectors.
 
     Args:
         ratio: the paper's t.
         calibration: the paper's s.
-        rows: names (their ends) of matrices whose rows are the units, as token embeddings' are.
+        scale: of the step; 1 is the authors'.
+        normalize: divide the scores by their sum over the experts, so that with ``scale`` 1 the result stays between
+            the experts; needs a positive ``calibration``.
+        rows: names (their ends) of matrices whose rows are the units, as token embeddings' are. Others can be added:
+            the ``ctx`` of a soft prompt is rows of the token table, too.
     """
+    if normalize and not calibration > 0:
+        raise ValueError(f"calibration must be positive with normalize=True, got {calibration}")
 
     def scores(significance: Tensor, high: Tensor) -> Tensor:
         return torch.where(high, calibration, significance.softmax(0))
@@ -56,18 +70,20 @@ def widen(
         ranks, n = moved.argsort(dim=1, stable=True).argsort(dim=1), moved.shape[1]
         return scores(ranks.to(moved) / n, ranks > ratio * (n - 1) / 2)
 
+    def step(weights: Tensor, deltas: Tensor) -> Tensor:
+        return scale * (weights / weights.sum(0) if normalize else weights).mul(deltas).sum(0)
+
     def merge(part: Part) -> Tensor:
         if len(part.shape) < 2:
             deltas = part.deltas.reshape(len(experts), -1)
             moved = deltas.abs()
             high = moved > ratio * moved.mean(1, keepdim=True)
-            return part.base.flatten() + (scores(moved, high) * deltas).sum(0)
+            return part.base.flatten() + step(scores(moved, high), deltas)
         unit = 1 if part.name.endswith(tuple(rows)) else 0  # the dimension along which norms are taken
         before, after = part.base.flatten(1), part.experts.flatten(2)
         magnitudes = by_rank((after.norm(dim=unit + 1) - before.norm(dim=unit)).abs())
         directions = by_rank(1 - torch.cosine_similarity(after, before[None], dim=unit + 1))
-        weights = (magnitudes + directions) / 2
-        return before + ((after - before) * weights.unsqueeze(unit + 1)).sum(0)
+        return before + step((magnitudes + directions).unsqueeze(unit + 1) / 2, after - before)
 
     return Merge(merge, whole=True)
 
@@ -107,32 +123,43 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 
 @method(base=True, least=2)
-def opcm(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5) -> dict[str, Tensor]:
+def opcm(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    alpha: float = 0.5,
+    project: Callable[[str], bool] | None = None,
+) -> dict[str, Tensor]:
     """OPCM: experts one after the other, each projected away from what is merged (arXiv 2501.09522; fusion_bench).
 
     With ``D_1 = tau_1`` and ``U S V'`` the singular value decomposition of D_(t-1)::
 
         M = U' tau_t V, its diagonal set to 0, and its first q rows in its first q columns, where
             S_1 .. S_q is what stays within ``alpha`` of the sum of S
-        D_t    = D_(t-1) + U M V'                                   tensors that are no matrices: D_(t-1) + tau_t
+        D_t    = D_(t-1) + U M V'                                   tensors that are not projected: D_(t-1) + tau_t
         merged = base + D_K * mean_t |tau_t| / |D_K|                norms over all tensors together
 
     Only the part of tau_t that lies in both spaces of D_(t-1) is changed. Directions in which D_(t-1) is zero (up to
     rounding) have no defined singular vectors and are left alone.
 
     Needs: no data. Meaningful for several experts that share matrices; their order counts. Each decomposition is made
-    twice, for the norm and for the result. fusion_bench projects linear layers only, here embeddings too.
+    twice, for the norm and for the result.
 
     Args:
         alpha: 0.5 in the authors' configuration.
+        project: whether the tensor of a name is projected, if it is a matrix; None is all of them. fusion_bench
+            projects the weights of ``nn.Linear`` only: neither embeddings nor raw parameters with two dimensions.
     """
     check_fraction("alpha", alpha, zero=True)
+
+    def chosen(part: Part) -> bool:
+        return len(part.shape) == 2 and (project is None or project(part.name))
 
     def combined(part: Part) -> Tensor:
         deltas = part.deltas
         total = deltas[0]
         for delta in deltas[1:]:
-            total = total + (_projected(delta, total, alpha) if delta.ndim == 2 else delta)
+            total = total + (_projected(delta, total, alpha) if chosen(part) else delta)
         return total
 
     squares, merged = torch.zeros(len(experts), dtype=torch.float64), 0.0
@@ -162,6 +189,7 @@ def lora_lego(
     experts: Sequence[StateDict],
     *,
     rank: int | None = None,
+    scales: Sequence[float] | None = None,
     norms: bool = True,
     outputs: bool = True,
     seed: int = 0,
@@ -169,18 +197,23 @@ def lora_lego(
     """LoRA-LEGO: ranks of several LoRAs, clustered (arXiv 2409.16167).
 
     The i-th row of A and the i-th column of B, side by side, are one unit. The units of all experts at one place are
-    clustered by k-means; the centroids are the rows and columns of the merged factors. The paper then scales twice,
-    against the loss of norm in averaging and the growth of variance with the rank. Its formulas were not at hand;
-    computed is our reading: ``norms`` stretches each centroid to the mean norm of its units, ``outputs`` multiplies B
-    by ``sqrt(r / rank)``, r the largest rank of an expert.
+    clustered by k-means; the centroids mu_c are the rows and columns of the merged factors. They are then scaled
+    twice, against the loss of norm in averaging and the growth of variance with the rank, as public reimplementations
+    have it; the paper's text was not at hand::
+
+        norms:   mu_c *= mean_(i in c) max|u_i| / max|mu_c|      over the whole unit u_i = [a_i; b_i]
+        outputs: B *= sqrt(r / rank)                             r the largest rank of an expert
 
     Needs: no data; scikit-learn. Meaningful for several experts that hold LoRA factors only, ``*lora_A*`` [r, n] and
     ``*lora_B*`` [m, r] in pairs (PEFT's names), also of different ranks. LoRA's own factor alpha / r is not in a
-    state dict: bring experts to the same one before. Works on pairs, so it is not for :func:`merge_files`.
+    state dict: give it as ``scales`` where experts differ in it. Works on pairs, so it is not for :func:`merge_files`.
 
     Args:
         base: None; LoRA factors are differences already.
         rank: clusters, the rank of the result; None is r.
+        scales: alpha / r of each expert, positive. A and B are multiplied by its square root, so the result's own
+            factor is 1: set its alpha to its rank. None multiplies by nothing, and the result keeps the experts' one.
+        norms, outputs: whether to scale so.
         seed: of k-means.
 
     Returns:
@@ -194,11 +227,15 @@ def lora_lego(
         raise ValueError("lora_lego takes no base: pass None")
     if isinstance(experts, Mapping) or len(experts) < 2:
         raise ValueError(f"lora_lego needs a list of at least 2 experts, got {len(experts)}")
+    factors = per_expert("scales", scales, len(experts))
+    if min(factors) <= 0:
+        raise ValueError(f"scales must be positive, got {factors}")
     pairs = _lora_pairs(experts)
     merged: dict[str, Tensor] = {}
     for a, b in pairs:
         like = experts[0][a]
-        units = torch.cat([torch.cat([e[a].float(), e[b].float().T], 1) for e in experts]).cpu()  # [sum of r, n + m]
+        units = [torch.cat([e[a].float(), e[b].float().T], 1) for e in experts]
+        units = torch.cat([math.sqrt(f) * unit for f, unit in zip(factors, units, strict=True)]).cpu()  # [all r, n + m]
         largest = max(len(e[a]) for e in experts)
         clusters = largest if rank is None else rank
         if not 1 <= clusters <= len(units):
@@ -208,8 +245,8 @@ def lora_lego(
         member = member / member.sum(1, keepdim=True).clamp(min=1)
         centroids = member @ units
         if norms:
-            length = centroids.norm(dim=1, keepdim=True)
-            centroids = centroids * torch.where(length > 0, member @ units.norm(dim=1, keepdim=True) / length, 1.0)
+            height, wanted = centroids.abs().amax(1, keepdim=True), member @ units.abs().amax(1, keepdim=True)
+            centroids = centroids * torch.where(height > 0, wanted / height, 1.0)
         scale = math.sqrt(largest / clusters) if outputs else 1.0
         merged[a] = centroids[:, : like.shape[1]].to(like).contiguous()
         merged[b] = (scale * centroids[:, like.shape[1] :].T).to(experts[0][b]).contiguous()
