@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 import mergetune
-from mergetune import FeatureCache, FrozenClip, Head, Prompt, cli, evaluate, path
+from mergetune import FeatureCache, FrozenClip, Head, Prompt, evaluate, path
+from mergetune.cli import app, measuring
 from mergetune.geometry import (
     Path,
     Plane,
@@ -483,14 +484,14 @@ def command(clip, monkeypatch, tmp_path):
     """`mergetune path` on the tiny CLIP."""
     solutions = {"coop": prompt(1), "merged": prompt(2)}
     monkeypatch.setattr(mergetune, "load_clip", lambda *args, **kwargs: clip)
-    monkeypatch.setattr(cli, "_open", lambda *args, **kwargs: features())
-    monkeypatch.setattr(cli, "_solution", lambda name, *args: solutions[name])
+    monkeypatch.setattr(measuring, "open_cache", lambda *args, **kwargs: features())
+    monkeypatch.setattr(measuring, "read_solution", lambda name, *args: solutions[name])
 
     def run(*arguments):
         fixed = ["path", "--cache", "c", "--tuned", "coop", "--solution", "merged", "--backbone", "tiny"]
         fixed += ["--template", "a big red {}.", "--points", "3", "--figure", tmp_path / "paths.png"]
         monkeypatch.setattr(mergetune.Prompt, "from_template", lambda *args, **kwargs: prompt(3))
-        return CliRunner().invoke(cli.app, [str(argument) for argument in [*fixed, *arguments]])
+        return CliRunner().invoke(app, [str(argument) for argument in [*fixed, *arguments]])
 
     return run
 
@@ -518,7 +519,7 @@ def test_path_makes_plane_and_report(clip, command, tmp_path):
 
 def test_the_report_of_a_weight_average_goes_without_the_plane(command, monkeypatch, tmp_path):
     average = mergetune.interpolate(prompt(3), prompt(1), 0.5)
-    monkeypatch.setattr(cli, "_solution", lambda name, *args: {"coop": prompt(1), "merged": average}[name])
+    monkeypatch.setattr(measuring, "read_solution", lambda name, *args: {"coop": prompt(1), "merged": average}[name])
     arguments = ["--report", tmp_path / "r.html", "--space", "parameter", "--curvature", 0]
     result = command(*arguments)
     assert result.exit_code == 0 and "without the plane" in result.stderr and "Report: " in result.stdout
