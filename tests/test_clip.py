@@ -15,15 +15,13 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import SIGLIP, TEXT, VISION
 
 import mergetune
 from mergetune import FrozenClip, Prompt, load_clip
 from mergetune.clip import warn_quickgelu
 
 ICON = f"local-dir:{Path(mergetune.__file__).parent / 'assets' / 'icon-clip'}"
-VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-SIGLIP = {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
 NAMES = ["cat", "fire truck", "dog"]
 
 

@@ -9,15 +9,15 @@ import zipfile
 from dataclasses import replace
 from importlib.resources import as_file, files
 
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, FrozenClip, Head, Prompt, interpolate, load_solution, merging
+from mergetune import FeatureCache, Head, Prompt, interpolate, load_solution, merging
 from mergetune.catalogue import METHODS, catalogue, merge_files, merge_solutions, parse_options
 from mergetune.cli import app
 from mergetune.compare import (
@@ -36,24 +36,8 @@ from mergetune.compare import (
 )
 from mergetune.solutions import zero_shot_like
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 NAMES = ("bird", "cat", "dog", "fire truck", "fish", "red bus")
 QUICK = {"epochs": 1, "precision": "float32"}
-
-
-@functools.cache
-def build_clip() -> FrozenClip:
-    torch.manual_seed(0)
-    model = open_clip.CLIP(8, VISION, TEXT)
-    with torch.no_grad():
-        model.token_embedding.weight.mul_(10)
-    return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "tiny")
-
-
-@pytest.fixture
-def clip():
-    return build_clip()
 
 
 @pytest.fixture(autouse=True)
@@ -63,18 +47,10 @@ def short_searches(monkeypatch):
     monkeypatch.setattr("mergetune.catalogue.FISHER_IMAGES", 8)
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def cache(count: int = 60, *, seed: int = 0, names=NAMES) -> FeatureCache:
     x = F.normalize(normal(count, 8, seed=seed), dim=-1)
     files = [f"{seed}/{i}.png" for i in range(count)]
     return FeatureCache.from_tensors(x, torch.arange(count) % len(names), names, files=files)
-
-
-def prompt(seed: int = 1) -> Prompt:
-    return Prompt(0.3 * normal(4, 16, seed=seed), "X X X X {}.")
 
 
 def head(seed: int = 1, scale: float = 10.0) -> Head:

@@ -1,19 +1,16 @@
 """Accuracy, harmonic mean, base-to-novel, ensembles, paths and barriers, against numbers made by hand."""
 
-import functools
 import json
 import math
 from dataclasses import asdict, replace
 
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import NAMES, cache, head, normal, prompt
 
 from mergetune import (
     FeatureCache,
-    FrozenClip,
-    Head,
     Prompt,
     base_to_novel,
     classifier,
@@ -29,41 +26,7 @@ from mergetune import (
 from mergetune.evaluate import BaseNovel, Report, accuracy
 from mergetune.geometry import Path, cross_entropy
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-NAMES = ("cat", "fire truck", "dog")
 OTHERS = ("red bus", "bird")
-
-
-@functools.cache
-def build_clip() -> FrozenClip:
-    torch.manual_seed(0)
-    model = open_clip.CLIP(8, VISION, TEXT)
-    with torch.no_grad():
-        model.token_embedding.weight.mul_(10)  # words that matter
-    return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "tiny")
-
-
-@pytest.fixture
-def clip():
-    return build_clip()
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def cache(count: int = 60, *, seed: int = 0, classes=NAMES, **kwargs) -> FeatureCache:
-    x = F.normalize(normal(count, 8, seed=seed), dim=-1)
-    return FeatureCache.from_tensors(x, torch.arange(count) % len(classes), classes, **kwargs)
-
-
-def prompt(seed: int = 1, template: str = "X X X X {}.") -> Prompt:
-    return Prompt(0.3 * normal(4, 16, seed=seed), template)
-
-
-def head(seed: int = 1, bias: bool = False, scale: float = 10.0) -> Head:
-    return Head(normal(3, 8, seed=seed), NAMES, normal(3, seed=seed + 9) if bias else None, logit_scale=scale)
 
 
 def logits(clip, solution, features) -> torch.Tensor:
@@ -122,16 +85,16 @@ def test_weights_of_another_shape_are_refused(corners, shape):
 
 
 @pytest.mark.parametrize(
-    "solution", [prompt(), head(), head(bias=True), prompt().per_class(NAMES)], ids=lambda s: s.kind
+    "solution", [prompt(), head(bias=False), head(), prompt().per_class(NAMES)], ids=lambda s: s.kind
 )
 def test_evaluate_a_solution(clip, solution):
-    features = cache()
+    features = cache(60)
     expected = (logits(clip, solution, features).argmax(-1) == features.labels).double().mean().item()
     assert 0 < expected < 1 and evaluate(clip, solution, features).accuracy == pytest.approx(100 * expected)
 
 
 def test_evaluate_templates(clip):
-    features, templates = cache(), ["a photo of a {}.", "the {}"]
+    features, templates = cache(60), ["a photo of a {}.", "the {}"]
     x, weights = features.tensor(), clip.class_embeddings(NAMES, templates)
     expected = 100 * ((x @ weights.T).argmax(-1) == features.labels).float().mean().item()
     assert evaluate(clip, templates, features).accuracy == pytest.approx(expected)
@@ -140,14 +103,14 @@ def test_evaluate_templates(clip):
 
 
 def test_heads_are_looked_up_by_name(clip):
-    features, h = cache(), head(bias=True)
+    features, h = cache(60), head()
     turned = replace(h, weight=h.weight.flip(0), bias=h.bias.flip(0), classnames=NAMES[::-1])
     assert evaluate(clip, turned, features) == evaluate(clip, h, features)
 
 
 def test_features_of_another_clip_are_refused(clip):
     with pytest.raises(ValueError, match="features must come from this CLIP's image tower"):
-        evaluate(clip, prompt(), cache(fingerprint="x" * 64))
+        evaluate(clip, prompt(), cache(60, fingerprint="x" * 64))
 
 
 # -- base to novel ----------------------------------------------------------------------------------------------------
@@ -170,13 +133,13 @@ def test_negative_accuracies_are_refused():
 
 
 def test_base_to_novel_tests_each_half_among_its_own_classes(clip):
-    base, novel = cache(), cache(40, seed=1, classes=OTHERS)
+    base, novel = cache(60), cache(40, seed=1, classes=OTHERS)
     both = base_to_novel(classifier(clip, prompt()), base, novel)
     assert both.base == evaluate(clip, prompt(), base) and both.novel == evaluate(clip, prompt(), novel)
     assert set(both.base.per_class) == set(NAMES) and set(both.novel.per_class) == set(OTHERS)
     assert both.hm == harmonic_mean(both.base.accuracy, both.novel.accuracy)
     with pytest.raises(ValueError, match="among the head's 3 classes, got 'red bus'"):
-        base_to_novel(classifier(clip, head()), base, novel)
+        base_to_novel(classifier(clip, head(bias=False)), base, novel)
 
 
 def run_of(base: float, novel: float) -> BaseNovel:
@@ -216,11 +179,11 @@ def test_weight_average_is_wise_ft_on_class_embeddings(clip, t):
 
 PAIRS = {
     "prompts": (prompt(1), prompt(2)),
-    "heads": (head(1), head(2)),
-    "heads with bias": (head(1, bias=True), head(2, bias=True)),
-    "heads of two scales": (head(1, scale=3.0), head(2, scale=0.5)),
-    "head and prompt": (head(1, scale=1.0), prompt(1)),
-    "heads with and without bias": (head(1, bias=True), head(2)),
+    "heads": (head(1, bias=False), head(2, bias=False)),
+    "heads with bias": (head(1), head(2)),
+    "heads of two scales": (head(1, bias=False, scale=3.0), head(2, bias=False, scale=0.5)),
+    "head and prompt": (head(1, bias=False, scale=1.0), prompt(1)),
+    "heads with and without bias": (head(1), head(2, bias=False)),
 }
 
 
@@ -236,7 +199,7 @@ def test_logit_ensemble_is_the_average_of_the_logits(clip, pair, t):
 
 
 def test_weight_average_of_heads_ends_at_the_heads(clip):
-    a, b = classifier(clip, head(1, bias=True)), classifier(clip, head(2, bias=True))
+    a, b = classifier(clip, head(1)), classifier(clip, head(2))
     features = cache(300)
     assert torch.equal(predictions(weight_average(a, b, 1.0), features), predictions(b, features))
 
@@ -246,9 +209,9 @@ def test_weight_average_of_heads_ends_at_the_heads(clip):
 ENDS = {
     "prompts": (prompt(1), prompt(2)),
     "class-specific": (prompt(1).per_class(NAMES), prompt(2).per_class(NAMES)),
-    "heads": (head(1), head(2)),
-    "heads with bias": (head(1, bias=True), head(2, bias=True)),
-    "heads of two scales": (head(1, scale=3.0), head(2, scale=0.5)),
+    "heads": (head(1, bias=False), head(2, bias=False)),
+    "heads with bias": (head(1), head(2)),
+    "heads of two scales": (head(1, bias=False, scale=3.0), head(2, bias=False, scale=0.5)),
     "other words behind the name": (prompt(1), prompt(2, "X X X X {}, a type of pet.")),
 }
 
@@ -258,9 +221,9 @@ ENDS = {
 def test_the_ends_of_a_path_are_the_solutions_themselves(clip, ends, space):
     if (ends, space) == ("other words behind the name", "parameter"):
         with pytest.raises(ValueError, match="must end alike"):
-            path(clip, *ENDS[ends], cache(), space=space)
+            path(clip, *ENDS[ends], cache(60), space=space)
         return
-    (a, b), features = ENDS[ends], cache()
+    (a, b), features = ENDS[ends], cache(60)
     walked = path(clip, a, b, features, points=5, space=space)
     assert walked.alphas == (0, 0.25, 0.5, 0.75, 1)
     for i, solution in ((0, a), (-1, b)):
@@ -271,7 +234,7 @@ def test_the_ends_of_a_path_are_the_solutions_themselves(clip, ends, space):
 
 @pytest.mark.parametrize("space", ["embedding", "parameter"])
 def test_the_middle_of_a_path(clip, space):
-    (a, b), features = ENDS["prompts"], cache()
+    (a, b), features = ENDS["prompts"], cache(60)
     if space == "embedding":  # the interpolation comes before the normalisation
         weights = 0.75 * a.class_weights(clip, NAMES) + 0.25 * b.class_weights(clip, NAMES)
     else:
@@ -284,14 +247,14 @@ def test_the_middle_of_a_path(clip, space):
 
 
 def test_both_spaces_are_one_for_heads(clip):
-    a, b = head(1, bias=True), head(2, bias=True)
-    walks = [path(clip, a, b, cache(), points=7, space=space) for space in ("embedding", "parameter")]
+    a, b = head(1), head(2)
+    walks = [path(clip, a, b, cache(60), points=7, space=space) for space in ("embedding", "parameter")]
     assert walks[0].loss == pytest.approx(walks[1].loss, rel=1e-6) and walks[0].accuracy == walks[1].accuracy
 
 
 @pytest.mark.parametrize("batch_size", [7, 8192])
 def test_cross_entropy_is_the_mean_over_images(batch_size):
-    features, weights = cache(), normal(3, 8)
+    features, weights = cache(60), normal(3, 8)
     expected = F.cross_entropy(20 * features.tensor() @ weights.T, features.labels).item()
     assert cross_entropy(weights, features, scale=20, batch_size=batch_size) == pytest.approx(expected, rel=1e-6)
 
@@ -317,7 +280,7 @@ def test_the_barrier_by_hand(alphas, loss, barrier):
     [
         ({"points": 1}, ValueError, "points must be at least 2, both ends, got 1"),
         ({"space": "weights"}, ValueError, "space must be one of embedding, parameter, got 'weights'"),
-        ({"b": head()}, TypeError, "one kind, got prompt and head"),
+        ({"b": head(bias=False)}, TypeError, "one kind, got prompt and head"),
         (
             {"b": replace(prompt(), ctx=normal(2, 16), template="X X {}."), "space": "parameter"},
             ValueError,
@@ -327,17 +290,17 @@ def test_the_barrier_by_hand(alphas, loss, barrier):
 )
 def test_paths_that_make_no_sense_are_refused(clip, kwargs, error, match):
     with pytest.raises(error, match=match):
-        path(clip, **{"a": prompt(), "b": prompt(), "features": cache(), **kwargs})
+        path(clip, **{"a": prompt(), "b": prompt(), "features": cache(60), **kwargs})
 
 
 def test_heads_with_and_without_bias_are_refused_by_name(clip):
     with pytest.raises(ValueError, match="one shape"):
-        path(clip, head(1), head(2, bias=True), cache())
+        path(clip, head(1, bias=False), head(2), cache(60))
 
 
 @pytest.fixture
 def walks(clip):
-    return connectivity(clip, Prompt.from_template(clip), prompt(1), prompt(2), cache(), points=3)
+    return connectivity(clip, Prompt.from_template(clip), prompt(1), prompt(2), cache(60), points=3)
 
 
 def test_connectivity_walks_the_three_paths(clip, walks):

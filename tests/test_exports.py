@@ -11,19 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny import TEXT, normal, tiny_model
 from torch import Tensor, nn
 
 from mergetune import FrozenClip, Head, Prompt, exports, load_solution
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 NAMES = ("cat", "fire truck", "hot-air balloon")
 
 
 @functools.cache
 def build_clip(siglip: bool = False) -> FrozenClip:
-    torch.manual_seed(0)
-    model = open_clip.CLIP(8, VISION, TEXT)
+    model = tiny_model(text={**TEXT, "context_length": 77})
     tokenizer = open_clip.SimpleTokenizer()
     if siglip:  # no start token
         return FrozenClip(model, lambda texts, context_length=77: tokenizer(texts, context_length + 1)[:, 1:], "tiny")
@@ -33,10 +31,6 @@ def build_clip(siglip: bool = False) -> FrozenClip:
 @pytest.fixture
 def clip():
     return build_clip()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make(kind: str):

@@ -41,6 +41,8 @@ from mergetune.features import FeatureCache, cache_features
 ASSETS = Path(features.__file__).parent / "assets"
 SIDE = 8
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @dataclass(frozen=True)
 class TinyClip:
@@ -64,15 +66,6 @@ class TinyClip:
         time.sleep(self.seconds)
         weights = torch.randn(3 * SIDE * SIDE, self.embed_dim, generator=torch.Generator().manual_seed(0))
         return F.normalize(pixels.flatten(1) @ weights, dim=-1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits are promised for one number of threads, and a forked child must not enter its parent's thread pool."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_images(root: Path, count: int, classes: int = 3) -> ImageList:

@@ -18,58 +18,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import NAMES, cache, head, normal, prompt, tiny_clip
 
 from mergetune import FeatureCache, FitResult, FrozenClip, Head, Prompt, evaluate, fit, tune
 from mergetune.files import write_atomically
 from mergetune.fit import Training
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-NAMES = ("cat", "fire truck", "dog")
 STATE = "state.safetensors"
 QUICK = {"epochs": 3, "batch_size": 8, "precision": "float32"}
 
-
-@functools.cache
-def build_clip(seed: int = 0, siglip: bool = False, dim: int = 8) -> FrozenClip:
-    torch.manual_seed(seed)
-    text = {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True} if siglip else TEXT
-    model = (open_clip.CustomTextCLIP if siglip else open_clip.CLIP)(dim, VISION, text)
-    tower = model.text if siglip else model
-    with torch.no_grad():
-        tower.token_embedding.weight.mul_(10)  # words that matter
-    return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), f"tiny-{seed}")
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def cache(count: int = 30, *, seed: int = 0, views: int = 1, classes=NAMES, dim: int = 8, **kwargs) -> FeatureCache:
-    x = F.normalize(normal(views, count, dim, seed=seed), dim=-1)
-    return FeatureCache.from_tensors(x, torch.arange(count) % len(classes), classes, **kwargs)
-
-
-def prompt(seed: int = 1) -> Prompt:
-    return Prompt(0.3 * normal(4, 16, seed=seed), "X X X X {}.")
-
-
-def head(seed: int = 1, bias: bool = True, scale: float = 10.0) -> Head:
-    return Head(normal(3, 8, seed=seed), NAMES, normal(3, seed=seed + 1) if bias else None, logit_scale=scale)
-
-
-@pytest.fixture
-def clip():
-    return build_clip()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits are promised for one number of threads, and a forked child must not enter its parent's thread pool."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_same_run(a: FitResult, b: FitResult):
@@ -180,7 +138,7 @@ def assert_trained_to(result: FitResult, start, expected, losses):
 @pytest.mark.parametrize("siglip", [False, True])
 @pytest.mark.parametrize("method", ["coop", "class-specific coop", "kgcoop", "head"])
 def test_two_steps_of_tune_by_hand(method, siglip):
-    clip, features = build_clip(siglip=siglip), cache()
+    clip, features = tiny_clip(siglip=siglip), cache()
     result = tune(
         clip, features, method=method.split()[-1], class_specific="class" in method, epochs=2, precision="float32"
     )
@@ -210,7 +168,7 @@ GRIDS = {"even": [0, 0.2, 0.4, 0.6, 0.8], "official": [0.1, 0.3, 0.5, 0.7, 0.9]}
 @pytest.mark.parametrize("kind", ["prompt", "class-specific", "siglip", "head", "head with bias"])
 @pytest.mark.parametrize("case", FIT_CASES)
 def test_two_steps_of_fit_by_hand(kind, case):
-    clip, features, kwargs = build_clip(siglip=kind == "siglip"), cache(), dict(FIT_CASES[case])
+    clip, features, kwargs = tiny_clip(siglip=kind == "siglip"), cache(), dict(FIT_CASES[case])
     is_head, count = kind.startswith("head"), kwargs.pop("anchors", 1)
     tuned = [head(k, bias="bias" in kind) if is_head else prompt(k) for k in range(1, count + 1)]
     if kind == "class-specific":
@@ -395,7 +353,7 @@ RUNS = {"tune": tune_kgcoop, "fit": fit_random}
 
 def long_run(which: str, folder=None, epochs: int = 12) -> FitResult:
     features, val = cache(views=3), cache(12, seed=1)
-    return RUNS[which](build_clip(), features, epochs=epochs, batch_size=8, lr=0.05, val=val, resume=folder)
+    return RUNS[which](tiny_clip(), features, epochs=epochs, batch_size=8, lr=0.05, val=val, resume=folder)
 
 
 def in_child(work) -> multiprocessing.Process:
@@ -417,7 +375,7 @@ def epochs_on_disk(folder) -> int:
 
 @pytest.mark.parametrize("which", RUNS)
 def test_runs_that_are_killed_at_random_moments_go_on(which, tmp_path):
-    build_clip()  # before the fork
+    tiny_clip()  # before the fork
     whole = long_run(which)
     dice, kills, left = random.Random(which), 0, []
     for attempt in range(100):
@@ -442,7 +400,7 @@ def test_runs_that_are_killed_at_random_moments_go_on(which, tmp_path):
 @pytest.mark.parametrize("moment", ["before writing", "half written", "before renaming", "after renaming"])
 @pytest.mark.parametrize("number", [1, 3])
 def test_runs_that_are_killed_while_they_write_go_on(which, moment, number, tmp_path):
-    build_clip()
+    tiny_clip()
     calls = {"write": 0, "replace": 0}
 
     def write(file, content, real=write_atomically):
@@ -508,7 +466,7 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    fit(build_clip(), cache(), prompt(), resume=folder, **QUICK)
+    fit(tiny_clip(), cache(), prompt(), resume=folder, **QUICK)
     return folder
 
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny import NAMES, TEXT, VISION, cache, head, prompt, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 import mergetune
-from mergetune import FeatureCache, FrozenClip, Head, Prompt, cli, evaluate, path
+from mergetune import FeatureCache, FrozenClip, Head, evaluate, path
+from mergetune.cli import app, measuring
 from mergetune.geometry import (
     Path,
     Plane,
@@ -36,18 +38,13 @@ from mergetune.geometry import (
 )
 from mergetune.geometry.planes import Corner
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-NAMES = ("cat", "fire truck", "dog")
 SPACES = ("embedding", "parameter")
 
 
 @functools.cache
 def build_clip() -> FrozenClip:
-    torch.manual_seed(0)
-    model = open_clip.CLIP(8, VISION, TEXT)
+    model = tiny_model()
     with torch.no_grad():
-        model.token_embedding.weight.mul_(10)  # words that matter
         for parameter in model.transformer.parameters():  # biases and scales that matter
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.ln_final.weight.add_(torch.randn(16), alpha=0.3)
@@ -60,22 +57,9 @@ def clip():
     return build_clip()
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @functools.cache
 def features(count: int = 60) -> FeatureCache:
-    x = F.normalize(normal(count, 8), dim=-1)
-    return FeatureCache.from_tensors(x, torch.arange(count) % len(NAMES), NAMES)
-
-
-def prompt(seed: int = 1) -> Prompt:
-    return Prompt(0.3 * normal(4, 16, seed=seed), "X X X X {}.")
-
-
-def head(seed: int = 1, bias: bool = True, scale: float = 10.0) -> Head:
-    return Head(normal(3, 8, seed=seed), NAMES, normal(3, seed=seed + 9) if bias else None, logit_scale=scale)
+    return cache(count)
 
 
 KINDS = {"prompt": prompt, "class-specific": lambda seed=1: prompt(seed).per_class(NAMES), "head": head}
@@ -483,14 +467,14 @@ def command(clip, monkeypatch, tmp_path):
     """`mergetune path` on the tiny CLIP."""
     solutions = {"coop": prompt(1), "merged": prompt(2)}
     monkeypatch.setattr(mergetune, "load_clip", lambda *args, **kwargs: clip)
-    monkeypatch.setattr(cli, "_open", lambda *args, **kwargs: features())
-    monkeypatch.setattr(cli, "_solution", lambda name, *args: solutions[name])
+    monkeypatch.setattr(measuring, "open_cache", lambda *args, **kwargs: features())
+    monkeypatch.setattr(measuring, "read_solution", lambda name, *args: solutions[name])
 
     def run(*arguments):
         fixed = ["path", "--cache", "c", "--tuned", "coop", "--solution", "merged", "--backbone", "tiny"]
         fixed += ["--template", "a big red {}.", "--points", "3", "--figure", tmp_path / "paths.png"]
         monkeypatch.setattr(mergetune.Prompt, "from_template", lambda *args, **kwargs: prompt(3))
-        return CliRunner().invoke(cli.app, [str(argument) for argument in [*fixed, *arguments]])
+        return CliRunner().invoke(app, [str(argument) for argument in [*fixed, *arguments]])
 
     return run
 
@@ -518,7 +502,7 @@ def test_path_makes_plane_and_report(clip, command, tmp_path):
 
 def test_the_report_of_a_weight_average_goes_without_the_plane(command, monkeypatch, tmp_path):
     average = mergetune.interpolate(prompt(3), prompt(1), 0.5)
-    monkeypatch.setattr(cli, "_solution", lambda name, *args: {"coop": prompt(1), "merged": average}[name])
+    monkeypatch.setattr(measuring, "read_solution", lambda name, *args: {"coop": prompt(1), "merged": average}[name])
     arguments = ["--report", tmp_path / "r.html", "--space", "parameter", "--curvature", 0]
     result = command(*arguments)
     assert result.exit_code == 0 and "without the plane" in result.stderr and "Report: " in result.stdout

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from miniature import WORDNET, write_few_shot, write_miniature
+from tiny import TEXT, tiny_model
 from typer.testing import CliRunner
 
 from mergetune import FrozenClip, accuracy, classifier, load_solution, protocols
@@ -28,12 +29,7 @@ SOLUTIONS = ["zero-shot", "tuned", "weight average", "logit ensemble", "MERGETUN
 @functools.cache
 def tiny_clip() -> FrozenClip:
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        model = open_clip.CLIP(
-            8,
-            {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
-            {"context_length": 40, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
-        )
+        model = tiny_model(text={**TEXT, "context_length": 40})
     cfg = {
         "size": (16, 16),
         "mode": "RGB",

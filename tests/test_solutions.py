@@ -1,6 +1,5 @@
 """Prompt and Head: class embeddings, files that come back bit for bit, and everything that must be refused."""
 
-import functools
 import json
 import os
 from dataclasses import replace
@@ -9,32 +8,11 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import NAMES, VISION, normal, tiny_clip
 
 from mergetune import FeatureCache, FrozenClip, Head, Prompt, fit, interpolate, load_solution
 
-VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-NAMES = ("cat", "fire truck", "dog")
 TEMPLATE = "a photo of a {}."
-
-
-@functools.cache
-def build_clip(seed: int = 0, siglip: bool = False, width: int = 16, dim: int = 8) -> FrozenClip:
-    torch.manual_seed(seed)
-    text = {**TEXT, "width": width}
-    if siglip:
-        text |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
-    model = (open_clip.CustomTextCLIP if siglip else open_clip.CLIP)(dim, VISION, text)
-    return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), f"tiny-{seed}")
-
-
-@pytest.fixture
-def clip():
-    return build_clip()
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make(clip: FrozenClip, kind: str):
@@ -65,7 +43,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("siglip", [False, True])
 @pytest.mark.parametrize("template", [TEMPLATE, "the {}", "an icon of a {}, which is red"])
 def test_from_template_is_the_zero_shot_classifier(siglip, template):
-    clip = build_clip(siglip=siglip)
+    clip = tiny_clip(siglip=siglip)
     prompt = Prompt.from_template(clip, template)
     assert prompt.n_ctx == len(template.split("{")[0].split()) and prompt.classnames is None
     expected = clip.class_embeddings(NAMES, template)
@@ -110,7 +88,7 @@ def test_per_class_contexts_are_their_own_memory(clip):
 @pytest.mark.parametrize("siglip", [False, True])
 def test_context_vectors_go_where_the_words_stood(siglip):
     """Against open_clip's own tower, run on embeddings with the context put in by hand."""
-    clip = build_clip(siglip=siglip)
+    clip = tiny_clip(siglip=siglip)
     prompt = Prompt(normal(3, 4, 16), TEMPLATE, NAMES)
     tower = clip.model.text if siglip else clip.model
     tokens = clip.tokenize([TEMPLATE.format(name) for name in NAMES])
@@ -245,7 +223,7 @@ def test_class_names_that_do_not_fit_are_refused(clip, kind, names, match):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_clip_is_refused(clip, kind):
-    other, solution = build_clip(seed=1), make(clip, kind)
+    other, solution = tiny_clip(seed=1), make(clip, kind)
     assert solution.class_embeddings(clip, NAMES).shape == (3, 8)
     for call in (solution.class_embeddings, solution.class_weights, solution.encoder):
         with pytest.raises(ValueError, match="made for .tiny-0, .* got tiny-1"):
@@ -253,7 +231,7 @@ def test_another_clip_is_refused(clip, kind):
     unknown = replace(solution, fingerprint=None)
     assert unknown.class_embeddings(other, NAMES).shape == (3, 8)
     with pytest.raises(ValueError, match="width 24"):
-        unknown.class_embeddings(build_clip(width=24, dim=24), NAMES)
+        unknown.class_embeddings(tiny_clip(width=24, dim=24), NAMES)
 
 
 # -- heads ------------------------------------------------------------------------------------------------------------

@@ -15,13 +15,7 @@ LENGTH, VOCABULARY, PAD, EOS, START = 13, 40, 0, 1, 2
 FIRST, CONTEXT = 1, 3
 NAMES = ("k", "a b c", "d", "g h i j k", "l m")  # of lengths 1 to 5, not in their order
 
-
-@pytest.fixture(autouse=True)
-def poison_uninitialized_memory():
-    """New tensors are filled with NaN, so that whatever is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison_uninitialized_memory")
 
 
 class Words:

@@ -30,19 +30,7 @@ runs_kernel = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="TRITON_INTERPRET is off and there is no GPU"
 )
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks into Triton's interpreter")
-
-
-@pytest.fixture(autouse=True)
-def poison_uninitialized_memory():
-    """New tensors are filled with NaN, so that workspace read before it is written shows."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+pytestmark = pytest.mark.usefixtures("poison_uninitialized_memory")
 
 
 @pytest.fixture

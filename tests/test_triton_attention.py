@@ -28,17 +28,12 @@ INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
 RESULTS = ("out", *(f"d_{name}" for name in INPUTS))
 KERNELS = ("prefix_attention_kernel", "prefix_attention_backward_kernel", "prefix_gradient_kernel")
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="TRITON_INTERPRET is off and there is no GPU"
-)
-
-
-@pytest.fixture(autouse=True)
-def poison_uninitialized_memory():
-    """New tensors are filled with NaN, so that whatever is read before it is written, or never written, shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="TRITON_INTERPRET is off and there is no GPU"
+    ),
+    pytest.mark.usefixtures("poison_uninitialized_memory"),
+]
 
 
 @pytest.fixture

@@ -1,0 +1,34 @@
+"""The commands, thin over the API. Exit codes: 0 done, 1 something failed, 2 a wrong argument or input.
+
+Here they are put together, in the order of `mergetune --help`; each import says in which file a command lives.
+"""
+
+import typer
+
+from mergetune.cli.files import convert, export
+from mergetune.cli.first_steps import demo, doctor
+from mergetune.cli.images import cache
+from mergetune.cli.measuring import evaluate, path
+from mergetune.cli.merging import compare, merge
+from mergetune.cli.options import SeveralValues
+from mergetune.cli.paper import reproduce
+from mergetune.cli.training import fit, tune
+
+app = typer.Typer(
+    help="Give a fine-tuned CLIP its zero-shot ability back (MERGETUNE, arXiv 2601.10497).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(doctor)
+app.command()(cache)
+app.command()(tune)
+app.command()(fit)
+app.command("eval")(evaluate)
+app.command()(path)
+app.command()(export)
+app.command()(convert)
+app.command(cls=SeveralValues)(reproduce)
+app.command()(merge)
+app.command(cls=SeveralValues)(compare)

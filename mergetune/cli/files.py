@@ -1,0 +1,64 @@
+"""`mergetune export` and `mergetune convert`: files for other tools, and from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergetune.cli.options import BackboneIfNeeded, Position, Pretrained
+from mergetune.cli.shared import errors, out, tell
+
+
+def export(
+    solution: Annotated[str, typer.Argument(help="Saved solution, CoOp checkpoint or head.")],
+    form: Annotated[str, typer.Option("--to", help="coop, head, classifier or hub.")],
+    target: Annotated[Path, typer.Option("--out", help="Folder (coop, hub) or file (.safetensors, .npz, .pt).")],
+    backbone: BackboneIfNeeded = None,
+    pretrained: Pretrained = None,
+    classes: Annotated[Path | None, typer.Option("--classnames", help="Text file, one class name a line.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="coop: float16, as CoOp's own precision fp16.")] = False,
+    push: Annotated[str | None, typer.Option(help="hub: upload too, to this repository: name/repository.")] = None,
+    license: Annotated[str | None, typer.Option(help="hub: the card's, as mit.")] = None,
+    position: Position = "end",
+) -> None:
+    """Write a solution for other tools: CoOp's checkpoint, a head, a zero-shot classifier, a Hugging Face folder."""
+    import mergetune as mt
+    from mergetune import exports
+    from mergetune.solutions import open_solution
+
+    with errors():
+        if form not in ("coop", "head", "classifier", "hub"):
+            raise ValueError(f"--to must be coop, head, classifier or hub, got {form!r}")
+        names = None
+        if classes is not None:
+            names = [line.strip() for line in classes.read_text(encoding="utf-8").split("\n") if line.strip()]
+        found = open_solution(solution, classnames=names, position=position)
+        clip = mt.load_clip(backbone, pretrained) if backbone else None
+        if clip is None and (form in ("coop", "classifier") or (form == "head" and found.kind == "prompt")):
+            raise ValueError(f"--backbone is needed for {form}: it encodes the class names")
+        if form == "coop":
+            exports.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
+        elif form == "head":
+            exports.to_head(found, target, clip=clip, classnames=names)
+        elif form == "classifier":
+            exports.zero_shot_classifier(found, clip, names, file=target)
+        else:
+            exports.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
+            if push:
+                out.print(exports.push_to_hub(found, push, license=license), highlight=False, markup=False)
+    tell(f"{form}: {target}")
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="A pickled module, as WiSE-FT's classification head.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    only: Annotated[str | None, typer.Option(help="A part of it: classification_head.")] = None,
+) -> None:
+    """The tensors of a pickled module as .safetensors, without running the pickle. `--tuned` reads the result."""
+    from mergetune.pickles import convert_module
+
+    with errors():
+        names = convert_module(file, target, only=only)
+    tell(f"{', '.join(names)}: {target}")

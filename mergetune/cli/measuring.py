@@ -1,0 +1,126 @@
+"""`mergetune eval` and `mergetune path`: saved solutions, measured on cached features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from mergetune.cli.options import Backbone, Cache, Classes, Device, Json, Position, Pretrained, Space, Templates
+from mergetune.cli.shared import announce, errors, new_table, open_cache, out, print_json, read_solution, tell
+
+_SOLUTION = typer.Option("--solution", help="Folder of a saved solution.")
+
+
+def evaluate(
+    features: Cache,
+    backbone: Backbone,
+    solution: Annotated[list[str], _SOLUTION] = [],
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    classes: Classes = "all",
+    base_novel: Annotated[bool, typer.Option("--base-novel", help="Base and novel classes apart, and HM.")] = False,
+    template: Templates = ["a photo of a {}."],
+    position: Position = "end",
+    as_json: Json = False,
+) -> None:
+    """Accuracy of zero-shot and of saved solutions on cached test features."""
+    import mergetune as mt
+
+    with errors():
+        clip = mt.load_clip(backbone, pretrained, device=device)
+        entries = {"zero-shot": mt.classifier(clip, template)}
+        test = open_cache(features, "base" if base_novel else classes)
+        entries |= {name: mt.classifier(clip, read_solution(name, test, position)) for name in solution}
+        novel = open_cache(features, "novel") if base_novel else None
+        report: dict[str, Any] = {}
+        for name, classify in entries.items():
+            if base_novel:
+                found = mt.base_to_novel(classify, test, novel)
+                report[name] = {"base": found.base.to_json(), "novel": found.novel.to_json(), "hm": found.hm}
+            else:
+                report[name] = mt.accuracy(classify(test.classnames), test).to_json()
+    if as_json:
+        print_json(report)
+        return
+    table = new_table("", *(("base", "novel", "HM") if base_novel else ("accuracy", "mean of classes", "images")))
+    for name, found in report.items():
+        if base_novel:
+            cells = [f"{v:.2f}" for v in (found["base"]["accuracy"], found["novel"]["accuracy"], found["hm"])]
+        else:
+            cells = [f"{found['accuracy']:.2f}", f"{found['mean_per_class']:.2f}", str(found["images"])]
+        table.add_row(escape(name), *cells)
+    out.print(table)
+
+
+def path(
+    features: Cache,
+    tuned: Annotated[str, typer.Option("--tuned", help="Fine-tuned solution or CoOp checkpoint.")],
+    solution: Annotated[str, _SOLUTION],
+    backbone: Backbone,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    classes: Classes = "all",
+    template: Annotated[str, typer.Option(help="Zero-shot text with {}.")] = "a photo of a {}.",
+    points: Annotated[int, typer.Option(min=2)] = 21,
+    space: Space = "embedding",
+    figure: Annotated[Path, typer.Option(help="Where the figure goes: .png, .pdf or .svg.")] = Path("paths.png"),
+    plane: Annotated[
+        Path | None, typer.Option(help="Also a figure of the plane through the three: .png, .pdf or .svg.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also paths, plane and curvature as one HTML file.")] = None,
+    curvature: Annotated[
+        int, typer.Option(min=0, help="Of the report: points on each path where the Hessian is looked at; 0 for none.")
+    ] = 5,
+    position: Position = "end",
+    as_json: Json = False,
+) -> None:
+    """Loss, accuracy and barriers on the paths between zero-shot, fine-tuned and merged solution, with a figure."""
+    import mergetune as mt
+    from mergetune import geometry
+    from mergetune.solutions import zero_shot_like
+
+    with errors():
+        if curvature == 1:
+            raise ValueError("curvature must be 0, or at least 2 points with both ends of a path, got 1")
+        clip = mt.load_clip(backbone, pretrained, device=device)
+        data = open_cache(features, classes)
+        merged, start = read_solution(solution, data, position), read_solution(tuned, data, position)
+        zero_shot = zero_shot_like(clip, merged, template)
+        walks = mt.connectivity(clip, zero_shot, start, merged, data, points=points, space=space)
+        images, way = f"{classes} classes", {"zero-shot": zero_shot, "MERGETUNE": merged, "fine-tuned": start}
+        mt.plot({images: walks}, figure)
+        found = {name: walk.to_json() for name, walk in walks.items()}
+        planes, spectra = {}, {}
+        if plane or report:
+            three = {name: way[name] for name in ("zero-shot", "fine-tuned", "MERGETUNE")}
+            try:
+                planes[images] = geometry.plane(clip, three, data, space=space)
+                found["plane"] = planes[images].to_json()
+            except ValueError as error:  # a weight average lies on the line of the other two
+                if plane:
+                    raise
+                announce(as_json)(f"the report goes without the plane: {error}")
+        if plane:
+            geometry.plot_plane(planes, plane)
+        if report and curvature:
+            spectra[images] = geometry.spectrum(clip, way, data, points=curvature, space=space)
+            found["curvature"] = spectra[images].to_json()
+        if report:
+            settings = {
+                "backbone": clip.name, "cache": features, "images": len(data), "classes": len(data.classnames),
+                "fine-tuned": tuned, "MERGETUNE": solution, "template": template, "space": space,
+            }  # fmt: skip
+            geometry.report(report, {images: walks}, planes=planes, spectra=spectra, settings=settings)
+    if as_json:
+        print_json(found)
+        return
+    table = new_table("", "loss at start", "highest", "at end", "barrier")
+    for name, walk in walks.items():
+        table.add_row(name, *(f"{v:.4f}" for v in (walk.loss[0], max(walk.loss), walk.loss[-1], walk.barrier)))
+    out.print(table)
+    for name, file in (("Figure", figure), ("Plane", plane), ("Report", report)):
+        if file:
+            tell(f"{name}: {file}")

@@ -1,0 +1,201 @@
+"""`mergetune merge` and `mergetune compare`: merging afterwards, and against MERGETUNE."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.padding import Padding
+
+from mergetune.cli.options import BackboneIfNeeded, CacheIfNeeded, Classes, Device, Json, Pretrained, Seeds, Templates
+from mergetune.cli.shared import announce, err, errors, new_table, open_cache, out, print_json, read_solution, tell
+
+
+def merge(
+    method: Annotated[str | None, typer.Argument(help="One of `mergetune merge --list`.")] = None,
+    experts: Annotated[
+        list[str] | None, typer.Argument(help="Solutions: saved folders, CoOp checkpoints; or .safetensors files.")
+    ] = None,
+    out_path: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the solution, or .safetensors file.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help='Zero-shot text with {}, a saved folder, or a file. "a photo of a {}." if needed.'),
+    ] = None,
+    option: Annotated[list[str], typer.Option("-o", "--option", help="name=value, of the method.")] = [],
+    backbone: BackboneIfNeeded = None,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    features: CacheIfNeeded = None,
+    classes: Classes = "all",
+    shots: Annotated[int | None, typer.Option(help="Of the cache, images a class.")] = None,
+    seed: Annotated[int, typer.Option(help="Of that draw.")] = 1,
+    listing: Annotated[bool, typer.Option("--list", help="The methods: needs, meaningful on, source.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge solutions, or state dicts in files, afterwards: TIES, DARE, WiSE-FT and the others.
+
+    mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." --backbone ... -o density=0.3
+    """
+    import mergetune as mt
+    from mergetune import catalogue
+    from mergetune.solutions import zero_shot_like
+
+    if listing:
+        _print_methods(catalogue.catalogue(), as_json)
+        return
+    with errors():
+        if not (method and experts and out_path):
+            raise ValueError("a method, at least one solution or file, and --out are needed; --list shows the methods")
+        options = catalogue.parse_options(method, option)
+        files = [path.endswith(".safetensors") for path in experts]
+        if any(files) and not all(files):
+            raise ValueError(f"experts must be all solutions or all .safetensors files, got {', '.join(experts)}")
+        if all(files):
+            if features is not None:
+                raise ValueError("--cache goes with solutions, not with files of tensors")
+            catalogue.merge_files(method, base, experts, out_path, options)
+            notes: dict[str, Any] = {"merged": catalogue.find(method), "base": base, "experts": experts}
+        else:
+            data = None if features is None else open_cache(features, classes, shots=shots, seed=seed)
+            solutions = [read_solution(path, data) for path in experts]
+            start: Any = None
+            if base is not None and "{}" not in base:
+                start = read_solution(base, data)
+            needed = start is None and (base or catalogue.needs_base(method, len(solutions), options))
+            clip = mt.load_clip(backbone, pretrained, device=device) if backbone else None
+            if (needed or data is not None) and clip is None:
+                raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
+            if needed:
+                start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
+            merged = catalogue.merge_solutions(method, solutions, base=start, clip=clip, features=data, options=options)
+            merged.save(out_path)
+            notes = merged.notes | {"base": base, "experts": experts}
+    if as_json:
+        print_json(notes | {"out": str(out_path)})
+    else:
+        tell(f"{notes['merged']} of {len(experts)}: {out_path}")
+
+
+def _print_methods(entries: list[Any], as_json: bool) -> None:
+    if as_json:
+        print_json([asdict(entry) for entry in entries])
+        return
+    for entry in entries:
+        options = ", ".join(f"{name}={default}" for name, default in entry.options.items())
+        out.print(f"[bold]{entry.name}[/] {escape(entry.title)}, {entry.source}", highlight=False)
+        needs = f"needs: {entry.needs}\nfor: {entry.meaningful}\noptions: {options or 'none'}"
+        out.print(Padding(escape(needs), (0, 0, 0, 4)), highlight=False)
+
+
+def compare(
+    caches: Annotated[
+        list[Path] | None, typer.Argument(help="Datasets: folders with caches train, test (and val), all classes.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Cells, table and figure. What is there is used again.")] = Path(
+        "out/compare"
+    ),
+    embedded: Annotated[bool, typer.Option("--demo", help="On the embedded CLIP and icons.")] = False,
+    backbone: BackboneIfNeeded = None,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    experts: Annotated[
+        list[str], typer.Option("--expert", help="coop:1, coop:2, kgcoop:1, head:1 are trained; or saved solutions.")
+    ] = ["coop:1", "coop:2", "coop:3", "kgcoop:1"],
+    partitions: Annotated[
+        list[int], typer.Option("--partition", min=0, help="Base and novel classes: 0 is CoOp's, 1, 2, ... are random.")
+    ] = [0],
+    all_classes: Annotated[bool, typer.Option("--all-classes", help="Train and test on all classes.")] = False,
+    seeds: Seeds = [1, 2, 3],
+    shots: Annotated[int, typer.Option(min=1, help="Images a class.")] = 16,
+    template: Templates = ["a photo of a {}."],
+    tuning: Annotated[list[str], typer.Option("--tune", help="name=value, of mergetune.tune.")] = [],
+    fitting: Annotated[list[str], typer.Option("--fit", help="name=value, of mergetune.fit.")] = [],
+    lam: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = [8.0, 4.0, 16.0],
+    tau: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = [0.3, 0.6],
+    choose: Annotated[str, typer.Option(help="Hyper-parameters: on validation images, or on the others' ones.")] = (
+        "validation"
+    ),
+    reference: Annotated[str, typer.Option(help="The line that differences are to.")] = "MERGETUNE, chosen [1]",
+    as_json: Json = False,
+) -> None:
+    """Zero-shot, tuned, every merge, the ensembles and MERGETUNE on the same cells: datasets, partitions and seeds.
+
+    Hyper-parameters are chosen on validation images, never on test images. Interrupted, the same command goes on.
+    """
+    import mergetune as mt
+    from mergetune.compare import Plan, icons_task
+    from mergetune.compare import compare as run_comparison
+
+    with errors():
+        tune, fit = _keywords(mt.tune, tuning), _keywords(mt.fit, fitting)
+        if embedded == bool(caches) or embedded == bool(backbone):
+            raise ValueError("give folders of caches and --backbone, or --demo")
+        trained = [":" in expert and not Path(expert).exists() for expert in experts]
+        if any(trained) and not all(trained):
+            raise ValueError(f"experts must be all trained here or all saved, got {', '.join(experts)}")
+        if embedded:
+            from mergetune import demo as icons
+
+            clip, tasks = icons_task(folder, report=announce(as_json))
+            precision = {"precision": icons.PRECISION}
+            tune, fit = icons.STAGE_1 | precision | tune, precision | fit
+        else:
+            clip = mt.load_clip(backbone, pretrained, device=device)
+            tasks = [_task(cache, template) for cache in caches]
+        plan = Plan(
+            experts=tuple(experts) if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts},
+            shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
+        )  # fmt: skip
+        found = run_comparison(
+            clip, tasks, folder, plan=plan, partitions=(None,) if all_classes else tuple(partitions),
+            seeds=tuple(seeds), reference=reference, report=announce(as_json),
+        )  # fmt: skip
+        found.save(folder)
+    if as_json:
+        print_json(found.to_json())
+        return
+    _print_comparison(found)
+    said = f"Differences are to {found.reference}; {len(found.cells)} cells; ± is the standard error, in brackets the "
+    said += f"95 % interval, over classes. Hyper-parameters: chosen on {found.choose}. More columns, figure: {folder}"
+    tell(said)
+    for method, why in found.left_out.items():
+        err.print(f"[dim]left out: {escape(method)}: {escape(why)}[/]", soft_wrap=True, highlight=False)
+
+
+def _keywords(function: Callable, given: list[str]) -> dict[str, Any]:
+    """Keyword arguments of a function, from name=value."""
+    from mergetune.catalogue import parse_keywords
+
+    return parse_keywords(f"mergetune.{function.__name__}", inspect.signature(function).parameters, given)
+
+
+def _task(caches: Path, templates: list[str]) -> Any:
+    """A dataset, from the folder that `mergetune cache` made."""
+    import mergetune as mt
+    from mergetune.compare import Task
+
+    train, test = mt.FeatureCache.open(caches / "train"), mt.FeatureCache.open(caches / "test")
+    val = mt.FeatureCache.open(caches / "val") if (caches / "val").is_dir() else None
+    return Task(caches.resolve().name, train, test, val, tuple(templates))
+
+
+def _print_comparison(found: Any) -> None:
+    """Every line with its differences to the reference in the last column's measure."""
+    columns = list(found.lines[0].values)
+    table = new_table("", *columns, f"{columns[-1]} difference")
+    for line in found.lines:
+        difference = line.differences.get(columns[-1])
+        about = ""
+        if difference:
+            about = "{:+.1f} ({:+.1f} to {:+.1f})".format(difference.mean, *difference.classes)
+        values = [f"{line.values[c]:.1f} ± {line.errors[c]:.1f}" for c in columns]
+        style = "bold" if line.row.startswith("MERGETUNE") else None
+        table.add_row(escape(line.row), *values, about, style=style)
+    out.print(table)

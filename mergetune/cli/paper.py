@@ -1,0 +1,100 @@
+"""`mergetune reproduce`: the paper's experiments."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergetune.cli.options import Backbone, Device, Json, Lam, Pretrained, Seeds, Workers
+from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, tell
+
+
+def reproduce(
+    protocol: Annotated[str, typer.Argument(help="base-to-novel, cross-dataset, domain, few-shot or robust.")],
+    root: Annotated[Path, typer.Option("--root", help="The datasets' folders, in CoOp's layout (DATASETS.md).")],
+    folder: Annotated[Path, typer.Option("--out", help="Results, caches and solutions. What is there is used again.")],
+    backbone: Backbone,
+    pretrained: Pretrained = None,
+    device: Device = "cpu",
+    datasets: Annotated[list[str], typer.Option("--datasets", help="Some only, by CoOp's names.")] = [],
+    methods: Annotated[list[str], typer.Option("--method", help="coop, kgcoop, head.")] = [],
+    seeds: Seeds = [1, 2, 3],
+    shots: Annotated[list[int], typer.Option("--shots", help="Images a class.")] = [],
+    templates: Annotated[
+        str | None,
+        typer.Option(
+            help="coop, kgcoop, official, clip-ensemble or coop-ensemble. official; clip-ensemble for robust."
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Stage 1 from files: a path with {dataset}, {method}, {shots}, {seed} in it.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of both stages, instead of 50.")] = None,
+    lam: Lam = 8.0,
+    beta: Annotated[float, typer.Option(help="Weight of the path to the tuned solution.")] = 0.5,
+    tau: Annotated[float, typer.Option(help="Start: 0 at zero-shot, 1 at the tuned solution.")] = 0.3,
+    workers: Workers = 0,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """An experiment of the paper, from images to table and figure. Interrupted, the same command goes on.
+
+    Options that may be repeated take several values: --seeds 1 2 3. Under torchrun the ranks share the work.
+    """
+    import mergetune as mt
+    from mergetune import protocols
+
+    with errors():
+        runs = protocols.plan(protocol, datasets=datasets, methods=methods, seeds=seeds, shots=shots)
+        both = {} if epochs is None else {"epochs": epochs}
+        usual = "clip-ensemble" if protocol == "robust" else "official"  # as WiSE-FT has it, and the official code
+        experiment = protocols.Experiment(
+            root=root, out=folder, templates=templates or usual, checkpoints=checkpoints, tune=both,
+            fit=both | {"lam": lam, "beta": beta, "tau": tau}, cache={"workers": workers},
+        )  # fmt: skip
+        protocols.check_data(runs, root)  # before the model is loaded
+        load = partial(mt.load_clip, backbone, pretrained, device=device)
+        if dry_run:
+            _print_forecast(protocols.forecast(runs, experiment, load()), as_json)
+            return
+        records = protocols.reproduce(runs, experiment, load, processes=processes)
+        if not first_rank():
+            return
+        lines = protocols.save_table(records, folder / protocol)
+    if as_json:
+        print_json([line.to_json() for line in lines])
+        return
+    _print_lines(lines)
+    tell(f"Table, figure and runs: {folder / protocol}")
+
+
+def _print_lines(lines: list[Any]) -> None:
+    """The table, and below a line the paper's figures with the difference."""
+    columns = list(lines[0].values)
+    table = new_table("dataset, stage 1, solution", *columns)
+    for line in lines:
+        style = "bold" if line.solution == "MERGETUNE" else None
+        table.add_row(f"{line.dataset}, {line.method}, {line.solution}", *map(line.show, columns), style=style)
+        if line.published:
+            apart = {c: f"{p:.2f} ({line.values[c] - p:+.2f})" for c, p in line.published.items()}
+            table.add_row("  published, eleven datasets", *(apart.get(c, "") for c in columns), style="dim")
+    out.print(table)
+
+
+def _print_forecast(found: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(found.to_json())
+        return
+    table = new_table("cache", "images to encode")
+    for name, images in found.images.items():
+        table.add_row(name, str(images) if images else "is there")
+    out.print(table)
+    minutes = lambda seconds: f"{seconds / 60:.1f} min"  # noqa: E731
+    tell(
+        f"{found.runs} runs, {found.finished} of them finished. Encoding about {minutes(found.seconds_encoding)}, "
+        f"training about {minutes(found.seconds_training)}, one after the other on this machine."
+    )
