@@ -241,7 +241,7 @@ def plain_ties(
     merged = base.copy()
     for i in range(len(base)):
         values = [(w, v) for w, v in zip(weights, trimmed[:, i], strict=True)]
-        voters = [w * v if divide == "weight" else v for w, v in values]
+        voters = [v if divide == "count" else w * v for w, v in values]
         elected = 1 if sum(np.sign(voters) if sign == "count" else voters) >= 0 else -1
         kept = [(w, v) for w, v in values if np.sign(v) == elected]
         if kept:
@@ -338,24 +338,33 @@ def test_dare_rescales_what_is_kept(rescale: str, consensus: str | None) -> None
     close(got, each(rule, base, experts))
 
 
-def plain_pcb(b: np.ndarray, taus: np.ndarray, *, ratio: float = 0.1, scale: float = 1.0, clip: float = 1e-4):
+def plain_pcb(
+    b: np.ndarray, taus: np.ndarray, *, ratio: float = 0.1, scale: float = 1.0, clip: float = 1e-4, between: str = "raw"
+):
     count, size = taus.shape
-    shares, values = np.zeros_like(taus), np.zeros_like(taus)
-    balance = np.zeros_like(taus)
+    shares, values, units = np.zeros_like(taus), np.zeros_like(taus), np.zeros_like(taus)
     for k, tau in enumerate(taus):
         order = np.sort(abs(tau))
         low, high = order[int(size * clip)], order[int(size * (1 - clip) - 1)]
-        magnitude = np.clip(abs(tau), low, high)
-        within = (magnitude - low) / (high - low) if high > low else 0 * tau
-        balance[k] = np.exp(count * within**2) * np.tanh(tau * taus.sum(0))
-        values[k] = np.sign(tau) * magnitude
-        floor, top = np.sort(balance[k])[min(int(size * (1 - ratio)), size - 1)], balance[k].max()
-        shares[k] = (np.maximum(balance[k], floor) - floor) / (top - floor) if top > floor else 0
+        values[k] = np.sign(tau) * np.clip(abs(tau), low, high)
+        units[k] = np.sign(tau) * (abs(values[k]) - low) / (high - low) if high > low else 0 * tau
+    for k, tau in enumerate(taus):
+        against = {
+            "raw": lambda tau=tau: np.tanh(tau * taus.sum(0)),
+            "normalized": lambda tau=tau: np.tanh(tau * units.sum(0)),
+            "pairs": lambda k=k: sum(np.tanh(units[k] * unit) for unit in units),
+        }[between]()
+        balance = np.exp(count * units[k] ** 2) * against
+        floor, top = np.sort(balance)[min(int(size * (1 - ratio)), size - 1)], balance.max()
+        shares[k] = (np.maximum(balance, floor) - floor) / (top - floor) if top > floor else 0
     return b + scale * (shares * values).sum(0) / np.maximum(shares.sum(0), 1e-12)
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
-@pytest.mark.parametrize("options", [{}, {"ratio": 0.5, "scale": 1.2, "clip": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ratio": 0.5, "scale": 1.2, "clip": 0.1}, {"ratio": 0.3, "between": "normalized"}, {"between": "pairs"}],
+)
 def test_pcb(scope: str, options: dict) -> None:
     base, experts = models()
 
@@ -407,8 +416,10 @@ def test_lines() -> None:
     depth = {"blocks.0.weight": 0, "blocks.0.bias": 0, "blocks.1.weight": 0.5, "blocks.2.weight": 1}
     expected = each(lambda n, b, e: b + (0.2 + 0.6 * depth.get(n, 0)) * (e - b).sum(0), base, experts)
     close(m.lines(base, experts, alpha=0.2, beta=0.6), expected)
-    expected = each(lambda n, b, e: b + (1 / 3 + 2 / 3 * depth.get(n, 0)) * (e - b).sum(0), base, experts)
-    close(m.lines(base, experts), expected)
+    expected = each(lambda n, b, e: b + (1 / 3 + 0.4 * depth.get(n, 0)) * (e - b).sum(0), base, experts)
+    close(m.lines(base, experts, beta=0.4), expected)
+    expected = each(lambda n, b, e: b + (0.5 + 0.5 * depth.get(n, 0)) * (e[0] - b), base, experts[:1])
+    close(m.lines(base, experts[:1]), expected)
     own = m.lines(base, experts[:1], alpha=0.0, beta=1.0, layer=lambda name: (1, 2) if name == "scale" else None)
     expected = each(lambda n, b, e: e[0] if n == "scale" else b, base, experts[:1])
     close(own, expected)
@@ -421,6 +432,15 @@ def test_lines_counts_each_tower_on_its_own() -> None:
     assert [got[f"visual.blocks.{i}.w"].item() for i in range(3)] == [0, 0.5, 1]
     assert got["text.blocks.10.w"].item() == 1 and got["text.blocks.5.w"].item() == pytest.approx(0.5)
     assert got["visual.proj"].item() == 0
+
+
+def test_ota_ffg_keeps_nothing_of_no_saliency() -> None:
+    """Where most saliencies are 0, so is the threshold: what did not move must not dilute what did."""
+    base, experts = {"x": torch.zeros(10)}, [{"x": torch.zeros(10)}, {"x": torch.ones(10)}]
+    experts[0]["x"][0] = 2.0
+    moments = [{"x": torch.ones(10)}, {"x": torch.ones(10)}]
+    got = m.ota_ffg(base, experts, second_moments=moments, density=0.5)["x"]
+    torch.testing.assert_close(got, torch.tensor([1.5] + [1.0] * 9))
 
 
 @pytest.mark.parametrize("trim", ["global", "tensor"])
@@ -460,17 +480,15 @@ def test_ota_ffg(trim: str, rank_one: bool) -> None:
     close(got, expected, tolerance=1e-7)
 
 
-@pytest.mark.parametrize("std", ["vector", "trimmed"])
-def test_compeft(std: str) -> None:
+def test_compeft() -> None:
     base, experts = models(1)
 
     def rule(b: np.ndarray, taus: np.ndarray) -> np.ndarray:
         kept = np.zeros(len(b))
         kept[np.argsort(-abs(taus[0]))[: int(0.2 * len(b))]] = 1
-        sigma = (taus[0] * (1 if std == "vector" else kept)).std(ddof=1)
-        return b + 1.5 * sigma * np.sign(taus[0]) * kept
+        return b + 1.5 * taus[0].std(ddof=1) * np.sign(taus[0]) * kept
 
-    close(m.compeft(base, experts, alpha=1.5, std=std), together(rule, base, experts))
+    close(m.compeft(base, experts, alpha=1.5), together(rule, base, experts))
 
 
 def test_compeft_size() -> None:
@@ -483,6 +501,22 @@ def test_compeft_size() -> None:
     k = got.kept / size
     bits = size * (-(1 - k) * math.log2(1 - k) - k * math.log2(k / 2)) + 16
     assert (got.dense, got.masks, got.entropy) == (2 * size, math.ceil((2 * size + 16) / 8), math.ceil(bits / 8))
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 0.9, 1.0])
+def test_golomb_size_is_that_of_codes_written_out(density: float) -> None:
+    """Gaps between what is kept, each as a quotient in unary and a remainder in b bits; b is the best one."""
+    generator = torch.Generator().manual_seed(0)
+    expert = {"x": torch.randn(200_000, generator=generator)}
+    base = {"x": torch.zeros(200_000)}
+    got = m.compeft_size(base, [expert], density=density)
+    places = m.compeft(base, [expert], density=density)["x"].nonzero().flatten().numpy()
+    gaps = np.diff(places, prepend=-1) - 1
+    lengths = {b: int((gaps // 2**b + 1 + b).sum()) for b in range(8)}
+    written = (min(lengths.values()) if density < 1 else 0) + len(places) + 16
+    assert got.golomb == pytest.approx(written / 8, rel=0.01)
+    if density <= 0.5:
+        assert got.entropy <= got.golomb <= 1.05 * got.entropy
 
 
 # -- matrices ---------------------------------------------------------------------------------------------------------
@@ -705,6 +739,7 @@ def options_for(name: str, count: int) -> dict:
         "ota_ffg": {"second_moments": [positive(k + 20) for k in range(count)]},
         "metrics_average": {"metrics": [0.5 + k for k in range(count)]},
         "layerwise": {"coefficients": {n: [0.3] * count for n in [*SHAPES, EMPTY]}},
+        "lines": {"beta": 0.4},
     }.get(name, {})
 
 
@@ -799,7 +834,7 @@ def test_the_merge_of_one_model_with_itself_is_that_model(name: str, options: di
         ("layerwise", {"coefficients": {n: [1.0] for n in [*SHAPES, EMPTY]}}),
         ("ties", {"density": 1.0}),
         ("dare", {"density": 1.0}),
-        ("lines", {"alpha": 1.0}),
+        ("lines", {"alpha": 1.0, "beta": 0.0}),
         ("ota_ffg", {"density": 1.0}),
     ],
 )
@@ -988,6 +1023,7 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (lambda b, e: m.sce(b, e[:1]), ValueError, "sce needs at least 2 expert"),
         (lambda b, e: m.delta_guided(b, e, power=-1), ValueError, "power must be at least 0"),
         (lambda b, e: m.layerwise(b, e, coefficients={}), ValueError, "coefficients must be there for every tensor"),
+        (lambda b, e: m.lines(b, e[:2]), ValueError, "beta must be given for 2 experts"),
         (lambda b, e: m.lines({"ctx": b["scale"]}, [{"ctx": b["scale"]}]), ValueError, "lines needs names with block"),
         (lambda b, e: m.compeft(b, e), ValueError, "compeft needs 1 expert"),
         (lambda b, e: m.widen(b, e, normalize=True, calibration=0), ValueError, "calibration must be positive with"),

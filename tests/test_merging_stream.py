@@ -37,6 +37,7 @@ def options_for(name: str, count: int) -> dict:
         "ota_ffg": {"second_moments": positive, "rank_one": True},
         "metrics_average": {"metrics": [0.5 + k for k in range(count)]},
         "layerwise": {"coefficients": {n: [0.3] * count for n in [*SHAPES, "none"]}},
+        "lines": {"beta": 0.4},
     }.get(name, {})
 
 

@@ -76,15 +76,15 @@ def slerp(base: StateDict | None, experts: Sequence[StateDict], *, t: float = 0.
     scales = {name: _slerp_scales(name, ends, t) for name in floating(ends[0])}
 
     def merge(part: Part) -> Tensor:
-        a, b = part.experts if part.base is None else (part.base, part.experts[0])
-        return scales[part.name][0] * a + scales[part.name][1] * b
+        rows = part.stored if part.stored_base is None else [part.stored_base, *part.stored]
+        return ops.merge_deltas(None, rows, scales[part.name])
 
     return Merge(merge)
 
 
 def _slerp_scales(name: str, ends: Sequence[StateDict], t: float) -> tuple[float, float]:
-    parts = over_parts(lambda p: (p.experts @ p.experts.T).cpu().double(), [name], None, ends)
-    gram = sum(parts, torch.zeros(2, 2).double())
+    products = over_parts(lambda part: (part.experts @ part.experts.T).cpu().double(), [name], None, ends)
+    gram = sum(products, torch.zeros(2, 2).double())
     norms = gram.diagonal().sqrt()
     cosine = (gram[0, 1] / norms.prod()).item() if norms.all() else 1.0
     if abs(cosine) > 0.9995:

@@ -102,8 +102,8 @@ def ties(
 
     Of each tau_k the ``density`` of largest magnitude stays; the sign of ``sum_k tau_k`` is elected for each element;
     the kept values of that sign are averaged and added to the base, times ``scale``. Values that equal the threshold
-    all stay. Where the sum is exactly zero the positive sign is elected, as in peft and mergekit (the authors' code
-    takes the sign that most elements have).
+    all stay (the authors' code keeps one more). Where the sum is exactly zero the positive sign is elected, as in peft
+    and mergekit (the authors' code takes the sign that most elements have).
 
     Needs: no data. Meaningful for several experts, any tensors; of one expert it only trims. Two passes more.
 
@@ -113,8 +113,8 @@ def ties(
         weights: one for each expert; None is 1 for all.
         trim: "global" over all tensors of an expert together (authors' code), "tensor" in each (peft, mergekit).
         sign: elected by "sum" of values (paper), or by "count" of signs.
-        divide: by the "count" of values that agree (paper, peft), by their "weight" (mergekit; the signs then
-            are those of the weighted values), or by nothing, "none" (the sum).
+        divide: by the "count" of values that agree (paper, peft), by their "weight" (mergekit), or by nothing, "none"
+            (mergekit's normalize=false). For the last two the signs are those of the weighted values, as there.
     """
     thresholds = _thresholds(base, experts, density, trim, None)
     election = _election(weights, len(experts), sign, divide)
@@ -152,7 +152,10 @@ def dare(
         weights: one for each expert; None is 1 for all.
         rescale: "density" divides by it (paper); "l1", "l2", "linf" restore that norm of each tensor's tau_k (mergekit;
             tensors are then taken whole); None leaves the rest as it is.
-        consensus: None adds; "sum" or "count" elects signs as :func:`ties` does (DARE-TIES of peft and mergekit).
+        consensus: None adds; "sum" or "count" elects signs as :func:`ties` does (peft's DARE-TIES; mergekit's is
+            ``consensus="sum", divide="none", rescale="l1"``). The authors trim as TIES does between the two: that is
+            :func:`ties` of ``dare(base, [expert], seed=k)`` for each expert k, with another seed for each, as the
+            masks are told apart by the place among the experts.
         divide: with a consensus, as in :func:`ties`.
         seed: of the masks.
     """
@@ -189,13 +192,14 @@ def pcb(
     scale: float = 1.0,
     scope: str = "global",
     clip: float = 1e-4,
+    between: str = "raw",
 ) -> dict[str, Tensor]:
     """PCB-Merging: parameters compete within and between experts (arXiv 2410.02396; authors' code: pcb-merging.py).
 
     With ``a_k = |tau_k|`` clamped to its ``clip`` and ``1 - clip`` quantiles and ``norm`` the map of an expert's values
     to [0, 1]::
 
-        balance_k = exp(K norm(a_k)^2) * tanh(tau_k sum_j tau_j)                   within, between
+        balance_k = exp(K norm(a_k)^2) * between_k                                 within, between
         share_k   = norm(max(balance_k, its 1 - ratio quantile))                   the rest drops to 0
         merged    = base + scale * sum_k share_k sign(tau_k) a_k / sum_k share_k
 
@@ -206,10 +210,14 @@ def pcb(
         ratio: of the elements of an expert, what keeps a share.
         scale: lambda; the paper searches it, also one for each expert.
         scope: quantiles and ``norm`` "global" over all tensors of an expert (authors' code), or in each "tensor".
-        clip: 0.01 % in the authors' code.
+        clip: 0.01 % there, 1 % in the code for CLIP.
+        between: "raw", ``tanh(tau_k sum_j tau_j)``, depends on the scale of tau; with ``n_k = sign(tau_k) norm(a_k)``
+            the authors' code for CLIP has "normalized", ``tanh(tau_k sum_j n_j)`` (vision_source_code/pcb.py, ratio 0.05
+            and scale 1.2), and where it searches lambdas "pairs", ``sum_j tanh(n_k n_j)`` (pcb_ES.py).
     """
     check_fraction("ratio", ratio)
     check_choice("scope", scope, SCOPES)
+    check_choice("between", between, ("raw", "normalized", "pairs"))
     if not 0 <= clip < 0.5:
         raise ValueError(f"clip must be in [0, 0.5), got {clip}")
     limits: dict[str, list[list[float]]] = {}  # name -> [4][K]: a's lowest and highest, balance's quantile and highest
@@ -221,7 +229,12 @@ def pcb(
     def balance(part: Part) -> Tensor:
         deltas = part.deltas
         within = _unit(magnitude(part), *limits[part.name][:2])
-        return (len(experts) * within.square()).exp() * torch.tanh(deltas * deltas.sum(0))
+        signed = deltas.sign() * within
+        if between == "pairs":
+            against = torch.stack([torch.tanh(row * signed).sum(0) for row in signed])
+        else:
+            against = torch.tanh(deltas * (deltas if between == "raw" else signed).sum(0))
+        return (len(experts) * within.square()).exp() * against
 
     for group in _groups(base, scope):
         total = sum(source(base, name).numel for name in group)
@@ -312,7 +325,8 @@ def delta_guided(
 
     Computed: ``base + sum_k w_k tau_k`` with ``w_k = |tau_k|^power / sum_j |tau_j|^power``, |.| the L2 norm of the
     tensor, or the magnitude of the element. The paper weights checkpoints for each learnable parameter by its deviation
-    from the pretrained value; its exact formula was not at hand, this is our reading of it.
+    from the pretrained value; its exact formula was not at hand and the authors' code has no such step: this is our
+    reading of it.
 
     Needs: no data. Meaningful for several experts, any tensors. Two passes with per="tensor".
 
@@ -357,12 +371,16 @@ def lines(
     whose names hold block numbers; prompts and heads have none and are refused.
 
     Args:
-        alpha: of the first block. None is 1 / K for several experts (the paper's rule where their sum is merged), and
-            0.5 for one (the paper chooses it).
-        beta: None is ``1 - alpha``, so that the last block is taken whole (the paper's for one expert).
+        alpha: of the first block. None is 0.5 for one expert (the paper chooses it), and 1 / K for several, the paper's
+            rule for their sum. Its rule for another merge of them: the L1 norm of ``sum_k tau_k`` over K times that of
+            the merged task vector.
+        beta: None is ``1 - alpha`` for one expert, so that the last block is taken whole. Of several it must be given:
+            the authors search it, for the sum in (0, 1], for TIES in 0.1 .. 1.5.
         layer: name -> (l, L), or None outside the blocks. By default the first number between two dots in a name is l,
             and L counts those behind the same beginning, so that two towers are counted each on its own.
     """
+    if beta is None and len(experts) > 1:
+        raise ValueError(f"beta must be given for {len(experts)} experts (the paper searches it), got None")
     alpha = (1 / len(experts) if len(experts) > 1 else 0.5) if alpha is None else alpha
     beta = 1 - alpha if beta is None else beta
     names = floating(base)
@@ -395,18 +413,19 @@ def ota_ffg(
     trim: str = "global",
     rank_one: bool = False,
 ) -> dict[str, Tensor]:
-    """OTA merging with Fast Fisher Grafting (arXiv 2509.11167; authors' code: merge_methods/ota.py).
+    """OTA merging with Fast Fisher Grafting (arXiv 2509.11167; authors' code: mergekit/merge_methods/ota.py).
 
-    Grafting: of each tau_k the ``density`` with the highest saliency ``v_k tau_k^2`` stays, m_k. Aggregation of each
-    element: ``base + sum_k m_k p_k tau_k / sum_k m_k p_k`` with ``p_k = v_k^power + epsilon``; where nothing stays, the
-    base.
+    Grafting: of each tau_k the ``density`` with the highest saliency ``v_k tau_k^2``, if it is not 0, stays, m_k.
+    Aggregation of each element: ``base + sum_k m_k p_k tau_k / sum_k m_k p_k`` with ``p_k = v_k^power + epsilon``;
+    where nothing stays, the base.
 
     Needs: Adam's second moments ``exp_avg_sq`` of each expert's training, or squared gradients taken again (data).
     Meaningful for one expert (grafting alone) or several; any tensors. Two passes more.
 
     Args:
         second_moments: v_k, one state dict for each expert, of its names and shapes, not negative.
-        density: the authors set a threshold for each expert instead; they show 40 %.
+        density: the authors set a threshold for each expert instead, the highest that keeps its accuracy; they show
+            40 %.
         power: 0.5 makes Adam's preconditioner; authors' default.
         epsilon: authors' configuration.
         trim: "global" over all tensors of an expert, or in each "tensor".
@@ -438,7 +457,8 @@ def ota_ffg(
 
     def merge(part: Part) -> Tensor:
         v, deltas = moments(part), part.deltas
-        weights = (v.pow(power) + epsilon) * _reach(v * deltas.square(), thresholds[part.name])
+        saliency = v * deltas.square()
+        weights = (v.pow(power) + epsilon) * _reach(saliency, thresholds[part.name]) * saliency.sign()
         total = weights.sum(0)
         return part.base + (weights * deltas).sum(0) / torch.where(total > 0, total, 1.0)
 
@@ -447,30 +467,28 @@ def ota_ffg(
 
 @method(base=True, most=1)
 def compeft(
-    base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2, alpha: float = 1.0, std: str = "vector"
+    base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2, alpha: float = 1.0
 ) -> dict[str, Tensor]:
     """ComPEFT: the tuned residual as signs and one number (arXiv 2311.13171, algorithm 1).
 
     ``base + alpha * std(tau) * sign(tau)`` where |tau| is among the largest ``density`` of all tensors together, the
-    base elsewhere. :func:`compeft_size` says what the residual takes then.
+    base elsewhere; std is that of the whole tau. :func:`compeft_size` says what the residual takes then. For LoRA the
+    residual are the factors themselves, so its base is zeros; for IA3 it is ones.
 
-    Needs: no data (the paper chooses alpha on validation). Meaningful for one expert, any tensors. Three passes more.
+    Needs: no data (the paper chooses alpha on validation). Meaningful for one expert, any tensors. Two passes more.
 
     Args:
         density: k of the paper, which tries 5 to 50 %.
         alpha: the paper tries 0.5 to 10.
-        std: the standard deviation of the whole "vector" (paper), or of the "trimmed" one, zeros included (authors'
-            code, ``replace_noise_and_constant``).
     """
-    check_choice("std", std, ("vector", "trimmed"))
     thresholds = _thresholds(base, experts, density, "global", None)
 
     def trimmed(part: Part) -> Tensor:
         return _trimmed(part.deltas, thresholds[part.name])
 
     def moments(part: Part) -> Tensor:
-        values = (part.deltas if std == "vector" else trimmed(part)).double()
-        return torch.stack([values.sum(), values.square().sum()])
+        values = part.deltas.double()
+        return torch.stack([values.sum(), values.square().sum()]).cpu()
 
     count = sum(source(base, name).numel for name in floating(base))
     first, second = sum(over_parts(moments, floating(base), base, experts), torch.zeros(2)).tolist()
@@ -487,14 +505,17 @@ class CompressedSize:
         kept: those that are not zero after compression.
         dense: 16 bits for each element, as it is stored without compression.
         masks: two bits for each element, and 16 for the one number (arXiv 2311.13171).
-        entropy: the least for independent elements, ``-(1 - k) log2(1 - k) - k log2(k / 2)`` bits each, and 16;
-            Golomb codes come near it.
+        golomb: with the places of what is kept in Golomb code, ``b + 1 / (1 - (1 - k)^(2^b))`` bits each where
+            ``b = 1 + floor(log2(log(golden ratio - 1) / log(1 - k)))``, a sign each, and 16 (as arXiv 1903.02891 has it
+            for sparse ternary updates).
+        entropy: the least for independent elements, ``-(1 - k) log2(1 - k) - k log2(k / 2)`` bits each, and 16.
     """
 
     parameters: int
     kept: int
     dense: int
     masks: int
+    golomb: int
     entropy: int
 
 
@@ -507,9 +528,18 @@ def compeft_size(base: StateDict, experts: Sequence[StateDict], *, density: floa
     count = lambda part: int(_trimmed(part.deltas, thresholds[part.name]).count_nonzero())  # noqa: E731
     kept = sum(over_parts(count, floating(base), base, experts))
     k = kept / max(parameters, 1)
-    bits = sum(-p * math.log2(q) for p, q in ((1 - k, 1 - k), (k, k / 2)) if p > 0)
-    in_bytes = (math.ceil(total / 8) for total in (16 * parameters, 2 * parameters + 16, bits * parameters + 16))
-    return CompressedSize(parameters, kept, *in_bytes)
+    entropy = sum(-p * math.log2(q) for p, q in ((1 - k, 1 - k), (k, k / 2)) if p > 0)
+    golomb = kept * (_golomb_bits(k) + 1)
+    bits = 16 * parameters, 2 * parameters + 16, golomb + 16, entropy * parameters + 16
+    return CompressedSize(parameters, kept, *(math.ceil(count / 8) for count in bits))
+
+
+def _golomb_bits(k: float) -> float:
+    """Bits for the place of each of the elements that are kept, a share of k."""
+    if k in (0, 1):
+        return 0.0
+    b = max(0, 1 + math.floor(math.log2(math.log((math.sqrt(5) - 1) / 2) / math.log(1 - k))))
+    return b + 1 / (1 - (1 - k) ** 2**b)
 
 
 # -- trimming and election ---------------------------------------------------------------------------------------------
@@ -569,7 +599,7 @@ def _election(weights: Sequence[float] | None, count: int, sign: str | None, div
         return {"weights": weights}
     if divide == "weight" and min(weights) < 0:
         raise ValueError(f"weights must not be negative with divide='weight', got {weights}")
-    votes = [float(w > 0) if sign == "count" else w for w in weights] if divide == "weight" else None
+    votes = None if divide == "count" else [math.copysign(w != 0, w) for w in weights] if sign == "count" else weights
     shares = {"count": [1.0] * count, "weight": weights, "none": None}[divide]
     return {"weights": weights, "vote": sign, "votes": votes, "shares": shares}
 
