@@ -1,6 +1,9 @@
 """Merging files: the same bits as in memory, little at a time, whole or not at all; and what is refused."""
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,38 @@ def test_the_same_bits_as_in_memory(name: str, dtype: torch.dtype, tmp_path: Pat
     assert got.keys() == expected.keys()
     for key, tensor in expected.items():
         assert got[key].dtype == tensor.dtype and torch.equal(got[key], tensor), key
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Tests may change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - WHOLE))
+def test_the_same_bits_with_any_number_of_threads(name: str, threads: None) -> None:
+    method = getattr(m, name)
+    experts = [draw(k + 1) for k in range(1 if name == "slerp" else min(method.most or 3, 3))]
+    found = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found.append(method(draw(0), experts, **options_for(name, len(experts))))
+        assert torch.get_num_threads() == count
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_process_has_threads_of_its_own(threads: None) -> None:
+    torch.set_num_threads(2)
+    expected = m.ties(draw(0), [draw(1), draw(2)])
+    child = os.fork()
+    if not child:  # without the parent's threads it would wait for ever
+        signal.alarm(60)
+        got = m.ties(draw(0), [draw(1), draw(2)])
+        os._exit(0 if all(torch.equal(tensor, got[key]) for key, tensor in expected.items()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("options", [{"rescale": "l2"}, {"consensus": "sum", "divide": "weight"}, {"seed": 5}])

@@ -211,9 +211,9 @@ def pcb(
         scale: lambda; the paper searches it, also one for each expert.
         scope: quantiles and ``norm`` "global" over all tensors of an expert (authors' code), or in each "tensor".
         clip: 0.01 % there, 1 % in the code for CLIP.
-        between: "raw", ``tanh(tau_k sum_j tau_j)``, depends on the scale of tau; with ``n_k = sign(tau_k) norm(a_k)``
-            the authors' code for CLIP has "normalized", ``tanh(tau_k sum_j n_j)`` (vision_source_code/pcb.py, ratio 0.05
-            and scale 1.2), and where it searches lambdas "pairs", ``sum_j tanh(n_k n_j)`` (pcb_ES.py).
+        between: "raw", ``tanh(tau_k sum_j tau_j)``, depends on the scale of tau. The authors' code for CLIP has, with
+            ``n_k = sign(tau_k) norm(a_k)``, "normalized", ``tanh(tau_k sum_j n_j)`` (vision_source_code/pcb.py, ratio
+            0.05 and scale 1.2), and where it searches lambdas "pairs", ``sum_j tanh(n_k n_j)`` (pcb_ES.py).
     """
     check_fraction("ratio", ratio)
     check_choice("scope", scope, SCOPES)
