@@ -102,19 +102,24 @@ inline void add_agreeing(T* sum, T* divisor, T by, T share, const T* votes, cons
     }
 }
 
+constexpr std::int64_t few_experts = 8;  // a block of the deltas of so many stays in the first-level cache too
+
 template <class Value, class T = Real<Value>>
 void run_merge(const TaskVectors<Value>& op, T* out) {
-    alignas(64) T base_room[block], delta[block], votes[block], sum[block], divisor[block];
+    alignas(64) T base_room[block], votes[block], sum[block], divisor[block], deltas[few_experts][block];
+    const bool kept = op.K <= few_experts;  // else they are made once for the votes and once for the sum
     for (std::int64_t begin = 0; begin < op.n; begin += block) {
         const std::int64_t size = op.n - begin < block ? op.n - begin : block;
         const T* const base = op.base ? widened(op.base + begin, size, base_room) : nullptr;
         for (std::int64_t i = 0; i < size; ++i) sum[i] = votes[i] = divisor[i] = T(0);
         for (std::int64_t k = 0; op.votes && k < op.K; ++k) {
+            T* const delta = deltas[kept ? k : 0];
             read_deltas(op, k, begin, size, base, delta);
             (op.by_count ? add_sign<T> : add<T>)(votes, T(op.votes[k]), delta, size);
         }
         for (std::int64_t k = 0; k < op.K; ++k) {
-            read_deltas(op, k, begin, size, base, delta);
+            T* const delta = deltas[kept ? k : 0];
+            if (!op.votes || !kept) read_deltas(op, k, begin, size, base, delta);
             if (op.votes) {
                 const T share = op.shares ? T(op.shares[k]) : T(0);
                 add_agreeing(sum, divisor, T(op.weights[k]), share, votes, delta, size);

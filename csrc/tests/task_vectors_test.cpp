@@ -159,7 +159,7 @@ int main() {
     for (const std::string& variant : mergetune::cpu_variants()) {
         if (!mergetune::cpu_variant_runs(variant)) continue;
         for (const int64_t n : {1, 31, 512, 1100}) {
-            for (const int64_t K : {1, 3}) {
+            for (const int64_t K : {1, 3, 9}) {
                 for (unsigned options = 0; options < 64; ++options) {
                     test_merge<float>(variant, K, n, options);
                     test_merge<double>(variant, K, n, options);
