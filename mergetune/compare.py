@@ -437,8 +437,7 @@ def _encode(clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequenc
         if isinstance(solution, Head):
             found[i] = solution.logit_scale * solution.class_weights(clip, classnames)
         else:
-            form = solution.template.split("{}")[1], solution.position, solution.ctx.shape, solution.classnames
-            groups.setdefault(form, []).append(i)
+            groups.setdefault(solution.form, []).append(i)
     for members in groups.values():
         encode = solutions[members[0]].encoder(clip, classnames)
         weights = encode(torch.stack([solutions[i].ctx.to(clip.device) for i in members]))
