@@ -32,7 +32,6 @@ from mergetune.features import FeatureCache
 from mergetune.files import remove_parts, write_atomically
 from mergetune.objective import SPACES, SURROGATES, Batch, Objective, path_points, together
 from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text, load_solution
-from mergetune.text_tower import CHUNK_TOKENS
 
 RESULT, STATE = "result.json", "state.safetensors"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -499,10 +498,9 @@ def _groups(runs: Sequence[_Run]) -> Iterator[list[_Run]]:
     for alike in by_pace.values():
         parts = 1
         if len(alike) > 1:
-            # With more tokens than this in one call the tower makes its activations twice, which costs as much as the
-            # lockstep saves.
-            tokens = sum(run.job.objective.prompts * run.job.objective.encode.tokens for run in alike)
-            parts = min(math.ceil(tokens / CHUNK_TOKENS), len(alike))
+            # More prompts in a call, and the tower makes every activation twice: that costs what lockstep saves.
+            prompts = max(run.job.objective.prompts for run in alike)
+            parts = math.ceil(len(alike) / max(1, alike[0].job.objective.encode.at_once // prompts))
         for part in range(parts):
             yield alike[part::parts]
 

@@ -56,9 +56,9 @@ class TextEncoder:
     order: Tensor  # [C], where each class lies in the chunks
 
     @property
-    def tokens(self) -> int:
-        """Packed tokens of a prompt: all its classes' texts behind the prefix."""
-        return sum(len(chunk.rows) for chunk in self.chunks)
+    def at_once(self) -> int:
+        """Prompts that a call takes with their activations kept; for more the gradient has them made again."""
+        return CHUNK_TOKENS // sum(len(chunk.rows) for chunk in self.chunks)
 
     def __call__(self, ctx: Tensor) -> Tensor:
         """Class features, not normalised.
@@ -75,7 +75,7 @@ class TextEncoder:
             raise ValueError(f"ctx must have shape {form} with n, W = {vectors}, got {list(ctx.shape)}")
         ctx = ctx.to(self.text.dtype)
         encode = self._encode
-        if len(ctx) * self.tokens > CHUNK_TOKENS and torch.is_grad_enabled() and ctx.requires_grad:
+        if len(ctx) > self.at_once and torch.is_grad_enabled() and ctx.requires_grad:
             encode = partial(
                 checkpoint, self._encode, use_reentrant=False, preserve_rng_state=False
             )  # one piece at a time

@@ -667,14 +667,12 @@ def test_runs_that_share_no_encoder_are_the_very_runs_alone(clip, calls):
 
 def test_lockstep_keeps_to_what_the_tower_encodes_without_computing_twice(clip, calls, monkeypatch):
     jobs = [fit.job(clip, cache(), prompt(), seed=seed, **LOCKSTEP) for seed in range(5)]
-    tokens = jobs[0].objective.encode.tokens
-    monkeypatch.setattr(MODULE, "CHUNK_TOKENS", 2 * tokens)
-    train_together(jobs)
-    assert sorted(set(calls)) == [1, 2] and len(calls) == 3 * 4 * 3
-    calls.clear()
-    monkeypatch.setattr(MODULE, "CHUNK_TOKENS", tokens - 1)
-    train_together(jobs)
-    assert set(calls) == {1}
+    tokens = sum(len(chunk.rows) for chunk in jobs[0].objective.encode.chunks)
+    for room, sizes in ((5 * tokens, [5] * 12), (3 * tokens - 1, [1] * 12 + [2] * 24), (tokens - 1, [1] * 60)):
+        monkeypatch.setattr("mergetune.text_tower.CHUNK_TOKENS", room)
+        calls.clear()
+        train_together(jobs)
+        assert sorted(calls) == sizes
 
 
 class Stopped(BaseException):
