@@ -290,7 +290,8 @@ def train(clip: FrozenClip, folds: Mapping[Path, Fold], plan: Plan, *, progress:
 
     Args:
         clip: the frozen CLIP.
-        folds: the cells' folders, and their images. Cells with the same classes share the calls of the text tower.
+        folds: the cells' folders, and their images. Cells with the same classes share the calls of the text tower;
+            what each run finds depends on the others in its rounding only.
         plan: experts, training and grid.
         progress: show bars where stderr is a terminal.
 
@@ -307,9 +308,8 @@ def train(clip: FrozenClip, folds: Mapping[Path, Fold], plan: Plan, *, progress:
     _train_missing(stage_1, progress=progress)
     for folder, fold in folds.items():
         for group in _groups(_experts(plan, fold, folder)[0]):
-            for options in _tries(plan):  # the default may be there twice: one folder, one run
-                given = {"seed": fold.seed, "zero_shot": fold.templates} | _arguments(plan, options)
-                run = _mergetune(folder, plan, len(group), options)
+            for _, arguments, run in _tries(plan, folder, len(group)):  # the default may be there twice: one folder
+                given = {"seed": fold.seed, "zero_shot": fold.templates} | arguments
                 stage_2[run] = partial(fit.job, clip, fold.train, group, **given)
     _train_missing(stage_2, progress=progress)
 
@@ -417,27 +417,22 @@ def _logit_average(t: float, zero: Tensor, own: Tensor) -> Tensor:
 
 def _mergetuned(plan: Plan, folder: Path, group: list[Solution]) -> list[Candidate]:
     found, count = [], len(group)
-    for options in _tries(plan):
-        result = FitResult.load(_mergetune(folder, plan, count, options))
+    for options, _, run in _tries(plan, folder, count):
+        result = FitResult.load(run)
         row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
         size, spent = result.solution.parameter.numel(), result.timings["seconds"]
         found.append(Candidate(row, options, count, result.solution, "training images, labelled", size, spent))
     return found
 
 
-def _tries(plan: Plan) -> list[dict[str, Any]]:
-    """What is tried for MERGETUNE: the defaults, and the grid."""
-    return [{}, *_product(plan.grid)]
-
-
-def _arguments(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: DEFAULTS[name] for name in plan.grid} | plan.fit | options
-
-
-def _mergetune(folder: Path, plan: Plan, count: int, options: Mapping[str, Any]) -> Path:
-    """Where a run is kept; equal arguments are one run."""
-    tried = _arguments(plan, options)
-    return folder / f"mergetune-{count}" / "-".join(f"{key}-{tried[key]:g}" for key in plan.grid)
+def _tries(plan: Plan, folder: Path, count: int) -> list[tuple[dict[str, Any], dict[str, Any], Path]]:
+    """What is tried for MERGETUNE of ``count`` experts: options, none first; the arguments; where the run is kept."""
+    tries = []
+    for options in [{}, *_product(plan.grid)]:
+        arguments = {name: DEFAULTS[name] for name in plan.grid} | plan.fit | options
+        name = "-".join(f"{key}-{arguments[key]:g}" for key in plan.grid)
+        tries.append((options, arguments, folder / f"mergetune-{count}" / name))
+    return tries
 
 
 def grid_of(method: str, experts: int) -> list[dict[str, Any]]:
