@@ -38,7 +38,7 @@ from mergetune.evaluate import accuracy, harmonic_mean
 from mergetune.features import FeatureCache, cache_features
 from mergetune.files import write_atomically
 from mergetune.fit import METHODS as TRAINABLE
-from mergetune.fit import FitResult, fit, tune
+from mergetune.fit import RESULT, FitResult, Job, fit, train_together, tune
 from mergetune.solutions import Head, Prompt, Solution, inputs, zero_shot_like
 
 Record = dict[str, Any]
@@ -59,7 +59,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
     "compeft": {"density": (0.2, 0.5), "alpha": (1.0, 0.5)},
     "tsv_m": {"scale": (1.0, 0.5)},
     "opcm": {"alpha": (0.5, 0.2)},
-    "widen": {"calibration": (1.0, 0.5)},
+    "widen": {"normalize": (False, True), "scale": (1.0, 0.5)},
 }
 """Hyper-parameters that are tried, the paper's default first: where validation does not tell them apart it is taken."""
 EMBEDDED: dict[str, dict[str, Any]] = {
@@ -268,10 +268,9 @@ def candidates(clip: FrozenClip, fold: Fold, plan: Plan, folder: Path, *, progre
     Raises:
         ValueError: experts that know only their own classes, for a partition into base and novel.
     """
-    experts, seconds = _stage_1(clip, fold, plan, folder, progress=progress)
+    train(clip, {folder: fold}, plan, progress=progress)
+    experts, seconds = _experts(plan, fold, folder)
     first = next(iter(experts.values()))
-    if len(fold.val) > 1 and first.classnames is not None:
-        raise ValueError("experts that know only their own classes cannot be tested on novel ones: use partition None")
     zero_shot, head = zero_shot_like(clip, first, fold.templates), isinstance(first, Head)
     found = [Candidate(ZERO_SHOT, {}, 0, zero_shot if head else lambda zero, _: zero)]
     found += [
@@ -279,36 +278,73 @@ def candidates(clip: FrozenClip, fold: Fold, plan: Plan, folder: Path, *, progre
         for title, solution in experts.items()
     ]
     left_out: dict[str, str] = {}
-    everyone = list(experts.values())
-    for group in [everyone[:1], everyone] if len(everyone) > 1 else [everyone]:
+    for group in _groups(experts):
         found += _merged(clip, fold, zero_shot, group, left_out)
         found += [] if head else _mixed(group)
-        found += _mergetuned(clip, fold, plan, folder, group, progress=progress)
+        found += _mergetuned(plan, folder, group)
     return Candidates(experts, found, left_out)
 
 
-def _stage_1(
-    clip: FrozenClip, fold: Fold, plan: Plan, folder: Path, *, progress: bool
-) -> tuple[dict[str, Solution], dict[str, float]]:
-    """The experts of a cell and the seconds that they took."""
+def train(clip: FrozenClip, folds: Mapping[Path, Fold], plan: Plan, *, progress: bool = False) -> None:
+    """Train what cells need and is not on disk: all their experts together, then all their MERGETUNE runs together.
+
+    Args:
+        clip: the frozen CLIP.
+        folds: the cells' folders, and their images. Cells with the same classes share the calls of the text tower;
+            what each run finds depends on the others in its rounding only.
+        plan: experts, training and grid.
+        progress: show bars where stderr is a terminal.
+
+    Raises:
+        ValueError: experts that know only their own classes, for a partition into base and novel.
+    """
+    stage_1, stage_2 = {}, {}
+    for folder, fold in folds.items():
+        for expert in () if isinstance(plan.experts, Mapping) else plan.experts:
+            method, number = expert.split(":")
+            given = {"method": method, "template": fold.templates[0], "zero_shot": fold.templates} | plan.tune
+            seed = fold.seed + 1000 * (int(number) - 1)
+            stage_1[_expert(folder, expert)] = partial(tune.job, clip, fold.train, seed=seed, **given)
+    _train_missing(stage_1, progress=progress)
+    for folder, fold in folds.items():
+        for group in _groups(_experts(plan, fold, folder)[0]):
+            for _, arguments, run in _tries(plan, folder, len(group)):  # the default may be there twice: one folder
+                given = {"seed": fold.seed, "zero_shot": fold.templates} | arguments
+                stage_2[run] = partial(fit.job, clip, fold.train, group, **given)
+    _train_missing(stage_2, progress=progress)
+
+
+def _train_missing(jobs: Mapping[Path, Callable[..., Job]], *, progress: bool) -> None:
+    """Train the jobs whose folders hold no result, and leave it there."""
+    missing = [folder for folder in jobs if not (folder / RESULT).is_file()]
+    results = train_together([jobs[folder](resume=folder, progress=progress) for folder in missing])
+    for folder, result in zip(missing, results, strict=True):
+        result.save(folder)
+
+
+def _expert(folder: Path, expert: str) -> Path:
+    return folder / expert.replace(":", "-")
+
+
+def _experts(plan: Plan, fold: Fold, folder: Path) -> tuple[dict[str, Solution], dict[str, float]]:
+    """The trained experts of a cell and the seconds that they took, or those that are given."""
     if isinstance(plan.experts, Mapping):
-        return dict(plan.experts), dict.fromkeys(plan.experts, 0.0)
-    experts, seconds = {}, {}
-    for expert in plan.experts:
-        method, number = expert.split(":")
-        given = {"method": method, "template": fold.templates[0], "zero_shot": fold.templates} | plan.tune
-        train = partial(tune, clip, fold.train, seed=fold.seed + 1000 * (int(number) - 1), **given)
-        result = _kept(folder / f"{method}-{number}", train, progress=progress)
-        title = f"{TRAINABLE[method]} {number}"
-        experts[title], seconds[title] = result.solution, result.timings["seconds"]
+        experts, seconds = dict(plan.experts), dict.fromkeys(plan.experts, 0.0)
+    else:
+        experts, seconds = {}, {}
+        for expert in plan.experts:
+            method, number = expert.split(":")
+            title, result = f"{TRAINABLE[method]} {number}", FitResult.load(_expert(folder, expert))
+            experts[title], seconds[title] = result.solution, result.timings["seconds"]
+    if len(fold.val) > 1 and next(iter(experts.values())).classnames is not None:
+        raise ValueError("experts that know only their own classes cannot be tested on novel ones: use partition None")
     return experts, seconds
 
 
-def _kept(folder: Path, train: Callable[..., FitResult], *, progress: bool) -> FitResult:
-    """A training run's result, from disk if it is there."""
-    if not (folder / "result.json").is_file():
-        train(resume=folder, progress=progress).save(folder)
-    return FitResult.load(folder)
+def _groups(experts: Mapping[str, Solution]) -> list[list[Solution]]:
+    """What is merged: the first expert, and all of them."""
+    everyone = list(experts.values())
+    return [everyone[:1], everyone] if len(everyone) > 1 else [everyone]
 
 
 def _merged(
@@ -379,20 +415,24 @@ def _logit_average(t: float, zero: Tensor, own: Tensor) -> Tensor:
     return (1 - t) * zero + t * own.mean(0)
 
 
-def _mergetuned(
-    clip: FrozenClip, fold: Fold, plan: Plan, folder: Path, group: list[Solution], *, progress: bool
-) -> list[Candidate]:
+def _mergetuned(plan: Plan, folder: Path, group: list[Solution]) -> list[Candidate]:
     found, count = [], len(group)
-    defaults = {name: DEFAULTS[name] for name in plan.grid} | plan.fit
-    for options in [{}, *_product(plan.grid)]:
-        tried = defaults | options
-        name = "-".join(f"{key}-{tried[key]:g}" for key in plan.grid)
-        train = partial(fit, clip, fold.train, group, seed=fold.seed, **{"zero_shot": fold.templates} | tried)
-        result = _kept(folder / f"mergetune-{count}" / name, train, progress=progress)
+    for options, _, run in _tries(plan, folder, count):
+        result = FitResult.load(run)
         row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
         size, spent = result.solution.parameter.numel(), result.timings["seconds"]
         found.append(Candidate(row, options, count, result.solution, "training images, labelled", size, spent))
     return found
+
+
+def _tries(plan: Plan, folder: Path, count: int) -> list[tuple[dict[str, Any], dict[str, Any], Path]]:
+    """What is tried for MERGETUNE of ``count`` experts: options, none first; the arguments; where the run is kept."""
+    tries = []
+    for options in [{}, *_product(plan.grid)]:
+        arguments = {name: DEFAULTS[name] for name in plan.grid} | plan.fit | options
+        name = "-".join(f"{key}-{arguments[key]:g}" for key in plan.grid)
+        tries.append((options, arguments, folder / f"mergetune-{count}" / name))
+    return tries
 
 
 def grid_of(method: str, experts: int) -> list[dict[str, Any]]:
@@ -437,8 +477,7 @@ def _encode(clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequenc
         if isinstance(solution, Head):
             found[i] = solution.logit_scale * solution.class_weights(clip, classnames)
         else:
-            form = solution.template.split("{}")[1], solution.position, solution.ctx.shape, solution.classnames
-            groups.setdefault(form, []).append(i)
+            groups.setdefault(solution.form, []).append(i)
     for members in groups.values():
         encode = solutions[members[0]].encoder(clip, classnames)
         weights = encode(torch.stack([solutions[i].ctx.to(clip.device) for i in members]))
@@ -449,10 +488,8 @@ def _encode(clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequenc
 # -- a cell: candidates are scored on validation images, the chosen are tested -----------------------------------------
 
 
-def prepare(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path, *, progress: bool = False) -> Record:
-    """Make and score the candidates of a cell, or take them from disk. Test images are not looked at.
-
-    Leaves ``cell.json`` and every candidate's class weights in the cell's folder.
+def begin(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path) -> Record:
+    """What ``cell.json`` holds of a cell: the result of :func:`prepare` if it is there, or its settings alone.
 
     Raises:
         ValueError: the folder holds a cell with other settings.
@@ -462,10 +499,24 @@ def prepare(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path, 
         record = _read(file)
         if record["settings"] != settings:
             raise ValueError(f"out: {folder} holds a comparison with other settings: choose another --out")
-        if "candidates" in record:
-            return record
+        return record
     folder.mkdir(parents=True, exist_ok=True)
-    _write(file, {"cell": asdict(cell), "settings": settings})
+    record = {"cell": asdict(cell), "settings": settings}
+    _write(file, record)
+    return record
+
+
+def prepare(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path, *, progress: bool = False) -> Record:
+    """Make and score the candidates of a cell, or take them from disk. Test images are not looked at.
+
+    Leaves ``cell.json`` and every candidate's class weights in the cell's folder.
+
+    Raises:
+        ValueError: the folder holds a cell with other settings.
+    """
+    begun = begin(clip, task, cell, plan, folder)
+    if "candidates" in begun:
+        return begun
     fold = task.fold(cell.partition, plan.shots, cell.seed)
     made = candidates(clip, fold, plan, folder, progress=progress)
     weights, mixing = {}, [0.0] * len(made.found)
@@ -481,8 +532,8 @@ def prepare(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path, 
         }
         for c, spent, value in zip(made.found, mixing, scores, strict=True)
     ]  # fmt: skip
-    record = {"cell": asdict(cell), "settings": settings, "candidates": entries, "left_out": made.left_out}
-    _write(file, record)
+    record = begun | {"candidates": entries, "left_out": made.left_out}
+    _write(folder / "cell.json", record)
     return _plain(record)
 
 
@@ -627,9 +678,19 @@ def compare(
     if plan.choose == "others" and len(by_name) < 2:
         raise ValueError("choose='others' needs at least two datasets, got one")
     prepared = []
-    for cell in tqdm(cells, desc="compare", unit="cell", disable=None if progress else True):
-        report(f"{cell.folder}: experts, merges, MERGETUNE")
-        prepared.append(prepare(clip, by_name[cell.task], cell, plan, out / cell.folder, progress=progress))
+    with tqdm(total=len(cells), desc="compare", unit="cell", disable=None if progress else True) as bar:
+        for name, partition in itertools.product(by_name, partitions):
+            task, alike = by_name[name], [cell for cell in cells if (cell.task, cell.partition) == (name, partition)]
+            folds = {}
+            for cell in alike:
+                if "candidates" not in begin(clip, task, cell, plan, out / cell.folder):
+                    report(f"{cell.folder}: experts, MERGETUNE")
+                    folds[out / cell.folder] = task.fold(partition, plan.shots, cell.seed)
+            train(clip, folds, plan, progress=progress)
+            for cell in alike:
+                report(f"{cell.folder}: merges, validation")
+                prepared.append(prepare(clip, task, cell, plan, out / cell.folder, progress=progress))
+                bar.update()
     seen = [{key: record[key] for key in ("cell", "candidates")} for record in prepared]  # no results of earlier calls
     chosen = choose(seen, plan.choose)
     records = [

@@ -6,17 +6,18 @@ Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,7 @@ from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache
 from mergetune.files import remove_parts, write_atomically
-from mergetune.objective import SPACES, SURROGATES, Objective, path_points
+from mergetune.objective import SPACES, SURROGATES, Batch, Objective, path_points, together
 from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text, load_solution
 
 RESULT, STATE = "result.json", "state.safetensors"
@@ -80,7 +81,8 @@ class FitResult:
         solution: what was found.
         history: one entry an epoch: lr, loss, every term of the loss, and val_accuracy where there was a val set.
         settings: every argument that the result depends on, JSON-able.
-        timings: seconds, steps, milliseconds a step; of this process alone if the run was resumed.
+        timings: seconds, steps, milliseconds a step; of this process alone if the run was resumed. Of runs that were
+            trained together each has an equal part of the seconds.
     """
 
     solution: Solution
@@ -104,6 +106,66 @@ class FitResult:
             raise ValueError(f"{Path(path) / RESULT} is not a result of mergetune: {error}") from error
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A training run before its first step: what :func:`tune` and :func:`fit` check and put together.
+
+    Attributes:
+        clip: the frozen CLIP.
+        objective: what is minimised.
+        start: where; the result is a solution of its kind.
+        features: few-shot features.
+        training: the optimiser.
+        settings: every argument that the result depends on beside start, features, val and clip, JSON-able.
+        cuda_graph, val, resume, progress: see :func:`fit`.
+    """
+
+    clip: FrozenClip
+    objective: Objective
+    start: Solution
+    features: FeatureCache
+    training: Training
+    settings: dict[str, Any]
+    cuda_graph: bool
+    val: FeatureCache | None
+    resume: str | Path | None
+    progress: bool
+
+    @property
+    def batches(self) -> int:
+        """Batches an epoch: whole ones only (the last few images wait for the next epoch), as in Dassl."""
+        return len(self.features) // self.batch_size
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.training.batch_size, len(self.features))
+
+    @property
+    def pace(self) -> Hashable:
+        """Equal for jobs that can go in lockstep: with one text encoder, and as many steps an epoch, and epochs."""
+        if isinstance(self.start, Head) or self.cuda_graph:  # there is no encoder to share; a graph is of one run
+            return id(self)
+        encoder = id(self.clip), self.features.classnames, self.start.form, self.settings["precision"]
+        return encoder, self.batches, self.training.epochs
+
+
+Arguments = ParamSpec("Arguments")
+
+
+def _trained_alone(prepare: Callable[Arguments, Job]) -> Callable[Arguments, FitResult]:
+    """The function that prepares a job and trains it; the preparation alone stays at hand as its ``job``."""
+
+    @wraps(prepare)
+    def train(*args: Arguments.args, **kwargs: Arguments.kwargs) -> FitResult:
+        return train_together([prepare(*args, **kwargs)])[0]
+
+    train.job = prepare
+    train.__annotations__ = prepare.__annotations__ | {"return": "FitResult"}
+    train.__signature__ = inspect.signature(prepare).replace(return_annotation="FitResult")
+    return train
+
+
+@_trained_alone
 def tune(
     clip: FrozenClip,
     features: FeatureCache,
@@ -126,7 +188,7 @@ def tune(
     resume: str | Path | None = None,
     progress: bool = True,
     **optimiser: float,
-) -> FitResult:
+) -> Job:
     """Stage 1: fine-tune on cached features.
 
     Args:
@@ -192,12 +254,13 @@ def tune(
         "precision": precision,
         **asdict(training),
     }
-    return _train(
+    return Job(
         clip, objective, start, features, training, settings, cuda_graph=cuda_graph, val=val, resume=resume,
         progress=progress,
     )  # fmt: skip
 
 
+@_trained_alone
 def fit(
     clip: FrozenClip,
     features: FeatureCache,
@@ -222,7 +285,7 @@ def fit(
     resume: str | Path | None = None,
     progress: bool = True,
     **optimiser: float,
-) -> FitResult:
+) -> Job:
     """MERGETUNE: continue until one solution has a low-loss straight path to the zero-shot and to the fine-tuned ones.
 
     The defaults are the paper's. The official code's settings are ``lam=10, surrogate="cosine", beta=1.0, tau=1.0,
@@ -326,7 +389,7 @@ def fit(
         **asdict(training),
     }
     start = solution.with_parameter(start)
-    return _train(
+    return Job(
         clip, objective, start, features, training, settings, cuda_graph=cuda_graph, val=val, resume=resume,
         progress=progress,
     )  # fmt: skip
@@ -401,137 +464,117 @@ def _check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache 
         raise ValueError(f"val must not share images with features, got {len(both)} in both, {what} among them")
 
 
-def _train(
-    clip: FrozenClip,
-    objective: Objective,
-    start: Solution,
-    features: FeatureCache,
-    training: Training,
-    settings: dict[str, Any],
-    *,
-    cuda_graph: bool,
-    val: FeatureCache | None,
-    resume: str | Path | None,
-    progress: bool,
-) -> FitResult:
-    """SGD on an objective from a start: the loop of both stages.
+def train_together(jobs: Sequence[Job]) -> list[FitResult]:
+    """Train several runs, in lockstep where they share the text encoder: one call of it serves a step of all of them.
 
-    Every epoch draws from a generator of its own, seeded by (seed, epoch): the state that a resumed run needs is the
-    parameter, its momentum and the history, no more.
+    Each run has its own loss, batches, optimiser, ``val`` and ``resume``, and is up to rounding what it is alone.
+    Killed, the same call goes on; runs that are behind catch up first.
+
+    Args:
+        jobs: of ``tune.job(...)`` and ``fit.job(...)``, which take the arguments of :func:`tune` and :func:`fit`.
+
+    Returns:
+        Their results, in this order.
+
+    Raises:
+        ValueError: jobs with one folder for ``resume``, or folders that hold other runs.
+        FloatingPointError: see :func:`fit`; of several runs it says which.
     """
-    settings = {
-        **settings,
-        "start": _digest(start.parameter),
-        "features": features.digest,
-        "val": None if val is None else val.digest,
-        "clip": clip.name,
-        "classnames": list(features.classnames),
-    }
-    parameter = start.parameter.detach().float().to(clip.device).clone().requires_grad_()
-    optimizer = torch.optim.SGD(
-        [parameter], lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
-    )
-    run = _Run(parameter, optimizer, settings)
-    folder = None if resume is None else Path(resume)
-    if folder is not None:
-        run.read(folder)
-    batches, size = _batches(len(features), training.batch_size)
-    products = _anchor_products(objective, features, clip.device)
-    labels, gradient = features.labels.to(clip.device), partial(_gradient, objective, parameter)
-    names = ("loss", *objective.term_names)
-    began, steps = time.perf_counter(), 0
+    folders = [Path(job.resume).resolve() for job in jobs if job.resume is not None]
+    if repeated := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(f"resume must be a folder for each run, got {repeated[0]} twice")
+    runs = [_Run(job) for job in jobs]  # all folders are read before anything is trained
+    for group in _groups(runs):
+        _train(group)
+    return [run.result() for run in runs]
 
-    epochs = range(len(run.history), training.epochs)
-    label = settings.get("method", "mergetune")
-    with tqdm(epochs, desc=label, unit="epoch", disable=None if progress else True, leave=False) as bar:
+
+def _groups(runs: Sequence[_Run]) -> Iterator[list[_Run]]:
+    """The unfinished runs, in parts that go in lockstep."""
+    by_pace: dict[Hashable, list[_Run]] = {}
+    for run in runs:
+        if len(run.history) < run.job.training.epochs:
+            by_pace.setdefault(run.job.pace, []).append(run)
+    for alike in by_pace.values():
+        parts = 1
+        if len(alike) > 1:
+            # More prompts in a call, and the tower makes every activation twice: that costs what lockstep saves.
+            prompts = max(run.job.objective.prompts for run in alike)
+            parts = math.ceil(len(alike) / max(1, alike[0].job.objective.encode.at_once // prompts))
+        for part in range(parts):
+            yield alike[part::parts]
+
+
+def _train(runs: Sequence[_Run]) -> None:
+    """SGD on objectives from their starts: the loop of both stages, for one run or several in lockstep."""
+    job = runs[0].job
+    products = {run: _anchor_products(run.job, MAX_PRODUCTS // len(runs)) for run in runs}
+    epochs = range(min(len(run.history) for run in runs), job.training.epochs)
+    label = job.settings.get("method", "mergetune") + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+    captured = None
+    with tqdm(epochs, desc=label, unit="epoch", disable=None if job.progress else True, leave=False) as bar:
         for epoch in bar:
-            optimizer.param_groups[0]["lr"] = training.lr_at(epoch)
-            generator = torch.Generator().manual_seed((training.seed << 20) + epoch)
-            order = torch.randperm(len(features), generator=generator)
-            record = torch.zeros(batches, len(names), device=clip.device)
-            order_there = order.to(clip.device)
-            for step in range(batches):
-                here = slice(step * size, (step + 1) * size)
-                index, there = order[here], order_there[here]
-                views = torch.randint(features.views, (len(index),), generator=generator) if features.views > 1 else 0
-                x = features.rows(index, views).to(clip.device, non_blocking=True)
-                batch = x, labels[there], None if products is None else products[:, there]
-                if cuda_graph and not steps and not step:
-                    gradient = _capture(gradient, *batch)
-                loss, terms, parameter.grad = gradient(*batch, generator)
-                optimizer.step()
-                record[step] = torch.cat([loss[None], terms])
-            steps += batches
-            _check_finite(record, parameter, names, epoch, batches)
-            entry = {
-                "epoch": epoch + 1,
-                "lr": training.lr_at(epoch),
-                **dict(zip(names, record.mean(0).tolist(), strict=True)),
-            }
-            if val is not None:
-                weights = objective.encode(parameter.detach()[None])[0]
-                entry["val_accuracy"] = accuracy(weights, val, normalize=start.normalize).accuracy
-            run.add(entry)
-            if folder is not None:
-                run.write(folder)
-            bar.set_postfix(loss=f"{entry['loss']:.3f}")
-
-    seconds = time.perf_counter() - began
-    fingerprint = clip.image_fingerprint if isinstance(start, Head) else clip.text_fingerprint
-    notes = {"settings": settings, "best_epoch": run.best_epoch, "start": start.notes}
-    return FitResult(
-        solution=start.with_parameter(run.best.cpu(), notes=notes, backbone=clip.name, fingerprint=fingerprint),
-        history=tuple(run.history),
-        settings=settings,
-        timings={"seconds": seconds, "steps": steps, "ms_per_step": 1e3 * seconds / max(steps, 1)},
-    )
+            began, active = time.perf_counter(), [run for run in runs if len(run.history) == epoch]
+            records = [run.begin(epoch) for run in active]
+            gradients = partial(_gradients, [r.job.objective for r in active], [r.parameter for r in active])
+            for step, batches in enumerate(zip(*(run.batches(epoch, products[run]) for run in active), strict=True)):
+                if job.cuda_graph and captured is None:
+                    captured = _capture(gradients, batches)
+                for run, record, found in zip(active, records, (captured or gradients)(batches), strict=True):
+                    loss, terms, run.parameter.grad = found
+                    run.optimizer.step()
+                    record[step] = torch.cat([loss[None], terms])
+            for run, record in zip(active, records, strict=True):
+                run.end(epoch, record, "" if len(runs) == 1 else f" of run {runs.index(run) + 1} of {len(runs)}")
+            spent = time.perf_counter() - began
+            for run in active:
+                run.seconds += spent / len(active)
+            bar.set_postfix(loss=f"{active[0].history[-1]['loss']:.3f}")
 
 
-def _gradient(
-    objective: Objective,
-    parameter: Tensor,
-    x: Tensor,
-    labels: Tensor,
-    known: Tensor | None,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a batch, its terms and the gradient to the parameter."""
-    loss, terms = objective(parameter, x, labels, generator, known)
-    return loss.detach(), terms, torch.autograd.grad(loss, parameter)[0]
+def _gradients(
+    objectives: Sequence[Objective], parameters: Sequence[Tensor], batches: Sequence[Batch]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each run's loss of its batch, the terms and the gradient to its parameter, all by one backward."""
+    losses, terms = zip(*together(objectives, parameters, batches), strict=True)
+    gradients = torch.autograd.grad(losses, parameters)
+    return list(zip([loss.detach() for loss in losses], terms, gradients, strict=True))
 
 
-def _capture(gradient: Callable[..., tuple[Tensor, ...]], *batch: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
-    """The same function as one CUDA graph: batches are copied to where the first one lies, the results stay in place.
+def _capture(gradients: Callable[..., list[tuple[Tensor, ...]]], batches: Sequence[Batch]) -> Callable[..., list]:
+    """The same function as one CUDA graph: batches are copied to where the first ones lie, the results stay in place.
 
-    The optimiser steps outside of it, so that its learning rate may change.
+    The optimisers step outside of it, so that their learning rates may change.
     """
-    static = [None if t is None else t.clone() for t in batch]
+    static = [tuple(t.clone() if isinstance(t, Tensor) else t for t in batch) for batch in batches]
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # libraries choose their algorithms and take their workspaces here
         for _ in range(3):
-            gradient(*static)
+            gradients(static)
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = gradient(*static)
+        results = gradients(static)
 
-    def replay(*batch: Any) -> tuple[Tensor, ...]:
-        for place, new in zip(static, batch, strict=False):  # a generator may come behind them, unused
-            if place is not None:
-                place.copy_(new, non_blocking=True)
+    def replay(batches: Sequence[Batch]) -> list[tuple[Tensor, ...]]:
+        for places, batch in zip(static, batches, strict=True):
+            for place, new in zip(places, batch, strict=True):
+                if isinstance(place, Tensor):  # neither a generator, which is unused, nor None
+                    place.copy_(new, non_blocking=True)
         graph.replay()
         return results
 
     return replay
 
 
-def _anchor_products(objective: Objective, features: FeatureCache, device: torch.device) -> Tensor | None:
-    """The anchors' products with all features, [K, N, C], where there is one view of each and they are small enough."""
+def _anchor_products(job: Job, most: int) -> Tensor | None:
+    """The anchors' products with all features, [K, N, C], where there is one view of each and few enough bytes."""
+    objective, features, device = job.objective, job.features, job.clip.device
     if objective.anchors is None or features.views > 1:
         return None
     shape = len(objective.anchors), len(features), len(features.classnames)
-    if objective.space != "embedding" or 4 * math.prod(shape) > MAX_PRODUCTS:
+    if objective.space != "embedding" or 4 * math.prod(shape) > most:
         return None
     products = torch.empty(shape, device=device)
     for part in torch.arange(len(features)).split(4096):
@@ -540,12 +583,83 @@ def _anchor_products(objective: Objective, features: FeatureCache, device: torch
 
 
 class _Run:
-    """The state of a training run: what it is made of, and how it is kept on disk."""
+    """The state of a training run: what it is made of, its epochs, and how it is kept on disk.
 
-    def __init__(self, parameter: Tensor, optimizer: torch.optim.SGD, settings: dict[str, Any]) -> None:
-        self.parameter, self.optimizer, self.settings = parameter, optimizer, settings
+    Every epoch draws from a generator of its own, seeded by (seed, epoch): the state that a resumed run needs is the
+    parameter, its momentum and the history, no more.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, training, device = job, job.training, job.clip.device
+        self.settings = {
+            **job.settings,
+            "start": _digest(job.start.parameter),
+            "features": job.features.digest,
+            "val": None if job.val is None else job.val.digest,
+            "clip": job.clip.name,
+            "classnames": list(job.features.classnames),
+        }
+        self.names = ("loss", *job.objective.term_names)
+        self.labels = job.features.labels.to(device)
+        self.parameter = job.start.parameter.detach().float().to(device).clone().requires_grad_()
+        self.optimizer = torch.optim.SGD(
+            [self.parameter], lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
+        )
         self.history: list[dict[str, float]] = []
-        self.best, self.best_epoch = parameter.detach().clone(), 0
+        self.best, self.best_epoch = self.parameter.detach().clone(), 0
+        self.seconds, self.steps = 0.0, 0
+        self.folder = None if job.resume is None else Path(job.resume)
+        if self.folder is not None:
+            self.read(self.folder)
+
+    def begin(self, epoch: int) -> Tensor:
+        """Set the epoch's learning rate; give the place for the loss and terms of its steps."""
+        self.optimizer.param_groups[0]["lr"] = self.job.training.lr_at(epoch)
+        return torch.zeros(self.job.batches, len(self.names), device=self.job.clip.device)
+
+    def batches(self, epoch: int, products: Tensor | None) -> Iterator[Batch]:
+        """The batches of an epoch."""
+        features, size = self.job.features, self.job.batch_size
+        generator = torch.Generator().manual_seed((self.job.training.seed << 20) + epoch)
+        order = torch.randperm(len(features), generator=generator)
+        order_there = order.to(self.labels.device)
+        for step in range(self.job.batches):
+            here = slice(step * size, (step + 1) * size)
+            index, there = order[here], order_there[here]
+            views = torch.randint(features.views, (len(index),), generator=generator) if features.views > 1 else 0
+            x = features.rows(index, views).to(self.labels.device, non_blocking=True)
+            yield x, self.labels[there], generator, None if products is None else products[:, there]
+
+    def end(self, epoch: int, record: Tensor, which: str) -> None:
+        """Check an epoch, ``which`` says of what run; evaluate it and write it down."""
+        _check_finite(record, self.parameter, self.names, epoch, which)
+        self.steps += len(record)
+        entry = {
+            "epoch": epoch + 1,
+            "lr": self.job.training.lr_at(epoch),
+            **dict(zip(self.names, record.mean(0).tolist(), strict=True)),
+        }
+        if self.job.val is not None:
+            weights = self.job.objective.encode(self.parameter.detach()[None])[0]
+            entry["val_accuracy"] = accuracy(weights, self.job.val, normalize=self.job.start.normalize).accuracy
+        self.add(entry)
+        if self.folder is not None:
+            self.write(self.folder)
+
+    def result(self) -> FitResult:
+        start, clip = self.job.start, self.job.clip
+        fingerprint = clip.image_fingerprint if isinstance(start, Head) else clip.text_fingerprint
+        notes = {"settings": self.settings, "best_epoch": self.best_epoch, "start": start.notes}
+        return FitResult(
+            solution=start.with_parameter(self.best.cpu(), notes=notes, backbone=clip.name, fingerprint=fingerprint),
+            history=tuple(self.history),
+            settings=self.settings,
+            timings={
+                "seconds": self.seconds,
+                "steps": self.steps,
+                "ms_per_step": 1e3 * self.seconds / max(self.steps, 1),
+            },
+        )
 
     def add(self, entry: dict[str, float]) -> None:
         """Append an epoch; the best one is that of the highest val accuracy, or the last where there is no val set."""
@@ -599,13 +713,7 @@ class _Run:
             self.optimizer.state[self.parameter]["momentum_buffer"] = tensors["momentum"].to(self.parameter)
 
 
-def _batches(images: int, batch_size: int) -> tuple[int, int]:
-    """Batches an epoch, and their size: whole ones only (the last few images wait for the next epoch), as in Dassl."""
-    size = min(batch_size, images)
-    return images // size, size
-
-
-def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch: int, batches: int) -> None:
+def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch: int, which: str) -> None:
     """One look an epoch, so that the loop never waits for the device."""
     broken = ~record.isfinite()
     if broken.any():
@@ -614,11 +722,13 @@ def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch
         name = names[int(terms.int().argmax()) + (len(names) - len(terms))]
         value = record[step, names.index(name)].item()
         raise FloatingPointError(
-            f"the term {name!r} became {value} at step {epoch * batches + step + 1} (epoch {epoch + 1}): "
+            f"the term {name!r}{which} became {value} at step {epoch * len(record) + step + 1} (epoch {epoch + 1}): "
             "lower lr, or look at the features"
         )
     if not parameter.isfinite().all():
-        raise FloatingPointError(f"the solution became NaN or infinite at the end of epoch {epoch + 1}: lower lr")
+        raise FloatingPointError(
+            f"the solution{which} became NaN or infinite at the end of epoch {epoch + 1}: lower lr"
+        )
 
 
 def _check_cuda_graph(wanted: bool, device: torch.device, *, random: bool = False) -> None:

@@ -65,6 +65,13 @@ class Objective:
         paths = 0 if self.anchors is None else len(self.anchors)
         return ("endpoint", "surrogate", *(f"path_{k + 1}" for k in range(paths)))
 
+    @property
+    def prompts(self) -> int:
+        """How many parameters a call encodes: the solution's own, and in space "parameter" every point's."""
+        if self.anchors is None or self.space == "embedding":
+            return 1
+        return 1 + len(self.anchors) * (self.points if self.alphas is None else len(self.alphas))
+
     def __call__(
         self,
         parameter: Tensor,
@@ -85,14 +92,7 @@ class Objective:
         Returns:
             The loss, differentiable in ``parameter``, and [2 + K] terms, named by ``term_names``.
         """
-        if self.anchors is None:
-            return self._loss_at(self.encode(parameter[None])[0], x, labels)
-        alphas = (
-            torch.rand(self.points, generator=generator, dtype=torch.float64) if self.alphas is None else self.alphas
-        )
-        if self.space == "embedding":
-            return self._loss_at(self.encode(parameter[None])[0], x, labels, alphas, anchor_dots)
-        return self._parameter_loss(parameter, x, labels, alphas)
+        return together([self], [parameter], [(x, labels, generator, anchor_dots)])[0]
 
     def anchor_products(self, x: Tensor) -> Tensor | None:
         """``x @ anchors.T``, [K, B, C], which can be made once for all features; None where it is not needed."""
@@ -134,22 +134,61 @@ class Objective:
             surrogate = torch.linalg.vector_norm(ends[0] - ends[1], dim=-1).mean()
         return loss + self.lam * surrogate, torch.cat([terms[:1], surrogate.detach()[None].to(terms), terms[2:]])
 
-    def _parameter_loss(self, parameter: Tensor, x: Tensor, labels: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
-        """Every point's class weights come from the encoder itself, all points in one call: the definition of LMC."""
-        k, n = len(self.anchors), len(alphas)
-        t = alphas.to(parameter).view(1, n, *(1,) * parameter.ndim)
+    def _alphas(self, generator: torch.Generator | None) -> Tensor | None:
+        """The path points of a step, [N]; None where there are no paths."""
+        if self.anchors is None or self.alphas is not None:
+            return self.alphas
+        return torch.rand(self.points, generator=generator, dtype=torch.float64)
+
+    def _stack(self, parameter: Tensor, alphas: Tensor | None) -> Tensor:
+        """What a step encodes, [P, ...]: the parameter, and behind it the points of its paths in space "parameter"."""
+        if alphas is None or self.space == "embedding":
+            return parameter[None]
+        t = alphas.to(parameter).view(1, len(alphas), *(1,) * parameter.ndim)
         path = self.anchors[:, None] + t * (parameter - self.anchors[:, None])
-        weights = self.encode(torch.cat([parameter[None], path.flatten(0, 1)]))  # [1 + K N, C, D]
+        return torch.cat([parameter[None], path.flatten(0, 1)])
+
+    def _loss(
+        self, weights: Tensor, x: Tensor, labels: Tensor, alphas: Tensor | None, anchor_dots: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and its terms from the class weights of :meth:`_stack`, [P, C, D]."""
+        if alphas is None or self.space == "embedding":
+            return self._loss_at(weights[0], x, labels, alphas, anchor_dots)
+        # Every point's class weights come from the encoder itself, all points in one call: the definition of LMC.
         loss, terms = self._loss_at(weights[0], x, labels)
         unit = F.normalize(weights[1:], dim=-1) if self.normalize else weights[1:]
         logits = self.scale * torch.einsum("bd,pcd->pbc", inputs(x, unit), unit)
-        points = F.cross_entropy(logits.flatten(0, 1), labels.repeat(k * n), reduction="none").view(k, -1).mean(1)
+        points = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(unit)), reduction="none")
+        points = points.view(len(self.anchors), -1).mean(1)
         return loss + (self.betas.to(points) * points).sum(), torch.cat([terms, points.detach()])
 
     @property
     def _is_diagonal(self) -> bool:
         """Whether the fused op computes the surrogate: on unit norm, 1 - cos is the identity's 1/2 |t - t1|^2."""
         return self.surrogate in ("identity", "fisher") or (self.surrogate == "cosine" and self.normalize)
+
+
+Batch = tuple[Tensor, Tensor, torch.Generator | None, Tensor | None]
+"""What a call of an objective takes behind the parameter."""
+
+
+def together(
+    objectives: Sequence[Objective], parameters: Sequence[Tensor], batches: Sequence[Batch]
+) -> list[tuple[Tensor, Tensor]]:
+    """What each objective gives for its own parameter and batch, with one call of the encoder that all of them share.
+
+    Returns:
+        Loss and terms of each, as :meth:`Objective.__call__` does.
+    """
+    alphas = [objective._alphas(batch[2]) for objective, batch in zip(objectives, batches, strict=True)]
+    stacks = [objective._stack(*given) for objective, *given in zip(objectives, parameters, alphas, strict=True)]
+    encode, sizes = objectives[0].encode, [len(stack) for stack in stacks]
+    # One alone is not copied: a head is its own class weights, and they may be many.
+    weights = encode(torch.cat(stacks)).split(sizes) if len(stacks) > 1 else [encode(stacks[0])]
+    return [
+        objective._loss(w, x, labels, points, dots)
+        for objective, w, (x, labels, _, dots), points in zip(objectives, weights, batches, alphas, strict=True)
+    ]
 
 
 def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:

@@ -150,6 +150,11 @@ class Prompt:
         """What is searched and interpolated."""
         return self.ctx
 
+    @property
+    def form(self) -> tuple:
+        """What prompts have in common that can be encoded together, stacked."""
+        return self.template.split("{}")[1], self.position, tuple(self.ctx.shape), self.classnames
+
     def with_parameter(self, ctx: Tensor, **changes: Any) -> Prompt:
         return replace(self, ctx=ctx.detach().float().clone(), **changes)
 

@@ -55,6 +55,11 @@ class TextEncoder:
     chunks: tuple[PackedTexts, ...]
     order: Tensor  # [C], where each class lies in the chunks
 
+    @property
+    def at_once(self) -> int:
+        """Prompts that a call takes with their activations kept; for more the gradient has them made again."""
+        return CHUNK_TOKENS // sum(len(chunk.rows) for chunk in self.chunks)
+
     def __call__(self, ctx: Tensor) -> Tensor:
         """Class features, not normalised.
 
@@ -70,8 +75,7 @@ class TextEncoder:
             raise ValueError(f"ctx must have shape {form} with n, W = {vectors}, got {list(ctx.shape)}")
         ctx = ctx.to(self.text.dtype)
         encode = self._encode
-        tokens = len(ctx) * sum(len(chunk.rows) for chunk in self.chunks)
-        if tokens > CHUNK_TOKENS and torch.is_grad_enabled() and ctx.requires_grad:
+        if len(ctx) > self.at_once and torch.is_grad_enabled() and ctx.requires_grad:
             encode = partial(
                 checkpoint, self._encode, use_reentrant=False, preserve_rng_state=False
             )  # one piece at a time

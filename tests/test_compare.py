@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Head, Prompt, interpolate, load_solution, merging
+from mergetune import FeatureCache, Head, Prompt, fit, interpolate, load_solution, merging, tune
 from mergetune.catalogue import METHODS, catalogue, merge_files, merge_solutions, parse_options
 from mergetune.cli import app
 from mergetune.compare import (
     GRIDS,
+    WEIGHTS,
     Cell,
     Fold,
     Plan,
@@ -420,27 +421,69 @@ def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monk
     def no_training(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for name in ("tune", "fit"):  # of the module: mergetune.compare may be its function
-        monkeypatch.setattr(sys.modules["mergetune.compare"], name, no_training)
+    for function in (tune, fit):
+        monkeypatch.setattr(function, "job", no_training)
     assert compare(clip, task(), tmp_path, **arguments).to_json() == found.to_json()
     with pytest.raises(ValueError, match="other settings: choose another --out"):
         compare(clip, task(), tmp_path, **arguments | {"plan": plan(shots=3)})
 
 
-def test_a_cell_that_was_stopped_goes_on(clip, tmp_path, monkeypatch):
+def test_cells_of_the_same_classes_are_trained_together(clip, tmp_path, monkeypatch):
+    """For each of two partitions the experts of both its seeds' cells, then their MERGETUNE runs."""
+    groups, module = [], sys.modules["mergetune.fit"]
+    train = module._train
+    monkeypatch.setattr(module, "_train", lambda runs: (groups.append(len(runs)), train(runs)))
+    grid = plan(grid={"lam": (8.0, 4.0), "tau": (0.3,)})
+    found = compare(clip, task(), tmp_path / "all", plan=grid, partitions=(0, 1), seeds=(1, 2))
+    assert groups == [2 * 2, 2 * 2 * 2] * 2
+    apart = [
+        compare(clip, task(), tmp_path / "apart", plan=grid, partitions=(partition,), seeds=(seed,))
+        for partition in (0, 1)
+        for seed in (1, 2)
+    ]
+    assert groups[4:] == [2, 2 * 2] * 4 and [cell for part in apart for cell in part.cells] == list(found.cells)
+    for cell in found.cells:
+        for name in ("coop-1", "kgcoop-1", "mergetune-1/lam-8-tau-0.3", "mergetune-2/lam-4-tau-0.3"):
+            pair = [load_solution(tmp_path / folder / cell.folder / name).ctx for folder in ("all", "apart")]
+            torch.testing.assert_close(*pair, atol=1e-6, rtol=1e-4)
+
+
+class Stopped(BaseException):
+    """Whatever ends a process."""
+
+
+@pytest.mark.parametrize("moment", ["experts", "runs", "cells"])
+def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
+    """While experts are trained, or before MERGETUNE is, or with one of two cells done."""
+    longer = QUICK | {"epochs": 2}
+    arguments = {"plan": plan(tune=longer, fit=longer), "seeds": (1, 2)}
+    module, name, number = {
+        "experts": (sys.modules["mergetune.fit"], "write_atomically", 3),
+        "runs": (fit, "job", 1),
+        "cells": (sys.modules["mergetune.compare"], "score", 2),
+    }[moment]
+    calls, real = [], getattr(module, name)
 
     def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
+        calls.append(args)
+        if len(calls) == number:
+            raise Stopped
+        return real(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.modules["mergetune.compare"], "fit", stopped)
-        compare(clip, task(), tmp_path, plan=plan())
-    trained = (tmp_path / "task" / "partition-0" / "seed-1" / "coop-1" / "result.json").stat().st_mtime_ns
-    found = compare(clip, task(), tmp_path, plan=plan())
-    assert (tmp_path / "task" / "partition-0" / "seed-1" / "coop-1" / "result.json").stat().st_mtime_ns == trained
-    rows = [(line.row, line.values) for line in found.lines]
-    whole = compare(clip, task(), tmp_path / "whole", plan=plan())
-    assert rows == [(line.row, line.values) for line in whole.lines]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(module, name, stopped)
+        compare(clip, task(), tmp_path, **arguments)
+    cells = [tmp_path / "task" / "partition-0" / f"seed-{seed}" for seed in (1, 2)]
+    trained = {file: file.stat().st_mtime_ns for cell in cells for file in cell.rglob("result.json")}
+    assert len(trained) == {"experts": 0, "runs": 4, "cells": 8}[moment]
+    states = [len(list(cell.rglob("state.safetensors"))) for cell in cells]
+    assert states == {"experts": [2, 0], "runs": [2, 2], "cells": [4, 4]}[moment]
+    done = [WEIGHTS in [file.name for file in cell.iterdir()] for cell in cells]
+    assert done == [moment == "cells", False]
+    found = compare(clip, task(), tmp_path, **arguments)
+    assert all(file.stat().st_mtime_ns == before for file, before in trained.items())
+    whole = compare(clip, task(), tmp_path / "whole", **arguments)
+    assert [(line.row, line.values) for line in found.lines] == [(line.row, line.values) for line in whole.lines]
 
 
 def test_heads_are_compared_on_all_classes(clip, tmp_path):

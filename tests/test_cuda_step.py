@@ -73,9 +73,10 @@ def objective(clip: FrozenClip, kind: str, surrogate: str, space: str) -> tuple[
 
 
 def step(found: Objective, parameter: Tensor, *batch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    from mergetune.fit import _gradient
+    from mergetune.fit import _gradients
 
-    return _gradient(found, parameter, *batch)
+    x, labels, known = batch
+    return _gradients([found], [parameter], [(x, labels, None, known)])[0]
 
 
 @pytest.mark.parametrize("kind", ["prompt", "head"])
@@ -105,27 +106,25 @@ def test_the_check_sees_a_wait_and_a_mixture() -> None:
 
 def test_a_captured_step_is_the_same_step(clip: FrozenClip, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for streams and graphs: the graph runs the step again on its own buffers."""
-    from mergetune.fit import _capture, _gradient
+    from mergetune.fit import _capture, _gradients
 
     found, parameter = objective(clip, "prompt", "identity", "embedding")
     leaf = parameter.clone().requires_grad_()
-    gradient = partial(_gradient, found, leaf)
+    gradients = partial(_gradients, [found], [leaf])
 
     class Stream:
         wait_stream = staticmethod(lambda other: None)
 
     class Graph:
         def replay(self) -> None:
-            for place, value in zip(results[0], gradient(*buffers[0]), strict=True):
+            for place, value in zip(results[0], gradients(buffers[0])[0], strict=True):
                 place.copy_(value)
 
     buffers, results = [], []
 
-    def recorded(*batch: Tensor | None):
-        buffers.append(batch)
-        results.append(tuple(t.clone() for t in gradient(*batch)))
-        buffers[:], results[:] = buffers[-1:], results[-1:]
-        return results[0]
+    def recorded(batches):
+        buffers[:], results[:] = [batches], [tuple(t.clone() for t in gradients(batches)[0])]
+        return results
 
     for name, stand_in in {
         "Stream": Stream,
@@ -136,18 +135,19 @@ def test_a_captured_step_is_the_same_step(clip: FrozenClip, monkeypatch: pytest.
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
-    def batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(seed: int) -> tuple[Tensor, Tensor, None, Tensor]:
         x = F.normalize(torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(seed)), dim=-1)
-        return x, (torch.arange(BATCH) + seed) % len(NAMES), found.anchor_products(x)
+        return x, (torch.arange(BATCH) + seed) % len(NAMES), None, found.anchor_products(x)
 
     first = batch(0)
-    kept = [t.clone() for t in first]
-    replay = _capture(recorded, *first)
+    kept = [None if t is None else t.clone() for t in first]
+    replay = _capture(recorded, [first])
     for seed in (0, 1, 2):
-        expected = gradient(*batch(seed))
-        for ours, true in zip(replay(*batch(seed), None), expected, strict=True):
+        (expected,) = gradients([batch(seed)])
+        for ours, true in zip(replay([batch(seed)])[0], expected, strict=True):
             assert torch.equal(ours, true)
-    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))  # the caller's batch is not written to
+    same = [a is b is None or torch.equal(a, b) for a, b in zip(first, kept, strict=True)]
+    assert all(same)  # the caller's batch is not written to
 
 
 def test_a_graph_is_refused_where_there_is_no_gpu(clip: FrozenClip) -> None:

@@ -1,6 +1,7 @@
 """tune() and fit(): steps recomputed by hand, seeds, choice by val, kill and resume, refusals before any training."""
 
 import functools
+import inspect
 import io
 import json
 import math
@@ -22,7 +23,8 @@ from tiny import NAMES, cache, head, normal, prompt, tiny_clip
 
 from mergetune import FeatureCache, FitResult, FrozenClip, Head, Prompt, evaluate, fit, tune
 from mergetune.files import write_atomically
-from mergetune.fit import Training
+from mergetune.fit import Training, train_together
+from mergetune.text_tower import TextEncoder
 
 STATE = "state.safetensors"
 QUICK = {"epochs": 3, "batch_size": 8, "precision": "float32"}
@@ -535,6 +537,177 @@ def test_a_flipped_bit_in_the_state_is_refused(clip, finished, tmp_path):
     (tmp_path / STATE).write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read"):
         fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)
+
+
+# -- several runs in lockstep -----------------------------------------------------------------------------------------
+
+MODULE = sys.modules[Training.__module__]  # the name mergetune.fit is the function's
+LOCKSTEP = {"epochs": 4, "batch_size": 8, "lr": 0.05, "precision": "float32", "progress": False}
+
+
+def lockstep_jobs(folder=None, **changes) -> list:
+    """Of both stages, each with something of its own: start, seed, views, val, optimiser, anchors, points, loss."""
+    clip, features, views, val = tiny_clip(), cache(), cache(views=3), cache(12, seed=1)
+    resume = [None if folder is None else folder / str(i) for i in range(8)]
+    settings = LOCKSTEP | changes
+    return [
+        tune.job(clip, features, seed=2, resume=resume[0], **settings),
+        tune.job(clip, views, method="kgcoop", val=val, momentum=0.5, resume=resume[1], **settings),
+        tune.job(clip, cache(31, seed=5), n_ctx=4, resume=resume[2], **settings),
+        fit.job(clip, features, prompt(1), resume=resume[3], **settings),
+        fit.job(clip, features, prompt(1), lam=2.0, tau=1.0, surrogate="l2", resume=resume[4], **settings),
+        fit.job(clip, views, [prompt(1), prompt(2)], beta=[0.5, 1.0], grid="random", resume=resume[5], **settings),
+        fit.job(clip, features, prompt(2), surrogate="fisher", seed=9, val=val, resume=resume[6], **settings),
+        fit.job(clip, features, prompt(2), space="parameter", grid="random", points=2, resume=resume[7], **settings),
+    ]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """How many prompts each call of the text tower for a step has encoded."""
+    seen, call = [], TextEncoder.__call__
+
+    def counted(self, ctx):
+        seen.extend([len(ctx)] if ctx.requires_grad else [])
+        return call(self, ctx)
+
+    monkeypatch.setattr(TextEncoder, "__call__", counted)
+    return seen
+
+
+def assert_close_runs(a: FitResult, b: FitResult):
+    torch.testing.assert_close(a.solution.parameter, b.solution.parameter, atol=2e-5, rtol=2e-4)
+    assert a.settings == b.settings and len(a.history) == len(b.history)
+    for ours, other in zip(a.history, b.history, strict=True):
+        assert ours == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_runs_in_lockstep_are_the_runs_alone(calls):
+    results = train_together(lockstep_jobs())
+    assert calls == [7 + 3] * 4 * 3  # one call a step; a run in parameter space has its two points beside itself
+    for result, job in zip(results, lockstep_jobs(), strict=True):
+        assert_close_runs(result, train_together([job])[0])
+    assert len({result.timings["ms_per_step"] for result in results}) == 1
+
+
+@pytest.mark.parametrize("method", ["coop", "kgcoop"])
+@pytest.mark.parametrize("siglip", [False, True])
+def test_class_specific_runs_in_lockstep(calls, siglip, method):
+    clip, common = tiny_clip(siglip=siglip), {"class_specific": True, "method": method, **LOCKSTEP}
+    results = train_together([tune.job(clip, cache(), seed=seed, **common) for seed in (1, 2)])
+    assert set(calls) == {2}
+    for seed, result in enumerate(results, start=1):
+        assert_close_runs(result, tune(clip, cache(), seed=seed, **common))
+
+
+def test_runs_that_share_no_encoder_are_the_very_runs_alone(clip, calls):
+    other = cache(classes=NAMES[::-1])
+    runs = [
+        (tune, (clip, cache()), {}),
+        (tune, (clip, cache()), {"epochs": 3}),
+        (tune, (clip, cache()), {"batch_size": 15}),
+        (tune, (clip, cache()), {"precision": "bfloat16"}),
+        (tune, (clip, cache()), {"position": "front"}),
+        (tune, (clip, cache()), {"template": "a photo of a {}, drawn."}),
+        (tune, (clip, cache()), {"n_ctx": 2}),
+        (tune, (clip, cache()), {"class_specific": True}),
+        (tune, (clip, other), {}),
+        (tune, (tiny_clip(1), cache()), {}),
+        (tune, (clip, cache()), {"method": "head"}),
+        (fit, (clip, cache(), head(1)), {}),
+        (fit, (clip, cache(), head(2)), {}),
+    ]
+    results = train_together([function.job(*args, **LOCKSTEP | changes) for function, args, changes in runs])
+    assert set(calls) == {1}
+    for result, (function, args, changes) in zip(results, runs, strict=True):
+        assert_same_run(result, function(*args, **LOCKSTEP | changes))
+
+
+def test_lockstep_keeps_to_what_the_tower_encodes_without_computing_twice(clip, calls, monkeypatch):
+    jobs = [fit.job(clip, cache(), prompt(), seed=seed, **LOCKSTEP) for seed in range(5)]
+    tokens = sum(len(chunk.rows) for chunk in jobs[0].objective.encode.chunks)
+    for room, sizes in ((5 * tokens, [5] * 12), (3 * tokens - 1, [1] * 12 + [2] * 24), (tokens - 1, [1] * 60)):
+        monkeypatch.setattr("mergetune.text_tower.CHUNK_TOKENS", room)
+        calls.clear()
+        train_together(jobs)
+        assert sorted(calls) == sizes
+
+
+class Stopped(BaseException):
+    """Whatever ends a process."""
+
+
+def stop_at_write(monkeypatch, number: int):
+    """End the run in lockstep behind so many writes of a state."""
+    written = []
+
+    def write(file, content, real=write_atomically):
+        real(file, content)
+        written.append(file)
+        if len(written) == number:
+            raise Stopped
+
+    monkeypatch.setattr(MODULE, "write_atomically", write)
+
+
+def test_a_lockstep_that_was_stopped_between_epochs_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    whole = train_together(lockstep_jobs())
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at_write(patch, 16)
+        train_together(lockstep_jobs(tmp_path))
+    assert [epochs_on_disk(tmp_path / str(i)) for i in range(8)] == [2] * 8
+    for _ in range(2):  # and again from its end
+        for resumed, run in zip(train_together(lockstep_jobs(tmp_path)), whole, strict=True):
+            assert_same_run(resumed, run)
+
+
+def test_runs_in_lockstep_that_are_behind_catch_up(tmp_path, monkeypatch, calls):
+    whole = train_together(lockstep_jobs())
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at_write(patch, 13)
+        train_together(lockstep_jobs(tmp_path))
+    assert [epochs_on_disk(tmp_path / str(i)) for i in range(8)] == [2] * 5 + [1] * 3
+    calls.clear()
+    results = train_together(lockstep_jobs(tmp_path))
+    assert calls == [2 + 3] * 3 + [7 + 3] * 2 * 3
+    for resumed, run in zip(results, whole, strict=True):
+        assert_close_runs(resumed, run)
+    assert [result.timings["steps"] for result in results] == [6] * 5 + [9] * 3
+
+
+def test_a_run_goes_on_alone_or_in_lockstep(tmp_path):
+    """The state of a run is the same file either way."""
+    train_together(lockstep_jobs(tmp_path)[:4])
+    alone = tune(tiny_clip(), cache(), seed=2, resume=tmp_path / "0", **LOCKSTEP)
+    assert alone.timings["steps"] == 0 and alone.timings["seconds"] == 0
+
+
+def test_a_run_that_explodes_in_lockstep_is_named(clip, tmp_path):
+    common = {"epochs": 5, "batch_size": 10, "precision": "float32"}
+    jobs = [tune.job(clip, cache(), lr=lr, resume=tmp_path / f"{lr}", **common) for lr in (0.01, 1e30)]
+    for _ in range(2):
+        with pytest.raises(
+            FloatingPointError, match=r"the term 'endpoint' of run 2 of 2 became nan at step 5 \(epoch 2"
+        ):
+            train_together(jobs)
+        assert [epochs_on_disk(tmp_path / f"{lr}") for lr in (0.01, 1e30)] == [2, 1]
+
+
+def test_runs_in_lockstep_need_folders_of_their_own(clip, tmp_path):
+    jobs = [tune.job(clip, cache(), seed=seed, resume=tmp_path / "run", **LOCKSTEP) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="resume must be a folder for each run, got .*run twice"):
+        train_together(jobs)
+    tune(clip, cache(), resume=tmp_path / "run", **LOCKSTEP)
+    with pytest.raises(ValueError, match="holds another run: its seed is 1, this run's is 2"):
+        train_together([tune.job(clip, cache(), **LOCKSTEP), jobs[1]])
+
+
+@pytest.mark.parametrize("function", [tune, fit])
+def test_a_job_takes_what_its_function_takes(function):
+    given, result = inspect.signature(function.job), inspect.signature(function)
+    assert given.parameters == result.parameters
+    assert (given.return_annotation, result.return_annotation) == ("Job", "FitResult")
+    assert function.__annotations__["return"] == "FitResult" and train_together([]) == []
 
 
 # -- runs that go wrong -----------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The whole objective, by hand and as fit() builds it, against a few independent lines of float64 autograd."""
 
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -324,14 +323,12 @@ def test_real_prompt_encoder_in_float64(clip, surrogate, space):
 
 
 @pytest.fixture
-def built(clip, monkeypatch) -> Callable[..., tuple[Objective, Prompt | Head]]:
-    """The objective and the start of a fit() that is stopped before its first step."""
-    captured = []
-    monkeypatch.setattr(sys.modules["mergetune.fit"], "_train", lambda clip, *rest, **_: captured.append(rest[:2]))
+def built(clip) -> Callable[..., tuple[Objective, Prompt | Head]]:
+    """The objective and the start of a fit() before its first step."""
 
     def build(tuned, features, **settings):
-        fit(clip, features, tuned, **settings)
-        return captured.pop()
+        job = fit.job(clip, features, tuned, **settings)
+        return job.objective, job.start
 
     return build
 
