@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergetune import merging as m
-from mergetune.merging import tensors
+from mergetune.merging import task_vectors, tensors
 
 SHAPES = {
     "blocks.0.weight": (9, 7),
@@ -294,6 +294,15 @@ def dropped(density: float, seed: int = 0, names: tuple[str, ...] = ("x",), size
     zero = {name: torch.zeros(size) for name in names}
     experts = [{name: torch.full((size,), value) for name in names} for value in (1.0, 2.0)]
     return m.dare(zero, experts, density=density, rescale=None, seed=seed)
+
+
+@pytest.mark.parametrize("density", [2**-17, 1e-5, 0.1, 1 / 3, 1 - 2**-17])
+def test_dare_keeps_the_density_exactly_on_average(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Densities finer than the 16 random bits that decide most elements."""
+    size = 2**22
+    part = tensors.Part("x", torch.Size([size]), 0, size, None, [torch.empty(0)])
+    kept = task_vectors._random_mask(0, part, 0, density).sum().item()
+    assert abs(kept - size * density) < 4 * math.sqrt(size * density * (1 - density)) + 1
 
 
 def test_dare_drops_at_random_and_independently(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -606,10 +606,13 @@ def _election(weights: Sequence[float] | None, count: int, sign: str | None, div
 
 def _random_mask(seed: int, part: Part, k: int, density: float) -> Tensor:
     """[n] random bits that depend on seed, tensor name, expert and place only."""
-    kept = np.empty(part.end - part.begin, np.bool_)
-    for begin, end in stretches(len(kept)):
+    kept = np.ones(part.end - part.begin, np.bool_)
+    limit, rest = divmod(density * 2**16, 1)
+    for begin, end in stretches(len(kept)) if density < 1 else ():
         key = hashlib.blake2b(f"{seed}/{k}/{part.begin + begin}/{part.name}".encode(), digest_size=16).digest()
         random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
-        words = random.integers(0, 2**64, (end - begin + 1) // 2, np.uint64).view(np.uint32)[: end - begin]
-        np.less_equal(words, np.uint32(max(round(density * 2**32), 1) - 1), out=kept[begin:end])
+        words = random.integers(0, 2**64, (end - begin + 3) // 4, np.uint64).view(np.uint16)[: end - begin]
+        np.less(words, np.uint16(limit), out=kept[begin:end])
+        ties = begin + np.flatnonzero(words == np.uint16(limit))  # 16 bits decide, but for these
+        kept[ties] = random.random(len(ties)) < rest
     return torch.from_numpy(kept)

@@ -164,7 +164,9 @@ class Part:
     @cached_property
     def experts(self) -> Tensor:
         """[K, n], or [K, *shape]. The dtype of base."""
-        rows = torch.stack([row.to(self._dtype) for row in self.stored])
+        rows = torch.empty(len(self.stored), len(self.stored[0]), dtype=self._dtype, device=self.stored[0].device)
+        for row, stored in zip(rows, self.stored, strict=True):
+            row.copy_(stored)
         return rows.reshape(len(rows), *self.shape) if self.whole else rows
 
     @property
@@ -521,11 +523,11 @@ def _sample(
     """Sorted values of short pieces, evenly spread over the tensors, [K, n]."""
     ends = np.cumsum([source(experts[0], name).numel for name in names])
     rows = []
-    for place in np.linspace(0, ends[-1], min(max(int(ends[-1]) // 2**16, 32), 512), endpoint=False).astype(np.int64):
+    for place in np.linspace(0, ends[-1], min(max(int(ends[-1]) // 2**17, 16), 256), endpoint=False).astype(np.int64):
         which = int(np.searchsorted(ends, place, side="right"))
         numel = source(experts[0], names[which]).numel
         begin = int(place - ends[which] + numel)
-        rows.append(measure(_part(base, experts, names[which], begin, min(begin + 512, numel))).cpu().numpy())
+        rows.append(measure(_part(base, experts, names[which], begin, min(begin + 1024, numel))).cpu().numpy())
     return np.sort(np.concatenate(rows, 1), 1)
 
 
