@@ -201,6 +201,11 @@ def merge_files(
 ) -> None:
     """Merge safetensors files into one: streamed where the method works tensor by tensor, else in memory.
 
+    Args:
+        method: a name of the catalogue.
+        base: a file, or "zeros" or "ones" for experts that are differences already, as LoRA's and IA3's are; or None.
+        experts, out, options: files, and the method's options.
+
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the method needs images and a model, or refuses these files.
@@ -212,7 +217,7 @@ def merge_files(
         raise ValueError(f"{method} needs {why} ({_entry(method).needs})")
     function = METHODS[method]
     if hasattr(function, "plan"):
-        merging.merge_files(function, base, experts, out, **options)
+        merging.merge_files(function, {"zeros": 0.0, "ones": 1.0}.get(base, base), experts, out, **options)
         return
     merged = function(None if base is None else TensorFile(base), [TensorFile(file) for file in experts], **options)
     write_atomically(Path(out), serialize({name: tensor.contiguous() for name, tensor in merged.items()}))

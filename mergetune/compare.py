@@ -889,31 +889,13 @@ def _difference(values: list[float], tasks: Sequence[str], drawn: Tensor) -> Dif
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
     """Student's interval for a mean; None for fewer than two values."""
+    from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats takes a second to import
+
     if len(values) < 2:
         return None
-    reach = _t_quantile(len(values) - 1, level) * statistics.stdev(values) / math.sqrt(len(values))
+    reach = stdtrit(len(values) - 1, (1 + level) / 2) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - reach, mean + reach
-
-
-def _t_quantile(freedom: int, level: float) -> float:
-    """t with P(|T| < t) = level, by bisection of the finite series (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-
-    def within(angle: float) -> float:  # t = sqrt(freedom) tan(angle)
-        odd = freedom % 2
-        term = math.cos(angle) if odd else 1.0
-        total = 0.0
-        for i in range(2 + odd, freedom + 1, 2):
-            total += term
-            term *= (i - 1) / i * math.cos(angle) ** 2
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
 
 
 def plot(comparison: Comparison, file: str | Path) -> None:

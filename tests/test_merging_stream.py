@@ -155,6 +155,31 @@ def test_no_tensor_is_read_whole(name: str, tmp_path: Path, monkeypatch: pytest.
     assert max(sizes) == 32
 
 
+@pytest.mark.parametrize("value", [0, 1.0])
+def test_a_number_as_the_base(value: float, tmp_path: Path) -> None:
+    """Differences are merged as they are: LoRA's from 0, IA3's from 1."""
+    _, *experts = files(tmp_path, 2)
+    m.merge_files(m.ties, value, experts, tmp_path / "out", density=0.4)
+    states = [load_file(e) for e in experts]
+    base = {name: torch.full_like(t, value) if t.is_floating_point() else t for name, t in states[0].items()}
+    expected = m.ties(base, states, density=0.4)
+    got = load_file(tmp_path / "out")
+    assert got.keys() == expected.keys() and all(torch.equal(t, expected[n]) for n, t in got.items())
+    constant = m.Constant(states[0], value)
+    assert constant.keys() == base.keys() and all(torch.equal(t, base[n]) for n, t in constant.items())
+    assert "bias" in constant and len(constant) == len(base)
+
+
+def test_lora_factors_are_merged_as_peft_does(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft.utils.merge_utils", reason="peft is not installed")
+    states = [{n: draw(k)[n] for n in ("blocks.0.weight", "blocks.1.weight")} for k in (1, 2)]
+    for k, state in enumerate(states):
+        save_file(state, tmp_path / str(k))
+    m.merge_files(m.ties, 0, [tmp_path / "0", tmp_path / "1"], tmp_path / "out", density=0.3, trim="tensor")
+    for name, tensor in load_file(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, peft.ties([s[name] for s in states], torch.ones(2), 0.3))
+
+
 def test_an_input_may_be_replaced(tmp_path: Path) -> None:
     base, *experts = files(tmp_path)
     expected = m.ties(load_file(base), [load_file(e) for e in experts])

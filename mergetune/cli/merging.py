@@ -26,7 +26,10 @@ def merge(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help='Zero-shot text with {}, a saved folder, or a file. "a photo of a {}." if needed.'),
+        typer.Option(
+            help='Zero-shot text with {}, a saved folder, or a file; "a photo of a {}." if needed. '
+            "For files of adapters zeros (LoRA) or ones (IA3)."
+        ),
     ] = None,
     option: Annotated[list[str], typer.Option("-o", "--option", help="name=value, of the method.")] = [],
     backbone: BackboneIfNeeded = None,

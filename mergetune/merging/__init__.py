@@ -28,10 +28,11 @@ from mergetune.merging.task_vectors import (
     task_arithmetic,
     ties,
 )
-from mergetune.merging.tensors import StateDict, TensorFile
+from mergetune.merging.tensors import Constant, StateDict, TensorFile
 
 __all__ = [
     "CompressedSize",
+    "Constant",
     "Evolved",
     "StateDict",
     "TensorFile",

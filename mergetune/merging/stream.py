@@ -9,12 +9,16 @@ import torch
 from tqdm import tqdm
 
 from mergetune.files import writing_atomically
-from mergetune.merging.tensors import TensorFile, check, merged_pieces, sources
+from mergetune.merging.tensors import Constant, TensorFile, check, merged_pieces, sources
 
 
 @torch.no_grad()
 def merge_files(
-    method: Callable, base_file: str | Path | None, expert_files: Sequence[str | Path], out_file: str | Path, **options
+    method: Callable,
+    base_file: str | Path | float | None,
+    expert_files: Sequence[str | Path],
+    out_file: str | Path,
+    **options,
 ) -> None:
     """Merge safetensors files into one: the same bits as ``method`` on the state dicts in memory, in little memory.
 
@@ -25,7 +29,8 @@ def merge_files(
 
     Args:
         method: a method that works tensor by tensor, such as ``task_arithmetic`` or ``ties``.
-        base_file: None for methods without a base.
+        base_file: None for methods without a base. A number is the base in every element, for experts that are
+            differences already: 0 for LoRA factors, 1 for IA3's.
         expert_files: one or more.
         out_file: is replaced if it is there.
         options: the method's. Options that are state dicts may be :class:`TensorFile`, so that they too are read from
@@ -39,10 +44,14 @@ def merge_files(
         raise ValueError(f"method must work tensor by tensor, got {getattr(method, '__name__', method)}")
     if isinstance(expert_files, str | Path):
         raise TypeError(f"expert_files must be a list of files, got {expert_files!r}")
-    base = None if base_file is None else TensorFile(base_file)
+    base = TensorFile(base_file) if isinstance(base_file, str | Path) else None
     experts = [TensorFile(file) for file in expert_files]
+    if not experts:
+        raise ValueError("expert_files must hold at least one file, got none")
+    reference = experts[0] if base is None else base
+    if base is None and base_file is not None:
+        base = Constant(reference, base_file)
     check(method, base, experts)
-    reference = base if base is not None else experts[0]
     step = method.plan(base, experts, **options)
     size = sum(like.numel * like.dtype.itemsize for _, like in sources(reference))
     label = {"desc": f"merge ({method.__name__})", "unit": "B", "unit_scale": True}

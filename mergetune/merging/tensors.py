@@ -125,9 +125,39 @@ class TensorFile(Mapping[str, Tensor]):
         return Source(torch.Size(entry["shape"]), dtype, torch.device("cpu"), read)
 
 
+class Constant(Mapping[str, Tensor]):
+    """A state dict as another one, with one number in place of its floating-point values; takes no memory.
+
+    The base of what are differences already: 0 for LoRA's factors (as peft merges them), 1 for IA3's.
+    """
+
+    def __init__(self, like: StateDict, value: float = 0.0) -> None:
+        self.like, self.value = like, value
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.source(name)
+        return found.read(0, found.numel).reshape(found.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.like
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+    def source(self, name: str) -> Source:
+        found = source(self.like, name)
+        if not found.dtype.is_floating_point:
+            return found
+        options = {"dtype": found.dtype, "device": found.device}
+        return replace(found, read=lambda begin, end: torch.full((end - begin,), self.value, **options))
+
+
 def source(state: StateDict, name: str) -> Source:
-    """One tensor of a state dict in memory or in a file."""
-    if isinstance(state, TensorFile):
+    """One tensor of a state dict, wherever it is."""
+    if isinstance(state, TensorFile | Constant):
         return state.source(name)
     tensor = state[name].detach()
     flat = tensor.reshape(-1)
