@@ -144,9 +144,9 @@ def test_no_tensor_is_read_whole(name: str, tmp_path: Path, monkeypatch: pytest.
     def watched(self: tensors.TensorFile, name: str) -> tensors.Source:
         found = find(self, name)
 
-        def read(begin: int, end: int) -> Tensor:
+        def read(begin: int, end: int, room: Tensor | None = None) -> Tensor:
             sizes.append(end - begin)
-            return found.read(begin, end)
+            return found.read(begin, end, room)
 
         return tensors.Source(found.shape, found.dtype, found.device, read)
 

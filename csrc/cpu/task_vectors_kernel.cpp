@@ -111,7 +111,8 @@ void run_merge(const TaskVectors<Value>& op, T* out) {
     for (std::int64_t begin = 0; begin < op.n; begin += block) {
         const std::int64_t size = op.n - begin < block ? op.n - begin : block;
         const T* const base = op.base ? widened(op.base + begin, size, base_room) : nullptr;
-        for (std::int64_t i = 0; i < size; ++i) sum[i] = votes[i] = divisor[i] = T(0);
+        for (std::int64_t i = 0; i < size; ++i) sum[i] = T(0);
+        for (std::int64_t i = 0; op.votes && i < size; ++i) votes[i] = divisor[i] = T(0);
         for (std::int64_t k = 0; op.votes && k < op.K; ++k) {
             T* const delta = deltas[kept ? k : 0];
             read_deltas(op, k, begin, size, base, delta);
@@ -127,12 +128,13 @@ void run_merge(const TaskVectors<Value>& op, T* out) {
                 add(sum, T(op.weights[k]), delta, size);
             }
         }
+        if (op.votes && op.shares) {
+#pragma omp simd
+            for (std::int64_t i = 0; i < size; ++i) sum[i] /= divisor[i] != 0 ? divisor[i] : T(1);
+        }
         const T scale = T(op.scale);
 #pragma omp simd
-        for (std::int64_t i = 0; i < size; ++i) {
-            const T merged = scale * (divisor[i] != 0 ? sum[i] / divisor[i] : sum[i]);
-            out[begin + i] = base ? base[i] + merged : merged;
-        }
+        for (std::int64_t i = 0; i < size; ++i) out[begin + i] = base ? base[i] + scale * sum[i] : scale * sum[i];
     }
 }
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from itertools import groupby, islice, starmap
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, local
 from typing import TypeVar
 
 import numpy as np
@@ -49,19 +49,23 @@ DTYPES = {
 }
 
 
+WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """One tensor of one checkpoint, wherever it is.
 
     Attributes:
         shape, dtype, device: the tensor's.
-        read: begin, end -> that stretch of its elements, [end - begin], in its own dtype. Not to be written to.
+        read: begin, end -> that stretch of its elements, [end - begin], in its own dtype. Not to be written to. A third
+            argument is memory that may be used for it, [end - begin] or longer; else there is new memory.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    read: Callable[[int, int], Tensor]
+    read: Callable[..., Tensor]
 
     @property
     def numel(self) -> int:
@@ -112,8 +116,9 @@ class TensorFile(Mapping[str, Tensor]):
         dtype = DTYPES[entry["dtype"]]
         offset = len(self.header) + entry["data_offsets"][0]
 
-        def read(begin: int, end: int) -> Tensor:
-            stretch, at = torch.empty(end - begin, dtype=dtype), offset + begin * dtype.itemsize
+        def read(begin: int, end: int, room: Tensor | None = None) -> Tensor:
+            stretch = torch.empty(end - begin, dtype=dtype) if room is None else room.view(dtype)[: end - begin]
+            at = offset + begin * dtype.itemsize
             raw = memoryview(stretch.view(torch.uint8).numpy())
             while raw:  # the system may give less than was asked for
                 got = os.preadv(self._file.fileno(), [raw], at)
@@ -152,7 +157,7 @@ class Constant(Mapping[str, Tensor]):
         if not found.dtype.is_floating_point:
             return found
         options = {"dtype": found.dtype, "device": found.device}
-        return replace(found, read=lambda begin, end: torch.full((end - begin,), self.value, **options))
+        return replace(found, read=lambda begin, end, room=None: torch.full((end - begin,), self.value, **options))
 
 
 def source(state: StateDict, name: str) -> Source:
@@ -161,7 +166,7 @@ def source(state: StateDict, name: str) -> Source:
         return state.source(name)
     tensor = state[name].detach()
     flat = tensor.reshape(-1)
-    return Source(tensor.shape, tensor.dtype, tensor.device, lambda begin, end: flat[begin:end])
+    return Source(tensor.shape, tensor.dtype, tensor.device, lambda begin, end, room=None: flat[begin:end])
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,14 +330,14 @@ def _finite(merged: Tensor, part: Part, like: Source, experts: Sequence[StateDic
 def over_parts(
     function: Callable[[Part], T], names: Iterable[str], base: StateDict | None, experts: Sequence[StateDict]
 ) -> Iterator[T]:
-    """``function`` of every stretch of some tensors, in order.
+    """``function`` of every stretch of some tensors, in order. What it gives must not be a part's own memory.
 
     On a CPU several threads share the stretches out; each computes alone, so that the bits do not depend on how many
     there are. A few stretches are in work at a time, whatever the tensors' sizes.
     """
 
     def work(name: str, begin: int, end: int) -> T:
-        return function(_part(base, experts, name, begin, end))
+        return function(_part(base, experts, name, begin, end, rooms=_rooms(len(experts) + 1, end - begin)))
 
     tasks = ((name, *ends) for name in names for ends in stretches(source(experts[0], name).numel))
     if any(like.device.type != "cpu" for _, like in islice(sources(experts[0]), 1)):
@@ -379,10 +384,31 @@ def whole(name: str, base: StateDict | None, experts: Sequence[StateDict]) -> Pa
     return replace(_part(base, experts, name, 0, source(experts[0], name).numel), whole=True)
 
 
-def _part(base: StateDict | None, experts: Sequence[StateDict], name: str, begin: int, end: int) -> Part:
-    start = None if base is None else source(base, name).read(begin, end)
-    rows = [source(expert, name).read(begin, end) for expert in experts]
+def _part(
+    base: StateDict | None,
+    experts: Sequence[StateDict],
+    name: str,
+    begin: int,
+    end: int,
+    *,
+    rooms: Sequence[Tensor] | None = None,
+) -> Part:
+    rooms = [None] * (len(experts) + 1) if rooms is None else rooms
+    start = None if base is None else source(base, name).read(begin, end, rooms[-1])
+    rows = [source(expert, name).read(begin, end, room) for expert, room in zip(experts, rooms, strict=False)]
     return Part(name, source(experts[0], name).shape, begin, end, start, rows)
+
+
+_kept = local()
+
+
+def _rooms(count: int, numel: int) -> list[Tensor]:
+    """Memory for stretches that this thread keeps: new memory would be made of new pages each time, which takes longer
+    than to fill them. What was read into it is valid until the thread's next part."""
+    rooms = getattr(_kept, "rooms", [])
+    if len(rooms) < count or rooms[0].numel() < numel * WIDEST:
+        _kept.rooms = rooms = [torch.empty(numel * WIDEST, dtype=torch.uint8) for _ in range(count)]
+    return rooms
 
 
 def stretches(numel: int, step: int | None = None) -> Iterator[tuple[int, int]]:
