@@ -359,11 +359,14 @@ def over_parts(
 
 @lru_cache(maxsize=1)
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch computes alone: it keeps a number of threads for each, beside the one for new ones."""
+    """Threads in each of which torch computes alone.
+
+    ``torch.set_num_threads`` holds for the thread that calls it and for threads to come, so it is set back afterwards.
+    """
     ready = Barrier(threads + 1)
 
     def alone() -> None:
-        torch.get_num_threads()  # takes up the number for new ones, which would else come with the first computation
+        torch.get_num_threads()  # takes up the number for new threads, which the first computation would else do later
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         ready.wait()
@@ -403,8 +406,10 @@ _kept = local()
 
 
 def _rooms(count: int, numel: int) -> list[Tensor]:
-    """Memory for stretches that this thread keeps: new memory would be made of new pages each time, which takes longer
-    than to fill them. What was read into it is valid until the thread's next part."""
+    """Memory for stretches that this thread keeps: to get new pages takes longer than to fill them.
+
+    What was read into it is valid until the thread's next part.
+    """
     rooms = getattr(_kept, "rooms", [])
     if len(rooms) < count or rooms[0].numel() < numel * WIDEST:
         _kept.rooms = rooms = [torch.empty(numel * WIDEST, dtype=torch.uint8) for _ in range(count)]
