@@ -290,8 +290,8 @@ def train(clip: FrozenClip, folds: Mapping[Path, Fold], plan: Plan, *, progress:
 
     Args:
         clip: the frozen CLIP.
-        folds: the cells' folders, and their images. Cells with the same classes share the calls of the text tower;
-            what each run finds depends on the others in its rounding only.
+        folds: the cells' folders, and their images. Prompts of cells with the same classes share calls of the
+            text tower; what each run finds depends on the others in its rounding only.
         plan: experts, training and grid.
         progress: show bars where stderr is a terminal.
 

@@ -483,10 +483,17 @@ def train_together(jobs: Sequence[Job]) -> list[FitResult]:
     folders = [Path(job.resume).resolve() for job in jobs if job.resume is not None]
     if repeated := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"resume must be a folder for each run, got {repeated[0]} twice")
-    runs = [_Run(job) for job in jobs]  # all folders are read before anything is trained
+    runs = [_Run(job, _which(jobs, i)) for i, job in enumerate(jobs)]  # all are read before any is trained
     for group in _groups(runs):
         _train(group)
     return [run.result() for run in runs]
+
+
+def _which(jobs: Sequence[Job], i: int) -> str:
+    """What an error says of run i, where there are others."""
+    if len(jobs) == 1:
+        return ""
+    return f" of run {i + 1} of {len(jobs)}" + ("" if jobs[i].resume is None else f" ({jobs[i].resume})")
 
 
 def _groups(runs: Sequence[_Run]) -> Iterator[list[_Run]]:
@@ -525,7 +532,7 @@ def _train(runs: Sequence[_Run]) -> None:
                     run.optimizer.step()
                     record[step] = torch.cat([loss[None], terms])
             for run, record in zip(active, records, strict=True):
-                run.end(epoch, record, "" if len(runs) == 1 else f" of run {runs.index(run) + 1} of {len(runs)}")
+                run.end(epoch, record)
             spent = time.perf_counter() - began
             for run in active:
                 run.seconds += spent / len(active)
@@ -589,8 +596,8 @@ class _Run:
     parameter, its momentum and the history, no more.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job, training, device = job, job.training, job.clip.device
+    def __init__(self, job: Job, which: str) -> None:
+        self.job, self.which, training, device = job, which, job.training, job.clip.device
         self.settings = {
             **job.settings,
             "start": _digest(job.start.parameter),
@@ -630,9 +637,9 @@ class _Run:
             x = features.rows(index, views).to(self.labels.device, non_blocking=True)
             yield x, self.labels[there], generator, None if products is None else products[:, there]
 
-    def end(self, epoch: int, record: Tensor, which: str) -> None:
-        """Check an epoch, ``which`` says of what run; evaluate it and write it down."""
-        _check_finite(record, self.parameter, self.names, epoch, which)
+    def end(self, epoch: int, record: Tensor) -> None:
+        """Check an epoch, evaluate it and write it down."""
+        _check_finite(record, self.parameter, self.names, epoch, self.which)
         self.steps += len(record)
         entry = {
             "epoch": epoch + 1,

@@ -606,7 +606,7 @@ def merge_deltas(
     for name, values in given.items():
         if values is not None and len(values) != k:
             raise ValueError(f"{name} must hold one number for each of {k} experts, got {len(values)}")
-    dtype, rows = _alike([*experts, *([] if base is None else [base])])
+    dtype, rows = _alike([*experts, *([] if base is None else [base])], kept)
     real, start, rows = _real(rows[0]), None if base is None else rows[k], rows[:k]
     if backend == "torch":
         numbers = {name: v if v is None else experts[0].new_tensor(v, dtype=real) for name, v in given.items()}
@@ -614,10 +614,10 @@ def merge_deltas(
         return reference.merge_deltas(start, rows, **numbers, scale=scale, kept=kept, vote=vote)
     if vote is not None and votes is None:
         given["votes"] = [1.0] * k
-    numbers = [v if v is None else torch.tensor(v, dtype=torch.float64) for v in given.values()]
+    numbers = [v if v is None else torch.tensor(v, dtype=torch.float64, device="cpu") for v in given.values()]
     held = [start, kept if kept is None else kept.contiguous(), *numbers]  # as are the rows, while the core runs
     start_at, *others = (0 if t is None else t.data_ptr() for t in held)
-    out = torch.empty(n, dtype=real)
+    out = torch.empty(n, dtype=real, device="cpu")
     arguments = start_at, [row.data_ptr() for row in rows], *others, vote == "count", scale, n
     _C.merge_deltas_cpu(dtype, arguments, out.data_ptr())
     return out
@@ -639,10 +639,11 @@ def count_around(
         raise ValueError(f"low must be at most high, got {low} and {high}")
     dtype, rows = _alike([values, *([] if base is None else [base])])
     real = _real(rows[0])
+    low, high = torch.tensor([low, high], dtype=real, device="cpu").tolist()  # as the values can be
     if backend == "torch" or not len(values):
         rows = [row.to(real) for row in rows]
         return reference.count_around(rows[0], low, high, base=None if base is None else rows[1])
-    between = torch.empty(len(values), dtype=real)
+    between = torch.empty(len(values), dtype=real, device="cpu")
     start = 0 if base is None else rows[1].data_ptr()
     counts = _C.count_around_cpu(dtype, rows[0].data_ptr(), start, len(values), low, high, between.data_ptr())
     return counts, between[: counts[2]].clone()
@@ -651,10 +652,13 @@ def count_around(
 _STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _alike(rows: list[Tensor]) -> tuple[str, list[Tensor]]:
+def _alike(rows: list[Tensor], kept: Tensor | None = None) -> tuple[str, list[Tensor]]:
     """Rows in one dtype, the widest real one where they differ, as the core reads them; and the dtype's name."""
-    if wrong := {row.dtype for row in rows}.difference(_STORED):
-        raise TypeError(f"values must be float32, float64, float16 or bfloat16, got {wrong.pop()}")
+    if wrong := [row.dtype for row in rows if not row.dtype.is_floating_point]:
+        raise TypeError(f"values must be floating point, got {wrong[0]}")
+    if len(devices := {str(t.device) for t in (*rows, kept) if t is not None}) > 1:
+        raise ValueError(f"all values must be on one device, got {', '.join(sorted(devices))}")
+    rows = [row if row.dtype in _STORED else row.float() for row in rows]
     if len({row.dtype for row in rows}) > 1:
         rows = [row.to(max(map(_real, rows), key=lambda dtype: dtype.itemsize)) for row in rows]
     rows = [row.contiguous() for row in rows]

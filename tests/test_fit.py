@@ -687,10 +687,19 @@ def test_a_run_that_explodes_in_lockstep_is_named(clip, tmp_path):
     jobs = [tune.job(clip, cache(), lr=lr, resume=tmp_path / f"{lr}", **common) for lr in (0.01, 1e30)]
     for _ in range(2):
         with pytest.raises(
-            FloatingPointError, match=r"the term 'endpoint' of run 2 of 2 became nan at step 5 \(epoch 2"
+            FloatingPointError, match=r"the term 'endpoint' of run 2 of 2 \(.*1e\+30\) became nan at step 5 \(epoch 2"
         ):
             train_together(jobs)
         assert [epochs_on_disk(tmp_path / f"{lr}") for lr in (0.01, 1e30)] == [2, 1]
+
+
+def test_a_run_that_explodes_is_named_by_its_place_among_all(clip):
+    """Whatever goes in lockstep with it: a head goes alone, and so does another pace."""
+    common = {"batch_size": 10, "precision": "float32"}
+    jobs = [tune.job(clip, cache(), method="head", epochs=5, **common), tune.job(clip, cache(), epochs=5, **common)]
+    for epochs in (5, 4):
+        with pytest.raises(FloatingPointError, match="of run 3 of 3 became nan"):
+            train_together([*jobs, tune.job(clip, cache(), lr=1e30, epochs=epochs, **common)])
 
 
 def test_runs_in_lockstep_need_folders_of_their_own(clip, tmp_path):

@@ -922,6 +922,60 @@ def test_order_statistics_where_the_sample_was_wrong(monkeypatch: pytest.MonkeyP
     check_order({"x": torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))})
 
 
+def test_order_statistics_keep_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the sample is of no use, no pass keeps more than an eighth of the values."""
+    monkeypatch.setattr(tensors, "STRETCH", 4096)
+    monkeypatch.setattr(tensors, "FEW", 1000)
+    monkeypatch.setattr(tensors, "_sample", lambda *_: np.full((1, 4096), 1e9, np.float32))
+    kept, search = [], tensors._Search.narrow
+
+    def watched(self, low: float, high: float, counts: list[int], between: np.ndarray) -> None:
+        kept.append(len(between))
+        search(self, low, high, counts, between)
+
+    monkeypatch.setattr(tensors._Search, "narrow", watched)
+    check_order({"x": torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))})
+    assert max(kept) <= 100_000 / 8 + 64
+
+
+def test_thresholds_of_mixed_dtypes_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One float64 expert makes all differences float64 ones."""
+    monkeypatch.setattr(tensors, "FEW", 1000)
+    generator = torch.Generator().manual_seed(0)
+    base, a, b = (torch.randn(5000, generator=generator) for _ in range(3))
+    for density in (0.11, 0.3, 0.57):
+        merged = m.ties({"x": base}, [{"x": a}, {"x": b.double()}], density=density, weights=[1, 0], divide="none")
+        expected = m.ties(
+            {"x": base}, [{"x": a.double()}, {"x": b.double()}], density=density, weights=[1, 0], divide="none"
+        )
+        assert torch.equal(merged["x"], expected["x"])
+
+
+class Counted(dict):
+    """A state dict that counts how often a tensor is asked for."""
+
+    asked = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.asked += 1
+        return super().__getitem__(name)
+
+
+def test_tensors_are_asked_for_once_a_pass_and_may_be_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "STRETCH", 64)
+    wide, tall = torch.randn(60, 70), torch.randn(70, 60)
+    states = [Counted(x=wide), Counted(x=tall.T)]
+    got = m.task_arithmetic(states[0], states[1:], scale=1.0)["x"]
+    torch.testing.assert_close(got, tall.T)
+    assert max(state.asked for state in states) < 10  # of 66 stretches
+
+
+def test_experts_come_to_the_bases_device() -> None:
+    """The device "meta" has no values, but refuses what is mixed, as a GPU does."""
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        m.task_arithmetic({"x": torch.ones(4, device="meta")}, [{"x": torch.ones(4)}])
+
+
 def test_values_that_are_nan_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "FEW", 1000)
     values = torch.arange(2000.0)

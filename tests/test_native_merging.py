@@ -120,6 +120,26 @@ def test_count_around(dtype: torch.dtype, n: int, based: bool) -> None:
         assert between.tolist() == [v for v in x if low < v < high]
 
 
+def test_other_float_types_are_widened() -> None:
+    base, experts = draw(2, 100)
+    eight = [expert.to(torch.float8_e4m3fn) for expert in experts]
+    got = ops.merge_deltas(base, eight, [1, 2])
+    torch.testing.assert_close(got, ops.merge_deltas(base, [expert.float() for expert in eight], [1, 2]))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    base, experts = draw(2, 100)
+    expected = ops.merge_deltas(base, experts, [1, 2]), ops.count_around(base, 0, 1)
+    with torch.device("meta"):
+        got = ops.merge_deltas(base, experts, [1, 2]), ops.count_around(base, 0, 1)
+    assert torch.equal(got[0], expected[0]) and got[1][0] == expected[1][0]
+
+
+def test_bounds_are_rounded_to_the_values_dtype() -> None:
+    counts, _ = ops.count_around(torch.tensor([0.1]), 0.1, 0.1 + 1e-12)
+    assert list(counts) == [0, 1, 0, 0]
+
+
 def test_refusals() -> None:
     base, experts = draw(2, 10)
     with pytest.raises(ValueError, match=r"base must have shape \[10\], got \[9\]"):
@@ -136,8 +156,14 @@ def test_refusals() -> None:
         ops.merge_deltas(base, experts, [1, 1], shares=[1, 1])
     with pytest.raises(TypeError, match="kept must be bool, got torch.float32"):
         ops.merge_deltas(base, experts, [1, 1], kept=torch.ones(2, 10))
-    with pytest.raises(TypeError, match="values must be float32, float64, float16 or bfloat16, got torch.int64"):
+    with pytest.raises(TypeError, match="values must be floating point, got torch.int64"):
         ops.merge_deltas(base.long(), experts, [1, 1])
+    with pytest.raises(ValueError, match="all values must be on one device, got cpu, meta"):
+        ops.merge_deltas(base.to("meta"), experts, [1, 1])
+    with pytest.raises(ValueError, match="all values must be on one device, got cpu, meta"):
+        ops.merge_deltas(base, experts, [1, 1], kept=torch.ones(2, 10, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match="all values must be on one device, got cpu, meta"):
+        ops.count_around(base, 1, 2, base=base.to("meta"))
     with pytest.raises(ValueError, match="low must be at most high, got 2 and 1"):
         ops.count_around(base, 2, 1)
     with pytest.raises(ValueError, match="backend must be None or one of cpp, torch, got 'triton'"):

@@ -1,7 +1,7 @@
 // The CPU kernels of merge_deltas and count_around, compiled once for each instruction set (MT_VARIANT names it).
 //
-// Elements are independent and meet the experts in their order, so the bits depend on nothing else. One thread: the
-// caller has a stretch for each. No standard containers here; see path_cross_entropy_kernel.cpp.
+// Elements are independent and meet the experts in their order, so the bits depend on the variant alone. One thread:
+// the caller has a stretch for each. No standard containers here; see path_cross_entropy_kernel.cpp.
 #include "task_vectors_kernel.h"
 
 #include <cmath>

@@ -22,10 +22,11 @@ def merge_files(
 ) -> None:
     """Merge safetensors files into one: the same bits as ``method`` on the state dicts in memory, in little memory.
 
-    Element-wise methods hold a stretch of every checkpoint at a time, at most a few MB; those on matrices and ``widen``
-    the tensor in work with its factors. Methods with statistics of all tensors (said in their docstrings) read the
-    inputs more than once. The output has the header of the base, or of the first expert without one: the same order of
-    tensors and metadata. It appears whole or not at all; it may replace an input.
+    Element-wise methods hold a few stretches of every checkpoint at a time, some MB, and a few percent of the values
+    where they look for a threshold; those on matrices and ``widen`` hold the tensor in work with its factors. Methods
+    with statistics of all tensors (said in their docstrings) read the inputs more than once. The output has the header
+    of the base, or of the first expert without one: the same order of tensors and metadata. It appears whole or not at
+    all; it may replace an input.
 
     Args:
         method: a method that works tensor by tensor, such as ``task_arithmetic`` or ``ties``.

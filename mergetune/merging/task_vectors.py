@@ -379,14 +379,14 @@ def lines(
         layer: name -> (l, L), or None outside the blocks. By default the first number between two dots in a name is l,
             and L counts those behind the same beginning, so that two towers are counted each on its own.
     """
-    if beta is None and len(experts) > 1:
-        raise ValueError(f"beta must be given for {len(experts)} experts (the paper searches it), got None")
-    alpha = (1 / len(experts) if len(experts) > 1 else 0.5) if alpha is None else alpha
-    beta = 1 - alpha if beta is None else beta
     names = floating(base)
     depths = {name: (layer or _depth_of(names))(name) for name in names}
     if not any(depths.values()):
         raise ValueError(f"lines needs names with block numbers such as 'resblocks.3.', got {', '.join(names[:3])}")
+    if beta is None and len(experts) > 1:
+        raise ValueError(f"beta must be given for {len(experts)} experts (the paper searches it), got None")
+    alpha = (1 / len(experts) if len(experts) > 1 else 0.5) if alpha is None else alpha
+    beta = 1 - alpha if beta is None else beta
     scales = {name: alpha + beta * d[0] / max(d[1] - 1, 1) if d else alpha for name, d in depths.items()}
     ones = [1.0] * len(experts)
     return Merge(lambda part: ops.merge_deltas(part.stored_base, part.stored, ones, scale=scales[part.name]))

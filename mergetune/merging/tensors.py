@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from itertools import groupby, islice, starmap
 from pathlib import Path
-from threading import Barrier, local
+from threading import Barrier
 from typing import TypeVar
 
 import numpy as np
@@ -49,23 +49,19 @@ DTYPES = {
 }
 
 
-WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
-
-
 @dataclass(frozen=True, eq=False)
 class Source:
     """One tensor of one checkpoint, wherever it is.
 
     Attributes:
         shape, dtype, device: the tensor's.
-        read: begin, end -> that stretch of its elements, [end - begin], in its own dtype. Not to be written to. A third
-            argument is memory that may be used for it, [end - begin] or longer; else there is new memory.
+        read: begin, end -> that stretch of its elements, [end - begin], in its own dtype. Not to be written to.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    read: Callable[..., Tensor]
+    read: Callable[[int, int], Tensor]
 
     @property
     def numel(self) -> int:
@@ -116,9 +112,8 @@ class TensorFile(Mapping[str, Tensor]):
         dtype = DTYPES[entry["dtype"]]
         offset = len(self.header) + entry["data_offsets"][0]
 
-        def read(begin: int, end: int, room: Tensor | None = None) -> Tensor:
-            stretch = torch.empty(end - begin, dtype=dtype) if room is None else room.view(dtype)[: end - begin]
-            at = offset + begin * dtype.itemsize
+        def read(begin: int, end: int) -> Tensor:
+            stretch, at = torch.empty(end - begin, dtype=dtype, device="cpu"), offset + begin * dtype.itemsize
             raw = memoryview(stretch.view(torch.uint8).numpy())
             while raw:  # the system may give less than was asked for
                 got = os.preadv(self._file.fileno(), [raw], at)
@@ -157,7 +152,7 @@ class Constant(Mapping[str, Tensor]):
         if not found.dtype.is_floating_point:
             return found
         options = {"dtype": found.dtype, "device": found.device}
-        return replace(found, read=lambda begin, end, room=None: torch.full((end - begin,), self.value, **options))
+        return replace(found, read=lambda begin, end: torch.full((end - begin,), self.value, **options))
 
 
 def source(state: StateDict, name: str) -> Source:
@@ -165,8 +160,8 @@ def source(state: StateDict, name: str) -> Source:
     if isinstance(state, TensorFile | Constant):
         return state.source(name)
     tensor = state[name].detach()
-    flat = tensor.reshape(-1)
-    return Source(tensor.shape, tensor.dtype, tensor.device, lambda begin, end, room=None: flat[begin:end])
+    flat = lru_cache(lambda: tensor.reshape(-1))  # a copy, if the tensor is transposed: only if it is read, and once
+    return Source(tensor.shape, tensor.dtype, tensor.device, lambda begin, end: flat()[begin:end])
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +227,7 @@ class Merge:
     """How a part is merged.
 
     Attributes:
-        part: the merged values of a part, in the shape of its base.
+        part: the merged values of a part, in the shape of its base. Never the memory of its inputs.
         whole: whether it needs tensors whole; else it is called for one stretch after the other.
     """
 
@@ -297,7 +292,7 @@ def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDi
     reference = base if base is not None else experts[0]
 
     def piece(part: Part) -> tuple[str, Tensor]:
-        return part.name, _finite(step.part(part).reshape(-1), part, source(reference, part.name), experts)
+        return part.name, _finite(step.part(part).reshape(-1), part)
 
     for is_floating, names in groupby(reference, lambda name: source(reference, name).dtype.is_floating_point):
         if not is_floating:
@@ -310,37 +305,38 @@ def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDi
             yield from over_parts(piece, names, base, experts)
 
 
-def _finite(merged: Tensor, part: Part, like: Source, experts: Sequence[StateDict]) -> Tensor:
+def _finite(merged: Tensor, part: Part) -> Tensor:
     """Merged values of a part in their dtype; what is the same everywhere may be infinite."""
+    like = part.stored[0] if part.stored_base is None else part.stored_base
     if merged.numel() != part.end - part.begin:
         raise ValueError(f"{part.name}: merged must hold {part.end - part.begin} values, got {merged.numel()}")
     found = merged.to(like.dtype)
     if not found.sum(dtype=merged.dtype).isfinite() and not found.isfinite().all():  # the sum is quick
-        original = like.read(part.begin, part.end)
-        if not all(torch.equal(source(e, part.name).read(part.begin, part.end), original) for e in experts):
+        if not all(torch.equal(row, like) for row in part.stored):
             bad = int((~found.isfinite()).sum())
             raise ValueError(
                 f"{part.name} must be finite after merging, got {bad} NaN or infinite values: an input holds them, or "
                 f"they are too large for {like.dtype}"
             )
-        return original  # a mask with -inf
+        return like  # a mask with -inf
     return found
 
 
 def over_parts(
     function: Callable[[Part], T], names: Iterable[str], base: StateDict | None, experts: Sequence[StateDict]
 ) -> Iterator[T]:
-    """``function`` of every stretch of some tensors, in order. What it gives must not be a part's own memory.
+    """``function`` of every stretch of some tensors, in order.
 
     On a CPU several threads share the stretches out; each computes alone, so that the bits do not depend on how many
-    there are. A few stretches are in work at a time, whatever the tensors' sizes.
+    there are. A few stretches are in work at a time, whatever the tensors' sizes. A function must not call this again.
     """
 
-    def work(name: str, begin: int, end: int) -> T:
-        return function(_part(base, experts, name, begin, end, rooms=_rooms(len(experts) + 1, end - begin)))
+    def work(tensor: _Tensor, begin: int, end: int) -> T:
+        return function(tensor.part(begin, end))
 
-    tasks = ((name, *ends) for name in names for ends in stretches(source(experts[0], name).numel))
-    if any(like.device.type != "cpu" for _, like in islice(sources(experts[0]), 1)):
+    found = (_tensor(name, base, experts) for name in names)
+    tasks = ((tensor, *ends) for tensor in found for ends in stretches(tensor.numel))
+    if any(like.device.type != "cpu" for _, like in islice(sources(experts[0] if base is None else base), 1)):
         yield from starmap(work, tasks)
         return
     threads, waiting = torch.get_num_threads(), deque()
@@ -372,9 +368,14 @@ def _workers(threads: int) -> ThreadPoolExecutor:
         ready.wait()
 
     pool = ThreadPoolExecutor(threads, "merge", initializer=alone)
-    for _ in range(threads):
-        pool.submit(int)
-    ready.wait()
+    try:
+        for _ in range(threads):
+            pool.submit(int)
+        ready.wait()
+    except BaseException:  # no thread could be started: those that could must not wait for it
+        ready.abort()
+        pool.shutdown(wait=False)
+        raise
     torch.set_num_threads(threads)
     return pool
 
@@ -384,36 +385,32 @@ os.register_at_fork(after_in_child=_workers.cache_clear)  # the threads stay wit
 
 def whole(name: str, base: StateDict | None, experts: Sequence[StateDict]) -> Part:
     """A tensor whole, in its shape."""
-    return replace(_part(base, experts, name, 0, source(experts[0], name).numel), whole=True)
+    tensor = _tensor(name, base, experts)
+    return replace(tensor.part(0, tensor.numel), whole=True)
 
 
-def _part(
-    base: StateDict | None,
-    experts: Sequence[StateDict],
-    name: str,
-    begin: int,
-    end: int,
-    *,
-    rooms: Sequence[Tensor] | None = None,
-) -> Part:
-    rooms = [None] * (len(experts) + 1) if rooms is None else rooms
-    start = None if base is None else source(base, name).read(begin, end, rooms[-1])
-    rows = [source(expert, name).read(begin, end, room) for expert, room in zip(experts, rooms, strict=False)]
-    return Part(name, source(experts[0], name).shape, begin, end, start, rows)
+@dataclass(frozen=True, eq=False)
+class _Tensor:
+    """The same tensor in base and experts."""
+
+    name: str
+    base: Source | None
+    experts: list[Source]
+
+    @property
+    def numel(self) -> int:
+        return self.experts[0].numel
+
+    def part(self, begin: int, end: int) -> Part:
+        """A stretch of it, all on the base's device (the first expert's without one)."""
+        device = (self.experts[0] if self.base is None else self.base).device
+        start = None if self.base is None else self.base.read(begin, end)
+        rows = [expert.read(begin, end).to(device) for expert in self.experts]
+        return Part(self.name, self.experts[0].shape, begin, end, start, rows)
 
 
-_kept = local()
-
-
-def _rooms(count: int, numel: int) -> list[Tensor]:
-    """Memory for stretches that this thread keeps: to get new pages takes longer than to fill them.
-
-    What was read into it is valid until the thread's next part.
-    """
-    rooms = getattr(_kept, "rooms", [])
-    if len(rooms) < count or rooms[0].numel() < numel * WIDEST:
-        _kept.rooms = rooms = [torch.empty(numel * WIDEST, dtype=torch.uint8) for _ in range(count)]
-    return rooms
+def _tensor(name: str, base: StateDict | None, experts: Sequence[StateDict]) -> _Tensor:
+    return _Tensor(name, None if base is None else source(base, name), [source(expert, name) for expert in experts])
 
 
 def stretches(numel: int, step: int | None = None) -> Iterator[tuple[int, int]]:
@@ -532,7 +529,8 @@ def order_statistics(
     """Exact order statistics of more values than fit in memory, mostly in one pass.
 
     A sample says between which two values each one lies. A pass counts what lies below these, and keeps what lies
-    between: a percent or two of all values. Where the sample was wrong, a further pass looks within wider bounds.
+    between: about two percent of all values for each rank, an eighth at most. Where the sample was wrong, a further
+    pass looks where the counts say.
 
     Args:
         measure: part -> K rows of values, [K, n]. None: the magnitudes of the experts' differences from the base, which
@@ -548,30 +546,74 @@ def order_statistics(
     if total <= FEW:
         rows = np.concatenate([*over_parts(lambda part: values(part).cpu().numpy(), names, base, experts)], 1)
         return np.partition(rows, ranks, 1)[:, ranks].T.tolist()
-    sample = _sample(values, names, base, experts)
-    found: dict[tuple[int, int], float] = {}
-    wanted = [(k, rank) for k in range(len(sample)) for rank in ranks]
-    width = 0.005 + 2 / math.sqrt(sample.shape[1])
-    while wanted:
-        bounds = {(k, rank): _bounds(sample[k], rank / total, width) for k, rank in wanted}
+    searches = {
+        (k, rank): _Search(rank, row, upto=total)
+        for k, row in enumerate(_sample(values, names, base, experts))
+        for rank in ranks
+    }
+    while wanted := {key: search for key, search in searches.items() if search.found is None}:
+        bounds = {key: search.bounds() for key, search in wanted.items()}
 
         def look(part: Part, bounds: Mapping = bounds) -> dict[tuple[int, int], tuple[list[int], Tensor]]:
-            rows, start = (part.stored, part.stored_base) if measure is None else (measure(part), None)
-            return {key: ops.count_around(rows[key[0]], *ends, base=start) for key, ends in bounds.items()}
+            alike = len({row.dtype for row in (*part.stored, part.stored_base) if row is not None}) == 1
+            rows, start = (part.stored, part.stored_base) if measure is None and alike else (values(part), None)
+            counted = {key: ops.count_around(rows[key[0]], *ends, base=start) for key, ends in bounds.items()}
+            most = max((part.end - part.begin) // 8, 16)
+            return {key: (counts, row[:: math.ceil(len(row) / most) or 1]) for key, (counts, row) in counted.items()}
 
         seen = list(over_parts(look, names, base, experts))
-        for (k, rank), (low, high) in bounds.items():
-            counts, between = zip(*(stretch[k, rank] for stretch in seen), strict=True)
-            below, at_low, inside, at_high = np.sum(counts, 0).cumsum()
-            if at_low <= rank < inside:
-                place = int(rank - at_low)
-                found[k, rank] = float(np.partition(torch.cat(between).cpu().numpy(), place)[place])
-            elif below <= rank < at_high:
-                found[k, rank] = low if rank < at_low else high
-            elif width == 1:
-                found[k, rank] = math.nan  # which is in no order: they come last
-        wanted, width = [key for key in wanted if key not in found], min(4 * width, 1.0)
-    return [[found[k, rank] for k in range(len(sample))] for rank in ranks]
+        for key, search in wanted.items():
+            counts, between = zip(*(stretch[key] for stretch in seen), strict=True)
+            search.narrow(*bounds[key], np.sum(counts, 0).tolist(), torch.cat(between).cpu().numpy())
+    return [[search.found for (_, own), search in searches.items() if own == rank] for rank in ranks]
+
+
+@dataclass
+class _Search:
+    """For one order statistic among N values.
+
+    Attributes:
+        rank: 0 is the smallest value.
+        sample: values, sorted, that are spread as those are that are left.
+        upto: how many values are smaller than ``high``.
+        low, high: it lies between these, or is found.
+        under: how many values are at most ``low``.
+    """
+
+    rank: int
+    sample: np.ndarray
+    upto: int
+    low: float = -math.inf
+    high: float = math.inf
+    under: int = 0
+    found: float | None = None
+
+    def bounds(self) -> tuple[float, float]:
+        """Two values between which it is likely to lie, near each other; its bounds where the sample has none."""
+        left = self.sample[(self.sample > self.low) & (self.sample < self.high)]  # NaN is not
+        if not len(left):
+            return self.low, self.high
+        at, width = (self.rank - self.under) / max(self.upto - self.under, 1), 0.005 + 2 / math.sqrt(len(left))
+        first, last = math.floor((at - width) * len(left)), math.ceil((at + width) * len(left))
+        return self.low if first < 0 else float(left[first]), self.high if last >= len(left) else float(left[last])
+
+    def narrow(self, low: float, high: float, counts: list[int], between: np.ndarray) -> None:
+        """Take up what :func:`mergetune.ops.count_around` saw around two bounds; ``between`` may be a part of it."""
+        below, at_low, inside, at_high = np.cumsum(counts).tolist()
+        if self.rank < below:
+            self.high, self.upto = low, below
+        elif self.rank < at_low:
+            self.found = low
+        elif self.rank < inside and len(between) == inside - at_low:
+            self.found = float(np.partition(between, self.rank - at_low)[self.rank - at_low])
+        elif self.rank < inside:
+            self.low, self.under, self.high, self.upto, self.sample = low, at_low, high, inside, np.sort(between)
+        elif self.rank < at_high:
+            self.found = high
+        elif high == math.inf:
+            self.found = math.nan  # which is in no order: it comes last
+        else:
+            self.low, self.under = high, at_high
 
 
 FEW = 2**18
@@ -586,16 +628,7 @@ def _sample(
     rows = []
     for place in np.linspace(0, ends[-1], min(max(int(ends[-1]) // 2**17, 16), 256), endpoint=False).astype(np.int64):
         which = int(np.searchsorted(ends, place, side="right"))
-        numel = source(experts[0], names[which]).numel
-        begin = int(place - ends[which] + numel)
-        rows.append(measure(_part(base, experts, names[which], begin, min(begin + 1024, numel))).cpu().numpy())
+        tensor = _tensor(names[which], base, experts)
+        begin = int(place - ends[which]) + tensor.numel
+        rows.append(measure(tensor.part(begin, min(begin + 1024, tensor.numel))).cpu().numpy())
     return np.sort(np.concatenate(rows, 1), 1)
-
-
-def _bounds(ordered: np.ndarray, at: float, width: float) -> tuple[float, float]:
-    """The values of a sorted sample that lie ``width`` of it before and behind the place ``at``, both in [0, 1]."""
-    n = len(ordered)
-    first, last = math.floor((at - width) * n), math.ceil((at + width) * n)
-    low = -math.inf if first < 0 else float(ordered[first])
-    high = math.inf if last >= n else float(ordered[last])
-    return -math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high
