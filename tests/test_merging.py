@@ -938,6 +938,18 @@ def test_order_statistics_keep_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(kept) <= 100_000 / 8 + 64
 
 
+def test_order_statistics_among_few_that_no_sample_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty values in a small tensor, between those of a large one: fewer than a sample of them would need."""
+    monkeypatch.setattr(tensors, "FEW", 1000)
+    monkeypatch.setattr(tensors, "_sample", lambda *_: np.repeat(np.float32([0, 10]), 500)[None])
+    between = 1 + torch.rand(1, 20, generator=torch.Generator().manual_seed(0))
+    rows = {"large": torch.tensor([0.0, 10.0]).repeat(3000)[None], "small": between}
+    experts = [{name: row[0] for name, row in rows.items()}]
+    ranks = list(range(2999, 3022))
+    got = tensors.order_statistics(lambda part: part.experts, list(rows), None, experts, ranks)
+    assert got == torch.cat([*rows.values()], 1).sort(1).values[:, ranks].T.tolist()
+
+
 def test_thresholds_of_mixed_dtypes_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """One float64 expert makes all differences float64 ones."""
     monkeypatch.setattr(tensors, "FEW", 1000)

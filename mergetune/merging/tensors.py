@@ -593,7 +593,8 @@ class _Search:
         left = self.sample[(self.sample > self.low) & (self.sample < self.high)]  # NaN is not
         if not len(left):
             return self.low, self.high
-        at, width = (self.rank - self.under) / max(self.upto - self.under, 1), 0.005 + 2 / math.sqrt(len(left))
+        at = (self.rank - self.under) / max(self.upto - self.under, 1)
+        width = min(0.005 + 2 / math.sqrt(len(left)), 0.25)  # never all of them: each pass must come nearer
         first, last = math.floor((at - width) * len(left)), math.ceil((at + width) * len(left))
         return self.low if first < 0 else float(left[first]), self.high if last >= len(left) else float(left[last])
 
