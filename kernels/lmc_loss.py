@@ -1,4 +1,4 @@
-"""The LMC objective and its gradient in one Triton launch; the definition is :func:`mergetune.reference.lmc_loss`.
+"""The LMC objective and its gradient in one Triton launch; the definition is :func:`mergetune.ops.reference.lmc_loss`.
 
 Shapes: B rows (images), C classes, D embedding width, K anchors, N points on a path; E = K + 1 ends: w, then the
 anchors; P = 1 + K N points: the endpoint w, then N a path. Row blocks hold BLOCK_B rows, class tiles BLOCK_C classes,

@@ -1,7 +1,7 @@
 """Attention of packed texts behind a shared prefix, and its gradients, in Triton.
 
-The definition is :func:`mergetune.reference.prefix_attention`. Shapes: M prompts, C texts, T packed tokens of them, S
-rows of the prefix, H heads, D head width; Q queries, T or, where only the last token of each text asks, C.
+The definition is :func:`mergetune.ops.reference.prefix_attention`. Shapes: M prompts, C texts, T packed tokens of them,
+S rows of the prefix, H heads, D head width; Q queries, T or, where only the last token of each text asks, C.
 
 **Blocks.** The texts are short, so a program takes a *group* of whole neighbouring texts, of one head and prompt. Its
 keys are the rows [prefix; texts of the group], its scores one dense tile, masked outside of each query's window

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergetune import _C, reference
+from mergetune import _C
+from mergetune.ops import reference
 
 BUILT = _C.build_info()["cpu_variants"]
 RUNNABLE = [name for name in BUILT if _C.cpu_variant_runs(name)]

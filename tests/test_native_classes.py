@@ -10,21 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergetune import _C, ops
-from mergetune.ops import _ClassWeights
+from mergetune import _C
+from mergetune.ops import fused_path_loss as fused
+from mergetune.ops.fused_path_loss import ClassWeights
 
 VARIANTS = [name for name in _C.build_info()["cpu_variants"] if _C.cpu_variant_runs(name)]
 DTYPES = [torch.float32, torch.float64]
 LAM, SCALE = 3.0, 20.0
 
 
-def draw(k: int, c: int, d: int, n: int, dtype: torch.dtype, *, normalize=True, surrogate="fisher") -> _ClassWeights:
+def draw(k: int, c: int, d: int, n: int, dtype: torch.dtype, *, normalize=True, surrogate="fisher") -> ClassWeights:
     g = torch.Generator().manual_seed(1000 * k + 100 * c + 10 * d + n)
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
     alpha = torch.rand(n, generator=g, dtype=torch.float64)
     alpha[:2] = torch.tensor([0.0, 1.0])[:n]
-    anchor, alpha, _ = ops._points(alpha if k else alpha[:0], torch.ones(k))
-    return _ClassWeights(
+    anchor, alpha, _ = fused.path_points_of(alpha if k else alpha[:0], torch.ones(k))
+    return ClassWeights(
         w=randn(c, d),
         anchors=randn(k, c, d),
         w1=None if surrogate is None else randn(c, d),
@@ -36,7 +37,7 @@ def draw(k: int, c: int, d: int, n: int, dtype: torch.dtype, *, normalize=True, 
     )
 
 
-def run(ends: _ClassWeights, d_rscale: Tensor, start: Tensor, variant: str = "", threads: int = 1):
+def run(ends: ClassWeights, d_rscale: Tensor, start: Tensor, variant: str = "", threads: int = 1):
     """rscale, surrogate and gradient of the core; NaN first, so that whatever is not written shows."""
     dtype, (c, _), p = ends.w.dtype, ends.w.shape, len(ends.anchor)
     rscale, grad = torch.full((p, c), torch.nan, dtype=dtype), start.clone()
@@ -48,7 +49,7 @@ def run(ends: _ClassWeights, d_rscale: Tensor, start: Tensor, variant: str = "",
     return rscale, surrogate, grad
 
 
-def truth(ends: _ClassWeights, d_rscale: Tensor, start: Tensor):
+def truth(ends: ClassWeights, d_rscale: Tensor, start: Tensor):
     w = ends.w.double().requires_grad_()
     unit = (lambda t: F.normalize(t, dim=-1)) if ends.normalize else (lambda t: t)
     starts = [w, *ends.anchors.double()]
@@ -63,7 +64,7 @@ def truth(ends: _ClassWeights, d_rscale: Tensor, start: Tensor):
     return rscale.detach(), surrogate.detach()[None], start.double() + grad
 
 
-def check(ends: _ClassWeights, results, expected) -> None:
+def check(ends: ClassWeights, results, expected) -> None:
     rtol = 100 * torch.finfo(ends.w.dtype).eps
     for name, ours, true in zip(("rscale", "surrogate", "gradient"), results, expected, strict=True):
         error = (ours - true).abs().max().item()  # NaN fails the comparison
@@ -81,9 +82,9 @@ def test_matches_autograd_at_odd_sizes(variant, dtype, normalize, surrogate) -> 
         d_rscale = torch.randn(len(ends.anchor), c, generator=g, dtype=torch.float64).to(dtype)
         start = torch.randn(c, d, generator=g, dtype=torch.float64).to(dtype)
         if variant == "torch":  # what other devices run
-            rscale, kept = ops._path_scales_torch(ends)
+            rscale, kept = fused.path_scales_torch(ends)
             grad = start.clone()
-            found = rscale, ops._class_gradient_torch(ends, rscale, d_rscale, kept, LAM, grad), grad
+            found = rscale, fused.class_gradient_torch(ends, rscale, d_rscale, kept, LAM, grad), grad
         else:
             found = run(ends, d_rscale, start, variant)
         check(ends, found, truth(ends, d_rscale, start))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergetune import _C, ops, reference
+from mergetune import _C, ops
+from mergetune.ops import reference
 
 VARIANTS = [name for name in _C.build_info()["cpu_variants"] if _C.cpu_variant_runs(name)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergetune import ops, reference
+from mergetune import ops
+from mergetune.ops import reference
 
 HALVES = [torch.bfloat16, torch.float16]
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5}  # of the largest value of the definition in the same dtype

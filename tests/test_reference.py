@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergetune import reference
+from mergetune.ops import reference
 
 DOUBLE = torch.float64
 SHAPES = [(1, 2, 1), (1, 1, 3), (5, 3, 4), (6, 4, 7)]  # B, C, D

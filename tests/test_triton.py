@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: its kern
 
 from mergetune.kernels import lmc_loss as module  # noqa: E402
 
-from mergetune import reference  # noqa: E402
+from mergetune.ops import reference  # noqa: E402
 
 INTERPRETED = module.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -16,7 +16,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: its kern
 from mergetune.kernels import prefix_attention as module  # noqa: E402
 from test_text_tower import CONTEXT, FIRST, NAMES, clip_and_tokens, contexts, tower  # noqa: E402
 
-from mergetune import ops, reference  # noqa: E402
+from mergetune import ops  # noqa: E402
+from mergetune.ops import reference  # noqa: E402
 from mergetune.text_tower import text_encoder  # noqa: E402
 
 INTERPRETED = module.INTERPRETED

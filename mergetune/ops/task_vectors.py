@@ -1,0 +1,127 @@
+"""merge_deltas and count_around: task vectors merged, and counts that find their order statistics.
+
+Shapes: K experts, n elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergetune.ops import reference
+from mergetune.ops.arguments import expect_shape, real_dtype
+from mergetune.ops.backends import check_backend
+from mergetune.ops.native import core, dtype_name
+
+
+def merge_deltas(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    scale: float = 1.0,
+    limits: Sequence[float] | None = None,
+    kept: Tensor | None = None,
+    vote: str | None = None,
+    votes: Sequence[float] | None = None,
+    shares: Sequence[float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Task vectors trimmed, elected and added in one pass; see :func:`mergetune.ops.reference.merge_deltas`.
+
+    Not differentiable. Runs in the calling thread alone: callers have a stretch for each.
+
+    Args:
+        base, experts: as checkpoints hold them, [n] each: float32, float64, float16, bfloat16, also mixed.
+
+    Returns:
+        [n] float32; float64 where an input is.
+    """
+    experts = list(experts)
+    if not experts or experts[0].ndim != 1 or not len(experts[0]):
+        raise ValueError(f"experts must be tensors [n], at least one, got {[list(t.shape) for t in experts]}")
+    backend = _backend(experts[0], backend)
+    k, n = len(experts), len(experts[0])
+    for name, row in [("base", base), *((f"experts[{i}]", row) for i, row in enumerate(experts))]:
+        if row is not None:
+            expect_shape(name, row, (n,))
+    if vote not in (None, "sum", "count"):
+        raise ValueError(f"vote must be None, sum or count, got {vote!r}")
+    if vote is None and (votes is not None or shares is not None):
+        raise ValueError("votes and shares must be None where there is no vote")
+    if kept is not None:
+        expect_shape("kept", kept, (k, n))
+        if kept.dtype != torch.bool:
+            raise TypeError(f"kept must be bool, got {kept.dtype}")
+    given = {"limits": limits, "weights": weights, "votes": votes, "shares": shares}
+    for name, values in given.items():
+        if values is not None and len(values) != k:
+            raise ValueError(f"{name} must hold one number for each of {k} experts, got {len(values)}")
+    dtype, rows = _alike([*experts, *([] if base is None else [base])], kept)
+    real, start, rows = real_dtype(rows[0]), None if base is None else rows[k], rows[:k]
+    if backend == "torch":
+        numbers = {name: v if v is None else experts[0].new_tensor(v, dtype=real) for name, v in given.items()}
+        start, rows = None if start is None else start.to(real), torch.stack(rows).to(real)
+        return reference.merge_deltas(start, rows, **numbers, scale=scale, kept=kept, vote=vote)
+    if vote is not None and votes is None:
+        given["votes"] = [1.0] * k
+    numbers = [v if v is None else torch.tensor(v, dtype=torch.float64, device="cpu") for v in given.values()]
+    held = [start, kept if kept is None else kept.contiguous(), *numbers]  # as are the rows, while the core runs
+    start_at, *others = (0 if t is None else t.data_ptr() for t in held)
+    out = torch.empty(n, dtype=real, device="cpu")
+    arguments = start_at, [row.data_ptr() for row in rows], *others, vote == "count", scale, n
+    core.merge_deltas_cpu(dtype, arguments, out.data_ptr())
+    return out
+
+
+def count_around(
+    values: Tensor, low: float, high: float, *, base: Tensor | None = None, backend: str | None = None
+) -> tuple[list[int], Tensor]:
+    """Counts that find an order statistic, in one pass; see :func:`mergetune.ops.reference.count_around`.
+
+    Args:
+        values, base: [n], of the dtypes of :func:`merge_deltas`.
+    """
+    backend = _backend(values, backend)
+    expect_shape("values", values, (values.numel(),))
+    if base is not None:
+        expect_shape("base", base, (len(values),))
+    if not low <= high:
+        raise ValueError(f"low must be at most high, got {low} and {high}")
+    dtype, rows = _alike([values, *([] if base is None else [base])])
+    real = real_dtype(rows[0])
+    low, high = torch.tensor([low, high], dtype=real, device="cpu").tolist()  # as the values can be
+    if backend == "torch" or not len(values):
+        rows = [row.to(real) for row in rows]
+        return reference.count_around(rows[0], low, high, base=None if base is None else rows[1])
+    between = torch.empty(len(values), dtype=real, device="cpu")
+    start = 0 if base is None else rows[1].data_ptr()
+    counts = core.count_around_cpu(dtype, rows[0].data_ptr(), start, len(values), low, high, between.data_ptr())
+    return counts, between[: counts[2]].clone()
+
+
+_STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _alike(rows: list[Tensor], kept: Tensor | None = None) -> tuple[str, list[Tensor]]:
+    """Rows in one dtype, the widest real one where they differ, as the core reads them; and the dtype's name."""
+    if wrong := [row.dtype for row in rows if not row.dtype.is_floating_point]:
+        raise TypeError(f"values must be floating point, got {wrong[0]}")
+    if len(devices := {str(t.device) for t in (*rows, kept) if t is not None}) > 1:
+        raise ValueError(f"all values must be on one device, got {', '.join(sorted(devices))}")
+    rows = [row if row.dtype in _STORED else row.float() for row in rows]
+    if len({row.dtype for row in rows}) > 1:
+        rows = [row.to(max(map(real_dtype, rows), key=lambda dtype: dtype.itemsize)) for row in rows]
+    rows = [row.contiguous() for row in rows]
+    rows = [row.clone() if row.data_ptr() % row.dtype.itemsize else row for row in rows]  # as memory-mapped files have
+    return dtype_name(rows[0]), rows
+
+
+def _backend(tensor: Tensor, backend: str | None) -> str:
+    """The native core for a CPU, plain torch for a GPU, or what is asked for."""
+    if backend is None:
+        return "cpp" if tensor.device.type == "cpu" else "torch"
+    check_backend(backend, tensor.device.type, ("cpp", "torch"))
+    return backend

@@ -1,0 +1,132 @@
+"""The child process of the verification: tries implementations one after the other and reports each in a line.
+
+It is killed from outside where an implementation hangs: a spinning GPU kernel cannot be stopped from within. Lines that
+begin with :data:`MARK` are its report, everything else on stdout is somebody else's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mergetune.ops.agreement import Difference, compare_with_definition
+from mergetune.ops.backends import OPS
+from mergetune.ops.verdicts import Trial
+
+MARK = "\x1emergetune "
+REPEATS = 3  # comparisons on the first problem: what goes wrong now and then is wrong
+ROUNDS, ROUND_SECONDS = 15, 1.0  # timed calls, and the time after which no further one is made
+
+
+@dataclass(frozen=True)
+class Case:
+    """One implementation to be tried: an op's, by backend, for a dtype ("float32") and a shape class."""
+
+    op: str
+    backend: str
+    dtype: str
+    shape_class: str
+
+
+def try_case(case: Case, device: torch.device) -> Trial:
+    """Compares one implementation with the definition on every problem, and times it on the first.
+
+    Raises:
+        Exception: whatever the implementation raises.
+    """
+    op, dtype = OPS[case.op], getattr(torch, case.dtype)
+    found, problems = op.implementations[case.backend], op.problems(case.shape_class, dtype, device)
+    worst = Difference("", 0.0, 0.0)
+    for number, problem in enumerate([problems[0]] * REPEATS + list(problems[1:])):
+        difference = compare_with_definition(op, found, problem, dtype)
+        if difference is None:
+            raise ArithmeticError(f"the definition is not finite on problem {number}")
+        if not difference.agrees:
+            return Trial(
+                backend=case.backend, status="wrong", error=_finite(difference.error), allowed=difference.allowed,
+                detail=f"{difference.result} of comparison {number + 1} is off by {difference.error:.1e} of its "
+                f"largest value, {difference.allowed:.1e} is allowed",
+            )  # fmt: skip
+        worst = max(worst, difference, key=lambda d: d.error)
+    seconds = median_seconds(lambda: op.results(found, problems[0]), device)
+    return Trial(backend=case.backend, status="agreed", error=worst.error, allowed=worst.allowed, seconds=seconds)
+
+
+def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a call: on a GPU between two events of its stream."""
+    for _ in range(3):
+        work()
+    seconds, began = [], time.perf_counter()
+    while len(seconds) < ROUNDS and (len(seconds) < 3 or time.perf_counter() - began < ROUND_SECONDS):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _finite(value: float) -> float | None:
+    return value if value - value == 0 else None
+
+
+def _report(**line: Any) -> None:
+    sys.stdout.write(f"{MARK}{json.dumps(line)}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="registers implementations")
+    parser.add_argument("cases", help="a JSON list of cases")
+    options = parser.parse_args()
+    for module in ("mergetune.ops", *options.modules):
+        importlib.import_module(module)
+    torch.set_num_threads(options.threads)
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+    torch.zeros(1, device=options.device)
+    _report(ready=True)
+    for case in [Case(**case) for case in json.loads(options.cases)]:
+        _report(begin=asdict(case))
+        fatal = False
+        try:
+            trial = try_case(case, options.device)
+            if options.device.type == "cuda":
+                torch.cuda.synchronize(options.device)
+        except Exception as error:
+            trial = Trial(backend=case.backend, status="raised", detail=f"{type(error).__name__}: {str(error)[:500]}")
+            fatal = options.device.type == "cuda" and not _device_works(options.device)
+        _report(end=asdict(case), trial=trial.model_dump(), fatal=fatal)
+        if fatal:  # after a fault on the device nothing works in this process any more
+            sys.exit(3)
+
+
+def _device_works(device: torch.device) -> bool:
+    try:
+        torch.cuda.synchronize(device)
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

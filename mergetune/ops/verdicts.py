@@ -1,0 +1,206 @@
+"""Verdicts: which implementations agreed with the definition on a device, how fast they were, which one is taken.
+
+A verdict file holds what one run of :mod:`mergetune.ops.verification` found. Its name and its first fields tell for
+which device, driver and versions it was made; with any other it is not read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergetune.files import write_atomically
+from mergetune.ops import native
+
+FORMAT = 1
+MAX_BYTES = 1 << 20  # of a verdict file; one has about 20 kB
+HOME_VARIABLE = "MERGETUNE_HOME"
+
+Status = Literal["agreed", "wrong", "raised", "crashed", "hung", "not tried"]
+
+
+class Trial(BaseModel):
+    """What one implementation did on the problems of one op, dtype and shape class.
+
+    Attributes:
+        backend: its name.
+        status: "agreed" with the definition, "wrong", "raised" an error, "crashed" its process, "hung" until it was
+            killed, or "not tried" for want of time.
+        detail: what is to be known of that: the result that was wrong, the error.
+        error, allowed: largest difference from the definition and what the tolerance allows, as shares of the largest
+            value.
+        seconds: median of one call with its gradient, on the first problem.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: str
+    status: Status
+    detail: str = ""
+    error: float | None = None
+    allowed: float | None = None
+    seconds: float | None = None
+
+
+class Verdict(BaseModel):
+    """All trials of one op, dtype and shape class, and the backend that is taken: the fastest that agreed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    op: str
+    dtype: str
+    shape_class: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def chosen(self) -> str:
+        """ "torch" where nothing else agreed and was faster."""
+        agreed = [trial for trial in self.trials if trial.status == "agreed" and trial.seconds is not None]
+        return min(agreed, key=lambda trial: trial.seconds or 0.0).backend if agreed else "torch"
+
+
+class DeviceFacts(BaseModel):
+    """What a verdict holds for: it is made anew where one of these differs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str
+    driver: str
+    torch: str
+    triton: str
+    kernels: str
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+class VerdictFile(BaseModel):
+    """One run of the verification.
+
+    Attributes:
+        format: of this file.
+        facts: the device, driver and versions.
+        verdicts: one for each op, dtype and shape class.
+        seconds: how long the run took.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = FORMAT
+    facts: DeviceFacts
+    verdicts: tuple[Verdict, ...]
+    seconds: float
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """The facts of one device, or of the CPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+    else:
+        name = f"{platform.machine()} {native.build_info()['cpu_variant']} {torch.get_num_threads()} threads"
+    return DeviceFacts(
+        device=name,
+        driver=_driver() if device.type == "cuda" else "none",
+        torch=f"{torch.__version__} {torch.version.cuda or torch.version.hip or ''}".strip(),
+        triton=_triton_version(),
+        kernels=_kernels(),
+    )
+
+
+def folder() -> Path:
+    """Where verdicts are kept: below MERGETUNE_HOME, else below the user's cache folder."""
+    home = os.environ.get(HOME_VARIABLE)
+    if home:
+        return Path(home) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergetune" / "kernels"
+
+
+def verdict_path(facts: DeviceFacts) -> Path:
+    """The file of a device's verdict."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", facts.device).strip("-")[:60]
+    return folder() / f"{name}-{facts.key}.json"
+
+
+def read_verdicts(facts: DeviceFacts) -> VerdictFile | None:
+    """The verdict for these facts; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged; names it, the field, and how to make it anew.
+    """
+    path = verdict_path(facts)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        found = VerdictFile.model_validate_json(path.read_bytes())
+    except OSError:
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise ValueError(f"{path} is not a verdict of mergetune: {where}: {first['msg']}. {REMEDY}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a verdict of mergetune: {error}. {REMEDY}") from None
+    return found if found.facts == facts else None
+
+
+REMEDY = "`mergetune doctor --kernels` makes it anew."
+
+
+def write_verdicts(found: VerdictFile) -> Path:
+    """Puts a verdict in its place. Raises OSError where that cannot be written."""
+    path = verdict_path(found.facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(found.model_dump(), indent=1) + "\n").encode())
+    return path
+
+
+@lru_cache(maxsize=1)
+def _driver() -> str:
+    """Version of the NVIDIA driver, as the kernel module tells, else as the CUDA library does."""
+    try:
+        match = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+        if match:
+            return match[0]
+    except OSError:
+        pass
+    found = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return "unknown"
+    return str(found.value)
+
+
+@lru_cache(maxsize=1)
+def _triton_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> str:
+    """A digest of everything of ours that computes: the Triton kernels, the native core, the ops themselves."""
+    import mergetune.kernels
+
+    files = [Path(native.core.__file__), *Path(__file__).parent.glob("*.py")]
+    files += [file for folder in mergetune.kernels.__path__ for file in Path(folder).glob("*.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,268 @@
+"""Verification: every implementation for a device is tried once in a child process under a time limit.
+
+The child (:mod:`mergetune.ops.trials`) compares each with the definition, loss and gradient, for each op, dtype and
+shape class on random data, and times it. One that hangs or crashes costs its own process only: the child is killed, the
+trial recorded, and a new child goes on with the others. What was found is kept per device, driver and versions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+
+import torch
+from tqdm.auto import tqdm
+
+from mergetune.ops.backends import OPS, SHAPE_CLASSES, missing
+from mergetune.ops.selection import goes_by_verdict, indexed, take_verdicts
+from mergetune.ops.trials import MARK, Case
+from mergetune.ops.verdicts import (
+    Trial,
+    Verdict,
+    VerdictFile,
+    device_facts,
+    folder,
+    read_verdicts,
+    write_verdicts,
+)
+
+LIMIT, CASE_LIMIT, START_LIMIT = 240.0, 60.0, 120.0  # seconds: of all, of one trial, until the child is ready
+Progress = Callable[[int, int, str], None]
+
+
+def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
+    """Verifies the kernels of a device if ``backend=None`` goes by the verdict there and none is kept yet.
+
+    Takes minutes at most, once per device, driver and versions. Processes that need the same verdict wait for the one
+    that makes it. Where it cannot be made, a warning says why, and plain PyTorch is used.
+
+    Args:
+        device: where the ops will run.
+        progress: show a bar where stderr is a terminal.
+    """
+    if not goes_by_verdict(device) or _kept(device):
+        return
+    with _alone():
+        if _kept(device):
+            return
+        with tqdm(disable=None if progress else True, desc=f"verifying kernels on {device}", leave=False) as bar:
+
+            def show(done: int, total: int, what: str) -> None:
+                bar.total, bar.n = total, done
+                bar.set_postfix_str(what)
+
+            try:
+                found = verify(device, progress=show)
+            except RuntimeError as error:
+                warnings.warn(
+                    f"kernels could not be verified on {device}: {error}. Plain PyTorch is used.", stacklevel=2
+                )
+                return
+        keep(device, found)
+
+
+def keep(device: torch.device, found: VerdictFile) -> None:
+    """Uses a verdict in this process, and writes it where later processes find it, with a warning where it cannot."""
+    take_verdicts(device, found)
+    try:
+        write_verdicts(found)
+    except OSError as error:
+        warnings.warn(f"the verdict on {device} could not be kept, and is made again next time: {error}", stacklevel=3)
+
+
+def verify(
+    device: torch.device,
+    *,
+    ops: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    shape_classes: Sequence[str] = SHAPE_CLASSES,
+    modules: Sequence[str] = (),
+    limit: float = LIMIT,
+    case_limit: float = CASE_LIMIT,
+    progress: Progress | None = None,
+) -> VerdictFile:
+    """Tries every implementation that can run on a device, in a child process under time limits.
+
+    Args:
+        device: "cpu" or a GPU.
+        ops: names of the ops; None takes all.
+        dtypes: None takes those of each op.
+        shape_classes: of "small", "medium" and "large".
+        modules: imported in the child first; they may register further implementations.
+        limit: seconds in all; what is not tried by then is not taken.
+        case_limit: seconds of one trial, compilation included, after which the child is killed.
+        progress: is told the trials done, their number and the present one.
+
+    Returns:
+        A verdict for each op, dtype and shape class. It is not kept: see :func:`keep`.
+
+    Raises:
+        RuntimeError: the child does not start.
+    """
+    device, began = indexed(device), time.monotonic()
+    cases = _cases(device, ops or tuple(OPS), dtypes, shape_classes)
+    trials: dict[Case, Trial] = {}
+    starts_failed = 0
+    while (left := [case for case in cases if case not in trials]) and time.monotonic() - began < limit:
+        with _Child(device, left, modules) as child:
+            try:
+                child.wait_until_ready(min(START_LIMIT, began + limit - time.monotonic()))
+                starts_failed = 0
+            except RuntimeError:
+                starts_failed += 1
+                if starts_failed == 2:
+                    raise
+                continue
+            while (case := child.next_case()) is not None:
+                if progress:
+                    progress(len(trials), len(cases), f"{case.op} {case.backend} {case.dtype} {case.shape_class}")
+                trial = child.wait_for_trial(case, min(case_limit, max(1.0, began + limit - time.monotonic())))
+                trials[case] = trial
+                if trial.status in ("hung", "crashed"):  # its other trials would cost a child each
+                    reason = f"{trial.status} with {case.dtype}, {case.shape_class} size"
+                    same = [c for c in left if (c.op, c.backend) == (case.op, case.backend) and c not in trials]
+                    trials |= {c: Trial(backend=c.backend, status="not tried", detail=reason) for c in same}
+                    break
+                if time.monotonic() - began >= limit:
+                    break
+    out_of_time = f"no time was left of {limit:g} s"
+    trials |= {c: Trial(backend=c.backend, status="not tried", detail=out_of_time) for c in cases if c not in trials}
+    grouped: dict[tuple[str, str, str], list[Trial]] = {}
+    for case in cases:
+        grouped.setdefault((case.op, case.dtype, case.shape_class), []).append(trials[case])
+    verdicts = tuple(
+        Verdict(op=op, dtype=f"torch.{dtype}", shape_class=shape_class, trials=tuple(found))
+        for (op, dtype, shape_class), found in grouped.items()
+    )
+    return VerdictFile(facts=device_facts(device), verdicts=verdicts, seconds=time.monotonic() - began)
+
+
+def _cases(
+    device: torch.device,
+    ops: Sequence[str],
+    dtypes: Sequence[torch.dtype] | None,
+    shape_classes: Sequence[str],
+) -> list[Case]:
+    """What is tried, in this order: what compiles for long comes last, rare dtypes behind float32."""
+    found = [
+        Case(name, backend, str(dtype).removeprefix("torch."), shape_class)
+        for name in ops
+        for dtype in OPS[name].dtypes
+        if dtypes is None or dtype in dtypes
+        for shape_class in shape_classes
+        for backend, implementation in OPS[name].implementations.items()
+        if implementation.takes(dtype) and missing(backend, device.type) is None
+        if not (backend == "triton" and device.type == "cpu")  # interpreted, it takes minutes
+    ]
+    return sorted(found, key=lambda case: (case.backend == "compile", case.dtype != "float32"))
+
+
+class _Child:
+    """A process that tries cases, read without ever waiting for longer than is allowed; killed at the end."""
+
+    def __init__(self, device: torch.device, cases: Sequence[Case], modules: Sequence[str]) -> None:
+        options = ["--device", str(device), "--threads", str(torch.get_num_threads())]
+        options += [f"--import={module}" for module in modules]
+        # As this process found mergetune, from a folder that has none: inside a clone the sources would be taken.
+        environment = {name: value for name, value in os.environ.items() if name != "MERGETUNE_BACKEND"}
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        self.place = tempfile.TemporaryDirectory(prefix="mergetune-", ignore_cleanup_errors=True)
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mergetune.ops.trials", *options, json.dumps([asdict(case) for case in cases])],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors, cwd=self.place.name,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        self.lines: queue.Queue[dict | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver is left to it
+            self.process.wait(10)
+        self.errors.close()
+        self.place.cleanup()
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Raises RuntimeError where the process does not report within that time."""
+        line = self._next(seconds)
+        if line is None or "ready" not in line:
+            raise RuntimeError(f"the process that tries the kernels does not start: {self._last_error()}")
+
+    def next_case(self) -> Case | None:
+        """The case that it begins; None where it has ended."""
+        line = self._next(START_LIMIT)
+        return None if line is None or "begin" not in line else Case(**line["begin"])
+
+    def wait_for_trial(self, case: Case, seconds: float) -> Trial:
+        """The trial of the case that has begun."""
+        began = time.monotonic()
+        line = self._next(seconds)
+        if line is not None and "trial" in line:
+            return Trial(**line["trial"])
+        if time.monotonic() - began >= seconds:
+            return Trial(backend=case.backend, status="hung", detail=f"killed after {seconds:.0f} s")
+        return Trial(backend=case.backend, status="crashed", detail=self._last_error())
+
+    def _read(self) -> None:
+        with suppress(ValueError, OSError):  # closed while it reads
+            for raw in self.process.stdout or ():
+                line = raw.decode(errors="replace")
+                if line.startswith(MARK):
+                    self.lines.put(json.loads(line.removeprefix(MARK)))
+        self.lines.put(None)
+
+    def _next(self, seconds: float) -> dict | None:
+        """The next line of the report; None where the process has ended or the time is over."""
+        try:
+            return self.lines.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def _last_error(self) -> str:
+        code = self.process.poll()
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip().splitlines()
+        state = "is still running" if code is None else f"ended with code {code}"
+        return f"it {state}; last line: {said[-1][:300] if said else 'none'}"
+
+
+def _kept(device: torch.device) -> bool:
+    """Whether a verdict for the device is kept; a damaged one is none, and is replaced."""
+    try:
+        return read_verdicts(device_facts(device)) is not None
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process of a user verifies at a time. Where the folder cannot be locked, none waits."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder() / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
