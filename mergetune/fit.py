@@ -25,6 +25,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
+from mergetune import ops
 from mergetune.clip import PLAIN, FrozenClip, check_templates, words_before
 from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
@@ -217,6 +218,8 @@ def tune(
     precision = _precision(precision, clip.device)
     _check_cuda_graph(cuda_graph, clip.device)
     _check_features(clip, features, val)
+    if backend is None:
+        ops.ensure_verified(clip.device, progress=progress)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not (math.isfinite(kg_weight) and kg_weight >= 0):
@@ -350,6 +353,8 @@ def fit(
         if space == "parameter":
             check_same_text(anchors[0], other)
     _check_features(clip, features, val)
+    if backend is None:
+        ops.ensure_verified(clip.device, progress=progress)
 
     classnames, solution = features.classnames, anchors[0]
     encode = solution.encoder(clip, classnames, precision=PRECISIONS[precision])

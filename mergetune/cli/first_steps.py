@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from mergetune.cli.options import Json
-from mergetune.cli.shared import announce, errors, new_table, out, plain, print_json, tell
+from mergetune.cli.shared import announce, err, errors, new_table, out, plain, print_json, tell
 
 
 def demo(
@@ -41,13 +43,21 @@ def demo(
     )
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Compare and time every kernel on every GPU (else on the CPU), and keep it."),
+    ] = False,
+    limit: Annotated[float, typer.Option("--limit", min=1, help="With --kernels: seconds per device.")] = 240.0,
+    as_json: Json = False,
+) -> None:
     """Versions, devices, the backends built, and a self-test of each op. Fails if an op is wrong."""
     import open_clip
     import torch
 
     from mergetune import __version__, ops
 
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     report: dict[str, Any] = {
         "mergetune": __version__,
         "python": platform.python_version(),
@@ -55,14 +65,20 @@ def doctor(as_json: Json = False) -> None:
         "open_clip": open_clip.__version__,
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "cuda devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda devices": [torch.cuda.get_device_name(device) for device in gpus],
         "native core": ops.build_info(),
         "backends": list(ops.available_backends()),
         "self-test": ops.self_test(),
     }
+    verdicts = {}
+    if kernels:
+        verdicts = {device: _verify(device, limit, as_json) for device in gpus or [torch.device("cpu")]}
+    elif gpus:
+        verdicts = {device: ops.kept_verdicts(device) for device in gpus}
     healthy = all(error < 1e-9 for error in report["self-test"].values())
     if as_json:
-        print_json(report | {"healthy": healthy})
+        found = {str(device): verdict and verdict.model_dump() for device, verdict in verdicts.items()}
+        print_json(report | {"kernels": found, "healthy": healthy})
     else:
         table = Table(show_header=False, box=None)
         for name, value in report.items():
@@ -72,4 +88,39 @@ def doctor(as_json: Json = False) -> None:
                 value = ", ".join(f"{k} {plain(v)}" for k, v in value.items())
             table.add_row(name, plain(value))
         out.print(table)
+        for device, verdict in verdicts.items():
+            _print_verdicts(device, verdict)
     raise typer.Exit(0 if healthy else 1)
+
+
+def _verify(device: Any, limit: float, as_json: bool) -> Any:
+    """Tries every kernel on one device and keeps the verdict."""
+    from mergetune import ops
+
+    with errors(), Progress(console=err, transient=True, disable=as_json) as bar:
+        task = bar.add_task(f"verifying on {device}", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"verifying on {device}: {what}")
+
+        found = ops.verify(device, limit=limit, progress=show)
+        ops.keep(device, found)
+    return found
+
+
+def _print_verdicts(device: Any, verdict: Any) -> None:
+    """What was found on one device: a line for each op, dtype and size."""
+    if verdict is None:
+        tell(
+            f"kernels on {device}: not verified, so plain PyTorch is used. `mergetune doctor --kernels` verifies them."
+        )
+        return
+    table = Table("op", "dtype", "size", "used", "tried", title_justify="left")
+    table.title = f"Kernels on {device} ({verdict.facts.device}), verified in {verdict.seconds:.0f} s"
+    for row in verdict.verdicts:
+        tried = ", ".join(
+            f"{t.backend} {t.seconds * 1e6:.0f} us" if t.seconds else f"{t.backend} {t.status.upper()} ({t.detail})"
+            for t in row.trials
+        )
+        table.add_row(row.op, row.dtype.removeprefix("torch."), row.shape_class, row.chosen, escape(tried))
+    out.print(table)

@@ -14,7 +14,7 @@ from mergetune.ops.selection import refusals
 from mergetune.ops.self_test import self_test
 from mergetune.ops.task_vectors import count_around, merge_deltas
 from mergetune.ops.verdicts import Trial, Verdict, VerdictFile
-from mergetune.ops.verification import ensure_verified, keep, verify
+from mergetune.ops.verification import ensure_verified, keep, kept_verdicts, verify
 
 __all__ = [
     "BACKENDS",
@@ -28,6 +28,7 @@ __all__ = [
     "count_around",
     "ensure_verified",
     "keep",
+    "kept_verdicts",
     "lmc_loss",
     "merge_deltas",
     "path_cross_entropy",

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,15 +28,16 @@ VARIABLE = "MERGETUNE_BACKEND"
 VERIFIED = "verified"
 """In place of a backend's name: the one of the verdict, looked up when the op runs."""
 
-Key = tuple[str, str, torch.dtype, str]  # op, device, dtype, shape class
+Key = tuple[str, str, str, str]  # op, device ("cuda:0"), dtype ("torch.float32"), shape class
 
 _choices: dict[str, dict[tuple[str, str, str], str]] = {}  # device -> (op, dtype, shape class) -> backend
+_settled: set[str] = set()  # devices that need not be verified again in this process
 _compared: set[Key] = set()
 _refused: dict[Key, str] = {}
 
 
 def choose(op: str, name: str, tensor: Tensor, arguments: Any, backend: str | None) -> str:
-    """The backend of a call, or :data:`VERIFIED` where the verdict's implementation is looked up when the op runs.
+    """The backend that a call takes.
 
     Args:
         op: its name.
@@ -41,13 +45,17 @@ def choose(op: str, name: str, tensor: Tensor, arguments: Any, backend: str | No
         tensor: that argument.
         arguments: all of them, as one object.
         backend: what the caller asked for.
+
+    Returns:
+        A backend's name; in code that torch.compile traces also :data:`VERIFIED`, for :func:`run_verified`.
     """
     if backend is not None:
         return requested(op, name, tensor, backend)
     if goes_by_verdict(tensor.device):
+        key = op, str(tensor.device), str(tensor.dtype), arguments.shape_class()
         if torch.compiler.is_compiling():
-            return VERIFIED
-        return "torch" if chosen(op, tensor, arguments) == "torch" else VERIFIED
+            return "torch" if _chosen_when_compiled(*key) == "torch" else VERIFIED
+        return _compared_choice(key, arguments)
     wanted = "cpp" if tensor.device.type == "cpu" and os.environ.get(VARIABLE) != "torch" else "torch"
     return wanted if OPS[op].implementations[wanted].takes(tensor.dtype) else "torch"
 
@@ -64,37 +72,64 @@ def goes_by_verdict(device: torch.device) -> bool:
     return wanted == VERIFIED or (wanted == "" and device.type == "cuda")
 
 
-def chosen(op: str, tensor: Tensor, arguments: Any) -> str:
-    """The backend that the verdict gives for these arguments; "torch" where there is none."""
-    device = tensor.device
-    shape_class = arguments.shape_class()
-    if (op, str(device), tensor.dtype, shape_class) in _refused:
-        return "torch"
-    if str(device) not in _choices:
-        _choices[str(device)] = _read_choices(device)
-    backend = _choices[str(device)].get((op, str(tensor.dtype), shape_class), "torch")
-    return backend if backend in OPS[op].implementations and missing(backend, device.type) is None else "torch"
-
-
 def run_verified(op: str, tensor: Tensor, arguments: Any, *, d_out: Tensor | None = None) -> Any:
-    """Runs what the verdict gives: the op, or with ``d_out`` its backward."""
-    key = op, str(tensor.device), tensor.dtype, arguments.shape_class()
-    there, backend = OPS[op].implementations, chosen(op, tensor, arguments)
-    if backend != "torch" and key not in _compared:
-        if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            backend = "torch"  # nothing can be compared in a capture
-        elif not _agrees(key, backend, arguments):
-            backend = "torch"
-    found = there[backend]
-    return found.run(arguments) if d_out is None else found.backward(d_out, arguments)
+    """Runs the verdict's implementation inside a compiled graph: the op, or with ``d_out`` its backward."""
+    key = op, str(tensor.device), str(tensor.dtype), arguments.shape_class()
+
+    def run() -> Any:
+        found = OPS[op].implementations[_compared_choice(key, arguments)]
+        return found.run(arguments) if d_out is None else found.backward(d_out, arguments)
+
+    known = key in _compared and key not in _refused
+    return run() if known else _outside_of_dispatch(run, tensor.device)
+
+
+def _outside_of_dispatch(run: Callable[[], Any], device: torch.device) -> Any:
+    """Runs in a thread of its own: within an op's kernel autograd is switched off, for this thread."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def work() -> Any:
+        with torch.no_grad(), torch.cuda.stream(stream) if stream else nullcontext():
+            return run()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def _compared_choice(key: Key, arguments: Any) -> str:
+    """The verdict's backend, once it has been compared with the definition on the caller's data; else "torch"."""
+    backend = chosen(key)
+    if backend == "torch" or key in _compared:
+        return backend
+    if key[1].startswith("cuda") and torch.cuda.is_current_stream_capturing():
+        return backend  # a graph's kernels cannot be looked at while it is captured: the verdict stands
+    return backend if _agrees(key, backend, arguments) else "torch"
+
+
+def chosen(key: Key) -> str:
+    """The verdict's backend for a key; "torch" where there is none, or it has been refused in this process."""
+    op, device, dtype, shape_class = key
+    if key in _refused:
+        return "torch"
+    if device not in _choices:
+        _choices[device] = _read_choices(torch.device(device))
+    backend = _choices[device].get((op, dtype, shape_class), "torch")
+    there = backend in OPS[op].implementations and missing(backend, torch.device(device).type) is None
+    return backend if there else "torch"
+
+
+@torch.compiler.assume_constant_result
+def _chosen_when_compiled(op: str, device: str, dtype: str, shape_class: str) -> str:
+    return chosen((op, device, dtype, shape_class))
 
 
 def _agrees(key: Key, backend: str, arguments: Any) -> bool:
     """The comparison at the first call, remembered."""
-    op, device, dtype, shape_class = key
+    op, device, name, shape_class = key
+    dtype = getattr(torch, name.removeprefix("torch."))
     # Copies that autograd may use, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-        arguments = type(arguments)(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))
+        arguments = type(arguments)(*(t.detach().clone() if isinstance(t, Tensor) else t for t in arguments))
         try:
             difference = compare_with_definition(OPS[op], OPS[op].implementations[backend], arguments, dtype)
         except Exception as error:
@@ -116,10 +151,16 @@ def _agrees(key: Key, backend: str, arguments: Any) -> bool:
     return False
 
 
-def take_verdicts(device: torch.device, found: VerdictFile) -> None:
-    """Uses these verdicts on a device from now on, in this process."""
+def take_verdicts(device: torch.device, found: VerdictFile | None) -> None:
+    """Uses these verdicts on a device from now on, in this process; None is plain PyTorch for all."""
     forget(device)
-    _choices[str(indexed(device))] = {(v.op, v.dtype, v.shape_class): v.chosen for v in found.verdicts}
+    _choices[str(indexed(device))] = _choices_of(found)
+    _settled.add(str(indexed(device)))
+
+
+def has_verdicts(device: torch.device) -> bool:
+    """Whether :func:`take_verdicts` has settled a device in this process."""
+    return str(indexed(device)) in _settled
 
 
 def indexed(device: torch.device) -> torch.device:
@@ -133,6 +174,7 @@ def forget(device: torch.device) -> None:
     """Drops what this process knows about a device: the next call reads the verdict and compares again."""
     name = str(indexed(device))
     _choices.pop(name, None)
+    _settled.discard(name)
     for key in [key for key in (*_compared, *_refused) if key[1] == name]:
         _compared.discard(key)
         _refused.pop(key, None)
@@ -140,7 +182,7 @@ def forget(device: torch.device) -> None:
 
 def refusals() -> dict[str, str]:
     """What was refused in this process on the caller's own data: "op device dtype size" -> backend and trouble."""
-    return {" ".join(map(str, key)): trouble for key, trouble in _refused.items()}
+    return {" ".join(key): trouble for key, trouble in _refused.items()}
 
 
 def _read_choices(device: torch.device) -> dict[tuple[str, str, str], str]:
@@ -157,4 +199,8 @@ def _read_choices(device: torch.device) -> dict[tuple[str, str, str], str]:
             stacklevel=2,
         )
         return {}
-    return {(v.op, v.dtype, v.shape_class): v.chosen for v in found.verdicts}
+    return _choices_of(found)
+
+
+def _choices_of(found: VerdictFile | None) -> dict[tuple[str, str, str], str]:
+    return {} if found is None else {(v.op, v.dtype, v.shape_class): v.chosen for v in found.verdicts}

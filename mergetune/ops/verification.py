@@ -26,7 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mergetune.ops.backends import OPS, SHAPE_CLASSES, missing
-from mergetune.ops.selection import goes_by_verdict, indexed, take_verdicts
+from mergetune.ops.selection import goes_by_verdict, has_verdicts, indexed, take_verdicts
 from mergetune.ops.trials import MARK, Case
 from mergetune.ops.verdicts import (
     Trial,
@@ -52,10 +52,10 @@ def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
         device: where the ops will run.
         progress: show a bar where stderr is a terminal.
     """
-    if not goes_by_verdict(device) or _kept(device):
+    if not goes_by_verdict(device) or _known(device):
         return
     with _alone():
-        if _kept(device):
+        if _known(device):
             return
         with tqdm(disable=None if progress else True, desc=f"verifying kernels on {device}", leave=False) as bar:
 
@@ -69,6 +69,7 @@ def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
                 warnings.warn(
                     f"kernels could not be verified on {device}: {error}. Plain PyTorch is used.", stacklevel=2
                 )
+                take_verdicts(device, None)  # once is enough for this process
                 return
         keep(device, found)
 
@@ -236,6 +237,8 @@ class _Child:
             return None
 
     def _last_error(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)  # it may have closed its report and be about to end
         code = self.process.poll()
         self.errors.seek(0)
         said = self.errors.read().decode(errors="replace").strip().splitlines()
@@ -243,12 +246,22 @@ class _Child:
         return f"it {state}; last line: {said[-1][:300] if said else 'none'}"
 
 
-def _kept(device: torch.device) -> bool:
-    """Whether a verdict for the device is kept; a damaged one is none, and is replaced."""
+def _known(device: torch.device) -> bool:
+    """Whether this process has a verdict for the device, or takes up one that is kept."""
+    if has_verdicts(device):
+        return True
+    found = kept_verdicts(device)
+    if found is not None:
+        take_verdicts(device, found)
+    return found is not None
+
+
+def kept_verdicts(device: torch.device) -> VerdictFile | None:
+    """The verdict that is kept for a device; None where there is none. A damaged one is none: it is replaced."""
     try:
-        return read_verdicts(device_facts(device)) is not None
+        return read_verdicts(device_facts(device))
     except ValueError:
-        return False
+        return None
 
 
 @contextmanager

@@ -1,0 +1,316 @@
+"""Kernels verified where they run, on a simulated device: the CPU, with implementations that fail in every way."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_kernels
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergetune import FeatureCache, ops, tune
+from mergetune.ops import Trial, Verdict, VerdictFile, selection, verdicts
+
+CPU = torch.device("cpu")
+ONE_KIND = {"ops": ("lmc_loss",), "dtypes": (torch.float32,), "shape_classes": ("small",)}
+
+
+@pytest.fixture(autouse=True)
+def a_device_to_verify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The CPU goes by the verdict, as a GPU does; verdicts are kept in the test's own folder."""
+    monkeypatch.setenv("MERGETUNE_BACKEND", "verified")
+    monkeypatch.setenv("MERGETUNE_HOME", str(tmp_path))
+    monkeypatch.setenv("MERGETUNE_TEST_FAKES", "1")
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+    selection.forget(CPU)
+    fake_kernels.register()
+    yield
+    fake_kernels.unregister()
+    selection.forget(CPU)
+
+
+def arguments(scale: float = 10.0, dtype: torch.dtype = torch.float32) -> dict:
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)  # noqa: E731
+    return {
+        "x": F.normalize(draw(6, 8), dim=-1),
+        "labels": torch.arange(6) % 3,
+        "w": draw(3, 8).requires_grad_(),
+        "anchors": draw(1, 3, 8),
+        "alphas": torch.tensor([0.0, 0.5]),
+        "betas": torch.tensor([1.0]),
+        "scale": scale,
+    }
+
+
+def loss_and_gradient(backend: str | None = None) -> tuple[Tensor, Tensor]:
+    given = arguments()
+    loss, _ = ops.lmc_loss(**given, backend=backend)
+    return loss.detach(), torch.autograd.grad(loss, given["w"])[0]
+
+
+def take(backend: str) -> None:
+    """As if the verification had chosen this backend."""
+    trials = (
+        Trial(backend="torch", status="agreed", seconds=1.0),
+        Trial(backend=backend, status="agreed", seconds=0.1),
+    )
+    verdict = Verdict(op="lmc_loss", dtype="torch.float32", shape_class="small", trials=trials)
+    facts = verdicts.device_facts(CPU)
+    selection.take_verdicts(CPU, VerdictFile(facts=facts, verdicts=(verdict,), seconds=1.0))
+
+
+# -- the verification -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Trial]:
+    """What the verification found of every fake, in one run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGETUNE_TEST_FAKES", "1")
+        patch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+        fake_kernels.register()
+        # Compilation takes long and is tried in its own test.
+        compiled = ops.OPS["lmc_loss"].implementations.pop("compile")
+        try:
+            verdict = ops.verify(CPU, **ONE_KIND, modules=("fake_kernels",), case_limit=6.0)
+        finally:
+            ops.OPS["lmc_loss"].register(compiled)
+            fake_kernels.unregister()
+    (only,) = verdict.verdicts
+    assert only.chosen in ("cpp", "fast")
+    return {trial.backend: trial for trial in only.trials}
+
+
+@pytest.mark.parametrize("backend", ["wrong", "wrong_now_and_then", "wrong_for_odd_widths", "not_a_number"])
+def test_a_wrong_kernel_is_found_out(found, backend):
+    assert found[backend].status == "wrong"
+    assert "grad of comparison" in found[backend].detail
+    assert found[backend].seconds is None
+
+
+def test_a_slow_kernel_agrees_and_is_not_chosen(found):
+    assert found["slow"].status == "agreed"
+    assert found["slow"].seconds > found["torch"].seconds
+
+
+def test_a_kernel_that_raises_is_reported(found):
+    assert (found["raises"].status, found["raises"].detail) == (
+        "raised",
+        "RuntimeError: an illegal instruction was met",
+    )
+
+
+def test_a_kernel_that_hangs_is_killed_and_the_others_are_tried(found):
+    assert found["hangs"].status == "hung"
+    assert found["crashes"].status == "crashed"
+    assert "code -11" in found["crashes"].detail
+    assert found["fast"].status == "agreed"  # behind both in the list
+    assert found["torch"].status == found["cpp"].status == "agreed"
+
+
+def test_the_limit_holds_whatever_hangs():
+    began = time.monotonic()
+    implementations = ops.OPS["lmc_loss"].implementations
+    kept = dict(implementations)
+    for name in set(implementations) - {"torch", "hangs"}:
+        del implementations[name]
+    try:
+        verdict = ops.verify(
+            CPU, ops=("lmc_loss",), shape_classes=("small",), modules=("fake_kernels",), limit=9.0, case_limit=60.0
+        )
+    finally:
+        implementations.clear()
+        implementations.update(kept)
+    assert time.monotonic() - began < 40
+    assert all(v.chosen == "torch" for v in verdict.verdicts)
+    assert {t.status for v in verdict.verdicts for t in v.trials if t.backend == "hangs"} <= {"hung", "not tried"}
+
+
+def test_a_child_that_does_not_start_is_an_error():
+    with pytest.raises(RuntimeError, match="does not start: it ended with code 1; last line: ModuleNotFoundError"):
+        ops.verify(CPU, **ONE_KIND, modules=("there_is_no_such_module",))
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_verdict_plain_torch_is_used_and_one_line_says_so():
+    with pytest.warns(UserWarning, match="No kernel has been verified on cpu yet.*mergetune doctor --kernels") as said:
+        first = loss_and_gradient()
+        loss_and_gradient()
+    assert len(said) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, loss_and_gradient("torch"), strict=True))
+
+
+def test_the_chosen_kernel_runs():
+    calls = []
+    ops.OPS["lmc_loss"].register(ops.Implementation("counted", lambda a: calls.append(1) or fake_kernels.CORE(a)))
+    take("counted")
+    try:
+        results = [loss_and_gradient() for _ in range(3)]
+    finally:
+        del ops.OPS["lmc_loss"].implementations["counted"]
+    assert len(calls) == 4  # once more at the first call, for the comparison
+    for result in results:
+        assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(result, loss_and_gradient("torch"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("backend", "trouble"),
+    [
+        ("wrong", "grad is off by 1.0e-02"),
+        ("not_a_number", "grad is off by nan"),
+        ("raises", "raised RuntimeError: an illegal"),
+    ],
+)
+def test_a_mismatch_on_the_callers_data_is_reported_and_the_definition_used(backend, trouble):
+    take(backend)
+    with pytest.warns(UserWarning, match=f"backend '{backend}' {trouble}.*Plain PyTorch is used instead") as said:
+        results = [loss_and_gradient() for _ in range(3)]
+    assert len(said) == 1
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, loss_and_gradient("torch"), strict=True))
+    ((key, why),) = ops.refusals().items()
+    assert key == "lmc_loss cpu torch.float32 small"
+    assert why.startswith(f"{backend}: ")
+
+
+def test_an_explicit_backend_is_never_replaced():
+    take("fast")
+    wrong, true = loss_and_gradient("wrong"), loss_and_gradient("torch")
+    assert torch.allclose(wrong[1], 1.01 * true[1], rtol=1e-5)
+    with pytest.raises(RuntimeError, match="an illegal instruction was met"):
+        loss_and_gradient("raises")
+    assert not ops.refusals()
+
+
+def test_wrong_arguments_raise_and_refuse_no_kernel():
+    take("fast")
+    given = arguments()
+    given["labels"] = given["labels"] + 7
+    with pytest.raises(ValueError, match="labels must lie in"):
+        ops.lmc_loss(**given)
+    assert not ops.refusals()
+    assert loss_and_gradient()[0].isfinite()
+
+
+def test_values_that_are_not_finite_judge_no_kernel():
+    take("fast")
+    given = arguments()
+    with torch.no_grad():
+        given["w"][0, 0] = torch.nan
+    assert ops.lmc_loss(**given)[0].isnan()
+    assert not ops.refusals()
+
+
+def test_the_choice_survives_every_mode_of_autograd():
+    take("fast")
+    with torch.inference_mode():
+        given = arguments()
+        assert ops.lmc_loss(**given)[0].isfinite()
+    compiled = torch.compile(lambda **given: ops.lmc_loss(**given)[0], fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(**arguments()), loss_and_gradient("torch")[0])
+    assert not ops.refusals()
+
+
+def test_plain_torch_by_the_environment(monkeypatch):
+    take("wrong")
+    monkeypatch.setenv("MERGETUNE_BACKEND", "torch")
+    assert torch.equal(loss_and_gradient()[1], loss_and_gradient("torch")[1])
+    monkeypatch.setenv("MERGETUNE_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match="MERGETUNE_BACKEND must be empty, torch or verified, got 'cudnn'"):
+        loss_and_gradient()
+
+
+# -- the verdict's file -----------------------------------------------------------------------------------------------
+
+
+def test_a_kept_verdict_is_taken_up_by_another_process(tmp_path):
+    take("cpp")
+    trials = (Trial(backend="torch", status="agreed", seconds=1.0), Trial(backend="cpp", status="agreed", seconds=0.1))
+    verdict = Verdict(op="lmc_loss", dtype="torch.float32", shape_class="small", trials=trials)
+    ops.keep(CPU, VerdictFile(facts=verdicts.device_facts(CPU), verdicts=(verdict,), seconds=1.0))
+    (file,) = (tmp_path / "kernels").glob("*.json")
+    code = f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
+    code += "from mergetune.ops import selection; "
+    code += "print(selection.chosen(('lmc_loss', 'cpu', 'torch.float32', 'small')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "cpp", done.stderr
+    assert json.loads(file.read_text())["verdicts"][0]["trials"][1]["backend"] == "cpp"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda t: t[: len(t) // 2], "Invalid JSON"),
+        (lambda t: "[]", "the whole file: Input should be"),
+        (lambda t: t.replace('"agreed"', '"splendid"'), r"verdicts.0.trials.0.status: Input should be"),
+        (lambda t: t.replace('"seconds": 1.0', '"seconds": "soon"'), "seconds: Input should be a valid number"),
+        (lambda t: t.replace('"facts"', '"fakts"'), "facts: Field required"),
+        (lambda t: t + " " * (1 << 20), "more than 1048576 bytes"),
+    ],
+)
+def test_a_damaged_verdict_is_named_and_not_used(damage, said):
+    take("cpp")
+    trial = Trial(backend="wrong", status="agreed", seconds=0.1)
+    verdict = Verdict(op="lmc_loss", dtype="torch.float32", shape_class="small", trials=(trial,))
+    path = verdicts.write_verdicts(VerdictFile(facts=verdicts.device_facts(CPU), verdicts=(verdict,), seconds=1.0))
+    path.write_text(damage(path.read_text()))
+    selection.forget(CPU)
+    with pytest.warns(UserWarning, match=said) as warned:
+        result = loss_and_gradient()
+    assert str(path) in str(warned[0].message)
+    assert "mergetune doctor --kernels" in str(warned[0].message)
+    assert torch.equal(result[1], loss_and_gradient("torch")[1])
+
+
+def test_a_verdict_of_another_driver_is_not_used(monkeypatch):
+    facts = verdicts.device_facts(CPU)
+    verdict = Verdict(
+        op="lmc_loss", dtype="torch.float32", shape_class="small",
+        trials=(Trial(backend="wrong", status="agreed", seconds=0.1),),
+    )  # fmt: skip
+    for change in ("driver", "torch", "triton", "kernels", "device"):
+        other = facts.model_copy(update={change: "another"})
+        path = verdicts.write_verdicts(VerdictFile(facts=other, verdicts=(verdict,), seconds=1.0))
+        path.rename(verdicts.verdict_path(facts))  # even under this device's name
+        assert verdicts.read_verdicts(facts) is None
+
+
+def test_a_folder_that_cannot_be_written_costs_the_verdict_only(monkeypatch, tmp_path):
+    (tmp_path / "kernels").write_text("a file, where the folder would be")
+    take("fast")
+    found = VerdictFile(facts=verdicts.device_facts(CPU), verdicts=(), seconds=1.0)
+    with pytest.warns(UserWarning, match="could not be kept, and is made again next time"):
+        ops.keep(CPU, found)
+
+
+# -- fit and tune -----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_training_verifies_once(clip, monkeypatch, tmp_path):
+    """With two implementations of one op, so that it takes seconds; the second training finds the verdict."""
+    runs = []
+    real = ops.verify
+
+    def quick(device, **settings):
+        runs.append(device)
+        return real(device, ops=("path_cross_entropy",), shape_classes=("small",), progress=settings["progress"])
+
+    monkeypatch.setattr("mergetune.ops.verification.verify", quick)
+    x = F.normalize(torch.randn(8, clip.embed_dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+    features = FeatureCache.from_tensors(x, torch.arange(8) % 2, ("cat", "dog"))
+    settings = {"epochs": 1, "method": "head", "progress": False}
+    tune(clip, features, **settings, backend="torch")
+    assert not runs
+    tune(clip, features, **settings)
+    assert runs == [CPU]
+    tune(clip, features, **settings)
+    selection.forget(CPU)  # another process
+    tune(clip, features, **settings)
+    assert runs == [CPU]
+    assert list((tmp_path / "kernels").glob("*.json"))
