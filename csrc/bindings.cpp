@@ -1,4 +1,4 @@
-// The Python module mergetune._C: raw pointers in, C++ ops out. It knows nothing of torch; mergetune/ops.py does.
+// The Python module mergetune._C: raw pointers in, C++ ops out. It knows nothing of torch; mergetune/ops does.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typer.testing import CliRunner
 
 from mergetune import FeatureCache, ops, tune
+from mergetune.cli import app
 from mergetune.ops import Trial, Verdict, VerdictFile, selection, verdicts
 
 CPU = torch.device("cpu")
@@ -314,3 +316,37 @@ def test_the_first_training_verifies_once(clip, monkeypatch, tmp_path):
     tune(clip, features, **settings)
     assert runs == [CPU]
     assert list((tmp_path / "kernels").glob("*.json"))
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_verifies_keeps_and_tells(monkeypatch, tmp_path):
+    """On a machine without a GPU it is the CPU's implementations that are tried."""
+    real = ops.verify
+    monkeypatch.setattr(
+        ops, "verify", lambda device, **how: real(device, ops=("path_cross_entropy",), shape_classes=("small",), **how)
+    )
+    done = CliRunner().invoke(app, ["doctor", "--kernels", "--json", "--limit", "100"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    verdict = report["kernels"]["cpu"]
+    assert report["healthy"]
+    assert {trial["backend"] for trial in verdict["verdicts"][0]["trials"]} == {"torch", "cpp"}
+    assert {trial["status"] for row in verdict["verdicts"] for trial in row["trials"]} == {"agreed"}
+    (file,) = (tmp_path / "kernels").glob("*.json")
+    assert json.loads(file.read_text()) == verdict
+
+    monkeypatch.setattr(
+        ops, "verify", lambda device, **how: VerdictFile.model_validate(verdict | {"verdicts": tried()})
+    )
+    done = CliRunner().invoke(app, ["doctor", "--kernels"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "triton WRONG (grad is [far] off)" in done.stdout
+    assert "torch 12 us" in done.stdout
+
+
+def tried() -> list[dict]:
+    wrong = Trial(backend="triton", status="wrong", detail="grad is [far] off")
+    trials = (Trial(backend="torch", status="agreed", seconds=1.2e-5), wrong)
+    return [Verdict(op="lmc_loss", dtype="torch.float32", shape_class="small", trials=trials).model_dump()]
