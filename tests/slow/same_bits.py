@@ -278,7 +278,7 @@ def _git(*arguments: str) -> str:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The environment variables of every build and run: threads fixed, no network, no variables of MERGETUNE or PYTHON."""
+    """The environment of every build and run: threads fixed, no network, no MERGETUNE_* and PYTHON* variables."""
     kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR", "CXX", "CC") if name in os.environ}
     tools = [str(Path(sys.executable).parent)]
     for name, folder in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
