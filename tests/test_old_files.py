@@ -32,7 +32,7 @@ from mergetune.cli import app
 FILES = Path(__file__).parent / "files" / "v0.1"
 CLASSES = ("anchor", "bell", "camera", "heart")
 MODEL = "local-dir:icon-clip"  # as the files have it: a link to the embedded model
-RUNS = {"tune": 16, "tune-head": 16, "fit": 8, "fit-head": 16}  # finished, and their epochs
+RUNS = {"tune": 16, "tune-head": 16, "fit": 8, "coop": 16, "fit-head": 16}  # finished, and their epochs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,10 +63,10 @@ def test_the_files_are_those_that_version_0_1_wrote():
     digest = hashlib.sha256()
     for file in sorted(p for p in FILES.rglob("*") if p.is_file() and p.name != "make.py" and p.suffix != ".pyc"):
         digest.update(file.relative_to(FILES).as_posix().encode() + file.read_bytes())
-    assert digest.hexdigest() == "ce5428fb87f06725ce5840575b8a9925a56c4ce2754027ed8dcf6a20092ae66e"
+    assert digest.hexdigest() == "5836ebd947896ce95b7ebe2d3ab1c8cf5648e7f05bc22b0828b819e545153946"
 
 
-@pytest.mark.parametrize("folder", ["tune", "fit", "merged", "exports/hub"])
+@pytest.mark.parametrize("folder", ["tune", "fit", "coop", "merged", "exports/hub"])
 def test_prompts_open(folder):
     (ctx,) = load_file(f"{folder}/solution.safetensors").values()
     for solution in (load_solution(folder), open_solution(folder)):
@@ -162,7 +162,7 @@ def record(folder):
         return json.loads(file.metadata()["run"])
 
 
-@pytest.mark.parametrize("run", ["tune", "tune-head", "fit-head"])
+@pytest.mark.parametrize("run", ["tune", "tune-head", "coop", "fit-head"])
 def test_a_finished_run_is_not_run_again(clip, tmp_path, run):
     shutil.copytree(run, tmp_path / run)
     result, before = again(clip, run, tmp_path / run), FitResult.load(run)
@@ -171,7 +171,7 @@ def test_a_finished_run_is_not_run_again(clip, tmp_path, run):
     assert torch.equal(result.solution.parameter, before.solution.parameter)
 
 
-@pytest.mark.parametrize("run", ["tune", "fit-head"])
+@pytest.mark.parametrize("run", ["coop", "fit-head"])
 def test_an_interrupted_run_goes_on_to_the_end_of_the_finished_one(clip, tmp_path, run):
     shutil.copytree(f"{run}-interrupted", tmp_path / "run")
     done, before = record(tmp_path / "run")["history"], FitResult.load(run)
@@ -182,7 +182,7 @@ def test_an_interrupted_run_goes_on_to_the_end_of_the_finished_one(clip, tmp_pat
     start = load_file(f"{run}-interrupted/state.safetensors")["parameter"]
     moved = (before.solution.parameter - start).abs().max()
     apart = (before.solution.parameter - result.solution.parameter).abs().max()
-    assert apart < 0.02 * moved  # the rounding of another processor
+    assert apart < 1e-3 * moved  # the rounding of another processor
 
 
 def test_exports_open(clip):

@@ -7,8 +7,9 @@ run in the empty folder with relative paths, so no path of a machine is in the f
 
     cache, cache-views     caches of the embedded icons of four classes: train and test; bfloat16 with two views
     tune, tune-head        finished runs of `mergetune tune`: a prompt and a head
-    tune-interrupted       the run of tune, killed
     fit                    a finished run of `mergetune fit`
+    coop, coop-interrupted   runs of `mergetune.tune`, finished and killed, in float32: the commands take the fastest
+                           precision of the machine, and on others a run in bfloat16 ends elsewhere
     fit-head, fit-head-interrupted   runs of `mergetune.fit` on the head, finished and killed, near a saved head: unlike
                            the class embeddings of a template, a saved head has the same bits on every machine
     merged                 TIES of tune and fit
@@ -39,22 +40,23 @@ def mergetune(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def fit_head(folder: str) -> None:
-    """The one run that no command can make: `mergetune fit` takes no saved zero-shot solution."""
+def run(folder: str) -> None:
+    """The runs that no command can make: the commands take no precision and no saved zero-shot solution."""
     import mergetune as mt
 
     clip, cache = mt.load_clip("local-dir:icon-clip"), mt.FeatureCache.open("cache/train")
-    near = mt.open_solution("exports/head.safetensors", classnames=CLASSES)
-    tuned = mt.load_solution("tune-head")
-    result = mt.fit(
-        clip, cache, tuned, zero_shot=near, epochs=16, batch_size=4, precision="float32", resume=folder, progress=False
-    )
+    common = {"epochs": 16, "batch_size": 4, "precision": "float32", "resume": folder, "progress": False}
+    if folder.startswith("coop"):
+        result = mt.tune(clip, cache, lr=0.01, **common)
+    else:
+        near = mt.open_solution("exports/head.safetensors", classnames=CLASSES)
+        result = mt.fit(clip, cache, mt.load_solution("tune-head"), zero_shot=near, **common)
     result.save(folder)
 
 
-def interrupted(folder: Path, command: list[str]) -> None:
-    """Kill a training run of 16 epochs when it has finished some."""
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL) as process:
+def interrupted(folder: Path) -> None:
+    """Kill a run of 16 epochs when it has finished some."""
+    with subprocess.Popen([sys.executable, SCRIPT, str(folder)]) as process:
         while epochs(folder) < 4:
             if process.poll() is not None:
                 raise RuntimeError(f"{folder} was finished before it could be killed")
@@ -87,7 +89,6 @@ def main() -> None:
     mergetune("cache", "images", "--out", "cache-views", *MODEL, "--dtype", "bfloat16", "--views", "2")
     mergetune(*TUNE, "--out", "tune")
     mergetune(*TUNE, "--out", "tune-head", "--method", "head")
-    interrupted(Path("tune-interrupted"), ["-m", "mergetune", *TUNE, "--out", "tune-interrupted"])
     mergetune("fit", *TRAIN, *MODEL, "--out", "fit", "--tuned", "tune", "--epochs", "8")
     mergetune("merge", "ties", "tune", "fit", "--out", "merged", "--base", "a photo of a {}.", *MODEL)
     for form, out in (("coop", "coop"), ("head", "head.safetensors"), ("classifier", "classifier.pt")):
@@ -95,15 +96,16 @@ def main() -> None:
     for suffix in (".npz", ".pt"):
         mergetune("export", "tune-head", "--to", "head", "--out", f"exports/head{suffix}")
     mergetune("export", "tune", "--to", "hub", "--out", "exports/hub", "--license", "mit")
-    subprocess.run([sys.executable, SCRIPT, "fit-head"], check=True)
-    interrupted(Path("fit-head-interrupted"), [SCRIPT, "fit-head-interrupted"])
+    for name in ("coop", "fit-head"):
+        subprocess.run([sys.executable, SCRIPT, name], check=True)
+        interrupted(Path(f"{name}-interrupted"))
     solutions = [word for name in ("tune", "fit", "merged") for word in ("--solution", name)]
     Path("eval.json").write_text(mergetune("eval", "--cache", "cache/test", *MODEL, *solutions, "--json"))
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("fit-head"):
-        fit_head(sys.argv[1])
+    if sys.argv[1].startswith(("coop", "fit-head")):
+        run(sys.argv[1])
     else:
         os.chdir(sys.argv[1])
         main()
