@@ -104,7 +104,7 @@ def demo_steps(quick: bool) -> dict[str, list[str]]:
 
 
 def compare_steps(quick: bool) -> dict[str, list[str]]:
-    few = ["--expert", "coop:1", "--expert", "kgcoop:1", "--seeds", "1", "--shots", "4", "--lam", "8", "--tau", "0.3"]
+    few = ["--expert", "coop:1", "--seeds", "1", "--shots", "4", "--lam", "8", "--tau", "0.3"]
     short = ["--tune", "epochs=2", "--fit", "epochs=2"]
     arguments = ["compare", "--demo", "--out", "out", "--partition", "0", "--json"]
     return {"partition 0": [*arguments, *(few + short if quick else [])]}
