@@ -86,7 +86,7 @@ class Step:
 
 def preparation() -> list[Step]:
     """The commands of OLD that make the inputs of both commits."""
-    tune = ["tune", *TRAIN, *MODEL, "--epochs", "3", "--shots", "12"]
+    tune = ["tune", *TRAIN, *MODEL, "--epochs", "4", "--shots", "12", "--lr", "0.2"]  # far apart, for the merges
     trained = {
         "coop-1": [],
         "coop-2": ["--seed", "2"],
