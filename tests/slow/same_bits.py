@@ -7,7 +7,7 @@ A change that only moves code must leave every item "same". Nothing is stored be
 the files that it writes are used, so the two commits may differ in all their modules. Each commit gets a virtual
 environment of its own, which shares the dependencies of the Python that runs this script (git, g++, cmake, ninja and
 pybind11 are needed). Both commits run in the same folder, one after the other, on the same inputs, which OLD makes.
-What may differ is listed in `MAY_DIFFER`, with reasons; everything else is compared.
+What may differ is listed in `MAY_DIFFER`, with reasons; everything else that goes to files and stdout is compared.
 
 Exit codes: 0 all the same, 1 a difference or a command that fails, 2 a wrong argument or a build that fails.
 """
@@ -245,6 +245,8 @@ def build(commit: str, place: Path) -> Path:
         return environment
     print(f"building {commit[:12]}", file=sys.stderr)
     source = place / f"{commit}.source"
+    if source.exists():  # of a run that was killed
+        _git("worktree", "remove", "--force", str(source))
     _git("worktree", "add", "--force", "--detach", str(source), commit)
     try:
         shutil.rmtree(environment, ignore_errors=True)
