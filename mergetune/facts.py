@@ -1,4 +1,4 @@
-"""Options as data: name, kind of value, default and help of each, and how its value is read from text. Needs no torch."""
+"""Options as data: name, kind of value, default and help; and how values are read from text. Needs no torch."""
 
 from __future__ import annotations
 

@@ -12,12 +12,13 @@ from typing import Any
 class _Face(ModuleType):
     """A package with public names that are imported at their first use."""
 
-    _origins: dict[str, str]
+    _origins: dict[str, tuple[str, str]]
     _packages: Collection[str]
 
     def __getattr__(self, name: str) -> Any:
         if name in self._origins:
-            value = getattr(import_module(self._origins[name]), name)
+            module, attribute = self._origins[name]
+            value = getattr(import_module(module), attribute)
         elif name in self._packages:
             value = import_module(f"{self.__name__}.{name}")
         else:
@@ -34,15 +35,20 @@ class _Face(ModuleType):
         return sorted({*super().__dir__(), *self._origins, *self._packages})
 
 
-def make_lazy(package: str, names: Mapping[str, Collection[str]], packages: Collection[str] = ()) -> None:
+def make_lazy(package: str, names: Mapping[str, str], packages: Collection[str] = ()) -> None:
     """Make a package import its public names at their first use.
 
     Args:
         package: its name; it is being imported.
-        names: module -> the public names that come from it.
+        names: module -> the public names that come from it, with spaces between; ``public=attribute`` where
+            the package has another name for it than the module.
         packages: submodules that are public themselves.
     """
-    face = sys.modules[package]
-    vars(face)["_origins"] = {name: module for module, found in names.items() for name in found}
+    face, origins = sys.modules[package], {}
+    for module, found in names.items():
+        for public in found.split():
+            name, _, attribute = public.partition("=")
+            origins[name] = module, attribute or name
+    vars(face)["_origins"] = origins
     vars(face)["_packages"] = packages
     face.__class__ = _Face

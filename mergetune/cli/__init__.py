@@ -3,8 +3,11 @@
 Here they are put together, in the order of `mergetune --help`; each import says in which file a command lives.
 """
 
+from typing import Annotated
+
 import typer
 
+from mergetune import __version__
 from mergetune.cli.files import convert, export
 from mergetune.cli.first_steps import demo, doctor
 from mergetune.cli.images import cache
@@ -16,10 +19,22 @@ from mergetune.cli.training import fit, tune
 
 app = typer.Typer(
     help="Give a fine-tuned CLIP its zero-shot ability back (MERGETUNE, arXiv 2601.10497).",
+    invoke_without_command=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
 app.command()(demo)
 app.command()(doctor)
 app.command()(cache)

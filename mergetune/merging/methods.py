@@ -146,7 +146,7 @@ _ALL = (
             Option("density", "float", 0.1, "Share of the elements that are kept at random."),
             _SCALE,
             _WEIGHTS,
-            Option("rescale", "str", "density", "Divide by the density, restore a norm, or leave what is kept as it is.",
+            Option("rescale", "str", "density", "Divide by the density, restore a norm, or do neither.",
                    none=True, choices=("density", "l1", "l2", "linf")),
             Option("consensus", "str", None, "Elect signs as TIES does, by sum or count; none adds.",
                    none=True, choices=("sum", "count")),
@@ -164,7 +164,7 @@ _ALL = (
         base=True,
         least=2,
         options=(
-            Option("power", "float", 1.0, "0 is the plain average; a large power takes the expert that moved furthest."),
+            Option("power", "float", 1.0, "0 is the plain average; a large power takes the one that moved furthest."),
             Option("per", "str", "tensor", "Weigh each tensor or each element.", choices=("tensor", "element")),
         ),
     ),
@@ -394,7 +394,7 @@ _ALL = (
         options=(
             Option("density", "float", 0.1, "Share of the elements, those of highest variance, that is selected."),
             _SCALE,
-            Option("select", "str", "vectors", "Whether the selection holds for the task vectors or for the weights only.",
+            Option("select", "str", "vectors", "Select for the task vectors, or for the weights only.",
                    choices=("vectors", "weights")),
         ),
     ),
