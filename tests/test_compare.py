@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Head, Prompt, fit, interpolate, load_solution, merging, tune
+from mergetune import FeatureCache, Head, Prompt, fit, interpolate, load_solution, merging
 from mergetune.catalogue import merge_files, merge_solutions, parse_options
 from mergetune.cli import app
 from mergetune.compare import (
@@ -424,8 +424,8 @@ def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monk
     def no_training(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for function in (tune, fit):
-        monkeypatch.setattr(function, "job", no_training)
+    for job in ("tune_job", "fit_job"):
+        monkeypatch.setattr(sys.modules["mergetune.compare"], job, no_training)
     assert compare(clip, task(), tmp_path, **arguments).to_json() == found.to_json()
     with pytest.raises(ValueError, match="other settings: choose another --out"):
         compare(clip, task(), tmp_path, **arguments | {"setup": quick(shots=3)})
