@@ -81,8 +81,11 @@ def merge_files(
     """
     facts = find(method)
     if needed := facts.missing(options):
-        images = "images and a model, which files of tensors do not have: merge solutions, with --cache"
-        why = images if facts.option(needed[0]).kind == "object" else f"-o {needed[0]}=..."
+        why = f"-o {needed[0]}=..."
+        if needed[0] in facts.from_images and facts.option(needed[0]).kind == "object":
+            why = "images and a model, which files of tensors do not have: merge solutions, with --cache"
+        elif facts.option(needed[0]).kind == "object":
+            why = f"{needed[0]}, which cannot be given as text: call mergetune.merging from Python"
         raise ValueError(f"{facts.name} needs {why} ({facts.needs})")
     function = facts.load()
     if hasattr(function, "plan"):

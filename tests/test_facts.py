@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from tiny import normal, prompt
 from torch import Tensor
 from typer.main import get_command
 
 import mergetune
-from mergetune import merging
+from mergetune import FeatureCache, features, merging
 from mergetune.cli import app
 from mergetune.compare import MERGE_GRIDS
 from mergetune.facts import KINDS, REQUIRED, Option, read_options
@@ -208,6 +210,23 @@ def test_what_is_not_recorded_changes_rounding_at_most(options):
     assert recorded(options(seed=3), precision="float32") | {"seed": 1, "precision": "auto"} == recorded(options())
     with pytest.raises(ValueError, match="got speed"):
         recorded(options(), speed=1)
+
+
+def test_what_a_cache_is_recorded_with_decides_whether_it_is_stale():
+    assert features.KEY.keys() - {"fingerprint", "preprocess"} == recorded(CacheOptions()).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name, options in FUNCTIONS.items() for option in options_of(options) if option.choices],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_other_choices_are_refused_with_those_there_are(clip, name, option):
+    images = FeatureCache.from_tensors(F.normalize(normal(4, 8), dim=-1), torch.arange(4) % 2, ("bird", "cat"))
+    arguments = {"tune": (clip, images), "fit": (clip, images, prompt()), "cache_features": (clip, [], "nowhere")}[name]
+    with pytest.raises(ValueError, match=f"{option.name} must be") as error:
+        getattr(mergetune, name)(*arguments, **{option.name: "other"})
+    assert str(error.value).endswith("got 'other'") and all(choice in str(error.value) for choice in option.choices)
 
 
 def test_what_compare_tries_starts_with_the_default():

@@ -104,9 +104,12 @@ def keywords(options: type, given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_tuning(given: list[str]) -> dict[str, Any]:
-    """``--tune name=value``."""
-    return read_options("mergetune.tune", options_of(TuneOptions), given)
+def read_tuning(given: list[str], *, but: Collection[str] = ()) -> dict[str, Any]:
+    """``--tune name=value``, but for what has an option of the command."""
+    found = read_options("mergetune.tune", options_of(TuneOptions), given)
+    if taken := [name for name in found if name in but]:
+        raise ValueError(f"--tune must not hold {taken[0]}: the command's own options say it")
+    return found
 
 
 def read_fitting(given: list[str]) -> dict[str, Any]:

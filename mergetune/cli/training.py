@@ -119,7 +119,7 @@ def fit(
 
     with errors():
         given, seed = keywords(FitOptions, options), options["seed"]
-        stage_1 = read_tuning(tuning)
+        stage_1 = read_tuning(tuning, but=("method", "template", "zero_shot", "seed"))
         if (images is None) == (features is None):
             raise ValueError(f"give a folder of images or --cache, one of them, got {images} and {features}")
         if images is None and not (tuned and folder):
