@@ -462,7 +462,7 @@ def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
     arguments = {"setup": quick(tune=longer, fit=longer), "seeds": (1, 2)}
     module, name, number = {
         "experts": (sys.modules["mergetune.fit"], "write_atomically", 3),
-        "runs": (fit, "job", 1),
+        "runs": (sys.modules["mergetune.compare"], "fit_job", 1),
         "cells": (sys.modules["mergetune.compare"], "score", 2),
     }[moment]
     calls, real = [], getattr(module, name)
