@@ -12,8 +12,8 @@ from typing import Any
 class _Face(ModuleType):
     """A package with public names that are imported at their first use."""
 
-    _origins: dict[str, tuple[str, str]]
-    _packages: Collection[str]
+    _origins: Mapping[str, tuple[str, str]] = {}
+    _packages: Collection[str] = ()
 
     def __getattr__(self, name: str) -> Any:
         if name in self._origins:

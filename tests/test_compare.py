@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Head, Prompt, fit, interpolate, load_solution, merging
+from mergetune import FeatureCache, Head, Prompt, interpolate, load_solution, merging
 from mergetune.catalogue import merge_files, merge_solutions, parse_options
 from mergetune.cli import app
 from mergetune.compare import (

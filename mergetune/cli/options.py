@@ -11,7 +11,7 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from mergetune.facts import KINDS, Option, read_options
+from mergetune.facts import Option, read_options
 from mergetune.options import FitOptions, TuneOptions, options_of
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -100,7 +100,7 @@ def keywords(options: type, given: dict[str, Any]) -> dict[str, Any]:
             values = list(given[option.name])
             found[option.name] = values if len(values) > 1 else values[0] if values else None
         elif option.name in given and option.kind == "str or floats":
-            found[option.name] = KINDS[option.kind].read(given[option.name])
+            found |= read_options("the command", [option], [f"{option.name}={given[option.name]}"])
     return found
 
 

@@ -257,12 +257,13 @@ def method(plan: Callable[Options, Merge]) -> TensorMethod[Options]:
     What the method merges and needs is the entry of its name in ``METHODS``.
     """
     facts = METHODS[plan.__name__]
+    planned: Callable[..., Merge] = plan
 
     @wraps(plan)
     @torch.no_grad()
     def merge(base: StateDict | None, experts: Sequence[StateDict], **options: Any) -> dict[str, Tensor]:
         check(facts, base, experts)
-        step, merged = plan(base, experts, **options), {}
+        step, merged = planned(base, experts, **options), {}
         for name, like in sources(base if base is not None else experts[0]):
             merged[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         places = {name: tensor.view(-1) for name, tensor in merged.items()}
@@ -274,10 +275,10 @@ def method(plan: Callable[Options, Merge]) -> TensorMethod[Options]:
     returned = "dict[str, Tensor]"
     merge.__annotations__ = plan.__annotations__ | {"return": returned}
     vars(merge).update(plan=plan, __signature__=inspect.signature(plan).replace(return_annotation=returned))
-    return cast("TensorMethod[Options]", merge)
+    return cast("Any", merge)
 
 
-def facts_of(function: Callable) -> Method:
+def facts_of(function: Callable[..., Any]) -> Method:
     """What is known of a method.
 
     Raises:
