@@ -1,14 +1,12 @@
-"""The merging methods by name: what each needs, its options from text, and how it is applied to solutions and files.
+"""The merging methods by name: their options from text, and how they are applied to solutions and to files.
 
 Shapes: K experts, B batch, C classes, D embedding width, n context tokens, W text-tower width.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,175 +19,46 @@ from mergetune import merging
 from mergetune.clip import FrozenClip
 from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
+from mergetune.facts import Kind, read_options
 from mergetune.features import FeatureCache
 from mergetune.files import write_atomically
 from mergetune.geometry import cross_entropy
 from mergetune.merging import StateDict, TensorFile
+from mergetune.merging.methods import Method, find
+from mergetune.merging.tensors import facts_of
 from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text, inputs
 
-METHODS: dict[str, Callable] = {
-    name: function for name in merging.__all__ if hasattr(function := getattr(merging, name), "least")
-}
-"""Every method, ``(base, experts, *, options) -> state dict``, by its name in :mod:`mergetune.merging`."""
 FISHER_IMAGES = 256  # whose gradients make a Fisher diagonal of a prompt: each is a pass through the text tower
 
 AVERAGES = ("average", "metrics_average", "fisher_average")  # of solutions: a base is one of what is averaged
-
-_OPTIONS_OF = {  # where the options of methods with ** are written down
-    "adamerging": merging.entropy_coefficients,
-    "expert_merging": merging.alignment_coefficients,
-    "evolve": merging.evolve_options,
-}
-_FROM_IMAGES = {  # options that are computed from cached features, and what these are used for
-    "fishers": "images without labels",
-    "second_moments": "images without labels",
-    "predict": "images without labels",
-    "data": "images without labels",
-    "metrics": "labelled images",
-    "score": "labelled images",
-}
-
-
-# -- the list ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A line of the catalogue, from the method's docstring.
-
-    Attributes:
-        name: as ``mergetune merge`` takes it.
-        title: the first sentence.
-        needs: data or none.
-        meaningful: on what.
-        source: paper.
-        options: its options with their defaults, as text.
-    """
-
-    name: str
-    title: str
-    needs: str
-    meaningful: str
-    source: str
-    options: dict[str, str]
-
-
-def catalogue() -> tuple[Entry, ...]:
-    """All methods."""
-    return tuple(map(_entry, METHODS))
-
-
-def _entry(name: str) -> Entry:
-    text = re.sub(r"\s+", " ", inspect.getdoc(METHODS[name]) or "").replace("``", "")
-    text = re.sub(r":func:`(?:[\w.]*\.)?(\w+)`", r"\1", text)
-    found = re.search(r"Needs: (.+?)\. Meaningful (?:for|on) (.+?)\.(?= [A-Z]|$)", text)
-    source = re.search(r"arXiv \d{4}\.\d{5}|[A-Z][a-z]+, [A-Z]+ \d{4}", text)
-    if not found or not source:
-        raise ValueError(f"the docstring of {name} must hold 'Needs: ... Meaningful for ...' and its source")
-    options = {option: _default(parameter) for option, parameter in _options(name).items()}
-    return Entry(name, re.split(r"[:(]|\. | of ", text)[0].strip(), *found.groups(), source[0], options)
-
-
-def _missing(method: str, options: Mapping[str, Any]) -> list[str]:
-    return [name for name, p in _options(method).items() if p.default is p.empty and name not in options]
-
-
-def _default(parameter: inspect.Parameter) -> str:
-    if parameter.default is parameter.empty:
-        return "from the cache" if parameter.name in _FROM_IMAGES else "required"
-    return str(getattr(parameter.default, "__name__", parameter.default))
-
-
-def find(name: str) -> str:
-    """The name of a method as it is known here: dashes are underscores.
-
-    Raises:
-        ValueError: naming all methods.
-    """
-    found = name.replace("-", "_")
-    if found not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    return found
-
-
-def _options(name: str) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(_OPTIONS_OF.get(name, METHODS[name])).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 # -- options from text ------------------------------------------------------------------------------------------------
 
 
 def parse_options(method: str, given: Sequence[str]) -> dict[str, Any]:
-    """``["scale=0.3", "weights=1,2"]`` -> keyword arguments of a method, by the types that its signature names.
+    """``["scale=0.3", "weights=1,2"]`` -> keyword arguments of a method.
 
     Numbers, text and lists with commas; "none" where None is a value; names of safetensors files for state dicts
     (``fishers=a.safetensors,b.safetensors``); for ``evolve`` a method's name, ``space=density:0.1:1,weights:0:1:2`` and
     ``start=density:1,weights:0.5:0.5``.
 
     Raises:
-        ValueError: no ``=``, an option that the method does not have, or a value that is none of its type; says which
+        ValueError: no ``=``, an option that the method does not have, or a value that is none of its kind; says which
             options there are.
     """
-    method = find(method)
-    return parse_keywords(method, _options(method), given)
-
-
-def parse_keywords(title: str, known: Mapping[str, inspect.Parameter], given: Sequence[str]) -> dict[str, Any]:
-    """``name=value`` texts -> keyword arguments, by the annotations of ``known``; ``title`` names it in errors."""
-    options: dict[str, Any] = {}
-    for item in given:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(f"options must be name=value, got {item!r}")
-        if name not in known:
-            raise ValueError(f"{title} has no option {name!r}; it has {', '.join(known) or 'none'}")
-        if name in options:
-            raise ValueError(f"options must not repeat, got {name!r} twice")
-        options[name] = _parse(name, str(known[name].annotation), text)
+    facts = find(method)
+    options = read_options(facts.name, facts.options, given, _KINDS)
+    if "method" in options:
+        options["method"] = find(options["method"]).load()
     return options
 
 
-def _parse(name: str, kind: str, text: str) -> Any:
-    if text.lower() == "none" and "None" in kind:
-        return None
-    form = kind.replace(" | None", "")
-    try:
-        if form in _READERS:
-            return _READERS[form](text)
-        if name == "method":
-            return METHODS[find(text)]
-        if name == "space":
-            fields = [item.split(":") for item in text.split(",")]
-            return {option: (float(low), float(high), *map(int, count)) for option, low, high, *count in fields}
-    except (KeyError, ValueError) as error:
-        if isinstance(error, ValueError) and name == "method":
-            raise
-        example = {"space": "name:low:high[:count], with commas between"}.get(name, _KINDS.get(form, form))
-        raise ValueError(f"{name} must be {example}, got {text!r}") from None
-    raise ValueError(f"{name} cannot be given as text ({kind}): call mergetune.merging from Python")
-
-
-_READERS: dict[str, Callable[[str], Any]] = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "bool": lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
-    "Sequence[float]": lambda text: [float(number) for number in text.split(",")],
-    "Sequence[str]": lambda text: text.split(","),
-    "Sequence[StateDict]": lambda text: [TensorFile(file) for file in text.split(",")],
-    "Mapping[str, float | Sequence[float]]": lambda text: {
-        option: [float(x) for x in values.split(":")] if ":" in values else float(values)
-        for option, values in (item.split(":", 1) for item in text.split(","))
-    },
-}
 _KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "Sequence[float]": "numbers with commas between",
-    "Sequence[StateDict]": "safetensors files with commas between",
-    "Mapping[str, float | Sequence[float]]": "name:value[:value ...], with commas between",
+    "states": Kind(
+        "safetensors files with commas between", lambda text: [TensorFile(file) for file in text.split(",")]
+    ),
+    "method": Kind("a merging method", str),
 }
 
 
@@ -210,12 +79,15 @@ def merge_files(
         FileNotFoundError: a file is missing.
         ValueError: the method needs images and a model, or refuses these files.
     """
-    method = find(method)
-    if needed := _missing(method, options):
-        images = "images and a model, which files of tensors do not have: merge solutions, with --cache"
-        why = f"-o {needed[0]}=..." if _options(method)[needed[0]].annotation in _READERS else images
-        raise ValueError(f"{method} needs {why} ({_entry(method).needs})")
-    function = METHODS[method]
+    facts = find(method)
+    if needed := facts.missing(options):
+        why = f"-o {needed[0]}=..."
+        if needed[0] in facts.from_images and facts.option(needed[0]).kind == "object":
+            why = "images and a model, which files of tensors do not have: merge solutions, with --cache"
+        elif facts.option(needed[0]).kind == "object":
+            why = f"{needed[0]}, which cannot be given as text: call mergetune.merging from Python"
+        raise ValueError(f"{facts.name} needs {why} ({facts.needs})")
+    function = facts.load()
     if hasattr(function, "plan"):
         merging.merge_files(function, {"zeros": 0.0, "ones": 1.0}.get(base, base), experts, out, **options)
         return
@@ -235,16 +107,12 @@ def state_of(solution: Solution) -> dict[str, Tensor]:
 
 def needs_base(method: str, experts: int, options: Mapping[str, Any] | None = None) -> bool:
     """Whether a method needs the zero-shot solution beside so many experts."""
-    inner = METHODS[find(method)]
-    if find(method) == "evolve":
-        inner = (options or {}).get("method", merging.task_arithmetic)
-    return bool(inner.base) or (inner.base is None and experts < 2)
-
-
-def data_of(method: str) -> str:
-    """What data a method is given for solutions: "none", "images without labels" or "labelled images"."""
-    found = [_FROM_IMAGES[option] for option in _options(find(method)) if option in _FROM_IMAGES]
-    return found[0] if found else "none"
+    facts = find(method)
+    if facts.name == "evolve" and options and "method" in options:
+        facts = facts_of(options["method"])
+    elif facts.name == "evolve":
+        facts = find(facts.option("method").default)
+    return bool(facts.base) or (facts.base is None and experts < 2)
 
 
 def merge_solutions(
@@ -276,7 +144,8 @@ def merge_solutions(
         TypeError, ValueError: solutions that do not go together; a method that is not meaningful for them, with the
             reason; data that is missing.
     """
-    method, options = find(method), dict(options or {})
+    facts, options = find(method), dict(options or {})
+    method = facts.name
     if not experts:
         raise ValueError("experts must hold at least one solution, got none")
     first = experts[0]
@@ -297,15 +166,15 @@ def merge_solutions(
         "options": {name: v if isinstance(v, int | float | str | list | None) else str(v) for name, v in given.items()},
         "base": None if base is None else base.notes or getattr(base, "template", "zero-shot"),
         "experts": [expert.notes for expert in experts],
-        "data": data_of(method),
+        "data": facts.images,
     }
     if method == "compeft":
         density = {name: options[name] for name in ("density",) if name in options}
         notes["size"] = asdict(merging.compeft_size(start, states, **density))
-    options |= _from_images(method, options, first, states, clip, features)
-    if missing := _missing(method, options):
-        raise ValueError(f"{method} needs the option {missing[0]!r} ({_entry(method).needs})")
-    merged = METHODS[method](start, states, **options)
+    options |= _from_images(facts, options, first, states, clip, features)
+    if missing := facts.missing(options):
+        raise ValueError(f"{method} needs the option {missing[0]!r} ({facts.needs})")
+    merged = facts.load()(start, states, **options)
     parameter = merged["ctx"] if isinstance(first, Prompt) else _joined(merged)
     return first.with_parameter(parameter, notes=notes)
 
@@ -316,7 +185,7 @@ def _joined(state: StateDict) -> Tensor:
 
 
 def _from_images(
-    method: str,
+    method: Method,
     options: Mapping[str, Any],
     like: Solution,
     experts: Sequence[StateDict],
@@ -324,11 +193,11 @@ def _from_images(
     features: FeatureCache | None,
 ) -> dict[str, Any]:
     """The options that are computed from cached features."""
-    wanted = [name for name in _options(method) if name in _FROM_IMAGES and name not in options]
+    wanted = [name for name in method.from_images if name not in options]
     if not wanted:
         return {}
     if clip is None or features is None:
-        raise ValueError(f"{method} needs cached image features and their CLIP ({_entry(method).needs}): give --cache")
+        raise ValueError(f"{method.name} needs cached image features and their CLIP ({method.needs}): give --cache")
     weights = _class_weights(like, clip, features.classnames)
     scale, found = like.scale(clip), {}
     x = features.tensor().to(clip.device)
@@ -337,11 +206,11 @@ def _from_images(
         classes = weights(state)
         return scale * inputs(x, classes) @ classes.T
 
-    if method == "evolve":
+    if method.name == "evolve":
         found["score"] = lambda state: accuracy(weights(state).detach(), features).accuracy
         if "space" not in options and options.get("method") in (None, merging.task_arithmetic):
             found |= {"space": {"weights": (0.0, 1.0, len(experts))}, "fixed": {"scale": 1.0}}
-    elif method == "natural_niches":
+    elif method.name == "natural_niches":
         labels = features.labels.to(x.device)
         found["score"] = lambda state: predict(state, x).argmax(1).eq(labels).double()
     elif "metrics" in wanted:

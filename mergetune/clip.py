@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from mergetune.blocks import ACTIVATIONS, Layout, run_blocks
+from mergetune.files import jsonable
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = "a photo of a {}."
@@ -123,7 +123,7 @@ class FrozenClip:
         self.model.eval().requires_grad_(False)
         _ = self.text  # an unknown text tower is refused here, before any image is encoded
         cfg = self.preprocess_cfg or open_clip.get_model_preprocess_cfg(self.model)
-        cfg = json.loads(json.dumps(merge_preprocess_dict(PreprocessCfg(), cfg)))
+        cfg = jsonable(merge_preprocess_dict(PreprocessCfg(), cfg))
         object.__setattr__(self, "preprocess_cfg", cfg)
 
     # -- what it is ---------------------------------------------------------------------------------------------------

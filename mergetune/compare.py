@@ -10,7 +10,6 @@ Shapes: K experts, M prompts encoded together, C classes, D embedding width, R r
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,24 +29,23 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from mergetune.catalogue import AVERAGES, METHODS, catalogue, data_of, merge_solutions, needs_base
+from mergetune.catalogue import AVERAGES, merge_solutions, needs_base
 from mergetune.clip import PLAIN, FrozenClip, check_templates
 from mergetune.data import Dataset, ImageList
 from mergetune.demo import TEMPLATE, load_icons
 from mergetune.evaluate import accuracy, harmonic_mean
 from mergetune.features import FeatureCache, cache_features
-from mergetune.files import write_atomically
-from mergetune.fit import METHODS as TRAINABLE
-from mergetune.fit import RESULT, FitResult, Job, fit, train_together, tune
+from mergetune.files import jsonable, write_atomically
+from mergetune.fit import RESULT, FitResult, Job, fit_job, train_together, tune_job
+from mergetune.merging.methods import METHODS
+from mergetune.options import TUNE_METHODS, CompareOptions, FitOptions
 from mergetune.solutions import Head, Prompt, Solution, inputs, zero_shot_like
 
 Record = dict[str, Any]
 WEIGHTS = "class-weights.safetensors"
 ZERO_SHOT, REFERENCE = "zero-shot", "MERGETUNE, chosen [1]"
-MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}
-DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()}
 MIX = (0.5, 0.25, 0.75)
-GRIDS: dict[str, dict[str, tuple]] = {
+MERGE_GRIDS: dict[str, dict[str, tuple]] = {
     "wise_ft": {"alpha": MIX},
     "slerp": {"t": MIX},
     "ties": {"density": (0.2, 0.5), "scale": (1.0, 0.5)},
@@ -62,7 +60,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
     "widen": {"normalize": (False, True), "scale": (1.0, 0.5)},
 }
 """Hyper-parameters that are tried, the paper's default first: where validation does not tell them apart it is taken."""
-EMBEDDED: dict[str, dict[str, Any]] = {
+EMBEDDING_METHODS: dict[str, dict[str, Any]] = {
     "average": {}, "wise_ft": {}, "slerp": {}, "task_arithmetic": {}, "ties": {"trim": "tensor"}, "dare": {},
     "pcb": {"scope": "tensor"}, "sce": {}, "delta_guided": {},
 }  # fmt: skip
@@ -174,41 +172,6 @@ class Cell:
         return Path(self.task, "all" if self.partition is None else f"partition-{self.partition}", f"seed-{self.seed}")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What all cells share.
-
-    Attributes:
-        experts: "coop:1", "kgcoop:1", "head:1": a method of :func:`mergetune.tune` and which of its trainings (each has
-            its own order of batches; all have the cell's images). Or solutions, by name, for a single cell.
-        shots: images a class; None is all.
-        tune, fit: more keyword arguments of :func:`mergetune.tune` and :func:`mergetune.fit`.
-        grid: hyper-parameters that are tried for MERGETUNE.
-        choose: on each cell's own "validation" images, or on those of the "others": the other datasets' cells.
-    """
-
-    experts: tuple[str, ...] | Mapping[str, Solution] = ("coop:1",)
-    shots: int | None = 16
-    tune: dict[str, Any] = field(default_factory=dict)
-    fit: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, tuple] = field(default_factory=lambda: dict(MERGETUNE_GRID))
-    choose: str = "validation"
-
-    def __post_init__(self) -> None:
-        if self.choose not in ("validation", "others"):
-            raise ValueError(f"choose must be validation or others, got {self.choose!r}")
-        if not self.experts:
-            raise ValueError("experts must hold at least one, got none")
-        if isinstance(self.experts, Mapping):
-            return
-        for expert in self.experts:
-            method, _, number = expert.partition(":")
-            if method not in TRAINABLE or not number.isdigit() or not int(number):
-                raise ValueError(f"experts must be like coop:1, of {', '.join(TRAINABLE)}, got {expert!r}")
-        if len(set(self.experts)) != len(self.experts):
-            raise ValueError(f"experts must not repeat, got {', '.join(self.experts)}")
-
-
 def icons_task(folder: str | Path, *, report: Callable[[str], None] = lambda _: None) -> tuple[FrozenClip, list[Task]]:
     """The embedded CLIP and icons, encoded in ``folder``."""
     clip, data = load_icons(Path(folder))
@@ -262,14 +225,16 @@ class Candidates:
     left_out: dict[str, str]
 
 
-def candidates(clip: FrozenClip, fold: Fold, plan: Plan, folder: Path, *, progress: bool = False) -> Candidates:
+def candidates(
+    clip: FrozenClip, fold: Fold, setup: CompareOptions, folder: Path, *, progress: bool = False
+) -> Candidates:
     """Everything that a cell compares. A fold is all it sees of the images: no test images.
 
     Raises:
         ValueError: experts that know only their own classes, for a partition into base and novel.
     """
-    train(clip, {folder: fold}, plan, progress=progress)
-    experts, seconds = _experts(plan, fold, folder)
+    train(clip, {folder: fold}, setup, progress=progress)
+    experts, seconds = _experts(setup, fold, folder)
     first = next(iter(experts.values()))
     zero_shot, head = zero_shot_like(clip, first, fold.templates), isinstance(first, Head)
     found = [Candidate(ZERO_SHOT, {}, 0, zero_shot if head else lambda zero, _: zero)]
@@ -281,18 +246,18 @@ def candidates(clip: FrozenClip, fold: Fold, plan: Plan, folder: Path, *, progre
     for group in _groups(experts):
         found += _merged(clip, fold, zero_shot, group, left_out)
         found += [] if head else _mixed(group)
-        found += _mergetuned(plan, folder, group)
+        found += _mergetuned(setup, folder, group)
     return Candidates(experts, found, left_out)
 
 
-def train(clip: FrozenClip, folds: Mapping[Path, Fold], plan: Plan, *, progress: bool = False) -> None:
+def train(clip: FrozenClip, folds: Mapping[Path, Fold], setup: CompareOptions, *, progress: bool = False) -> None:
     """Train what cells need and is not on disk: all their experts together, then all their MERGETUNE runs together.
 
     Args:
         clip: the frozen CLIP.
         folds: the cells' folders, and their images. Prompts of cells with the same classes share calls of the
             text tower; what each run finds depends on the others in its rounding only.
-        plan: experts, training and grid.
+        setup: experts, training and grid.
         progress: show bars where stderr is a terminal.
 
     Raises:
@@ -300,17 +265,17 @@ def train(clip: FrozenClip, folds: Mapping[Path, Fold], plan: Plan, *, progress:
     """
     stage_1, stage_2 = {}, {}
     for folder, fold in folds.items():
-        for expert in () if isinstance(plan.experts, Mapping) else plan.experts:
+        for expert in () if isinstance(setup.experts, Mapping) else setup.experts:
             method, number = expert.split(":")
-            given = {"method": method, "template": fold.templates[0], "zero_shot": fold.templates} | plan.tune
+            given = {"method": method, "template": fold.templates[0], "zero_shot": fold.templates} | setup.tune
             seed = fold.seed + 1000 * (int(number) - 1)
-            stage_1[_expert(folder, expert)] = partial(tune.job, clip, fold.train, seed=seed, **given)
+            stage_1[_expert(folder, expert)] = partial(tune_job, clip, fold.train, seed=seed, **given)
     _train_missing(stage_1, progress=progress)
     for folder, fold in folds.items():
-        for group in _groups(_experts(plan, fold, folder)[0]):
-            for _, arguments, run in _tries(plan, folder, len(group)):  # the default may be there twice: one folder
+        for group in _groups(_experts(setup, fold, folder)[0]):
+            for _, arguments, run in _tries(setup, folder, len(group)):  # the default may be there twice: one folder
                 given = {"seed": fold.seed, "zero_shot": fold.templates} | arguments
-                stage_2[run] = partial(fit.job, clip, fold.train, group, **given)
+                stage_2[run] = partial(fit_job, clip, fold.train, group, **given)
     _train_missing(stage_2, progress=progress)
 
 
@@ -326,15 +291,15 @@ def _expert(folder: Path, expert: str) -> Path:
     return folder / expert.replace(":", "-")
 
 
-def _experts(plan: Plan, fold: Fold, folder: Path) -> tuple[dict[str, Solution], dict[str, float]]:
+def _experts(setup: CompareOptions, fold: Fold, folder: Path) -> tuple[dict[str, Solution], dict[str, float]]:
     """The trained experts of a cell and the seconds that they took, or those that are given."""
-    if isinstance(plan.experts, Mapping):
-        experts, seconds = dict(plan.experts), dict.fromkeys(plan.experts, 0.0)
+    if isinstance(setup.experts, Mapping):
+        experts, seconds = dict(setup.experts), dict.fromkeys(setup.experts, 0.0)
     else:
         experts, seconds = {}, {}
-        for expert in plan.experts:
+        for expert in setup.experts:
             method, number = expert.split(":")
-            title, result = f"{TRAINABLE[method]} {number}", FitResult.load(_expert(folder, expert))
+            title, result = f"{TUNE_METHODS[method]} {number}", FitResult.load(_expert(folder, expert))
             experts[title], seconds[title] = result.solution, result.timings["seconds"]
     if len(fold.val) > 1 and next(iter(experts.values())).classnames is not None:
         raise ValueError("experts that know only their own classes cannot be tested on novel ones: use partition None")
@@ -351,9 +316,9 @@ def _merged(
     clip: FrozenClip, fold: Fold, zero_shot: Solution, group: list[Solution], left_out: dict[str, str]
 ) -> list[Candidate]:
     """Merges of what was trained: context vectors, or head weights."""
-    titles, found, count = {entry.name: entry.title for entry in catalogue()}, [], len(group)
+    found, count = [], len(group)
     what = "context vectors" if isinstance(group[0], Prompt) else "weights"
-    for method in METHODS:
+    for method, facts in METHODS.items():
         reason = LEFT_OUT.get(method)
         if count == 1 and method in SAME_AS_WISE_FT:
             reason = "with one expert it is WiSE-FT"
@@ -362,9 +327,9 @@ def _merged(
             continue
         scored = method in ("evolve", "natural_niches")  # on validation images: the experts know the training images
         features, data = (next(iter(fold.val.values())), "validation") if scored else (fold.train, "training")
-        used = {"none": "none", "labelled images": f"{data} images, labelled"}.get(data_of(method), f"{data} images")
+        used = {"none": "none", "labelled images": f"{data} images, labelled"}.get(facts.images, f"{data} images")
         for base in _bases(method, zero_shot, count):
-            row = f"{titles[method]}{' with zero-shot' if base and method in AVERAGES else ''}, {what} [{count}]"
+            row = f"{facts.title}{' with zero-shot' if base and method in AVERAGES else ''}, {what} [{count}]"
             try:
                 for options in grid_of(method, count):
                     began = time.perf_counter()
@@ -389,15 +354,16 @@ def _bases(method: str, zero_shot: Solution, count: int) -> list[Solution | None
 
 def _mixed(group: list[Solution]) -> list[Candidate]:
     """Merges of class embeddings, and averages of logits."""
-    titles, count = {entry.name: entry.title for entry in catalogue()}, len(group)
+    count = len(group)
     size = sum(solution.parameter.numel() for solution in group)
     found = []
-    for method, fixed in EMBEDDED.items():
-        fits = METHODS[method].least <= count <= (METHODS[method].most or count)
+    for method, fixed in EMBEDDING_METHODS.items():
+        facts = METHODS[method]
+        fits = facts.least <= count <= (facts.most or count)
         if fits and not (count > 1 and method == "slerp") and not (count == 1 and method in SAME_AS_WISE_FT):
             for options in grid_of(method, count):
-                mix = partial(_by_class, METHODS[method], fixed | options)
-                row = f"{titles[method]}, class embeddings [{count}]"
+                mix = partial(_by_class, facts.load(), fixed | options)
+                row = f"{facts.title}, class embeddings [{count}]"
                 found.append(Candidate(row, options, count, mix, parameters=size))
     for t in MIX:
         mix = partial(_logit_average, t)
@@ -415,9 +381,9 @@ def _logit_average(t: float, zero: Tensor, own: Tensor) -> Tensor:
     return (1 - t) * zero + t * own.mean(0)
 
 
-def _mergetuned(plan: Plan, folder: Path, group: list[Solution]) -> list[Candidate]:
+def _mergetuned(setup: CompareOptions, folder: Path, group: list[Solution]) -> list[Candidate]:
     found, count = [], len(group)
-    for options, _, run in _tries(plan, folder, count):
+    for options, _, run in _tries(setup, folder, count):
         result = FitResult.load(run)
         row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
         size, spent = result.solution.parameter.numel(), result.timings["seconds"]
@@ -425,12 +391,12 @@ def _mergetuned(plan: Plan, folder: Path, group: list[Solution]) -> list[Candida
     return found
 
 
-def _tries(plan: Plan, folder: Path, count: int) -> list[tuple[dict[str, Any], dict[str, Any], Path]]:
+def _tries(setup: CompareOptions, folder: Path, count: int) -> list[tuple[dict[str, Any], dict[str, Any], Path]]:
     """What is tried for MERGETUNE of ``count`` experts: options, none first; the arguments; where the run is kept."""
     tries = []
-    for options in [{}, *_product(plan.grid)]:
-        arguments = {name: DEFAULTS[name] for name in plan.grid} | plan.fit | options
-        name = "-".join(f"{key}-{arguments[key]:g}" for key in plan.grid)
+    for options in [{}, *_product(setup.grid)]:
+        arguments = {name: getattr(FitOptions, name) for name in setup.grid} | setup.fit | options
+        name = "-".join(f"{key}-{arguments[key]:g}" for key in setup.grid)
         tries.append((options, arguments, folder / f"mergetune-{count}" / name))
     return tries
 
@@ -439,7 +405,7 @@ def grid_of(method: str, experts: int) -> list[dict[str, Any]]:
     """The choices of a merging method, its default first."""
     if method == "task_arithmetic":  # the TIES paper's for several; their mean; their mean with the zero-shot solution
         return [{"scale": scale} for scale in (0.4, 1 / experts, 1 / (experts + 1))]
-    return _product(GRIDS.get(method, {}))
+    return _product(MERGE_GRIDS.get(method, {}))
 
 
 def _product(grid: Mapping[str, Sequence]) -> list[dict[str, Any]]:
@@ -488,13 +454,13 @@ def _encode(clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequenc
 # -- a cell: candidates are scored on validation images, the chosen are tested -----------------------------------------
 
 
-def begin(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path) -> Record:
+def begin(clip: FrozenClip, task: Task, cell: Cell, setup: CompareOptions, folder: Path) -> Record:
     """What ``cell.json`` holds of a cell: the result of :func:`prepare` if it is there, or its settings alone.
 
     Raises:
         ValueError: the folder holds a cell with other settings.
     """
-    file, settings = folder / "cell.json", _plain(_settings(clip, task, plan))
+    file, settings = folder / "cell.json", jsonable(_settings(clip, task, setup))
     if file.is_file():
         record = _read(file)
         if record["settings"] != settings:
@@ -506,7 +472,9 @@ def begin(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path) ->
     return record
 
 
-def prepare(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path, *, progress: bool = False) -> Record:
+def prepare(
+    clip: FrozenClip, task: Task, cell: Cell, setup: CompareOptions, folder: Path, *, progress: bool = False
+) -> Record:
     """Make and score the candidates of a cell, or take them from disk. Test images are not looked at.
 
     Leaves ``cell.json`` and every candidate's class weights in the cell's folder.
@@ -514,11 +482,11 @@ def prepare(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path, 
     Raises:
         ValueError: the folder holds a cell with other settings.
     """
-    begun = begin(clip, task, cell, plan, folder)
+    begun = begin(clip, task, cell, setup, folder)
     if "candidates" in begun:
         return begun
-    fold = task.fold(cell.partition, plan.shots, cell.seed)
-    made = candidates(clip, fold, plan, folder, progress=progress)
+    fold = task.fold(cell.partition, setup.shots, cell.seed)
+    made = candidates(clip, fold, setup, folder, progress=progress)
     weights, mixing = {}, [0.0] * len(made.found)
     for part, val in fold.val.items():
         weights[part], seconds = class_weights(clip, made, fold.templates, val.classnames)
@@ -534,7 +502,7 @@ def prepare(clip: FrozenClip, task: Task, cell: Cell, plan: Plan, folder: Path, 
     ]  # fmt: skip
     record = begun | {"candidates": entries, "left_out": made.left_out}
     _write(folder / "cell.json", record)
-    return _plain(record)
+    return jsonable(record)
 
 
 def score(weights: Mapping[str, Tensor], val: Mapping[str, FeatureCache]) -> list[float]:
@@ -592,7 +560,7 @@ def measure(task: Task, record: Record, chosen: Mapping[str, int], folder: Path)
             results[row][part] = torch.bincount(test.labels[right], minlength=len(classes)).tolist()
     record = record | {"chosen": dict(chosen), "classes": halves, "images": images, "right": results}
     _write(folder / "cell.json", record)
-    return _plain(record)
+    return jsonable(record)
 
 
 def _right(weights: Tensor, features: FeatureCache) -> Tensor:
@@ -601,9 +569,9 @@ def _right(weights: Tensor, features: FeatureCache) -> Tensor:
     return torch.cat(answers) == features.labels
 
 
-def _settings(clip: FrozenClip, task: Task, plan: Plan) -> dict[str, Any]:
+def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, Any]:
     """What a cell's result depends on beside the cell."""
-    experts = plan.experts
+    experts = setup.experts
     if isinstance(experts, Mapping):
         experts = {
             name: [s.kind, hashlib.sha256(s.parameter.cpu().contiguous().numpy()).hexdigest()]
@@ -614,15 +582,11 @@ def _settings(clip: FrozenClip, task: Task, plan: Plan) -> dict[str, Any]:
         "templates": task.templates,
         "features": [None if cache is None else cache.digest for cache in (task.train, task.val, task.test)],
         "experts": experts,
-        "shots": plan.shots,
-        "tune": plan.tune,
-        "fit": plan.fit,
-        "grids": [plan.grid, GRIDS],
+        "shots": setup.shots,
+        "tune": setup.tune,
+        "fit": setup.fit,
+        "grids": [setup.grid, MERGE_GRIDS],
     }
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def _write(file: Path, record: Any) -> None:
@@ -646,7 +610,7 @@ def compare(
     tasks: Task | Sequence[Task],
     out: str | Path,
     *,
-    plan: Plan | None = None,
+    setup: CompareOptions | None = None,
     partitions: Sequence[int | None] = (0,),
     seeds: Sequence[int] = (1,),
     reference: str = REFERENCE,
@@ -659,23 +623,23 @@ def compare(
         clip: the frozen CLIP that the features come from.
         tasks: one dataset or several.
         out: folder; each cell leaves its experts, its MERGETUNE runs and one ``cell.json``.
-        plan: experts, few-shot images, training, grids, and how hyper-parameters are chosen.
+        setup: experts, few-shot images, training, grids, and how hyper-parameters are chosen.
         partitions: halves of the classes, see :meth:`Task.halves`; None trains and tests on all classes.
         seeds: of the draw of images and the training.
         reference: the line that the others' differences are to.
         progress: show bars where stderr is a terminal.
         report: told in a line what is about to be done.
     """
-    plan, tasks, out = plan or Plan(), [tasks] if isinstance(tasks, Task) else list(tasks), Path(out)
+    setup, tasks, out = setup or CompareOptions(), [tasks] if isinstance(tasks, Task) else list(tasks), Path(out)
     by_name = {task.name: task for task in tasks}
     cells = [Cell(name, partition, seed) for name in by_name for partition in partitions for seed in seeds]
     if not cells or len(by_name) < len(tasks) or len(set(cells)) < len(cells):
         raise ValueError(f"tasks, partitions and seeds must be there and not repeat, got {cells}")
     if len({partition is None for partition in partitions}) > 1:
         raise ValueError(f"partitions must be halves, or None alone, got {list(partitions)}")
-    if isinstance(plan.experts, Mapping) and len(cells) > 1:
+    if isinstance(setup.experts, Mapping) and len(cells) > 1:
         raise ValueError(f"experts that are given belong to one cell, got {len(cells)} cells")
-    if plan.choose == "others" and len(by_name) < 2:
+    if setup.choose == "others" and len(by_name) < 2:
         raise ValueError("choose='others' needs at least two datasets, got one")
     prepared = []
     with tqdm(total=len(cells), desc="compare", unit="cell", disable=None if progress else True) as bar:
@@ -683,21 +647,21 @@ def compare(
             task, alike = by_name[name], [cell for cell in cells if (cell.task, cell.partition) == (name, partition)]
             folds = {}
             for cell in alike:
-                if "candidates" not in begin(clip, task, cell, plan, out / cell.folder):
+                if "candidates" not in begin(clip, task, cell, setup, out / cell.folder):
                     report(f"{cell.folder}: experts, MERGETUNE")
-                    folds[out / cell.folder] = task.fold(partition, plan.shots, cell.seed)
-            train(clip, folds, plan, progress=progress)
+                    folds[out / cell.folder] = task.fold(partition, setup.shots, cell.seed)
+            train(clip, folds, setup, progress=progress)
             for cell in alike:
                 report(f"{cell.folder}: merges, validation")
-                prepared.append(prepare(clip, task, cell, plan, out / cell.folder, progress=progress))
+                prepared.append(prepare(clip, task, cell, setup, out / cell.folder, progress=progress))
                 bar.update()
     seen = [{key: record[key] for key in ("cell", "candidates")} for record in prepared]  # no results of earlier calls
-    chosen = choose(seen, plan.choose)
+    chosen = choose(seen, setup.choose)
     records = [
         measure(by_name[cell.task], record, best, out / cell.folder)
         for cell, record, best in zip(cells, prepared, chosen, strict=True)
     ]
-    return summarise(records, reference=reference, choose=plan.choose)
+    return summarise(records, reference=reference, choose=setup.choose)
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
@@ -722,7 +686,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Line:
+class ComparedLine:
     """A line of the table.
 
     Attributes:
@@ -762,14 +726,14 @@ class Comparison:
         left_out: method and number of experts -> why.
     """
 
-    lines: tuple[Line, ...]
+    lines: tuple[ComparedLine, ...]
     reference: str
     choose: str
     cells: tuple[Cell, ...]
     left_out: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        return _plain(asdict(self))
+        return jsonable(asdict(self))
 
     def markdown(self) -> str:
         """The table for a README: accuracies ± standard error, differences of the last column with both intervals."""
@@ -828,7 +792,7 @@ def summarise(
             if i != at
         }
         lines.append(
-            Line(
+            ComparedLine(
                 row=row,
                 values=dict(zip(columns, values[:, i].mean(0).tolist(), strict=True)),
                 spread=dict(zip(columns, deviation.tolist(), strict=True)),

@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mergetune.data import ImageList, load_image
-from mergetune.files import write_atomically
+from mergetune.files import jsonable, write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -439,7 +439,7 @@ def cache_features(
         "format": FORMAT,
         "clip": clip.name,
         "fingerprint": clip.image_fingerprint,
-        "preprocess": json.loads(json.dumps(clip.preprocess_cfg)),
+        "preprocess": jsonable(clip.preprocess_cfg),
         "dtype": dtype,
         "views": views,
         "seed": seed if views > 1 else None,

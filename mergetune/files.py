@@ -1,10 +1,11 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -36,3 +37,8 @@ def remove_parts(folder: Path, name: str) -> None:
     """Remove what killed processes left of a file while they wrote it."""
     for part in folder.glob(f".{name}.*.part"):
         part.unlink(missing_ok=True)
+
+
+def jsonable(value: Any) -> Any:
+    """The value as it comes back from a JSON file: tuples are lists, keys are text."""
+    return json.loads(json.dumps(value))

@@ -6,18 +6,17 @@ Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import platform
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial, wraps
+from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,14 +29,14 @@ from mergetune.clip import PLAIN, FrozenClip, check_templates, words_before
 from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache
-from mergetune.files import remove_parts, write_atomically
-from mergetune.objective import SPACES, SURROGATES, Batch, Objective, path_points, together
+from mergetune.files import jsonable, remove_parts, write_atomically
+from mergetune.objective import Batch, Objective, path_points, together
+from mergetune.options import SPACES, SURROGATES, TUNE_METHODS, FitOptions, TuneOptions, recorded
 from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text, load_solution
 
 RESULT, STATE = "result.json", "state.safetensors"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_PRODUCTS = 1 << 28  # bytes of anchors' products that are kept for all features
-METHODS = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}  # of stage 1, and their titles
 
 
 @dataclass(frozen=True)
@@ -150,23 +149,6 @@ class Job:
         return encoder, self.batches, self.training.epochs
 
 
-Arguments = ParamSpec("Arguments")
-
-
-def _trained_alone(prepare: Callable[Arguments, Job]) -> Callable[Arguments, FitResult]:
-    """The function that prepares a job and trains it; the preparation alone stays at hand as its ``job``."""
-
-    @wraps(prepare)
-    def train(*args: Arguments.args, **kwargs: Arguments.kwargs) -> FitResult:
-        return train_together([prepare(*args, **kwargs)])[0]
-
-    train.job = prepare
-    train.__annotations__ = prepare.__annotations__ | {"return": "FitResult"}
-    train.__signature__ = inspect.signature(prepare).replace(return_annotation="FitResult")
-    return train
-
-
-@_trained_alone
 def tune(
     clip: FrozenClip,
     features: FeatureCache,
@@ -181,6 +163,10 @@ def tune(
     epochs: int = 50,
     batch_size: int = 32,
     lr: float = 2e-3,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    warmup_epochs: int = 1,
+    warmup_lr: float = 1e-5,
     seed: int = 1,
     precision: str = "auto",
     backend: str | None = None,
@@ -188,8 +174,7 @@ def tune(
     val: FeatureCache | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
-    **optimiser: float,
-) -> Job:
+) -> FitResult:
     """Stage 1: fine-tune on cached features.
 
     Args:
@@ -204,6 +189,7 @@ def tune(
         zero_shot: templates of the class embeddings that KgCoOp stays near and a head starts from; None: ``template``.
         kg_weight: KgCoOp's weight.
         epochs, batch_size, lr: CoOp's are 50, 32, 2e-3.
+        momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`Training`.
         seed: of the random start and the order of the batches.
         precision: of the text tower: "float32", "bfloat16", or "auto", the faster one here. What is trained, its
             optimiser and the loss are float32.
@@ -212,58 +198,82 @@ def tune(
         val: features for choosing the best epoch; never the test set.
         resume: a folder for the state of the run; a killed run that is given it again goes on from its last epoch.
         progress: show a bar where stderr is a terminal.
-        optimiser: momentum, weight_decay, warmup_epochs, warmup_lr of :class:`Training`.
     """
-    training = Training(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **optimiser)
-    precision = _precision(precision, clip.device)
-    _check_cuda_graph(cuda_graph, clip.device)
+    job = tune_job(
+        clip, features,
+        method=method, template=template, n_ctx=n_ctx, class_specific=class_specific, position=position,
+        zero_shot=zero_shot, kg_weight=kg_weight, precision=precision, epochs=epochs, batch_size=batch_size, lr=lr,
+        momentum=momentum, weight_decay=weight_decay, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, seed=seed,
+        backend=backend, cuda_graph=cuda_graph, val=val, resume=resume, progress=progress,
+    )  # fmt: skip
+    return train_together([job])[0]
+
+
+def tune_job(
+    clip: FrozenClip,
+    features: FeatureCache,
+    *,
+    val: FeatureCache | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    **given: Any,
+) -> Job:
+    """Check and put together a run of :func:`tune`, for :func:`train_together`.
+
+    Args:
+        clip, features, val, resume, progress: see :func:`tune`.
+        given: options of :class:`mergetune.options.TuneOptions`.
+    """
+    options = TuneOptions(**given)
+    training = _training(options)
+    precision = _precision(options.precision, clip.device)
+    _check_cuda_graph(options.cuda_graph, clip.device)
     _check_features(clip, features, val)
-    if backend is None:
+    if options.backend is None:
         ops.ensure_verified(clip.device, progress=progress)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not (math.isfinite(kg_weight) and kg_weight >= 0):
-        raise ValueError(f"kg_weight must be finite and not negative, got {kg_weight!r}")
-    if method == "head" and (class_specific or n_ctx is not None):
-        raise ValueError(f"n_ctx and class_specific are for prompts, got {n_ctx}, {class_specific} for a head")
-    near = check_templates(template if zero_shot is None else zero_shot)
-    if method == "head":
+    if options.method not in TUNE_METHODS:
+        raise ValueError(f"method must be one of {', '.join(TUNE_METHODS)}, got {options.method!r}")
+    if not (math.isfinite(options.kg_weight) and options.kg_weight >= 0):
+        raise ValueError(f"kg_weight must be finite and not negative, got {options.kg_weight!r}")
+    if options.method == "head" and (options.class_specific or options.n_ctx is not None):
+        raise ValueError(
+            f"n_ctx and class_specific are for prompts, got {options.n_ctx}, {options.class_specific} for a head"
+        )
+    near = check_templates(options.template if options.zero_shot is None else options.zero_shot)
+    if options.method == "head":
         start: Solution = Head.zero_shot(clip, features.classnames, near)
-    elif n_ctx is None:
-        start = Prompt.from_template(clip, template, position=position)
-        start = start.per_class(features.classnames) if class_specific else start
+    elif options.n_ctx is None:
+        start = Prompt.from_template(clip, options.template, position=options.position)
+        start = start.per_class(features.classnames) if options.class_specific else start
     else:
         start = Prompt.random(
-            clip, n_ctx, features.classnames if class_specific else None, seed=seed, position=position
+            clip,
+            options.n_ctx,
+            features.classnames if options.class_specific else None,
+            seed=options.seed,
+            position=options.position,
         )
     objective = Objective(
         encode=start.encoder(clip, features.classnames, precision=PRECISIONS[precision]),
         scale=start.scale(clip),
         normalize=start.normalize,
-        w1=clip.class_embeddings(features.classnames, near) if method == "kgcoop" else None,
-        lam=kg_weight if method == "kgcoop" else 0.0,
+        w1=clip.class_embeddings(features.classnames, near) if options.method == "kgcoop" else None,
+        lam=options.kg_weight if options.method == "kgcoop" else 0.0,
         surrogate="cosine",
-        backend=backend,
+        backend=options.backend,
     )
-    settings = {
-        "stage": "tune",
-        "method": method,
-        "template": template,
-        "n_ctx": n_ctx,
-        "class_specific": class_specific,
-        "position": position,
-        "zero_shot": list(near) if method != "coop" else None,
-        "kg_weight": kg_weight if method == "kgcoop" else None,
-        "precision": precision,
-        **asdict(training),
-    }
+    settings = {"stage": "tune"} | recorded(
+        options,
+        zero_shot=list(near) if options.method != "coop" else None,
+        kg_weight=options.kg_weight if options.method == "kgcoop" else None,
+        precision=precision,
+    )
     return Job(
-        clip, objective, start, features, training, settings, cuda_graph=cuda_graph, val=val, resume=resume,
+        clip, objective, start, features, training, settings, cuda_graph=options.cuda_graph, val=val, resume=resume,
         progress=progress,
     )  # fmt: skip
 
 
-@_trained_alone
 def fit(
     clip: FrozenClip,
     features: FeatureCache,
@@ -280,6 +290,10 @@ def fit(
     epochs: int = 50,
     batch_size: int = 128,
     lr: float = 2e-3,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    warmup_epochs: int = 1,
+    warmup_lr: float = 1e-5,
     seed: int = 1,
     precision: str = "auto",
     backend: str | None = None,
@@ -287,8 +301,7 @@ def fit(
     val: FeatureCache | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
-    **optimiser: float,
-) -> Job:
+) -> FitResult:
     """MERGETUNE: continue until one solution has a low-loss straight path to the zero-shot and to the fine-tuned ones.
 
     The defaults are the paper's. The official code's settings are ``lam=10, surrogate="cosine", beta=1.0, tau=1.0,
@@ -309,6 +322,7 @@ def fit(
             (diagonal Gauss-Newton), "cosine" or "l2" (official code). On class weights, in both spaces.
         space: "embedding" interpolates class embeddings (official code), "parameter" what is trained; one for heads.
         epochs, batch_size, lr: paper 50, 128, 2e-3.
+        momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`Training`.
         seed: of the order of the batches, the choice of views and the random grid.
         precision: of the text tower: "float32", "bfloat16", or "auto", the faster one here. What is trained, its
             optimiser and the loss are float32.
@@ -317,87 +331,114 @@ def fit(
         val: features for choosing the best epoch; never the test set.
         resume: a folder for the state of the run; a killed run that is given it again goes on from its last epoch.
         progress: show a bar where stderr is a terminal.
-        optimiser: momentum, weight_decay, warmup_epochs, warmup_lr of :class:`Training`.
 
     Raises:
         ValueError: an argument out of its range; solutions, features and CLIP that do not belong together.
         FloatingPointError: a term of the loss became NaN or infinite; says which one and at which step.
     """
-    training = Training(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, **optimiser)
-    precision = _precision(precision, clip.device)
+    job = fit_job(
+        clip, features, tuned,
+        zero_shot=zero_shot, lam=lam, beta=beta, tau=tau, points=points, grid=grid, surrogate=surrogate,
+        space=space, precision=precision, epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum,
+        weight_decay=weight_decay, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, seed=seed, backend=backend,
+        cuda_graph=cuda_graph, val=val, resume=resume, progress=progress,
+    )  # fmt: skip
+    return train_together([job])[0]
+
+
+def fit_job(
+    clip: FrozenClip,
+    features: FeatureCache,
+    tuned: Solution | Sequence[Solution],
+    *,
+    val: FeatureCache | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    **given: Any,
+) -> Job:
+    """Check and put together a run of :func:`fit`, for :func:`train_together`.
+
+    Args:
+        clip, features, tuned, val, resume, progress: see :func:`fit`.
+        given: options of :class:`mergetune.options.FitOptions`.
+    """
+    options = FitOptions(**given)
+    training = _training(options)
+    precision = _precision(options.precision, clip.device)
     anchors = [tuned] if isinstance(tuned, Prompt | Head | str) else list(tuned)
     if others := [anchor for anchor in anchors if not isinstance(anchor, Prompt | Head)]:
         raise TypeError(f"tuned must be a Prompt or Head, or several, got {others[0]!r}: load it first")
     if not anchors:
         raise ValueError("tuned must hold at least one solution, got none")
-    betas = [float(beta)] * len(anchors) if isinstance(beta, Real) else [float(b) for b in beta]
+    betas = [float(options.beta)] * len(anchors) if isinstance(options.beta, Real) else [float(b) for b in options.beta]
     if len(betas) != len(anchors):
         raise ValueError(f"beta must be one number, or one for each of the {len(anchors)} solutions, got {len(betas)}")
-    for name, values in (("lam", [lam]), ("beta", betas)):
+    for name, values in (("lam", [options.lam]), ("beta", betas)):
         if not all(math.isfinite(value) and value >= 0 for value in values):
             raise ValueError(
                 f"{name} must be finite and not negative, got {values if len(values) > 1 else values[0]!r}"
             )
-    if not 0 <= tau <= 1:
-        raise ValueError(f"tau must lie in [0, 1], got {tau!r}")
-    if surrogate not in SURROGATES:
-        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
-    if space not in SPACES:
-        raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
-    alphas = path_points(grid, points)
-    _check_cuda_graph(cuda_graph, clip.device, random=alphas is None)
+    if not 0 <= options.tau <= 1:
+        raise ValueError(f"tau must lie in [0, 1], got {options.tau!r}")
+    if options.surrogate not in SURROGATES:
+        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {options.surrogate!r}")
+    if options.space not in SPACES:
+        raise ValueError(f"space must be one of {', '.join(SPACES)}, got {options.space!r}")
+    alphas = path_points(options.grid, options.points)
+    _check_cuda_graph(options.cuda_graph, clip.device, random=alphas is None)
     # Heads come with the logit scale beside their weight or in it: one unit for all, so that lam and lr mean the same.
     anchors = [anchor.rescaled(clip.logit_scale) if isinstance(anchor, Head) else anchor for anchor in anchors]
     for other in anchors[1:]:
         check_compatible(anchors[0], other)
-        if space == "parameter":
+        if options.space == "parameter":
             check_same_text(anchors[0], other)
     _check_features(clip, features, val)
-    if backend is None:
+    if options.backend is None:
         ops.ensure_verified(clip.device, progress=progress)
 
     classnames, solution = features.classnames, anchors[0]
     encode = solution.encoder(clip, classnames, precision=PRECISIONS[precision])
-    w1, start_at = _zero_shot(clip, classnames, zero_shot, solution, needed=tau < 1)
+    w1, start_at = _zero_shot(clip, classnames, options.zero_shot, solution, needed=options.tau < 1)
     anchor_parameters = torch.stack([anchor.parameter.float().to(clip.device) for anchor in anchors])
     middle = anchor_parameters.mean(0)
-    start = middle if start_at is None else (1 - tau) * start_at.to(middle) + tau * middle
+    start = middle if start_at is None else (1 - options.tau) * start_at.to(middle) + options.tau * middle
     weights = torch.stack([anchor.class_weights(clip, classnames).float() for anchor in anchors])
-    scale, normalize = solution.scale(clip), solution.normalize
+    scale, normalize, curvature = solution.scale(clip), solution.normalize, None
+    if options.surrogate == "fisher":
+        curvature = fisher_diagonal(features, w1, scale=scale, normalize=normalize)
     objective = Objective(
         encode=encode,
         scale=scale,
         normalize=normalize,
-        anchors=weights if space == "embedding" else anchor_parameters,
+        anchors=weights if options.space == "embedding" else anchor_parameters,
         betas=torch.tensor(betas, device=clip.device),
         alphas=None if alphas is None else alphas.to(clip.device),
-        points=points,
-        space=space,
+        points=options.points,
+        space=options.space,
         w1=w1,
-        lam=lam,
-        surrogate=surrogate,
-        curvature=fisher_diagonal(features, w1, scale=scale, normalize=normalize) if surrogate == "fisher" else None,
-        backend=backend,
+        lam=options.lam,
+        surrogate=options.surrogate,
+        curvature=curvature,
+        backend=options.backend,
     )
-    settings = {
-        "stage": "fit",
-        "tuned": [_digest(anchor.parameter, *_text(anchor)) for anchor in anchors],
-        "zero_shot": _digest(w1),
-        "lam": lam,
-        "beta": betas,
-        "tau": tau,
-        "points": points if alphas is None else len(alphas),
-        "grid": grid if isinstance(grid, str) else [float(t) for t in grid],
-        "surrogate": surrogate,
-        "space": space,
-        "precision": precision,
-        **asdict(training),
-    }
+    settings = {"stage": "fit", "tuned": [_digest(anchor.parameter, *_text(anchor)) for anchor in anchors]}
+    settings |= recorded(
+        options,
+        zero_shot=_digest(w1),
+        beta=betas,
+        points=options.points if alphas is None else len(alphas),
+        grid=options.grid if isinstance(options.grid, str) else [float(t) for t in options.grid],
+        precision=precision,
+    )
     start = solution.with_parameter(start)
     return Job(
-        clip, objective, start, features, training, settings, cuda_graph=cuda_graph, val=val, resume=resume,
+        clip, objective, start, features, training, settings, cuda_graph=options.cuda_graph, val=val, resume=resume,
         progress=progress,
     )  # fmt: skip
+
+
+def _training(options: TuneOptions | FitOptions) -> Training:
+    return Training(**{field.name: getattr(options, field.name) for field in fields(Training)})
 
 
 def _zero_shot(
@@ -476,7 +517,7 @@ def train_together(jobs: Sequence[Job]) -> list[FitResult]:
     Killed, the same call goes on; runs that are behind catch up first.
 
     Args:
-        jobs: of ``tune.job(...)`` and ``fit.job(...)``, which take the arguments of :func:`tune` and :func:`fit`.
+        jobs: of :func:`tune_job` and :func:`fit_job`.
 
     Returns:
         Their results, in this order.
@@ -713,7 +754,7 @@ class _Run:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: {path} cannot be read ({error}): delete it to start anew") from error
         for name in {**settings, **self.settings}:
-            old, new = settings.get(name), json.loads(json.dumps(self.settings.get(name)))
+            old, new = settings.get(name), jsonable(self.settings.get(name))
             if old != new:
                 raise ValueError(
                     f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}"

@@ -17,11 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune import ops
+from mergetune.options import PATH_GRIDS
 from mergetune.solutions import Encoder, inputs
-
-GRIDS = ("even", "official", "random")
-SURROGATES = ("identity", "fisher", "cosine", "l2")
-SPACES = ("embedding", "parameter")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +37,8 @@ class Objective:
         space: "embedding" interpolates class weights, "parameter" what is trained.
         w1: class weights of the zero-shot solution, [C, D].
         lam: weight of the surrogate.
-        surrogate: one of ``SURROGATES``; "identity" and "fisher" are diagonal, "cosine" and "l2" the official code's.
+        surrogate: one of ``mergetune.options.SURROGATES``; "identity" and "fisher" are diagonal, "cosine" and "l2" are
+            the official code's.
         curvature: the diagonal of "fisher", [C, D].
         backend: see :func:`mergetune.ops.lmc_loss`.
     """
@@ -205,15 +203,15 @@ def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:
     """
     if not isinstance(grid, str):
         if not isinstance(grid, Sequence | np.ndarray | Tensor):
-            raise TypeError(f"grid must be one of {', '.join(GRIDS)} or a list of points, got {grid!r}")
+            raise TypeError(f"grid must be one of {', '.join(PATH_GRIDS)} or a list of points, got {grid!r}")
         own = torch.as_tensor(list(grid), dtype=torch.float64)
         if own.ndim != 1 or not len(own):
             raise ValueError("grid must hold at least one path point, got none")
         if not ((own >= 0) & (own <= 1)).all():
             raise ValueError(f"grid must hold path points in [0, 1], got {own.tolist()}")
         return own
-    if grid not in GRIDS:
-        raise ValueError(f"grid must be one of {', '.join(GRIDS)} or a list of points, got {grid!r}")
+    if grid not in PATH_GRIDS:
+        raise ValueError(f"grid must be one of {', '.join(PATH_GRIDS)} or a list of points, got {grid!r}")
     if not isinstance(points, Integral) or isinstance(points, bool) or points < 1:
         raise ValueError(f"points must be a whole number of at least 1, got {points!r}")
     if grid == "random":

@@ -27,8 +27,9 @@ from mergetune.data import Dataset, ImageList
 from mergetune.datasets import CoOpDataset, benchmark, check_dataset, few_shot_path
 from mergetune.evaluate import Classifier, accuracy, classifier, harmonic_mean, logit_ensemble, weight_average
 from mergetune.features import FeatureCache, cache_features, torchrun_team
-from mergetune.files import write_atomically
-from mergetune.fit import METHODS, fit, tune
+from mergetune.files import jsonable, write_atomically
+from mergetune.fit import fit, tune
+from mergetune.options import TUNE_METHODS
 from mergetune.solutions import Solution, open_solution
 from mergetune.templates import templates_for
 
@@ -64,7 +65,7 @@ class Run:
     Attributes:
         protocol: one of ``PROTOCOLS``.
         source: the dataset that is trained on.
-        method: stage 1, one of ``METHODS``.
+        method: stage 1, one of ``TUNE_METHODS``.
         shots: images a class; None is all of them.
         seed: of the draw and of the training.
         targets: what is tested: datasets, or "base" and "novel" for the halves of the source.
@@ -156,7 +157,7 @@ def plan(
         protocol: one of ``PROTOCOLS``.
         datasets: base-to-novel and few-shot: trained and tested on, the eleven if none are given. The others train on
             ImageNet; these are their test sets: the ten others, or the four shifted ImageNets.
-        methods: of ``METHODS``; "coop", or "head" for robust, if none are given.
+        methods: of ``TUNE_METHODS``; "coop", or "head" for robust, if none are given.
         seeds: one run each.
         shots: images a class: 16; 1, 2, 4, 8, 16 for few-shot; all of them for robust.
 
@@ -167,8 +168,8 @@ def plan(
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     methods = tuple(methods) or (("head",) if protocol == "robust" else ("coop",))
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"methods must be of {', '.join(METHODS)}, got {method!r}")
+        if method not in TUNE_METHODS:
+            raise ValueError(f"methods must be of {', '.join(TUNE_METHODS)}, got {method!r}")
         if method == "head" and protocol in ("base-to-novel", "cross-dataset"):
             raise ValueError(f"methods of {protocol} must be prompts, got 'head': it knows only the classes it learned")
         if method != "head" and protocol == "robust":
@@ -299,9 +300,9 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> dict[str, An
         ValueError: the folder holds a run with other settings.
     """
     clip, experiment = caches.clip, caches.experiment
-    folder, settings = experiment.out / run.folder, json.loads(json.dumps(experiment.settings(clip)))
+    folder, settings = experiment.out / run.folder, jsonable(experiment.settings(clip))
     if (record := _record(folder)) is not None:
-        if record["settings"] != settings or record["run"] != json.loads(json.dumps(asdict(run))):
+        if record["settings"] != settings or record["run"] != jsonable(asdict(run)):
             raise ValueError(f"out: {folder} holds a run with other settings or targets: choose another --out")
         return record
     began = time.perf_counter()
@@ -344,7 +345,7 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> dict[str, An
         "seconds": time.perf_counter() - began,
     }
     write_atomically(folder / "run.json", f"{json.dumps(record, indent=1)}\n".encode())
-    return json.loads(json.dumps(record))
+    return jsonable(record)
 
 
 def _solutions(clip: FrozenClip, zero_shot: Classifier, tuned: Solution, merged: Solution) -> dict[str, Classifier]:
@@ -637,7 +638,7 @@ def draw(records: Sequence[dict[str, Any]], file: str | Path) -> None:
             _draw_mixes(axis, [record for record in records if record["run"]["method"] == method])
         else:
             {"base-to-novel": _draw_halves, "few-shot": _draw_shots}.get(protocol, _draw_targets)(axis, own)
-        axis.set_title(METHODS[method])
+        axis.set_title(TUNE_METHODS[method])
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)

@@ -91,6 +91,29 @@ def test_fit_again_gives_the_same_and_other_settings_are_refused(work, model):
     assert refused.exit_code == 2 and "lam" in refused.stderr
 
 
+def test_options_of_the_functions_are_options_of_the_commands(work, model, tmp_path):
+    train = ["--cache", work / "cache" / "train", "--backbone", model, "--classes", "base", "--epochs", 1]
+    more = ["--val", work / "cache" / "test", "--precision", "float32", "--momentum", 0.5, "--warmup-epochs", 0]
+    tuned = run("tune", *train, *more, "--out", tmp_path / "tuned", "--class-specific", "--position", "front")
+    assert "val_accuracy" in tuned["history"][0] and tuned["settings"]["class_specific"] is True
+    assert [tuned["settings"][name] for name in ("position", "momentum", "warmup_epochs")] == ["front", 0.5, 0]
+    arguments = ["fit", *train, *more, "--tuned", work / "coop", "--grid", "0,0.5", "--backend", "torch"]
+    fitted = run(*arguments, "--out", tmp_path / "fit")
+    assert fitted["settings"]["grid"] == [0, 0.5] and fitted["settings"]["points"] == 2
+    assert "val_accuracy" in fitted["history"][0] and fitted["settings"]["momentum"] == 0.5
+    given = run(*arguments, "--out", tmp_path / "given", "--zero-shot", work / "kgcoop")
+    assert given["settings"]["zero_shot"] != fitted["settings"]["zero_shot"]
+    images = ["fit", work / "images", "--backbone", model, "--out", tmp_path / "no"]
+    for wrong, message in (
+        ([*images, "--tune", "method=head"], "--tune must not hold method: the command's own options say it"),
+        ([*images, "--val", work / "cache" / "test"], "--val goes with --cache"),
+        ([*arguments, "--out", tmp_path / "no", "--tune", "epochs=3"], "--tune is for stage 1 on images"),
+    ):
+        refused = invoke(*wrong)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split())
+    assert not (tmp_path / "no").exists()
+
+
 def test_fit_takes_a_folder_of_images_the_whole_way(work, model, tmp_path):
     arguments = ["fit", work / "images", "--backbone", model, "--shots", 4, "--epochs", 2, "--classes", "base"]
     report = run(*arguments, "--out", tmp_path / "all")

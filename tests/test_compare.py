@@ -17,15 +17,14 @@ from safetensors.torch import load_file, save_file
 from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Head, Prompt, fit, interpolate, load_solution, merging, tune
-from mergetune.catalogue import METHODS, catalogue, merge_files, merge_solutions, parse_options
+from mergetune import FeatureCache, Head, Prompt, interpolate, load_solution, merging
+from mergetune.catalogue import merge_files, merge_solutions, parse_options
 from mergetune.cli import app
 from mergetune.compare import (
-    GRIDS,
+    MERGE_GRIDS,
     WEIGHTS,
     Cell,
     Fold,
-    Plan,
     Task,
     candidates,
     choose,
@@ -35,6 +34,8 @@ from mergetune.compare import (
     summarise,
     t_interval,
 )
+from mergetune.merging.methods import METHODS
+from mergetune.options import CompareOptions
 from mergetune.solutions import zero_shot_like
 
 NAMES = ("bird", "cat", "dog", "fire truck", "fish", "red bus")
@@ -44,7 +45,7 @@ QUICK = {"epochs": 1, "precision": "float32"}
 @pytest.fixture(autouse=True)
 def short_searches(monkeypatch):
     for method in ("adamerging", "expert_merging", "natural_niches"):
-        monkeypatch.setitem(GRIDS, method, {"steps": (2,)})
+        monkeypatch.setitem(MERGE_GRIDS, method, {"steps": (2,)})
     monkeypatch.setattr("mergetune.catalogue.FISHER_IMAGES", 8)
 
 
@@ -62,8 +63,8 @@ def task(name: str = "task", **kwargs) -> Task:
     return Task(name, cache(seed=1), cache(seed=2), **kwargs)
 
 
-def plan(**kwargs) -> Plan:
-    return Plan(
+def quick(**kwargs) -> CompareOptions:
+    return CompareOptions(
         **{"experts": ("coop:1", "kgcoop:1"), "shots": 4, "tune": QUICK, "fit": QUICK, "grid": {"lam": (8.0,)}} | kwargs
     )
 
@@ -71,15 +72,7 @@ def plan(**kwargs) -> Plan:
 # -- merge ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_catalogue_knows_every_method_and_its_needs():
-    entries = {entry.name: entry for entry in catalogue()}
-    assert entries.keys() == METHODS.keys() and {"ties", "dare", "wise_ft", "adamerging", "opcm"} < entries.keys()
-    assert entries["ties"].source == "arXiv 2306.01708" and entries["ties"].meaningful.startswith("several experts")
-    assert entries["ties"].options["density"] == "0.2" and entries["task_arithmetic"].needs.startswith("no data")
-    assert entries["fisher_average"].options["fishers"] == "from the cache"
-
-
-def test_options_take_the_types_of_the_signature():
+def test_options_are_read_as_their_kinds():
     assert parse_options("ties", ["density=0.3", "weights=1,2", "trim=tensor"]) == {
         "density": 0.3, "weights": [1.0, 2.0], "trim": "tensor",
     }  # fmt: skip
@@ -103,8 +96,8 @@ def test_options_take_the_types_of_the_signature():
         ("dare", ["seed=1.5"], "seed must be a whole number, got '1.5'"),
         ("ties", ["density"], "options must be name=value, got 'density'"),
         ("ties", ["scale=1", "scale=2"], "must not repeat, got 'scale' twice"),
-        ("lines", ["layer=x"], "layer cannot be given as text"),
-        ("layerwise", ["coefficients=1"], "coefficients cannot be given as text"),
+        ("lines", ["layer=x"], "layer of lines cannot be given as text"),
+        ("layerwise", ["coefficients=1"], "coefficients of layerwise cannot be given as text"),
     ],
 )
 def test_wrong_options_are_named(method, options, message):
@@ -373,7 +366,7 @@ def test_choices_do_not_depend_on_test_images(clip, tmp_path):
         test = cache(seed=2 + number)
         hidden = Unreadable(**vars(test)) if number else test
         whole = Task("task", cache(seed=1), hidden)
-        prepared.append(prepare(clip, whole, cell, plan(), tmp_path / str(number)))
+        prepared.append(prepare(clip, whole, cell, quick(), tmp_path / str(number)))
     scores = [[entry["score"] for entry in found["candidates"]] for found in prepared]
     assert scores[0] == scores[1] and choose(prepared)[0] == choose(prepared)[1]
     assert "right" not in prepared[0]
@@ -385,7 +378,7 @@ def test_choices_do_not_depend_on_test_images(clip, tmp_path):
 
 def test_one_call_of_the_tower_gives_each_candidates_own_weights(clip, tmp_path):
     fold = task().fold(0, 4, 1)
-    made = candidates(clip, fold, plan(), tmp_path)
+    made = candidates(clip, fold, quick(), tmp_path)
     made = replace(made, experts={"far": prompt(1), "away": prompt(2)})  # one epoch leaves experts near zero-shot
     names = fold.val["novel"].classnames
     weights, _ = class_weights(clip, made, fold.templates, names)
@@ -409,7 +402,7 @@ def test_one_call_of_the_tower_gives_each_candidates_own_weights(clip, tmp_path)
 
 
 def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monkeypatch):
-    arguments = {"plan": plan(), "partitions": (0, 1), "seeds": (1,)}
+    arguments = {"setup": quick(), "partitions": (0, 1), "seeds": (1,)}
     found = compare(clip, task(), tmp_path, **arguments)
     rows = {line.row: line for line in found.lines}
     assert {"zero-shot", "CoOp 1", "KgCoOp 1", "MERGETUNE, chosen [1]", "MERGETUNE, defaults [2]"} < rows.keys()
@@ -431,11 +424,11 @@ def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monk
     def no_training(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for function in (tune, fit):
-        monkeypatch.setattr(function, "job", no_training)
+    for job in ("tune_job", "fit_job"):
+        monkeypatch.setattr(sys.modules["mergetune.compare"], job, no_training)
     assert compare(clip, task(), tmp_path, **arguments).to_json() == found.to_json()
     with pytest.raises(ValueError, match="other settings: choose another --out"):
-        compare(clip, task(), tmp_path, **arguments | {"plan": plan(shots=3)})
+        compare(clip, task(), tmp_path, **arguments | {"setup": quick(shots=3)})
 
 
 def test_cells_of_the_same_classes_are_trained_together(clip, tmp_path, monkeypatch):
@@ -443,11 +436,11 @@ def test_cells_of_the_same_classes_are_trained_together(clip, tmp_path, monkeypa
     groups, module = [], sys.modules["mergetune.fit"]
     train = module._train
     monkeypatch.setattr(module, "_train", lambda runs: (groups.append(len(runs)), train(runs)))
-    grid = plan(grid={"lam": (8.0, 4.0), "tau": (0.3,)})
-    found = compare(clip, task(), tmp_path / "all", plan=grid, partitions=(0, 1), seeds=(1, 2))
+    grid = quick(grid={"lam": (8.0, 4.0), "tau": (0.3,)})
+    found = compare(clip, task(), tmp_path / "all", setup=grid, partitions=(0, 1), seeds=(1, 2))
     assert groups == [2 * 2, 2 * 2 * 2] * 2
     apart = [
-        compare(clip, task(), tmp_path / "apart", plan=grid, partitions=(partition,), seeds=(seed,))
+        compare(clip, task(), tmp_path / "apart", setup=grid, partitions=(partition,), seeds=(seed,))
         for partition in (0, 1)
         for seed in (1, 2)
     ]
@@ -466,10 +459,10 @@ class Stopped(BaseException):
 def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
     """While experts are trained, or before MERGETUNE is, or with one of two cells done."""
     longer = QUICK | {"epochs": 2}
-    arguments = {"plan": plan(tune=longer, fit=longer), "seeds": (1, 2)}
+    arguments = {"setup": quick(tune=longer, fit=longer), "seeds": (1, 2)}
     module, name, number = {
         "experts": (sys.modules["mergetune.fit"], "write_atomically", 3),
-        "runs": (fit, "job", 1),
+        "runs": (sys.modules["mergetune.compare"], "fit_job", 1),
         "cells": (sys.modules["mergetune.compare"], "score", 2),
     }[moment]
     calls, real = [], getattr(module, name)
@@ -497,17 +490,17 @@ def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
 
 
 def test_heads_are_compared_on_all_classes(clip, tmp_path):
-    found = compare(clip, task(), tmp_path, plan=plan(experts=("head:1", "head:2")), partitions=(None,))
+    found = compare(clip, task(), tmp_path, setup=quick(experts=("head:1", "head:2")), partitions=(None,))
     rows = {line.row: line for line in found.lines}
     assert list(rows["zero-shot"].values) == ["all"] and "TIES, weights [2]" in rows
     assert not any("class embeddings" in row for row in rows)
     with pytest.raises(ValueError, match="know only their own classes"):
-        compare(clip, task(), tmp_path / "halves", plan=plan(experts=("head:1",)))
+        compare(clip, task(), tmp_path / "halves", setup=quick(experts=("head:1",)))
 
 
 def test_given_solutions_are_compared_in_one_cell(clip, tmp_path):
-    given = plan(experts={"mine": prompt(1), "other": prompt(2)})
-    found = compare(clip, task(), tmp_path, plan=given)
+    given = quick(experts={"mine": prompt(1), "other": prompt(2)})
+    found = compare(clip, task(), tmp_path, setup=given)
     assert {"mine", "other", "MERGETUNE, chosen [2]"} < {line.row for line in found.lines}
     right, test = json.loads((tmp_path / Cell("task", 0, 1).folder / "cell.json").read_text())["right"], task().test
     for row, solution in given.experts.items():
@@ -516,12 +509,12 @@ def test_given_solutions_are_compared_in_one_cell(clip, tmp_path):
             answers = (half.tensor() @ solution.class_embeddings(clip, half.classnames).T).argmax(1)
             assert sum(right[row][part]) == int((answers == half.labels).sum())
     with pytest.raises(ValueError, match="belong to one cell, got 2 cells"):
-        compare(clip, task(), tmp_path, plan=given, seeds=(1, 2))
+        compare(clip, task(), tmp_path, setup=given, seeds=(1, 2))
 
 
 def test_choosing_on_other_datasets(clip, tmp_path):
     tasks = [task("one"), Task("two", cache(seed=5), cache(seed=6))]
-    found = compare(clip, tasks, tmp_path, plan=plan(experts=("coop:1",), choose="others"))
+    found = compare(clip, tasks, tmp_path, setup=quick(experts=("coop:1",), choose="others"))
     assert found.choose == "others" and {cell.task for cell in found.cells} == {"one", "two"}
     assert found.lines[0].differences["HM"].datasets is not None
     saved = [
@@ -529,7 +522,7 @@ def test_choosing_on_other_datasets(clip, tmp_path):
     ]
     assert [record["chosen"] for record in saved] == choose(saved, "others")
     with pytest.raises(ValueError, match="needs at least two datasets"):
-        compare(clip, tasks[0], tmp_path / "x", plan=plan(choose="others"))
+        compare(clip, tasks[0], tmp_path / "x", setup=quick(choose="others"))
 
 
 @pytest.mark.parametrize(
@@ -544,7 +537,7 @@ def test_choosing_on_other_datasets(clip, tmp_path):
 )
 def test_a_wrong_plan_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        plan(**change)
+        quick(**change)
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------

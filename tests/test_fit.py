@@ -1,7 +1,6 @@
 """tune() and fit(): steps recomputed by hand, seeds, choice by val, kill and resume, refusals before any training."""
 
 import functools
-import inspect
 import io
 import json
 import math
@@ -23,7 +22,7 @@ from tiny import NAMES, cache, head, normal, prompt, tiny_clip
 
 from mergetune import FeatureCache, FitResult, FrozenClip, Head, Prompt, evaluate, fit, tune
 from mergetune.files import write_atomically
-from mergetune.fit import Training, train_together
+from mergetune.fit import Training, fit_job, train_together, tune_job
 from mergetune.text_tower import TextEncoder
 
 STATE = "state.safetensors"
@@ -551,14 +550,14 @@ def lockstep_jobs(folder=None, **changes) -> list:
     resume = [None if folder is None else folder / str(i) for i in range(8)]
     settings = LOCKSTEP | changes
     return [
-        tune.job(clip, features, seed=2, resume=resume[0], **settings),
-        tune.job(clip, views, method="kgcoop", val=val, momentum=0.5, resume=resume[1], **settings),
-        tune.job(clip, cache(31, seed=5), n_ctx=4, resume=resume[2], **settings),
-        fit.job(clip, features, prompt(1), resume=resume[3], **settings),
-        fit.job(clip, features, prompt(1), lam=2.0, tau=1.0, surrogate="l2", resume=resume[4], **settings),
-        fit.job(clip, views, [prompt(1), prompt(2)], beta=[0.5, 1.0], grid="random", resume=resume[5], **settings),
-        fit.job(clip, features, prompt(2), surrogate="fisher", seed=9, val=val, resume=resume[6], **settings),
-        fit.job(clip, features, prompt(2), space="parameter", grid="random", points=2, resume=resume[7], **settings),
+        tune_job(clip, features, seed=2, resume=resume[0], **settings),
+        tune_job(clip, views, method="kgcoop", val=val, momentum=0.5, resume=resume[1], **settings),
+        tune_job(clip, cache(31, seed=5), n_ctx=4, resume=resume[2], **settings),
+        fit_job(clip, features, prompt(1), resume=resume[3], **settings),
+        fit_job(clip, features, prompt(1), lam=2.0, tau=1.0, surrogate="l2", resume=resume[4], **settings),
+        fit_job(clip, views, [prompt(1), prompt(2)], beta=[0.5, 1.0], grid="random", resume=resume[5], **settings),
+        fit_job(clip, features, prompt(2), surrogate="fisher", seed=9, val=val, resume=resume[6], **settings),
+        fit_job(clip, features, prompt(2), space="parameter", grid="random", points=2, resume=resume[7], **settings),
     ]
 
 
@@ -594,7 +593,7 @@ def test_runs_in_lockstep_are_the_runs_alone(calls):
 @pytest.mark.parametrize("siglip", [False, True])
 def test_class_specific_runs_in_lockstep(calls, siglip, method):
     clip, common = tiny_clip(siglip=siglip), {"class_specific": True, "method": method, **LOCKSTEP}
-    results = train_together([tune.job(clip, cache(), seed=seed, **common) for seed in (1, 2)])
+    results = train_together([tune_job(clip, cache(), seed=seed, **common) for seed in (1, 2)])
     assert set(calls) == {2}
     for seed, result in enumerate(results, start=1):
         assert_close_runs(result, tune(clip, cache(), seed=seed, **common))
@@ -603,28 +602,28 @@ def test_class_specific_runs_in_lockstep(calls, siglip, method):
 def test_runs_that_share_no_encoder_are_the_very_runs_alone(clip, calls):
     other = cache(classes=NAMES[::-1])
     runs = [
-        (tune, (clip, cache()), {}),
-        (tune, (clip, cache()), {"epochs": 3}),
-        (tune, (clip, cache()), {"batch_size": 15}),
-        (tune, (clip, cache()), {"precision": "bfloat16"}),
-        (tune, (clip, cache()), {"position": "front"}),
-        (tune, (clip, cache()), {"template": "a photo of a {}, drawn."}),
-        (tune, (clip, cache()), {"n_ctx": 2}),
-        (tune, (clip, cache()), {"class_specific": True}),
-        (tune, (clip, other), {}),
-        (tune, (tiny_clip(1), cache()), {}),
-        (tune, (clip, cache()), {"method": "head"}),
-        (fit, (clip, cache(), head(1)), {}),
-        (fit, (clip, cache(), head(2)), {}),
+        (tune_job, (clip, cache()), {}),
+        (tune_job, (clip, cache()), {"epochs": 3}),
+        (tune_job, (clip, cache()), {"batch_size": 15}),
+        (tune_job, (clip, cache()), {"precision": "bfloat16"}),
+        (tune_job, (clip, cache()), {"position": "front"}),
+        (tune_job, (clip, cache()), {"template": "a photo of a {}, drawn."}),
+        (tune_job, (clip, cache()), {"n_ctx": 2}),
+        (tune_job, (clip, cache()), {"class_specific": True}),
+        (tune_job, (clip, other), {}),
+        (tune_job, (tiny_clip(1), cache()), {}),
+        (tune_job, (clip, cache()), {"method": "head"}),
+        (fit_job, (clip, cache(), head(1)), {}),
+        (fit_job, (clip, cache(), head(2)), {}),
     ]
-    results = train_together([function.job(*args, **LOCKSTEP | changes) for function, args, changes in runs])
+    results = train_together([job(*args, **LOCKSTEP | changes) for job, args, changes in runs])
     assert set(calls) == {1}
-    for result, (function, args, changes) in zip(results, runs, strict=True):
-        assert_same_run(result, function(*args, **LOCKSTEP | changes))
+    for result, (job, args, changes) in zip(results, runs, strict=True):
+        assert_same_run(result, train_together([job(*args, **LOCKSTEP | changes)])[0])
 
 
 def test_lockstep_keeps_to_what_the_tower_encodes_without_computing_twice(clip, calls, monkeypatch):
-    jobs = [fit.job(clip, cache(), prompt(), seed=seed, **LOCKSTEP) for seed in range(5)]
+    jobs = [fit_job(clip, cache(), prompt(), seed=seed, **LOCKSTEP) for seed in range(5)]
     tokens = sum(len(chunk.rows) for chunk in jobs[0].objective.encode.chunks)
     for room, sizes in ((5 * tokens, [5] * 12), (3 * tokens - 1, [1] * 12 + [2] * 24), (tokens - 1, [1] * 60)):
         monkeypatch.setattr("mergetune.text_tower.CHUNK_TOKENS", room)
@@ -684,7 +683,7 @@ def test_a_run_goes_on_alone_or_in_lockstep(tmp_path):
 
 def test_a_run_that_explodes_in_lockstep_is_named(clip, tmp_path):
     common = {"epochs": 5, "batch_size": 10, "precision": "float32"}
-    jobs = [tune.job(clip, cache(), lr=lr, resume=tmp_path / f"{lr}", **common) for lr in (0.01, 1e30)]
+    jobs = [tune_job(clip, cache(), lr=lr, resume=tmp_path / f"{lr}", **common) for lr in (0.01, 1e30)]
     for _ in range(2):
         with pytest.raises(
             FloatingPointError, match=r"the term 'endpoint' of run 2 of 2 \(.*1e\+30\) became nan at step 5 \(epoch 2"
@@ -696,27 +695,19 @@ def test_a_run_that_explodes_in_lockstep_is_named(clip, tmp_path):
 def test_a_run_that_explodes_is_named_by_its_place_among_all(clip):
     """Whatever goes in lockstep with it: a head goes alone, and so does another pace."""
     common = {"batch_size": 10, "precision": "float32"}
-    jobs = [tune.job(clip, cache(), method="head", epochs=5, **common), tune.job(clip, cache(), epochs=5, **common)]
+    jobs = [tune_job(clip, cache(), method="head", epochs=5, **common), tune_job(clip, cache(), epochs=5, **common)]
     for epochs in (5, 4):
         with pytest.raises(FloatingPointError, match="of run 3 of 3 became nan"):
-            train_together([*jobs, tune.job(clip, cache(), lr=1e30, epochs=epochs, **common)])
+            train_together([*jobs, tune_job(clip, cache(), lr=1e30, epochs=epochs, **common)])
 
 
 def test_runs_in_lockstep_need_folders_of_their_own(clip, tmp_path):
-    jobs = [tune.job(clip, cache(), seed=seed, resume=tmp_path / "run", **LOCKSTEP) for seed in (1, 2)]
+    jobs = [tune_job(clip, cache(), seed=seed, resume=tmp_path / "run", **LOCKSTEP) for seed in (1, 2)]
     with pytest.raises(ValueError, match="resume must be a folder for each run, got .*run twice"):
         train_together(jobs)
     tune(clip, cache(), resume=tmp_path / "run", **LOCKSTEP)
     with pytest.raises(ValueError, match="holds another run: its seed is 1, this run's is 2"):
-        train_together([tune.job(clip, cache(), **LOCKSTEP), jobs[1]])
-
-
-@pytest.mark.parametrize("function", [tune, fit])
-def test_a_job_takes_what_its_function_takes(function):
-    given, result = inspect.signature(function.job), inspect.signature(function)
-    assert given.parameters == result.parameters
-    assert (given.return_annotation, result.return_annotation) == ("Job", "FitResult")
-    assert function.__annotations__["return"] == "FitResult" and train_together([]) == []
+        train_together([tune_job(clip, cache(), **LOCKSTEP), jobs[1]])
 
 
 # -- runs that go wrong -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Merging by search, on small problems whose best answer is known."""
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -252,11 +253,11 @@ def test_evolve_starts_where_it_is_told(backend: str) -> None:
     ):
         tried = []
 
+        @functools.wraps(m.task_arithmetic)
         def seen(base: dict, experts: list, *, weights: list[float], scale: float) -> dict:
             tried.append([*weights, scale])  # noqa: B023
             return base
 
-        seen.__dict__ |= vars(m.task_arithmetic)
         options = {"space": space, "trials": 60, "backend": backend, "start": start, "method": seen}
         found = m.evolve_options(base, experts, score=lambda state: 0.0, **options)
         assert tried[0] == pytest.approx(expected) and len(tried) == found.trials == 60

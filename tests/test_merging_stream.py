@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mergetune import merging as m
 from mergetune.merging import tensors
+from mergetune.merging.methods import METHODS
 
-METHODS = [name for name in m.__all__ if hasattr(getattr(m, name), "plan")]
+STREAMED = [name for name in METHODS if hasattr(getattr(m, name), "plan")]
 SHAPES = {"blocks.0.weight": (12, 10), "blocks.1.weight": (9, 30), "bias": (70,), "scale": (), "conv": (3, 2, 3, 3)}
 WHOLE = {"widen", "tsv_m", "opcm"}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -52,11 +53,11 @@ def files(folder: Path, count: int = 3, dtype: torch.dtype = torch.float32) -> l
     return paths
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STREAMED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_as_in_memory(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     method = getattr(m, name)
-    base, *experts = files(tmp_path, 1 if name == "slerp" else min(method.most or 3, 3), dtype)
+    base, *experts = files(tmp_path, 1 if name == "slerp" else min(METHODS[name].most or 3, 3), dtype)
     options = options_for(name, len(experts))
     expected = method(load_file(base), [load_file(e) for e in experts], **options)
     m.merge_files(method, base, experts, tmp_path / "out.safetensors", **options)
@@ -74,10 +75,10 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - WHOLE))
+@pytest.mark.parametrize("name", sorted(set(STREAMED) - WHOLE))
 def test_the_same_bits_with_any_number_of_threads(name: str, threads: None) -> None:
     method = getattr(m, name)
-    experts = [draw(k + 1) for k in range(1 if name == "slerp" else min(method.most or 3, 3))]
+    experts = [draw(k + 1) for k in range(1 if name == "slerp" else min(METHODS[name].most or 3, 3))]
     found = []
     for count in (1, 3):
         torch.set_num_threads(count)
@@ -137,11 +138,11 @@ def test_options_may_be_files(tmp_path: Path) -> None:
     assert all(torch.equal(t, expected[n]) for n, t in load_file(tmp_path / "out").items())
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - WHOLE))
+@pytest.mark.parametrize("name", sorted(set(STREAMED) - WHOLE))
 def test_no_tensor_is_read_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What bounds the memory: every read of a method that works element by element is one stretch."""
     method, sizes = getattr(m, name), []
-    base, *experts = files(tmp_path, 1 if name == "slerp" else min(method.most or 3, 3))
+    base, *experts = files(tmp_path, 1 if name == "slerp" else min(METHODS[name].most or 3, 3))
     find = tensors.TensorFile.source
 
     def watched(self: tensors.TensorFile, name: str) -> tensors.Source:

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
-from mergetune import FeatureCache, FrozenClip, Head, Prompt, fisher_diagonal, fit
+from mergetune import FeatureCache, FrozenClip, Head, Prompt, fisher_diagonal
 from mergetune.clip import TextParts
-from mergetune.objective import GRIDS, SPACES, SURROGATES, Objective, path_points
+from mergetune.fit import fit_job
+from mergetune.objective import Objective, path_points
+from mergetune.options import PATH_GRIDS, SPACES, SURROGATES
 from mergetune.text_tower import text_encoder
 
 DOUBLE = torch.float64
@@ -327,7 +329,7 @@ def built(clip) -> Callable[..., tuple[Objective, Prompt | Head]]:
     """The objective and the start of a fit() before its first step."""
 
     def build(tuned, features, **settings):
-        job = fit.job(clip, features, tuned, **settings)
+        job = fit_job(clip, features, tuned, **settings)
         return job.objective, job.start
 
     return build
@@ -464,7 +466,7 @@ def test_grid_values(grid, points, expected):
 
 def test_random_grid_has_no_fixed_points():
     assert path_points("random", 5) is None
-    assert "random" in GRIDS
+    assert "random" in PATH_GRIDS
 
 
 @pytest.mark.parametrize(

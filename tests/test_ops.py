@@ -448,7 +448,7 @@ def test_thread_counts_give_the_same_bits(dtype):
 
 def test_a_missing_core_says_how_to_mend_it():
     """None in sys.modules makes the import fail as a core that was not built does."""
-    code = "import sys; sys.modules['mergetune._C'] = None; import mergetune"
+    code = "import sys; sys.modules['mergetune._C'] = None; from mergetune import fit"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 1
     assert "ImportError: mergetune's native core could not be loaded" in found.stderr

@@ -3,8 +3,11 @@
 Here they are put together, in the order of `mergetune --help`; each import says in which file a command lives.
 """
 
+from typing import Annotated
+
 import typer
 
+from mergetune import __version__
 from mergetune.cli.files import convert, export
 from mergetune.cli.first_steps import demo, doctor
 from mergetune.cli.images import cache
@@ -20,6 +23,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
 app.command()(demo)
 app.command()(doctor)
 app.command()(cache)

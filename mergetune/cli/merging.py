@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.padding import Padding
+from rich.table import Table
 
-from mergetune.cli.options import BackboneIfNeeded, CacheIfNeeded, Classes, Device, Json, Pretrained, Seeds, Templates
+from mergetune.cli.options import (
+    BackboneIfNeeded,
+    CacheIfNeeded,
+    Classes,
+    Device,
+    Fitting,
+    Json,
+    Pretrained,
+    Seeds,
+    Templates,
+    Tuning,
+    read_fitting,
+    read_tuning,
+    said,
+)
 from mergetune.cli.shared import announce, err, errors, new_table, open_cache, out, print_json, read_solution, tell
+from mergetune.merging.methods import METHODS, Method, find
+from mergetune.options import MERGETUNE_GRID, CompareOptions
 
 
 def merge(
@@ -39,20 +53,25 @@ def merge(
     classes: Classes = "all",
     shots: Annotated[int | None, typer.Option(help="Of the cache, images a class.")] = None,
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 1,
-    listing: Annotated[bool, typer.Option("--list", help="The methods: needs, meaningful on, source.")] = False,
+    listing: Annotated[
+        bool,
+        typer.Option("--list", help="The methods, or the one that is named: needs, meaningful for, source, options."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Merge solutions, or state dicts in files, afterwards: TIES, DARE, WiSE-FT and the others.
 
     mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." --backbone ... -o density=0.3
     """
+    if listing:
+        with errors():
+            _print_methods([find(method)] if method else list(METHODS.values()), as_json)
+        return
+
     import mergetune as mt
     from mergetune import catalogue
     from mergetune.solutions import zero_shot_like
 
-    if listing:
-        _print_methods(catalogue.catalogue(), as_json)
-        return
     with errors():
         if not (method and experts and out_path):
             raise ValueError("a method, at least one solution or file, and --out are needed; --list shows the methods")
@@ -64,7 +83,7 @@ def merge(
             if features is not None:
                 raise ValueError("--cache goes with solutions, not with files of tensors")
             catalogue.merge_files(method, base, experts, out_path, options)
-            notes: dict[str, Any] = {"merged": catalogue.find(method), "base": base, "experts": experts}
+            notes: dict[str, Any] = {"merged": find(method).name, "base": base, "experts": experts}
         else:
             data = None if features is None else open_cache(features, classes, shots=shots, seed=seed)
             solutions = [read_solution(path, data) for path in experts]
@@ -86,15 +105,26 @@ def merge(
         tell(f"{notes['merged']} of {len(experts)}: {out_path}")
 
 
-def _print_methods(entries: list[Any], as_json: bool) -> None:
+def _print_methods(methods: list[Method], as_json: bool) -> None:
+    """The methods; the options of a single one with their help."""
     if as_json:
-        print_json([asdict(entry) for entry in entries])
+        fields = ("name", "title", "needs", "meaningful", "source")
+        print_json([{f: getattr(method, f) for f in fields} | {"options": method.shown()} for method in methods])
         return
-    for entry in entries:
-        options = ", ".join(f"{name}={default}" for name, default in entry.options.items())
-        out.print(f"[bold]{entry.name}[/] {escape(entry.title)}, {entry.source}", highlight=False)
-        needs = f"needs: {entry.needs}\nfor: {entry.meaningful}\noptions: {options or 'none'}"
+    for method in methods:
+        shown = method.shown()
+        options = ", ".join(f"{name}={default}" for name, default in shown.items())
+        out.print(f"[bold]{method.name}[/] {escape(method.title)}, {method.source}", highlight=False)
+        needs = f"needs: {method.needs}\nfor: {method.meaningful}"
+        if len(methods) > 1 or not shown:
+            needs += f"\noptions: {options or 'none'}"
         out.print(Padding(escape(needs), (0, 0, 0, 4)), highlight=False)
+    if len(methods) == 1 and shown:
+        table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for option in methods[0].options:
+            choices = f" One of {', '.join([*option.choices, *(['none'] * option.none)])}." if option.choices else ""
+            table.add_row(f"{option.name}={shown[option.name]}", escape(option.help + choices))
+        out.print(Padding(table, (0, 0, 0, 4)), highlight=False)
 
 
 def compare(
@@ -116,15 +146,13 @@ def compare(
     ] = [0],
     all_classes: Annotated[bool, typer.Option("--all-classes", help="Train and test on all classes.")] = False,
     seeds: Seeds = [1, 2, 3],
-    shots: Annotated[int, typer.Option(min=1, help="Images a class.")] = 16,
+    shots: Annotated[int, said(CompareOptions, "shots")] = 16,
     template: Templates = ["a photo of a {}."],
-    tuning: Annotated[list[str], typer.Option("--tune", help="name=value, of mergetune.tune.")] = [],
-    fitting: Annotated[list[str], typer.Option("--fit", help="name=value, of mergetune.fit.")] = [],
-    lam: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = [8.0, 4.0, 16.0],
-    tau: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = [0.3, 0.6],
-    choose: Annotated[str, typer.Option(help="Hyper-parameters: on validation images, or on the others' ones.")] = (
-        "validation"
-    ),
+    tuning: Tuning = [],
+    fitting: Fitting = [],
+    lam: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = list(MERGETUNE_GRID["lam"]),
+    tau: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = list(MERGETUNE_GRID["tau"]),
+    choose: Annotated[str, said(CompareOptions, "choose")] = CompareOptions.choose,
     reference: Annotated[str, typer.Option(help="The line that differences are to.")] = "MERGETUNE, chosen [1]",
     as_json: Json = False,
 ) -> None:
@@ -133,11 +161,11 @@ def compare(
     Hyper-parameters are chosen on validation images, never on test images. Interrupted, the same command goes on.
     """
     import mergetune as mt
-    from mergetune.compare import Plan, icons_task
     from mergetune.compare import compare as run_comparison
+    from mergetune.compare import icons_task
 
     with errors():
-        tune, fit = _keywords(mt.tune, tuning), _keywords(mt.fit, fitting)
+        tune, fit = read_tuning(tuning), read_fitting(fitting)
         if embedded == bool(caches) or embedded == bool(backbone):
             raise ValueError("give folders of caches and --backbone, or --demo")
         trained = [":" in expert and not Path(expert).exists() for expert in experts]
@@ -152,12 +180,12 @@ def compare(
         else:
             clip = mt.load_clip(backbone, pretrained, device=device)
             tasks = [_task(cache, template) for cache in caches]
-        plan = Plan(
+        setup = CompareOptions(
             experts=tuple(experts) if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts},
             shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
         )  # fmt: skip
         found = run_comparison(
-            clip, tasks, folder, plan=plan, partitions=(None,) if all_classes else tuple(partitions),
+            clip, tasks, folder, setup=setup, partitions=(None,) if all_classes else tuple(partitions),
             seeds=tuple(seeds), reference=reference, report=announce(as_json),
         )  # fmt: skip
         found.save(folder)
@@ -170,13 +198,6 @@ def compare(
     tell(said)
     for method, why in found.left_out.items():
         err.print(f"[dim]left out: {escape(method)}: {escape(why)}[/]", soft_wrap=True, highlight=False)
-
-
-def _keywords(function: Callable, given: list[str]) -> dict[str, Any]:
-    """Keyword arguments of a function, from name=value."""
-    from mergetune.catalogue import parse_keywords
-
-    return parse_keywords(f"mergetune.{function.__name__}", inspect.signature(function).parameters, given)
 
 
 def _task(caches: Path, templates: list[str]) -> Any:

@@ -8,8 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.options import Backbone, Device, Json, Lam, Pretrained, Seeds, Workers
+from mergetune.cli.options import (
+    Backbone,
+    Device,
+    Fitting,
+    Json,
+    Pretrained,
+    Seeds,
+    Tuning,
+    Workers,
+    read_fitting,
+    read_tuning,
+    said,
+)
 from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, tell
+from mergetune.options import FitOptions
 
 
 def reproduce(
@@ -33,9 +46,11 @@ def reproduce(
         str | None, typer.Option(help="Stage 1 from files: a path with {dataset}, {method}, {shots}, {seed} in it.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of both stages, instead of 50.")] = None,
-    lam: Lam = 8.0,
-    beta: Annotated[float, typer.Option(help="Weight of the path to the tuned solution.")] = 0.5,
-    tau: Annotated[float, typer.Option(help="Start: 0 at zero-shot, 1 at the tuned solution.")] = 0.3,
+    lam: Annotated[float, said(FitOptions, "lam")] = FitOptions.lam,
+    beta: Annotated[float, said(FitOptions, "beta")] = FitOptions.beta,
+    tau: Annotated[float, said(FitOptions, "tau")] = FitOptions.tau,
+    tuning: Tuning = [],
+    fitting: Fitting = [],
     workers: Workers = 0,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at a time.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
@@ -53,8 +68,9 @@ def reproduce(
         both = {} if epochs is None else {"epochs": epochs}
         usual = "clip-ensemble" if protocol == "robust" else "official"  # as WiSE-FT has it, and the official code
         experiment = protocols.Experiment(
-            root=root, out=folder, templates=templates or usual, checkpoints=checkpoints, tune=both,
-            fit=both | {"lam": lam, "beta": beta, "tau": tau}, cache={"workers": workers},
+            root=root, out=folder, templates=templates or usual, checkpoints=checkpoints,
+            tune=both | read_tuning(tuning), fit=both | {"lam": lam, "beta": beta, "tau": tau} | read_fitting(fitting),
+            cache={"workers": workers},
         )  # fmt: skip
         protocols.check_data(runs, root)  # before the model is loaded
         load = partial(mt.load_clip, backbone, pretrained, device=device)

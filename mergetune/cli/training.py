@@ -13,14 +13,14 @@ from mergetune.cli.options import (
     Classes,
     Device,
     Json,
-    Lam,
     Position,
     Pretrained,
     Root,
     Shots,
-    Space,
-    Templates,
     Workers,
+    keywords,
+    read_tuning,
+    takes,
 )
 from mergetune.cli.shared import (
     announce,
@@ -35,39 +35,40 @@ from mergetune.cli.shared import (
     read_solution,
     tell,
 )
+from mergetune.options import FitOptions, TuneOptions
+
+Val = Annotated[
+    Path | None,
+    typer.Option("--val", help="Feature cache of validation images, never test images: it chooses the best epoch."),
+]
 
 
+@takes(TuneOptions)
 def tune(
     features: Cache,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the solution and its report.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
     device: Device = "cpu",
-    method: Annotated[str, typer.Option(help="coop, kgcoop or head.")] = "coop",
     classes: Classes = "all",
     shots: Shots = None,
-    template: Annotated[str, typer.Option(help="Text with {} for the class name.")] = "a photo of a {}.",
-    n_ctx: Annotated[int | None, typer.Option(min=1, help="Random start with so many context tokens.")] = None,
-    epochs: int = 50,
-    batch_size: int = 32,
-    lr: float = 2e-3,
-    seed: int = 1,
+    val: Val = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Stage 1: fine-tune a prompt (CoOp, KgCoOp) or a linear head on cached features."""
     import mergetune as mt
 
     with errors():
         clip = mt.load_clip(backbone, pretrained, device=device)
-        data = open_cache(features, classes, shots=shots, seed=seed)
-        result = mt.tune(
-            clip, data, method=method, template=template, n_ctx=n_ctx, epochs=epochs, batch_size=batch_size, lr=lr,
-            seed=seed, resume=folder,
-        )  # fmt: skip
+        data = open_cache(features, classes, shots=shots, seed=options["seed"])
+        chosen_on = None if val is None else open_cache(val, classes)
+        result = mt.tune(clip, data, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
         result.save(folder)
     _finish(as_json, result, folder)
 
 
+@takes(FitOptions, but=("zero_shot",))
 def fit(
     backbone: Backbone,
     images: Annotated[
@@ -90,57 +91,62 @@ def fit(
     device: Device = "cpu",
     classes: Classes = "all",
     shots: Shots = None,
-    template: Templates = ["a photo of a {}."],
+    template: Annotated[
+        list[str],
+        typer.Option(
+            "--template",
+            "--zero-shot",
+            help="Zero-shot text with {}; several are ensembled. With --cache also one saved zero-shot solution.",
+        ),
+    ] = ["a photo of a {}."],
     position: Position = "end",
     method: Annotated[str, typer.Option(help="Stage 1 on images: coop, kgcoop or head.")] = "coop",
-    lam: Lam = 8.0,
-    beta: Annotated[list[float], typer.Option(help="Weight of the path to each --tuned.")] = [0.5],
-    tau: Annotated[float, typer.Option(help="Start: 0 at zero-shot, 1 at the fine-tuned solution.")] = 0.3,
-    points: Annotated[int, typer.Option(help="Points on each path.")] = 5,
-    grid: Annotated[str, typer.Option(help="even, official or random.")] = "even",
-    surrogate: Annotated[str, typer.Option(help="identity, fisher, cosine or l2.")] = "identity",
-    space: Space = "embedding",
-    epochs: Annotated[int, typer.Option(help="Of stage 1 too, where it is run.")] = 50,
-    batch_size: int = 128,
-    lr: float = 2e-3,
-    seed: int = 1,
-    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU: capture a step, replay it.")] = False,
+    tuning: Annotated[list[str], typer.Option("--tune", help="Stage 1 on images: name=value, of mergetune.tune.")] = [],
+    val: Val = None,
     root: Root = None,
     workers: Workers = 0,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Stage 2, MERGETUNE: on a feature cache, or on a folder of images with everything before and after it.
 
     mergetune fit photos/ --backbone ViT-B-32 --pretrained laion2b_s34b_b79k --shots 16
 
     caches the images, fine-tunes, repairs, tests, and leaves solution, report and figure. Killed, the same command goes
-    on from its last epoch.
+    on from its last epoch. --epochs is the number of epochs of stage 1 too.
     """
     import mergetune as mt
 
-    options = {
-        "lam": lam, "beta": beta if len(beta) > 1 else beta[0], "tau": tau, "points": points, "grid": grid,
-        "surrogate": surrogate, "space": space, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-        "cuda_graph": cuda_graph,
-    }  # fmt: skip
     with errors():
+        given, seed = keywords(FitOptions, options), options["seed"]
+        stage_1 = read_tuning(tuning, but=("method", "template", "zero_shot", "seed"))
         if (images is None) == (features is None):
             raise ValueError(f"give a folder of images or --cache, one of them, got {images} and {features}")
         if images is None and not (tuned and folder):
             raise ValueError("--tuned and --out are needed with --cache")
+        if images is None and tuning:
+            raise ValueError(f"--tune is for stage 1 on images, not for --cache, got {tuning[0]!r}")
+        if images is not None and val is not None:
+            raise ValueError(f"--val goes with --cache, got {val}")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         data = open_images(images, root) if images else open_cache(features, classes, shots=shots, seed=seed)
         clip = mt.load_clip(backbone, pretrained, device=device)
         learned = data.base_novel()[0] if images and classes == "base" else data
         solutions = [read_solution(path, learned, position) for path in tuned]
         if images is None:
-            result = mt.fit(clip, data, solutions, zero_shot=template, seed=seed, resume=folder, **options)
+            zero_shot: Any = template
+            if len(template) == 1 and "{}" not in template[0] and Path(template[0]).exists():
+                zero_shot = read_solution(template[0], learned, position)
+            chosen_on = None if val is None else open_cache(val, classes)
+            result = mt.fit(clip, data, solutions, zero_shot=zero_shot, val=chosen_on, resume=folder, **given)
             result.save(folder)
         else:
+            del given["seed"]
             found = mt.fit_dataset(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
-                template=template[0] if len(template) == 1 else template, seed=seed, tune_options={"epochs": epochs},
-                fit_options=options, cache_options={"workers": workers}, report=announce(as_json),
+                template=template[0] if len(template) == 1 else template, seed=seed,
+                tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
+                cache_options={"workers": workers}, report=announce(as_json),
             )  # fmt: skip
     if images is None:
         _finish(as_json, result, folder)

@@ -6,13 +6,13 @@ import platform
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import open_clip
-import scipy
 import torch
 
 from mergetune.files import write_atomically
@@ -167,7 +167,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
         "mergetune": __version__,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
-        "scipy": scipy.__version__,
+        "scipy": version("scipy"),
         "python": platform.python_version(),
     }
     rows = [(name, _setting(value)) for name, value in settings.items()]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergetune.clip import FrozenClip
 from mergetune.features import FeatureCache
-from mergetune.objective import SPACES
+from mergetune.options import SPACES
 from mergetune.solutions import Encoder, Head, Solution, check_compatible, check_same_text, inputs
 
 CHUNK = 1 << 25  # numbers of class weights that are made at once: 128 MB in float32

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,6 +23,9 @@ from mergetune.features import FeatureCache
 from mergetune.geometry.span import ROWS, Span, span
 from mergetune.solutions import Solution, inputs
 from mergetune.text_tower import TextEncoder
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 STEP = 1e-6  # of the central difference, in parts of the point's norm
 RESTARTS = 300  # of Lanczos
@@ -142,6 +144,8 @@ def _operator(at: Span, point: Tensor, features: FeatureCache) -> LinearOperator
         ahead, behind = gradient(torch.stack([point + step / length * v, point - step / length * v]))
         return ((ahead - behind) * (length / (2 * step))).flatten().cpu().numpy()
 
+    from scipy.sparse.linalg import LinearOperator  # scipy takes a second to import, and only curvature needs it
+
     return LinearOperator((point.numel(),) * 2, matvec=product, dtype=np.float64)
 
 
@@ -167,6 +171,8 @@ def _extremes(
     operator: LinearOperator, top: int, probes: int, tol: float, seed: int
 ) -> tuple[tuple[float, ...], float, float, float]:
     """The largest eigenvalues, the smallest, the trace and its standard error."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
     size, random = operator.shape[0], np.random.default_rng(seed)
     start = random.standard_normal(size)
     try:

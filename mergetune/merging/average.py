@@ -23,10 +23,8 @@ from mergetune.merging.tensors import (
 )
 
 
-@method(base=None)
-def average(
-    base: StateDict | None, experts: Sequence[StateDict], *, weights: Sequence[float] | None = None
-) -> dict[str, Tensor]:
+@method
+def average(base: StateDict | None, experts: Sequence[StateDict], *, weights: Sequence[float] | None = None) -> Merge:
     """Weight average (uniform soup, arXiv 2203.05482): ``sum_k weights_k expert_k / sum_k weights_k``.
 
     Needs: no data. Meaningful for any number of experts and any tensors. The base is not averaged; put it among the
@@ -44,8 +42,8 @@ def average(
     return Merge(lambda part: ops.merge_deltas(None, part.stored, weights))
 
 
-@method(base=True, most=1)
-def wise_ft(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5) -> dict[str, Tensor]:
+@method
+def wise_ft(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5) -> Merge:
     """WiSE-FT (arXiv 2109.01903): ``(1 - alpha) base + alpha expert``.
 
     Needs: no data (alpha may be chosen on validation images). Meaningful for the zero-shot base and one expert.
@@ -57,8 +55,8 @@ def wise_ft(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5
     return Merge(lambda part: ((1 - alpha) * part.base).add_(part.experts[0], alpha=alpha))
 
 
-@method(base=None, most=2)
-def slerp(base: StateDict | None, experts: Sequence[StateDict], *, t: float = 0.5) -> dict[str, Tensor]:
+@method
+def slerp(base: StateDict | None, experts: Sequence[StateDict], *, t: float = 0.5) -> Merge:
     """Spherical interpolation of each tensor a, b with angle w between them, taken as vectors.
 
     ``sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b`` (Shoemake, SIGGRAPH 1985; per tensor and without normalising a
@@ -93,8 +91,8 @@ def _slerp_scales(name: str, ends: Sequence[StateDict], t: float) -> tuple[float
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-@method(base=True, least=2)
-def model_stock(base: StateDict, experts: Sequence[StateDict]) -> dict[str, Tensor]:
+@method
+def model_stock(base: StateDict, experts: Sequence[StateDict]) -> Merge:
     """Model Stock: the experts' mean, pulled to the base by their angle (arXiv 2403.19522; mergekit: model_stock.py).
 
     In each tensor, with tau_k = expert_k - base and cos the mean of the cosines between two of them::
@@ -130,7 +128,7 @@ def _stock_step(gram: Tensor) -> float:
     return count * cosine / below if below > 1e-6 else 0.0
 
 
-@method(base=None)
+@method
 def metrics_average(
     base: StateDict | None,
     experts: Sequence[StateDict],
@@ -138,7 +136,7 @@ def metrics_average(
     metrics: Sequence[float],
     higher_is_better: bool = False,
     penalty: float = 1.0,
-) -> dict[str, Tensor]:
+) -> Merge:
     """Metrics-weighted averaging of checkpoints (MWA, arXiv 2504.18580): better or later checkpoints count more.
 
     Computed: ``sum_k w_k expert_k`` with ``w_k = m_k^penalty / sum_j m_j^penalty`` where more is better (steps,
@@ -161,7 +159,7 @@ def metrics_average(
     return average.plan(base, experts, weights=weights)
 
 
-@method(base=None, least=2)
+@method
 def fisher_average(
     base: StateDict | None,
     experts: Sequence[StateDict],
@@ -171,7 +169,7 @@ def fisher_average(
     floor: float = 1e-6,
     favor_first: bool = True,
     normalize: str | None = None,
-) -> dict[str, Tensor]:
+) -> Merge:
     """Fisher-weighted average (arXiv 2111.09832), element by element.
 
     ``sum_k c_k max(F_k, floor) expert_k / sum_k c_k max(F_k, floor)`` with the diagonal Fisher information ``F_k`` of

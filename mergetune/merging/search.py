@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler
 from tqdm import trange
 
+from mergetune.merging.methods import METHODS, Method
 from mergetune.merging.task_vectors import layerwise, task_arithmetic
-from mergetune.merging.tensors import StateDict, check, check_choice, floating, needs, per_expert
+from mergetune.merging.tensors import StateDict, check, check_choice, facts_of, floating, per_expert
 
 Predict = Callable[[dict[str, Tensor], Tensor, int], Any]
 """Weights, inputs [B, ...] of expert k's task, k -> logits [B, C], differentiable in the weights."""
 
 
-@needs(base=True)
 def adamerging(base: StateDict, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
     """AdaMerging (arXiv 2310.02575): task arithmetic with the coefficients of :func:`entropy_coefficients`.
 
@@ -39,7 +39,6 @@ def adamerging(base: StateDict, experts: Sequence[StateDict], **options) -> dict
     return layerwise(base, experts, coefficients=entropy_coefficients(base, experts, **options))
 
 
-@needs(base=True)
 def expert_merging(base: StateDict, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
     """Expert Merging (arXiv 2509.25712): task arithmetic with the coefficients of :func:`alignment_coefficients`.
 
@@ -97,7 +96,7 @@ def entropy_coefficients(
         base,
         experts,
         loss,
-        adamerging,
+        METHODS["adamerging"],
         bound=lambda raw: raw.clamp(0, 1),
         start=start,
         data=data,
@@ -179,7 +178,7 @@ def alignment_coefficients(
         base,
         experts,
         loss,
-        expert_merging,
+        METHODS["expert_merging"],
         bound=torch.sigmoid,
         start=math.log(start / (1 - start)),
         data=data,
@@ -197,7 +196,7 @@ def _learn(
     base: StateDict,
     experts: Sequence[StateDict],
     loss: Callable[[Tensor, dict[str, Tensor], list[Tensor]], Tensor],
-    method: Callable,
+    method: Method,
     *,
     bound: Callable[[Tensor], Tensor],
     start: float,
@@ -222,7 +221,7 @@ def _learn(
     raw = raw.to(start_weights[names[0]].device).requires_grad_()
     (optimizer, schedule), generator = prepare(raw), torch.Generator().manual_seed(seed)
     with torch.enable_grad():
-        for _ in trange(steps, desc=method.__name__, disable=None):
+        for _ in trange(steps, desc=method.name, disable=None):
             coefficients = bound(raw)
             rows = coefficients.expand(len(names), -1)
             weights = start_weights | {
@@ -232,7 +231,7 @@ def _learn(
             batches = [x[torch.randperm(len(x), generator=generator)[:batch_size].to(x.device)] for x in data]
             value = loss(coefficients, weights, batches)
             if not value.isfinite():
-                raise ValueError(f"the loss of {method.__name__} must be finite, got {value.item()}")
+                raise ValueError(f"the loss of {method.name} must be finite, got {value.item()}")
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_([raw], clip)
@@ -281,7 +280,6 @@ class Evolved:
     trials: int
 
 
-@needs(base=None)
 def evolve(
     base: StateDict | None, experts: Sequence[StateDict], *, method: Callable = task_arithmetic, **options
 ) -> dict[str, Tensor]:
@@ -327,7 +325,7 @@ def evolve_options(
         backend: "cma" or "optuna" (which needs ``cmaes`` too).
         seed: of the search.
     """
-    check(method, base, experts)
+    check(facts_of(method), base, experts)
     check_choice("backend", backend, ("cma", "optuna"))
     if not space or any(len(ends) not in (2, 3) or not ends[0] < ends[1] for ends in space.values()):
         raise ValueError(f"space must hold options with (low, high) or (low, high, count), low < high, got {space}")
@@ -409,7 +407,6 @@ def _optuna(cost: Callable[[Sequence[float]], float], begin: list[float], trials
         optuna.logging.set_verbosity(verbosity)
 
 
-@needs(base=None, least=1)
 @torch.no_grad()
 def natural_niches(
     base: StateDict | None,
@@ -445,7 +442,7 @@ def natural_niches(
     Returns:
         The member with the highest mean score.
     """
-    check(natural_niches, base, experts)
+    check(METHODS["natural_niches"], base, experts)
     seeds = ([] if base is None else [base]) + list(experts)
     if not 2 <= len(seeds) <= population:
         raise ValueError(f"natural_niches needs 2 to {population} (population) models, base included, got {len(seeds)}")

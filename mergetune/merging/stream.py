@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from mergetune.files import writing_atomically
-from mergetune.merging.tensors import Constant, TensorFile, check, merged_pieces, sources
+from mergetune.merging.tensors import Constant, TensorFile, check, facts_of, merged_pieces, sources
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def merge_files(
     reference = experts[0] if base is None else base
     if base is None and base_file is not None:
         base = Constant(reference, base_file)
-    check(method, base, experts)
+    check(facts_of(method), base, experts)
     step = method.plan(base, experts, **options)
     size = sum(like.numel * like.dtype.itemsize for _, like in sources(reference))
     label = {"desc": f"merge ({method.__name__})", "unit": "B", "unit_scale": True}

@@ -18,14 +18,13 @@ from mergetune.merging.tensors import (
     check_fraction,
     floating,
     method,
-    needs,
     per_expert,
     source,
     whole,
 )
 
 
-@method(base=True, least=2)
+@method
 def widen(
     base: StateDict,
     experts: Sequence[StateDict],
@@ -35,7 +34,7 @@ def widen(
     scale: float = 1.0,
     normalize: bool = False,
     rows: Sequence[str] = ("model.embed_tokens.weight", "token_embedding.weight"),
-) -> dict[str, Tensor]:
+) -> Merge:
     """WIDEN: columns whose magnitude or direction moved more count more (arXiv 2408.03092; authors' code).
 
     A matrix is split into its columns' norms and directions. Within expert k, columns are ranked (0 to 1) by how
@@ -88,8 +87,8 @@ def widen(
     return Merge(merge, whole=True)
 
 
-@method(base=True, least=2)
-def tsv_m(base: StateDict, experts: Sequence[StateDict], *, scale: float = 1.0) -> dict[str, Tensor]:
+@method
+def tsv_m(base: StateDict, experts: Sequence[StateDict], *, scale: float = 1.0) -> Merge:
     """TSV-Merge: task singular vectors made orthogonal to each other (arXiv 2412.00081; authors' code: TSVM_utils.py).
 
     Of each matrix tau_k the first ``min(m, n) // K`` singular triples are kept; all U and all V side by side are
@@ -122,14 +121,14 @@ def _orthonormal(matrix: Tensor) -> Tensor:
     return u @ v
 
 
-@method(base=True, least=2)
+@method
 def opcm(
     base: StateDict,
     experts: Sequence[StateDict],
     *,
     alpha: float = 0.5,
     project: Callable[[str], bool] | None = None,
-) -> dict[str, Tensor]:
+) -> Merge:
     """OPCM: experts one after the other, each projected away from what is merged (arXiv 2501.09522; fusion_bench).
 
     With ``D_1 = tau_1`` and ``U S V'`` the singular value decomposition of D_(t-1)::
@@ -182,7 +181,6 @@ def _projected(delta: Tensor, merged: Tensor, alpha: float) -> Tensor:
     return delta - u @ removed @ v
 
 
-@needs(base=False, least=2)
 @torch.no_grad()
 def lora_lego(
     base: None,

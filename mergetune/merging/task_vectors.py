@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune import ops
+from mergetune.merging.methods import METHODS
 from mergetune.merging.tensors import (
     Merge,
     Part,
@@ -40,10 +41,10 @@ from mergetune.merging.tensors import (
 SCOPES = ("global", "tensor")
 
 
-@method(base=True)
+@method
 def task_arithmetic(
     base: StateDict, experts: Sequence[StateDict], *, scale: float = 0.4, weights: Sequence[float] | None = None
-) -> dict[str, Tensor]:
+) -> Merge:
     """Task arithmetic (arXiv 2212.04089): ``base + scale * sum_k weights_k tau_k``.
 
     Needs: no data (scale may be chosen on validation images). Meaningful for one or several experts, any tensors.
@@ -56,8 +57,8 @@ def task_arithmetic(
     return Merge(lambda part: ops.merge_deltas(part.stored_base, part.stored, weights, scale=scale))
 
 
-@method(base=True)
-def negate(base: StateDict, experts: Sequence[StateDict], *, scale: float = 1.0) -> dict[str, Tensor]:
+@method
+def negate(base: StateDict, experts: Sequence[StateDict], *, scale: float = 1.0) -> Merge:
     """Forgetting by task-vector negation (arXiv 2212.04089, forgetting): ``base - scale * sum_k tau_k``.
 
     Needs: no data (the paper chooses scale so that a control task keeps 95 % of its accuracy). Meaningful for one
@@ -66,10 +67,8 @@ def negate(base: StateDict, experts: Sequence[StateDict], *, scale: float = 1.0)
     return task_arithmetic.plan(base, experts, scale=-scale)
 
 
-@method(base=True)
-def layerwise(
-    base: StateDict, experts: Sequence[StateDict], *, coefficients: Mapping[str, Sequence[float]]
-) -> dict[str, Tensor]:
+@method
+def layerwise(base: StateDict, experts: Sequence[StateDict], *, coefficients: Mapping[str, Sequence[float]]) -> Merge:
     """Task arithmetic with coefficients for each tensor: ``base[name] + sum_k coefficients[name][k] tau_k[name]``.
 
     Layer-wise AdaMerging's form (arXiv 2310.02575), for coefficients that :func:`entropy_coefficients` or
@@ -86,7 +85,7 @@ def layerwise(
     return Merge(lambda part: ops.merge_deltas(part.stored_base, part.stored, rows[part.name]))
 
 
-@method(base=True)
+@method
 def ties(
     base: StateDict,
     experts: Sequence[StateDict],
@@ -97,7 +96,7 @@ def ties(
     trim: str = "global",
     sign: str = "sum",
     divide: str = "count",
-) -> dict[str, Tensor]:
+) -> Merge:
     """TIES: trim, elect signs, average those that agree (arXiv 2306.01708, algorithm 1).
 
     Of each tau_k the ``density`` of largest magnitude stays; the sign of ``sum_k tau_k`` is elected for each element;
@@ -125,7 +124,7 @@ def ties(
     )
 
 
-@method(base=True)
+@method
 def dare(
     base: StateDict,
     experts: Sequence[StateDict],
@@ -137,7 +136,7 @@ def dare(
     consensus: str | None = None,
     divide: str = "count",
     seed: int = 0,
-) -> dict[str, Tensor]:
+) -> Merge:
     """DARE: drop at random and rescale (arXiv 2311.03099), then task arithmetic or TIES' election.
 
     ``base + scale * sum_k weights_k m_k tau_k / density`` with independent ``m_k ~ Bernoulli(density)``.
@@ -183,7 +182,7 @@ def dare(
 _NORMS = {"l1": 1, "l2": 2, "linf": math.inf}
 
 
-@method(base=True)
+@method
 def pcb(
     base: StateDict,
     experts: Sequence[StateDict],
@@ -193,7 +192,7 @@ def pcb(
     scope: str = "global",
     clip: float = 1e-4,
     between: str = "raw",
-) -> dict[str, Tensor]:
+) -> Merge:
     """PCB-Merging: parameters compete within and between experts (arXiv 2410.02396; authors' code: pcb-merging.py).
 
     With ``a_k = |tau_k|`` clamped to its ``clip`` and ``1 - clip`` quantiles and ``norm`` the map of an expert's values
@@ -259,7 +258,7 @@ def _unit(values: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor
     return (values - low) / torch.where(high > low, high - low, math.inf)
 
 
-@method(base=True, least=2)
+@method
 def sce(
     base: StateDict,
     experts: Sequence[StateDict],
@@ -267,7 +266,7 @@ def sce(
     density: float = 0.1,
     scale: float = 1.0,
     select: str = "vectors",
-) -> dict[str, Tensor]:
+) -> Merge:
     """SCE: select, calculate, erase, in each tensor (FuseChat, arXiv 2408.07990; authors' code: sce_merging.py).
 
     Select: the ``density`` of elements with the highest variance over the experts, of those where it is not zero.
@@ -317,10 +316,8 @@ def sce(
     return Merge(merge)
 
 
-@method(base=True, least=2)
-def delta_guided(
-    base: StateDict, experts: Sequence[StateDict], *, power: float = 1.0, per: str = "tensor"
-) -> dict[str, Tensor]:
+@method
+def delta_guided(base: StateDict, experts: Sequence[StateDict], *, power: float = 1.0, per: str = "tensor") -> Merge:
     """Delta-guided fusion (CoDiEmb, arXiv 2508.11442): who moved a parameter further has more say in it.
 
     Computed: ``base + sum_k w_k tau_k`` with ``w_k = |tau_k|^power / sum_j |tau_j|^power``, |.| the L2 norm of the
@@ -353,7 +350,7 @@ def delta_guided(
     return Merge(merge)
 
 
-@method(base=True)
+@method
 def lines(
     base: StateDict,
     experts: Sequence[StateDict],
@@ -361,7 +358,7 @@ def lines(
     alpha: float | None = None,
     beta: float | None = None,
     layer: Callable[[str], tuple[int, int] | None] | None = None,
-) -> dict[str, Tensor]:
+) -> Merge:
     """LiNeS: shallow layers keep more of the base (arXiv 2410.17146; authors' code: src/eval/eval.py).
 
     ``base + (alpha + beta * l / (L - 1)) * sum_k tau_k`` in block l = 0 .. L - 1; tensors outside the blocks take
@@ -401,7 +398,7 @@ def _depth_of(names: Sequence[str]) -> Callable[[str], tuple[int, int] | None]:
     return lambda name: (int(found[name][1]), blocks[name[: found[name].start(1)]]) if name in found else None
 
 
-@method(base=True)
+@method
 def ota_ffg(
     base: StateDict,
     experts: Sequence[StateDict],
@@ -412,7 +409,7 @@ def ota_ffg(
     epsilon: float = 1e-26,
     trim: str = "global",
     rank_one: bool = False,
-) -> dict[str, Tensor]:
+) -> Merge:
     """OTA merging with Fast Fisher Grafting (arXiv 2509.11167; authors' code: mergekit/merge_methods/ota.py).
 
     Grafting: of each tau_k the ``density`` with the highest saliency ``v_k tau_k^2``, if it is not 0, stays, m_k.
@@ -465,10 +462,8 @@ def ota_ffg(
     return Merge(merge)
 
 
-@method(base=True, most=1)
-def compeft(
-    base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2, alpha: float = 1.0
-) -> dict[str, Tensor]:
+@method
+def compeft(base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2, alpha: float = 1.0) -> Merge:
     """ComPEFT: the tuned residual as signs and one number (arXiv 2311.13171, algorithm 1).
 
     ``base + alpha * std(tau) * sign(tau)`` where |tau| is among the largest ``density`` of all tensors together, the
@@ -522,7 +517,7 @@ class CompressedSize:
 @torch.no_grad()
 def compeft_size(base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2) -> CompressedSize:
     """The size of the one expert's residual after :func:`compeft`."""
-    check(compeft, base, experts)
+    check(METHODS["compeft"], base, experts)
     thresholds = _thresholds(base, experts, density, "global", None)
     parameters = sum(source(base, name).numel for name in floating(base))
     count = lambda part: int(_trimmed(part.deltas, thresholds[part.name]).count_nonzero())  # noqa: E731

@@ -10,6 +10,7 @@ Shapes: K experts, n elements of a stretch.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from functools import cached_property, lru_cache, wraps
 from itertools import groupby, islice, starmap
 from pathlib import Path
 from threading import Barrier
-from typing import TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,13 +30,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergetune import ops
+from mergetune.merging.methods import METHODS, Method
 
 T = TypeVar("T")
+Options = ParamSpec("Options")
 StateDict = Mapping[str, Tensor]
 STRETCH = 2**18
 """Elements at a time: a stretch of every checkpoint fits the processor's cache. Part of the definition of ``dare``."""
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -88,9 +91,9 @@ class TensorFile(Mapping[str, Tensor]):
         self.header = length + self._file.read(int.from_bytes(length, "little"))
         entries = json.loads(self.header[8:])
         entries.pop("__metadata__", None)
-        unknown = {entry["dtype"] for entry in entries.values()} - DTYPES.keys()
+        unknown = {entry["dtype"] for entry in entries.values()} - STORED_DTYPES.keys()
         if unknown:
-            raise ValueError(f"{self.path} must hold {', '.join(DTYPES)} only, got {', '.join(sorted(unknown))}")
+            raise ValueError(f"{self.path} must hold {', '.join(STORED_DTYPES)} only, got {', '.join(sorted(unknown))}")
         self._entries = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -109,7 +112,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def source(self, name: str) -> Source:
         entry = self._entries[name]
-        dtype = DTYPES[entry["dtype"]]
+        dtype = STORED_DTYPES[entry["dtype"]]
         offset = len(self.header) + entry["data_offsets"][0]
 
         def read(begin: int, end: int) -> Tensor:
@@ -235,50 +238,56 @@ class Merge:
     whole: bool = False
 
 
-def needs(*, base: bool | None, least: int = 1, most: int | None = None) -> Callable[[Callable], Callable]:
-    """Note on a method what it merges, as ``base``, ``least`` and ``most``, so that a caller can see where it applies.
+class TensorMethod(Protocol[Options]):
+    """A method that works tensor by tensor: ``(base, experts, *, options) -> state dict``.
 
-    Args:
-        base: whether it needs a base; None where it works with and without.
-        least: experts that it needs.
-        most: experts that it takes; None is any number.
+    Attributes:
+        plan: the same arguments -> how each part is merged. For :func:`mergetune.merging.merge_files`.
     """
 
-    def note(function: Callable) -> Callable:
-        function.base, function.least, function.most = base, least, most
-        return function
+    __name__: str
+    plan: Callable[Options, Merge]
 
-    return note
+    def __call__(self, *args: Options.args, **kwargs: Options.kwargs) -> dict[str, Tensor]: ...
 
 
-def method(
-    *, base: bool | None, least: int = 1, most: int | None = None
-) -> Callable[[Callable[..., Merge]], Callable[..., dict[str, Tensor]]]:
-    """Turn a plan ``(base, experts, *, options) -> Merge`` into a method ``(base, experts, *, options) -> state dict``.
+def method(plan: Callable[Options, Merge]) -> TensorMethod[Options]:
+    """Turn a plan ``(base, experts, *, options) -> Merge`` into a method, which takes the same and gives a state dict.
 
-    The plan's signature and docstring are the method's, so it is annotated as what it becomes. The method carries its
-    ``plan``, for :func:`mergetune.merging.merge_files`, and what :func:`needs` notes.
+    What the method merges and needs is the entry of its name in ``METHODS``.
     """
+    facts = METHODS[plan.__name__]
+    planned: Callable[..., Merge] = plan
 
-    def wrap(plan: Callable[..., Merge]) -> Callable[..., dict[str, Tensor]]:
-        @needs(base=base, least=least, most=most)
-        @wraps(plan)
-        @torch.no_grad()
-        def merge(base: StateDict | None, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
-            check(merge, base, experts)
-            step, merged = plan(base, experts, **options), {}
-            for name, like in sources(base if base is not None else experts[0]):
-                merged[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            places = {name: tensor.view(-1) for name, tensor in merged.items()}
-            for name, piece in merged_pieces(step, base, experts):
-                places[name][: len(piece)] = piece
-                places[name] = places[name][len(piece) :]
-            return merged
+    @wraps(plan)
+    @torch.no_grad()
+    def merge(base: StateDict | None, experts: Sequence[StateDict], **options: Any) -> dict[str, Tensor]:
+        check(facts, base, experts)
+        step, merged = planned(base, experts, **options), {}
+        for name, like in sources(base if base is not None else experts[0]):
+            merged[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        places = {name: tensor.view(-1) for name, tensor in merged.items()}
+        for name, piece in merged_pieces(step, base, experts):
+            places[name][: len(piece)] = piece
+            places[name] = places[name][len(piece) :]
+        return merged
 
-        merge.plan = plan
-        return merge
+    returned = "dict[str, Tensor]"
+    merge.__annotations__ = plan.__annotations__ | {"return": returned}
+    vars(merge).update(plan=plan, __signature__=inspect.signature(plan).replace(return_annotation=returned))
+    return cast("Any", merge)
 
-    return wrap
+
+def facts_of(function: Callable[..., Any]) -> Method:
+    """What is known of a method.
+
+    Raises:
+        ValueError: the function is not a merging method.
+    """
+    name = getattr(function, "__name__", "")
+    if name not in METHODS:
+        raise ValueError(f"method must be a function of mergetune.merging: {', '.join(METHODS)}; got {function!r}")
+    return METHODS[name]
 
 
 def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDict]) -> Iterator[tuple[str, Tensor]]:
@@ -429,7 +438,7 @@ def floating(state: StateDict) -> list[str]:
     return [name for name, like in sources(state) if like.dtype.is_floating_point]
 
 
-def check(method: Callable, base: StateDict | None, experts: Sequence[StateDict]) -> list[str]:
+def check(method: Method, base: StateDict | None, experts: Sequence[StateDict]) -> list[str]:
     """Refuse what a method cannot merge.
 
     Returns:
@@ -439,7 +448,7 @@ def check(method: Callable, base: StateDict | None, experts: Sequence[StateDict]
         TypeError: something is no state dict, or a tensor is floating point in one and not in another.
         ValueError: base or experts are missing or too many, names or shapes differ, or integers do.
     """
-    title = method.__name__
+    title = method.name
     if isinstance(experts, Mapping) or not isinstance(experts, Sequence):
         raise TypeError(f"experts must be a list of state dicts, got {type(experts).__name__}")
     for argument, state in [("base", base), *((f"experts[{k}]", e) for k, e in enumerate(experts))]:

@@ -1,0 +1,140 @@
+"""Options as data: name, kind of value, default and help; and how values are read from text. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+class _Required:
+    """The default of an option without one."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Final = _Required()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value.
+
+    Attributes:
+        rule: how a value is written, for errors: "... must be {rule}".
+        read: text -> value, or a ValueError or KeyError; None where values cannot be written as text.
+    """
+
+    rule: str
+    read: Callable[[str], Any] | None
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _number_or_numbers(text: str) -> float | list[float]:
+    return _numbers(text) if "," in text else float(text)
+
+
+def _word_or_numbers(text: str) -> str | list[float]:
+    try:
+        return _numbers(text)
+    except ValueError:
+        return text
+
+
+def _starts(text: str) -> dict[str, float | list[float]]:
+    pairs = (item.split(":", 1) for item in text.split(","))
+    return {name: _values(values) for name, values in pairs}
+
+
+def _values(text: str) -> float | list[float]:
+    return [float(x) for x in text.split(":")] if ":" in text else float(text)
+
+
+def _ranges(text: str) -> dict[str, tuple[float, ...]]:
+    items = (item.split(":") for item in text.split(","))
+    return {name: (float(low), float(high), *map(int, count)) for name, low, high, *count in items}
+
+
+KINDS: Final[Mapping[str, Kind]] = {
+    "int": Kind("a whole number", int),
+    "float": Kind("a number", float),
+    "bool": Kind("true or false", lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]),
+    "str": Kind("text", str),
+    "floats": Kind("numbers with commas between", _numbers),
+    "float or floats": Kind("a number, or numbers with commas between", _number_or_numbers),
+    "str or floats": Kind("a name, or numbers with commas between", _word_or_numbers),
+    "strs": Kind("texts with commas between", lambda text: text.split(",")),
+    "starts": Kind("name:value[:value ...], with commas between", _starts),
+    "ranges": Kind("name:low:high[:count], with commas between", _ranges),
+    "object": Kind("an object", None),
+}
+"""Every kind of value that an option may have."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a function.
+
+    Attributes:
+        name: keyword of the function.
+        kind: one of ``KINDS``, or a kind that the caller of :func:`read_options` knows.
+        default: the function's.
+        help: one line.
+        none: whether None is a value; as text it is "none".
+        choices: the values, if there are a few only.
+        least: the smallest value that the command line takes; None leaves the check to the function.
+    """
+
+    name: str
+    kind: str
+    default: Any = REQUIRED
+    help: str = ""
+    none: bool = False
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+
+    def shown(self) -> str:
+        """The default as text."""
+        return repr(self.default) if self.default is REQUIRED else str(self.default)
+
+
+def read_options(
+    owner: str, options: Iterable[Option], given: Sequence[str], more_kinds: Mapping[str, Kind] | None = None
+) -> dict[str, Any]:
+    """``["scale=0.3", "weights=1,2"]`` -> ``{"scale": 0.3, "weights": [1.0, 2.0]}``.
+
+    Args:
+        owner: what has the options, for errors: "ties", "mergetune.fit".
+        options: those that there are.
+        given: texts ``name=value``. "none" is None, where None is a value.
+        more_kinds: kinds of value that ``KINDS`` does not have.
+
+    Raises:
+        ValueError: a text without ``=``, an unknown or repeated option, or a value that is not of the option's kind.
+    """
+    known, kinds, found = {option.name: option for option in options}, {**KINDS, **(more_kinds or {})}, {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"options must be name=value, got {item!r}")
+        if name not in known:
+            raise ValueError(f"{owner} has no option {name!r}; it has {', '.join(known) or 'none'}")
+        if name in found:
+            raise ValueError(f"options must not repeat, got {name!r} twice")
+        found[name] = _read(owner, known[name], kinds[known[name].kind], text)
+    return found
+
+
+def _read(owner: str, option: Option, kind: Kind, text: str) -> Any:
+    if option.none and text.lower() == "none":
+        return None
+    if kind.read is None:
+        raise ValueError(f"{option.name} of {owner} cannot be given as text: call the function from Python")
+    try:
+        return kind.read(text)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{option.name} must be {kind.rule}, got {text!r}") from error

@@ -1,0 +1,84 @@
+"""Start-up: help, version and lists need no torch; the package's names are imported at their first use."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mergetune
+from mergetune import merging
+from mergetune.merging.methods import METHODS
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None  # any import of it fails
+sys.argv = ["mergetune", *sys.argv[1:]]
+runpy.run_module("mergetune", run_name="__main__")
+"""
+
+
+def python(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["merge", "--list"], ["fit", "--help"], ["compare", "--help"]],
+    ids=" ".join,
+)
+def test_help_version_and_lists_need_no_torch(arguments):
+    shown = python("-c", WITHOUT_TORCH, *arguments)
+    assert {"--version": mergetune.__version__, "merge": "arXiv 2306.01708"}.get(arguments[0], "Usage") in shown
+
+
+def test_facts_need_no_torch():
+    blocked = "import sys; sys.modules['torch'] = None\n"
+    python("-c", blocked + "import mergetune.facts, mergetune.options, mergetune.merging.methods, mergetune.files")
+
+
+def test_facts_do_not_depend_on_docstrings():
+    listed = python("-m", "mergetune", "merge", "--list")
+    assert all(f"{name} {facts.title}" in " ".join(listed.split()) for name, facts in METHODS.items())
+    assert python("-OO", "-m", "mergetune", "merge", "--list") == listed
+    assert python("-OO", "-m", "mergetune", "--version") == f"{mergetune.__version__}\n"
+
+
+def test_one_method_is_listed_with_its_options():
+    shown = " ".join(python("-m", "mergetune", "merge", "wise-ft", "--list").split())
+    assert shown.startswith("wise_ft WiSE-FT, arXiv 2109.01903") and shown.endswith(
+        "alpha=0.5 0 is the base, 1 the expert."
+    )
+
+
+@pytest.mark.parametrize("package", [mergetune, merging], ids=["mergetune", "merging"])
+def test_public_names_are_those_that_type_checkers_see(package):
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {}
+    for node in checked.body:
+        seen |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    assert set(package.__all__) == set(seen) and package.__all__ == sorted(
+        seen, key=lambda n: (not n.isupper(), n[0].islower(), n)
+    )
+    for name, (module, inside) in seen.items():
+        assert getattr(package, name) is getattr(importlib.import_module(module), inside), name
+        assert name in dir(package)
+    with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
+        package.fitt  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["name", "module"])
+def test_a_public_name_is_the_function_whatever_was_imported(first):
+    """A module with the name of a function does not take its place."""
+    lines = ["import importlib, mergetune, mergetune.merging", "from types import FunctionType, ModuleType"]
+    for package, name in (("mergetune", "fit"), ("mergetune", "evaluate"), ("mergetune.merging", "average")):
+        use, load = f"{package}.{name}", f"assert isinstance(importlib.import_module('{package}.{name}'), ModuleType)"
+        lines += [use, load] if first == "name" else [load, use]
+        lines += [f"assert isinstance({package}.{name}, FunctionType)", f"from {package} import {name} as found"]
+        lines += [f"assert found is {package}.{name}"]
+    python("-c", "\n".join(lines))
