@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mergetune.files import read_regular, require_regular
+
 CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # of one set of class names: rebuilt, never read
 KGCOOP_UNUSED = ("bias_vectors", "meta_net.")  # saved by KgCoOp, not used in its forward; CoCoOp uses its meta_net
 PRODA_ONLY = ("nc_token_prefix", "nc_token_suffix")  # the texts without a class name, of its own term of the loss
@@ -281,6 +283,7 @@ def _read_dict(file: Path) -> dict[str, Any]:
 def read_safetensors(file: Path) -> dict[str, Any]:
     """Tensors, memory-mapped, and what the metadata says of a head, by name."""
     content: dict[str, Any] = {}
+    require_regular(file)
     try:
         with safe_open(file, "pt") as opened:
             for key, text in (opened.metadata() or {}).items():
@@ -293,11 +296,10 @@ def read_safetensors(file: Path) -> dict[str, Any]:
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file; objects, which are pickles, are refused."""
+    require_regular(file)
     try:
         with np.load(file, allow_pickle=False) as opened:
             return {name: opened[name] for name in opened.files}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files
         raise ValueError(f"{file} cannot be read as .npz: {type(error).__name__}: {error}") from error
 
@@ -343,7 +345,7 @@ def _find(path: Path) -> Path:
             path = path / learner
             break
     if (path / "checkpoint").is_file():
-        name = (path / "checkpoint").read_text(errors="replace").strip()
+        name = read_regular(path / "checkpoint").decode(errors="replace").strip()
         named = [file for file in path.iterdir() if file.name == name]
         if named:
             return named[0]

@@ -27,7 +27,7 @@ from mergetune.data import Dataset, ImageList
 from mergetune.datasets import CoOpDataset, benchmark, check_dataset, few_shot_path
 from mergetune.evaluate import Classifier, accuracy, classifier, harmonic_mean, logit_ensemble, weight_average
 from mergetune.features import FeatureCache, cache_features, torchrun_team
-from mergetune.files import write_atomically
+from mergetune.files import read_regular_text, write_atomically
 from mergetune.fit import METHODS, fit, tune
 from mergetune.solutions import Solution, open_solution
 from mergetune.templates import templates_for
@@ -370,7 +370,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(read_regular_text(file))
         record["run"], record["settings"], record["results"]
         return record
     except (ValueError, KeyError, TypeError) as error:

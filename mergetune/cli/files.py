@@ -26,6 +26,7 @@ def export(
     """Write a solution for other tools: CoOp's checkpoint, a head, a zero-shot classifier, a Hugging Face folder."""
     import mergetune as mt
     from mergetune import exports
+    from mergetune.files import read_regular_text
     from mergetune.solutions import open_solution
 
     with errors():
@@ -33,7 +34,7 @@ def export(
             raise ValueError(f"--to must be coop, head, classifier or hub, got {form!r}")
         names = None
         if classes is not None:
-            names = [line.strip() for line in classes.read_text(encoding="utf-8").split("\n") if line.strip()]
+            names = [line.strip() for line in read_regular_text(classes).splitlines() if line.strip()]
         found = open_solution(solution, classnames=names, position=position)
         clip = mt.load_clip(backbone, pretrained) if backbone else None
         if clip is None and (form in ("coop", "classifier") or (form == "head" and found.kind == "prompt")):

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mergetune.cli.options import Backbone, Device, Json, Pretrained, Root, Workers
+from mergetune.cli.options import (
+    MAX_PIXELS,
+    AllowTorchscript,
+    Backbone,
+    Device,
+    Json,
+    MaxPixels,
+    Pretrained,
+    Root,
+    Workers,
+)
 from mergetune.cli.shared import errors, finish, open_images
 
 
@@ -22,6 +32,7 @@ def cache(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     root: Root = None,
     workers: Workers = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     skip_unreadable: Annotated[bool, typer.Option(help="Leave unreadable images out instead of stopping.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Rebuild a cache of other images or another model.")] = False,
     as_json: Json = False,
@@ -44,6 +55,7 @@ def cache(
                 views=views if split == "train" else 1,
                 batch_size=batch_size,
                 workers=workers,
+                max_pixels=max_pixels,
                 on_error="skip" if skip_unreadable else "raise",
                 overwrite=overwrite,
             )

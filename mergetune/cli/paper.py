@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.options import Backbone, Device, Json, Lam, Pretrained, Seeds, Workers
+from mergetune.cli.options import (
+    MAX_PIXELS,
+    AllowTorchscript,
+    Backbone,
+    Device,
+    Json,
+    Lam,
+    MaxPixels,
+    Pretrained,
+    Seeds,
+    Workers,
+)
 from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, tell
 
 
@@ -37,6 +48,7 @@ def reproduce(
     beta: Annotated[float, typer.Option(help="Weight of the path to the tuned solution.")] = 0.5,
     tau: Annotated[float, typer.Option(help="Start: 0 at zero-shot, 1 at the tuned solution.")] = 0.3,
     workers: Workers = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at a time.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
     as_json: Json = False,
@@ -54,7 +66,7 @@ def reproduce(
         usual = "clip-ensemble" if protocol == "robust" else "official"  # as WiSE-FT has it, and the official code
         experiment = protocols.Experiment(
             root=root, out=folder, templates=templates or usual, checkpoints=checkpoints, tune=both,
-            fit=both | {"lam": lam, "beta": beta, "tau": tau}, cache={"workers": workers},
+            fit=both | {"lam": lam, "beta": beta, "tau": tau}, cache={"workers": workers, "max_pixels": max_pixels},
         )  # fmt: skip
         protocols.check_data(runs, root)  # before the model is loaded
         load = partial(mt.load_clip, backbone, pretrained, device=device)

@@ -8,12 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import (
+    MAX_PIXELS,
+    AllowTorchscript,
     Backbone,
     Cache,
     Classes,
     Device,
     Json,
     Lam,
+    MaxPixels,
     Position,
     Pretrained,
     Root,
@@ -107,6 +110,7 @@ def fit(
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="On a GPU: capture a step, replay it.")] = False,
     root: Root = None,
     workers: Workers = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
     """Stage 2, MERGETUNE: on a feature cache, or on a folder of images with everything before and after it.
@@ -140,7 +144,7 @@ def fit(
             found = mt.fit_dataset(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed, tune_options={"epochs": epochs},
-                fit_options=options, cache_options={"workers": workers}, report=announce(as_json),
+                fit_options=options, cache_options={"workers": workers, "max_pixels": max_pixels}, report=announce(as_json),
             )  # fmt: skip
     if images is None:
         _finish(as_json, result, folder)
