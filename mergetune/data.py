@@ -33,9 +33,9 @@ from mergetune.files import open_regular, read_regular, read_regular_text
 # code or a codec library, from one picture's pixels. Left out of what Pillow knows are
 #   EPS, and WMF on Windows, which hand the file to another program or to the system (Ghostscript runs PostScript);
 #   BUFR, GRIB, HDF5, MPEG, FITS and others of science and film, which need a handler from elsewhere or are no photos;
-#   ICO, ICNS, CUR, DCX, FLI, PSD, FPX, MIC, IPTC and MCIDAS: containers of several pictures, layers or whole other files;
-#   BLP, DDS, FTEX, GBR, VTF, IM, IMT, MSP, PCD, PCX, PIXAR, QOI, SGI, SPIDER, SUN, XBM, XPM, XV and TGA: old or rare, seldom
-#   tested decoders, some of which recognise a file by almost nothing.
+#   ICO, ICNS, CUR, DCX, FLI, PSD, FPX, MIC, IPTC and MCIDAS: containers of several pictures, layers or other files;
+#   BLP, DDS, FTEX, GBR, IM, IMT, MSP, PCD, PCX, PIXAR, QOI, SGI, SPIDER, SUN, XBM, XPM, XV and TGA: old or rare formats
+#   with seldom tested decoders, some of which recognise a file by almost nothing.
 IMAGE_FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from mergetune.cli.options import (
-    MAX_PIXELS,
     AllowTorchscript,
     Backbone,
     Device,
@@ -19,6 +18,7 @@ from mergetune.cli.options import (
     Workers,
 )
 from mergetune.cli.shared import errors, finish, open_images
+from mergetune.data import MAX_PIXELS
 
 
 def cache(
@@ -26,6 +26,7 @@ def cache(
     folder: Annotated[Path, typer.Option("--out", help="The caches: one folder each for train, val and test.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     views: Annotated[int, typer.Option(help="Views of each image; all but the first are augmented.")] = 1,
@@ -42,7 +43,7 @@ def cache(
 
     with errors():
         data = open_images(images, root)
-        clip = mt.load_clip(backbone, pretrained, device=device)
+        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         report = {}
         for split in ("train", "val", "test"):
             if getattr(data, f"full_{split}") is None:

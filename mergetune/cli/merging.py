@@ -12,7 +12,17 @@ import typer
 from rich.markup import escape
 from rich.padding import Padding
 
-from mergetune.cli.options import BackboneIfNeeded, CacheIfNeeded, Classes, Device, Json, Pretrained, Seeds, Templates
+from mergetune.cli.options import (
+    AllowTorchscript,
+    BackboneIfNeeded,
+    CacheIfNeeded,
+    Classes,
+    Device,
+    Json,
+    Pretrained,
+    Seeds,
+    Templates,
+)
 from mergetune.cli.shared import announce, err, errors, new_table, open_cache, out, print_json, read_solution, tell
 
 
@@ -34,6 +44,7 @@ def merge(
     option: Annotated[list[str], typer.Option("-o", "--option", help="name=value, of the method.")] = [],
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     features: CacheIfNeeded = None,
     classes: Classes = "all",
@@ -72,7 +83,11 @@ def merge(
             if base is not None and "{}" not in base:
                 start = read_solution(base, data)
             needed = start is None and (base or catalogue.needs_base(method, len(solutions), options))
-            clip = mt.load_clip(backbone, pretrained, device=device) if backbone else None
+            clip = (
+                mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
+                if backbone
+                else None
+            )
             if (needed or data is not None) and clip is None:
                 raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
             if needed:
@@ -107,6 +122,7 @@ def compare(
     embedded: Annotated[bool, typer.Option("--demo", help="On the embedded CLIP and icons.")] = False,
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     experts: Annotated[
         list[str], typer.Option("--expert", help="coop:1, coop:2, kgcoop:1, head:1 are trained; or saved solutions.")
@@ -150,7 +166,7 @@ def compare(
             precision = {"precision": icons.PRECISION}
             tune, fit = icons.STAGE_1 | precision | tune, precision | fit
         else:
-            clip = mt.load_clip(backbone, pretrained, device=device)
+            clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
             tasks = [_task(cache, template) for cache in caches]
         plan = Plan(
             experts=tuple(experts) if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts},

@@ -9,8 +9,6 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from mergetune.data import MAX_PIXELS
-
 _BACKBONE = typer.Option("--backbone", help='open_clip model name, "hf-hub:org/repo" or "local-dir:path".')
 _CACHE = typer.Option("--cache", help="Feature cache, as `mergetune cache` makes it.")
 

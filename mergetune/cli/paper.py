@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import (
-    MAX_PIXELS,
     AllowTorchscript,
     Backbone,
     Device,
@@ -21,6 +20,7 @@ from mergetune.cli.options import (
     Workers,
 )
 from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, tell
+from mergetune.data import MAX_PIXELS
 
 
 def reproduce(
@@ -29,6 +29,7 @@ def reproduce(
     folder: Annotated[Path, typer.Option("--out", help="Results, caches and solutions. What is there is used again.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     datasets: Annotated[list[str], typer.Option("--datasets", help="Some only, by CoOp's names.")] = [],
     methods: Annotated[list[str], typer.Option("--method", help="coop, kgcoop, head.")] = [],
@@ -69,7 +70,7 @@ def reproduce(
             fit=both | {"lam": lam, "beta": beta, "tau": tau}, cache={"workers": workers, "max_pixels": max_pixels},
         )  # fmt: skip
         protocols.check_data(runs, root)  # before the model is loaded
-        load = partial(mt.load_clip, backbone, pretrained, device=device)
+        load = partial(mt.load_clip, backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         if dry_run:
             _print_forecast(protocols.forecast(runs, experiment, load()), as_json)
             return

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import (
-    MAX_PIXELS,
     AllowTorchscript,
     Backbone,
     Cache,
@@ -38,6 +37,7 @@ from mergetune.cli.shared import (
     read_solution,
     tell,
 )
+from mergetune.data import MAX_PIXELS
 
 
 def tune(
@@ -45,6 +45,7 @@ def tune(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the solution and its report.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     method: Annotated[str, typer.Option(help="coop, kgcoop or head.")] = "coop",
     classes: Classes = "all",
@@ -61,7 +62,7 @@ def tune(
     import mergetune as mt
 
     with errors():
-        clip = mt.load_clip(backbone, pretrained, device=device)
+        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         data = open_cache(features, classes, shots=shots, seed=seed)
         result = mt.tune(
             clip, data, method=method, template=template, n_ctx=n_ctx, epochs=epochs, batch_size=batch_size, lr=lr,
@@ -90,6 +91,7 @@ def fit(
         Path | None, typer.Option("--out", help="Folder for the solution and its report; out/NAME OF THE IMAGES.")
     ] = None,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     classes: Classes = "all",
     shots: Shots = None,
@@ -134,7 +136,7 @@ def fit(
             raise ValueError("--tuned and --out are needed with --cache")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         data = open_images(images, root) if images else open_cache(features, classes, shots=shots, seed=seed)
-        clip = mt.load_clip(backbone, pretrained, device=device)
+        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         learned = data.base_novel()[0] if images and classes == "base" else data
         solutions = [read_solution(path, learned, position) for path in tuned]
         if images is None:
@@ -144,7 +146,8 @@ def fit(
             found = mt.fit_dataset(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed, tune_options={"epochs": epochs},
-                fit_options=options, cache_options={"workers": workers, "max_pixels": max_pixels}, report=announce(as_json),
+                fit_options=options, cache_options={"workers": workers, "max_pixels": max_pixels},
+                report=announce(as_json),
             )  # fmt: skip
     if images is None:
         _finish(as_json, result, folder)
