@@ -24,7 +24,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
-from mergetune.files import open_regular, read_regular, read_regular_text, require_regular
+from mergetune.files import open_regular, read_regular, require_regular
 from mergetune.pickles import is_torchscript, load_tensors_only, read_torchscript
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
@@ -209,10 +209,9 @@ def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    text = read_regular(file)
     try:
-        content = json.loads(read_regular_text(file))
-    except FileNotFoundError:
-        raise
+        content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON: {error}") from error
     if not isinstance(content, dict):

@@ -48,6 +48,7 @@ IMAGE_FORMATS = {
     "DIB": (".dib",),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
 MAX_PIXELS = 1 << 26  # 8192 x 8192, more than today's cameras take; decoding needs about 8 bytes per pixel
 
 SPLITS = ("train", "val", "test")
@@ -470,7 +471,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
         found = re.search(r"\((\d+) pixels\)", str(error))
-        has = f"has {int(found[1]):,} pixels" if found else "is larger"
+        has = f"has {int(found[1]):,}" if found else "has more"
         raise ValueError(
             f"cannot read image {path}: an image must have at most {max_pixels:,} pixels, this one {has}; "
             "max_pixels (on the command line --max-pixels) raises the limit"
@@ -569,6 +570,10 @@ def _open_image(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
         finally:
             Image.MAX_IMAGE_PIXELS = usual
     with image:
+        tags = getattr(image, "tag_v2", {})  # of a TIFF, whose decoder makes room for a whole tile
+        tile = tags.get(TILE_WIDTH, 1) * tags.get(TILE_LENGTH, 1)
+        if tile > max_pixels:
+            raise Image.DecompressionBombError(f"a tile is too large ({tile} pixels)")
         yield image
 
 
@@ -727,8 +732,9 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> Any:
+    content = read_regular(path)
     try:
-        return json.loads(read_regular_text(path))
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
 

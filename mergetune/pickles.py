@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save as serialize
@@ -107,16 +107,19 @@ def read_torchscript(file: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: not such an archive; one with modules that bring themselves back by code of their own.
     """
+    with open_regular(file) as stream:
+        return _read_script(stream, file)
+
+
+def _read_script(stream: BinaryIO, file: str | Path) -> dict[str, Tensor]:
     try:
-        with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(stream) as archive:
             pickled = _pickled(archive)
             content = partial(_stored, archive)
             root = _ScriptUnpickler(io.BytesIO(content(pickled)), _storages(content, pickled)).load()
             classes = _script_classes(archive, pickled.removesuffix("data.pkl") + "code/")
             leaves = dict(_walk_script(root, classes, (), iter(range(MAX_MODULES))))
             return {name: piece.tensor() for name, piece in leaves.items()}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # a damaged file raises many kinds
         raise ValueError(
             f"{file} cannot be read as a TorchScript archive without running it: {type(error).__name__}: {error}"
