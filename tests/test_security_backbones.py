@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ from mergetune.backbones import check_weights
 from mergetune.checkpoints import load_torch
 from mergetune.cli import app
 from mergetune.pickles import is_torchscript, read_torchscript
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Converting a tensor"),
+]
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "a", "photo", "of", "cat", "fire", "truck", "dog"]
@@ -238,7 +244,9 @@ def test_open_clip_alone_would_run_the_tokenizers_code(folder, marker, how, monk
     """What is guarded against is real: by the configuration, and by who answers at the terminal."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     edit(folder / TOKENIZER, "auto_map", CODE)
-    if how == "trust":
+    if how == "ask":
+        edit(folder / TOKENIZER, "tokenizer_class", "HostileTokenizer")
+    else:
         edit(folder / OPEN_CLIP, f"{KWARGS}.trust_remote_code", True)
     open_clip.get_tokenizer(f"local-dir:{folder}")
     assert marker.exists()
@@ -376,7 +384,7 @@ class Fails(Runs):
 PICKLES: dict[str, Callable[[Any, Path], object]] = {
     "zip": lambda state, file: torch.save(state, file),
     "legacy": lambda state, file: torch.save(state, file, _use_new_zipfile_serialization=False),
-    "plain": lambda state, file: file.write_bytes(pickle.dumps(state)),
+    "plain": lambda state, file: file.write_bytes(pickle.dumps(state, protocol=2)),
 }
 CALLS = {
     "os.mkdir": lambda marker: Runs(os.mkdir, str(marker)),
@@ -435,12 +443,6 @@ def test_pickled_tensors_are_loaded(folder, tiny_name, tmp_path, monkeypatch, wh
 
 
 # -- TorchScript ------------------------------------------------------------------------------------------------------
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Converting a tensor"),
-    pytest.mark.filterwarnings("ignore:'torch.load' received"),
-]
 
 
 class Odd(nn.Module):
@@ -570,8 +572,6 @@ def test_the_command_line_tells_how_to_allow_it(marker, tiny_name, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "no code", "packed", "itself"])
 def test_damaged_archives_are_named(tmp_path, damage):
-    import zipfile
-
     program("odd, scripted")(tmp_path / "whole.pt")
     file = tmp_path / "a.pt"
     if damage == "cut":

@@ -179,10 +179,9 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("reader", list(READERS))
 def test_a_fifo_is_refused_and_not_waited_for(fifo, reader):
-    reasons = (
-        "must be a regular file, got a FIFO|there is no file|does not exist|is not complete|without manifest|must be a"
-    )
-    with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=f"{reasons}|not a known tag or valid file"):
+    refused = "must be a regular file, got a FIFO|must be a folder with|must be a safetensors file"
+    not_there = "there is no file|does not exist|is not complete|without manifest|not a known tag or valid file"
+    with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=f"{refused}|{not_there}"):
         READERS[reader](fifo)
 
 
