@@ -116,6 +116,7 @@ UNUSED = _names(
 )
 # Fields of an added token.
 TOKEN = _names("__type content lstrip rstrip normalized single_word special")
+NAMED = ("added_tokens_decoder", "extra_special_tokens", "model_specific_special_tokens")  # settings: tokens by name
 SCALAR = (str, int, float, bool, type(None))
 
 
@@ -369,7 +370,7 @@ def _check_tokenizer_config(config: dict[str, Any], file: Path) -> dict[str, Any
         raise ValueError(f"{file}: init_inputs must be empty: a tokenizer's settings have names")
     kept = {key: value for key, value in config.items() if key not in UNUSED and not key.endswith("_file")}
     for key, value in kept.items():
-        _check_tokens(value, f"{file}: {key}", named=key in ("added_tokens_decoder", "extra_special_tokens"))
+        _check_tokens(value, f"{file}: {key}", named=key in NAMED)
     return kept
 
 
@@ -377,7 +378,7 @@ def _check_special_tokens(tokens: dict[str, Any], file: Path) -> dict[str, Any]:
     for key, value in tokens.items():
         if not re.fullmatch(r"\w+_tokens?", key):  # transformers takes any key for an argument, paths among them
             raise ValueError(f"{file}: {key} must be the name of a token, as unk_token")
-        _check_tokens(value, f"{file}: {key}", named=key == "extra_special_tokens")
+        _check_tokens(value, f"{file}: {key}", named=key in NAMED)
     return tokens
 
 

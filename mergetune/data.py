@@ -319,8 +319,8 @@ def ImageFolder(
 
     Two layouts: ``root/{train,val,test}/<class>/**/image``, of which val and test may be missing; or
     ``root/<class>/**/image``, which is then split. The first is meant where ``root`` holds a folder ``train`` and no
-    folders but these three. Images are what Pillow can open, by extension; hidden files and folders are left out;
-    links are followed, loops are not.
+    folders but these three. Images are known by their extension, see :func:`image_extensions`; hidden files and
+    folders are left out, and so are FIFOs, devices and sockets; links are followed, loops are not.
 
     The split is made per class with a seed; a class that is added later leaves the others' split alone. Files with the
     same bytes stay on one side, so that no test image was trained on under another name.

@@ -11,6 +11,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from mergetune import FrozenClip, load_clip
+from mergetune.backbones import TEXT as TEXT_KEYS
+from mergetune.backbones import VISION as VISION_KEYS
 from mergetune.backbones import check_weights
 from mergetune.checkpoints import load_torch
 from mergetune.cli import app
@@ -159,6 +162,12 @@ def test_every_configuration_of_open_clip_passes(tmp_path, name):
     refused = "hf_model_name must be absent" if "hf_model_name" in config["text_cfg"] else "must hold weights"
     with pytest.raises((ValueError, RuntimeError), match=refused):
         load_clip(f"local-dir:{tmp_path}")
+
+
+def test_every_setting_of_open_clip_was_considered():
+    """A setting that a new open_clip brings is refused until somebody has looked at what it makes open_clip do."""
+    for settings, allowed in ((open_clip.CLIPVisionCfg, VISION_KEYS), (open_clip.CLIPTextCfg, TEXT_KEYS)):
+        assert {field.name for field in fields(settings)} == allowed
 
 
 @HOW

@@ -35,7 +35,7 @@ def export(
             raise ValueError(f"--to must be coop, head, classifier or hub, got {form!r}")
         names = None
         if classes is not None:
-            names = [line.strip() for line in read_regular_text(classes).splitlines() if line.strip()]
+            names = [line.strip() for line in read_regular_text(classes).split("\n") if line.strip()]
         found = open_solution(solution, classnames=names, position=position)
         clip = mt.load_clip(backbone, pretrained, allow_torchscript=allow_torchscript) if backbone else None
         if clip is None and (form in ("coop", "classifier") or (form == "head" and found.kind == "prompt")):
