@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +123,19 @@ SCALAR = (str, int, float, bool, type(None))
 
 @dataclass(frozen=True)
 class Backbone:
-    """A checked copy of a backbone's files.
+    """Where open_clip takes a model from.
 
     Attributes:
-        name: for open_clip: the private folder, as "local-dir:path".
-        folder: the private folder; gone when the context ends.
-        weights: the file of the weights, to which a link lies in the folder.
-        huggingface: whether texts are tokenized by a tokenizer in the folder, or by open_clip's own.
+        name: for open_clip: one of its models, or a private folder as "local-dir:path".
+        weights: the file of the weights that it will load, if there is one.
+        huggingface: whether texts are tokenized by a tokenizer of transformers, or by open_clip's own.
+        folder: the private folder that stands for the backbone's own files; gone when the context ends.
     """
 
     name: str
-    folder: Path
-    weights: Path
+    weights: Path | None
     huggingface: bool
+    folder: Path | None = None
 
 
 @contextmanager
@@ -158,21 +159,21 @@ def checked_backbone(name: str, *, cache_dir: str | Path | None = None) -> Itera
             if not source.is_dir():
                 raise FileNotFoundError(f"name must be {FOLDER} and a folder, got {name!r}, where there is no folder")
             config = _check_config(source / CONFIG)
-            weights, tokenizer = _find_weights(source), source
+            find_tokenizer, find_weights = (lambda named: source), (lambda: _find_weights(source))
         else:
             repo = name.removeprefix(HUB)
             file = _download(repo, CONFIG, cache_dir=cache_dir)
             config = _check_config(file)
             commit = file.parent.name if file.parent.parent.name == "snapshots" else None
-            named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
-            tokenizer = _download_tokenizer(repo, named, commit, file, cache_dir=cache_dir) if named else file.parent
-            weights = _download(repo, *HUB_WEIGHTS, revision=commit, cache_dir=cache_dir)
-        huggingface = bool(config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"))
-        if huggingface:
-            _copy_tokenizer(tokenizer, folder)
+            find_tokenizer = partial(_download_tokenizer, repo, commit, file, cache_dir=cache_dir)
+            find_weights = partial(_download, repo, *HUB_WEIGHTS, revision=commit, cache_dir=cache_dir)
+        named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+        if named:  # checked before the weights are downloaded
+            _copy_tokenizer(find_tokenizer(named), folder)
+        weights = find_weights()
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         os.symlink(weights.absolute(), folder / HUB_WEIGHTS[weights.suffix != ".safetensors"])
-        yield Backbone(f"{FOLDER}{folder}", folder, weights, huggingface)
+        yield Backbone(f"{FOLDER}{folder}", weights, bool(named), folder)
 
 
 def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[str, Tensor] | None:
@@ -323,7 +324,7 @@ def _download(repo: str, *names: str, revision: str | None = None, cache_dir: st
 
 
 def _download_tokenizer(
-    repo: str, name: str, commit: str | None, config: Path, *, cache_dir: str | Path | None
+    repo: str, commit: str | None, config: Path, name: str, *, cache_dir: str | Path | None
 ) -> Path:
     """The folder of a tokenizer's files: of the backbone's own commit, or of the repository that it names."""
     try:

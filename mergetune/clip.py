@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transfo
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from mergetune.backbones import check_weights, checked_backbone
+from mergetune.backbones import Backbone, check_weights, checked_backbone
 from mergetune.blocks import ACTIVATIONS, Layout, run_blocks
 from mergetune.pickles import is_torchscript
 
@@ -370,10 +370,10 @@ def load_clip(
             raise _refused_tower("HFTextEncoder")
         warn_quickgelu(name, str(pretrained))
         published = _published_preprocess(name, str(pretrained))
-        plan = nullcontext(_built_in(name, str(pretrained), config, cache_dir))
+        opened = nullcontext(_built_in(name, str(pretrained), config, cache_dir))
     else:
-        plan = _checked(name, cache_dir)
-    with plan as source:
+        opened = checked_backbone(name, cache_dir=cache_dir)
+    with opened as source:
         state = None if source.weights is None else check_weights(source.weights, allow_torchscript=allow_torchscript)
         try:
             model = open_clip.create_model(
@@ -396,30 +396,7 @@ def load_clip(
     return FrozenClip(model, tokenizer, name if complete else f"{name}/{pretrained}")
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where open_clip takes a model from.
-
-    Attributes:
-        name: for open_clip.
-        weights: the file that it will load, if there is one.
-        huggingface: whether the tokenizer is one of transformers.
-        folder: the private folder that stands for the backbone's own files.
-    """
-
-    name: str
-    weights: Path | None
-    huggingface: bool
-    folder: Path | None = None
-
-
-@contextmanager
-def _checked(name: str, cache_dir: str | Path | None) -> Iterator[_Source]:
-    with checked_backbone(name, cache_dir=cache_dir) as found:
-        yield _Source(found.name, found.weights, found.huggingface, found.folder)
-
-
-def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: str | Path | None) -> _Source:
+def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: str | Path | None) -> Backbone:
     """One of open_clip's own models, with the weights of a tag, which are downloaded, or of a file."""
     weights = pretrained if Path(pretrained).is_file() else ""
     if tag := open_clip.get_pretrained_cfg(name, pretrained):
@@ -428,7 +405,7 @@ def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: 
         except Exception as error:  # whatever a download raises
             raise RuntimeError(f"the weights {pretrained!r} of {name!r} could not be downloaded: {error}") from error
     huggingface = bool(config["text_cfg"].get("hf_tokenizer_name"))
-    return _Source(name, Path(weights) if weights else None, huggingface)
+    return Backbone(name, Path(weights) if weights else None, huggingface)
 
 
 def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -438,7 +415,7 @@ def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict({k: v.float() for k, v in state.items() if k not in described})
 
 
-def _load_tokenizer(name: str, source: _Source, cache_dir: str | Path | None) -> Callable[..., Tensor]:
+def _load_tokenizer(name: str, source: Backbone, cache_dir: str | Path | None) -> Callable[..., Tensor]:
     options = {"trust_remote_code": False} if source.huggingface else {}  # transformers would ask at the terminal
     try:
         return open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)

@@ -459,7 +459,7 @@ def cache_features(
             plan, pending = job
             mine = pending[team.rank :: team.world]
             show = progress and team.rank == 0
-            reading = {"workers": workers, "max_pixels": max_pixels, "on_error": on_error}
+            reading: dict[str, Any] = {"workers": workers, "max_pixels": max_pixels, "on_error": on_error}
             team.each(
                 lambda: _build(clip, images.root, path, plan, mine, batch_size=batch_size, progress=show, **reading)
             )
