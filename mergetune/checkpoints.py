@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from mergetune.files import read_regular, require_regular
+from mergetune.pickles import load_tensors_only
 
 CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # of one set of class names: rebuilt, never read
 KGCOOP_UNUSED = ("bias_vectors", "meta_net.")  # saved by KgCoOp, not used in its forward; CoCoOp uses its meta_net
@@ -281,6 +282,7 @@ def _read_dict(file: Path) -> dict[str, Any]:
 def read_safetensors(file: Path) -> dict[str, Any]:
     """Tensors, memory-mapped, and what the metadata says of a head, by name."""
     content: dict[str, Any] = {}
+    require_regular(file)
     try:
         with safe_open(file, "pt") as opened:
             for key, text in (opened.metadata() or {}).items():
@@ -293,11 +295,10 @@ def read_safetensors(file: Path) -> dict[str, Any]:
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file; objects, which are pickles, are refused."""
+    require_regular(file)
     try:
         with np.load(file, allow_pickle=False) as opened:
             return {name: opened[name] for name in opened.files}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files
         raise ValueError(f"{file} cannot be read as .npz: {type(error).__name__}: {error}") from error
 
@@ -311,26 +312,8 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 
 def load_torch(file: Path, *, mmap: bool = False) -> Any:
-    """``torch.load`` with ``weights_only=True`` and a short allow-list, every refusal a ValueError.
-
-    Args:
-        file: in torch's zip format or the older one.
-        mmap: map the tensors of a zip format into memory; damage to their numbers is not noticed then.
-    """
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        detail = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))  # not the advice to run it
-        what = f"an object of {found[1]}" if found else f"more than tensors ({detail[1] if detail else 'a pickle'})"
-        raise ValueError(
-            f"{file} cannot be read as a checkpoint: it holds {what}, and pickled code is never run"
-        ) from error
-    except Exception as error:  # torch.load raises many kinds on files that are not checkpoints
-        raise ValueError(f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+    """:func:`mergetune.pickles.load_tensors_only` with the few other types that checkpoints hold."""
+    return load_tensors_only(file, mmap=mmap, allowed=_ALLOWED)
 
 
 def _find(path: Path) -> Path:
@@ -343,7 +326,7 @@ def _find(path: Path) -> Path:
             path = path / learner
             break
     if (path / "checkpoint").is_file():
-        name = (path / "checkpoint").read_text(errors="replace").strip()
+        name = read_regular(path / "checkpoint").decode(errors="replace").strip()
         named = [file for file in path.iterdir() if file.name == name]
         if named:
             return named[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,8 +20,10 @@ from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transfo
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
+from mergetune.backbones import Backbone, check_weights, checked_backbone
 from mergetune.blocks import ACTIVATIONS, Layout, run_blocks
 from mergetune.files import jsonable
+from mergetune.pickles import is_torchscript
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = "a photo of a {}."
@@ -324,8 +326,12 @@ def load_clip(
     device: str | torch.device = "cpu",
     precision: str = "float32",
     cache_dir: str | Path | None = None,
+    allow_torchscript: bool = False,
 ) -> FrozenClip:
     """Load any open_clip model, frozen.
+
+    No code of the model's files is run: configurations and tokenizers of "hf-hub:" and "local-dir:" may name a network
+    and a vocabulary, weights may hold tensors, and of a TorchScript archive, as OpenAI publishes, the tensors are read.
 
     Args:
         name: an open_clip model name ("ViT-B-16-quickgelu"), "hf-hub:org/repo" or "local-dir:path".
@@ -335,9 +341,12 @@ def load_clip(
         device: where the model lives.
         precision: "float32", "bfloat16" or "float16" for the weights; features are float32 always.
         cache_dir: where open_clip keeps downloads.
+        allow_torchscript: run a TorchScript archive whose tensors cannot be read otherwise. It is a program: allow it
+            for an author whom you would let run one.
 
     Raises:
-        ValueError: unknown precision; no weights named; weights given twice.
+        ValueError: unknown precision; no weights named; weights given twice; files that ask for more than a network, a
+            vocabulary and tensors, naming the file and the key.
         RuntimeError: open_clip does not know the model or the tag; weights of another model; a package for its
             tokenizer is missing.
         TypeError: a model without a text tower that mergetune understands.
@@ -361,31 +370,60 @@ def load_clip(
             raise _refused_tower("HFTextEncoder")
         warn_quickgelu(name, str(pretrained))
         published = _published_preprocess(name, str(pretrained))
-    archive = None
-    if not complete and _is_torchscript(Path(pretrained)):
-        archive = torch.jit.load(pretrained, map_location="cpu")
-    try:
-        model = open_clip.create_model(
-            name,
-            None if complete or archive is not None else str(pretrained),
-            device=device,
-            require_pretrained=archive is None,
-            force_preprocess_cfg=published,
-            cache_dir=cache_dir,
-        )
-    except AssertionError as error:  # from open_clip's resizing of position embeddings
-        raise RuntimeError(f"the weights {pretrained or name} are not those of {name!r}: {error}") from error
-    try:
-        tokenizer = open_clip.get_tokenizer(name, cache_dir=cache_dir)
-    except ImportError as error:  # open_clip does not ask for transformers itself
-        raise RuntimeError(f"the tokenizer of {name!r} needs a package: pip install transformers ({error})") from error
-    if archive is not None:  # OpenAI's own files, which open_clip refuses to unpickle
-        described = {"input_resolution", "context_length", "vocab_size"}
-        model.load_state_dict({k: v.float() for k, v in archive.state_dict().items() if k not in described})
+        opened = nullcontext(_built_in(name, str(pretrained), config, cache_dir))
+    else:
+        opened = checked_backbone(name, cache_dir=cache_dir)
+    with opened as source:
+        state = None if source.weights is None else check_weights(source.weights, allow_torchscript=allow_torchscript)
+        try:
+            model = open_clip.create_model(
+                source.name,
+                None if complete else str(pretrained),
+                device=device,
+                load_weights=state is None,
+                require_pretrained=state is None,
+                force_preprocess_cfg=published,
+                cache_dir=cache_dir,
+            )
+        except AssertionError as error:  # from open_clip's resizing of position embeddings
+            raise RuntimeError(f"the weights {pretrained or name} are not those of {name!r}: {error}") from error
+        if state is not None:
+            _load_archive(model, state)
+        tokenizer = _load_tokenizer(name, source, cache_dir)
     logit_scale = model.logit_scale.detach().clone()
     model.to(dtype=PRECISIONS[precision])
     model.logit_scale.data = logit_scale  # the temperature is not rounded: a half type would change every logit
     return FrozenClip(model, tokenizer, name if complete else f"{name}/{pretrained}")
+
+
+def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: str | Path | None) -> Backbone:
+    """One of open_clip's own models, with the weights of a tag, which are downloaded, or of a file."""
+    weights = pretrained if Path(pretrained).is_file() else ""
+    if tag := open_clip.get_pretrained_cfg(name, pretrained):
+        try:
+            weights = open_clip.download_pretrained(tag, cache_dir=cache_dir)
+        except Exception as error:  # whatever a download raises
+            raise RuntimeError(f"the weights {pretrained!r} of {name!r} could not be downloaded: {error}") from error
+    huggingface = bool(config["text_cfg"].get("hf_tokenizer_name"))
+    return Backbone(name, Path(weights) if weights else None, huggingface)
+
+
+def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what a TorchScript archive holds: a state dict, and buffers that no state dict has."""
+    described = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's
+    described |= {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    model.load_state_dict({k: v.float() for k, v in state.items() if k not in described})
+
+
+def _load_tokenizer(name: str, source: Backbone, cache_dir: str | Path | None) -> Callable[..., Tensor]:
+    options = {"trust_remote_code": False} if source.huggingface else {}  # transformers would ask at the terminal
+    try:
+        return open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)
+    except ImportError as error:  # open_clip does not ask for transformers itself
+        raise RuntimeError(f"the tokenizer of {name!r} needs a package: pip install transformers ({error})") from error
+    except Exception as error:  # transformers raises many kinds on files that are not a tokenizer's
+        reason = str(error).replace(str(source.folder), name) if source.folder else error
+        raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
 def warn_quickgelu(name: str, pretrained: str) -> None:
@@ -396,7 +434,7 @@ def warn_quickgelu(name: str, pretrained: str) -> None:
     path = Path(pretrained)
     if not path.is_file() or name.endswith("-quickgelu") or f"{name}-quickgelu" not in open_clip.list_models():
         return
-    if "openai" in path.name.lower() or _is_torchscript(path):
+    if "openai" in path.name.lower() or is_torchscript(path):
         warn(
             f"{path.name} looks like OpenAI's weights, which were trained with QuickGELU, but {name!r} uses GELU: "
             f"features would be silently wrong. Load it as {name + '-quickgelu'!r}.",
@@ -420,14 +458,6 @@ def _published_preprocess(name: str, pretrained: str) -> dict[str, Any]:
         stacklevel=3,
     )
     return cfg
-
-
-def _is_torchscript(path: Path) -> bool:
-    """OpenAI publishes TorchScript archives; state dicts carry no code."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in entry for entry in archive.namelist())
 
 
 def _pooled(features: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -35,7 +35,7 @@ from mergetune.data import Dataset, ImageList
 from mergetune.demo import TEMPLATE, load_icons
 from mergetune.evaluate import accuracy, harmonic_mean
 from mergetune.features import FeatureCache, cache_features
-from mergetune.files import jsonable, write_atomically
+from mergetune.files import jsonable, read_regular, read_regular_text, write_atomically
 from mergetune.fit import RESULT, FitResult, Job, fit_job, train_together, tune_job
 from mergetune.merging.methods import METHODS
 from mergetune.options import TUNE_METHODS, CompareOptions, FitOptions
@@ -547,7 +547,7 @@ def measure(task: Task, record: Record, chosen: Mapping[str, int], folder: Path)
     """Test the chosen candidates of a cell, or take their results from disk."""
     if record.get("chosen") == chosen:
         return record
-    weights = deserialize((folder / WEIGHTS).read_bytes())
+    weights = deserialize(read_regular(folder / WEIGHTS))
     halves = task.halves(record["cell"]["partition"])
     results: dict[str, dict[str, list[int]]] = {row: {} for row in chosen}
     images = {}
@@ -595,7 +595,7 @@ def _write(file: Path, record: Any) -> None:
 
 def _read(file: Path) -> Record:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(read_regular_text(file))
         record["cell"], record["settings"]
         return record
     except (ValueError, KeyError, TypeError) as error:

@@ -17,13 +17,39 @@ import posixpath
 import random
 import re
 import reprlib
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from mergetune.files import open_regular, read_regular, read_regular_text
+from mergetune.options import MAX_PIXELS
+
+# The formats that are read, whatever a file's name says. Pillow decodes each of them within this process, with its own
+# code or a codec library, from one picture's pixels. Left out of what Pillow knows are
+#   EPS, and WMF on Windows, which hand the file to another program or to the system (Ghostscript runs PostScript);
+#   BUFR, GRIB, HDF5, MPEG, FITS and others of science and film, which need a handler from elsewhere or are no photos;
+#   ICO, ICNS, CUR, DCX, FLI, PSD, FPX, MIC, IPTC and MCIDAS: containers of several pictures, layers or other files;
+#   BLP, DDS, FTEX, GBR, IM, IMT, MSP, PCD, PCX, PIXAR, QOI, SGI, SPIDER, SUN, XBM, XPM, XV and TGA: old or rare formats
+#   with seldom tested decoders, some of which recognise a file by almost nothing.
+IMAGE_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+}
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
 
 SPLITS = ("train", "val", "test")
 VAL_SHARE, TEST_SHARE = 0.2, 0.3  # CoOp's shares for data without an official split
@@ -293,8 +319,8 @@ def ImageFolder(
 
     Two layouts: ``root/{train,val,test}/<class>/**/image``, of which val and test may be missing; or
     ``root/<class>/**/image``, which is then split. The first is meant where ``root`` holds a folder ``train`` and no
-    folders but these three. Images are what Pillow can open, by extension; hidden files and folders are left out;
-    links are followed, loops are not.
+    folders but these three. Images are known by their extension, see :func:`image_extensions`; hidden files and
+    folders are left out, and so are FIFOs, devices and sockets; links are followed, loops are not.
 
     The split is made per class with a seed; a class that is added later leaves the others' split alone. Files with the
     same bytes stay on one side, so that no test image was trained on under another name.
@@ -426,17 +452,32 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
     return Dataset(json_file.stem.removeprefix("split_zhou_"), *(lists.get(split) for split in SPLITS))
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image as RGB.
 
-    As in open_clip and CoOp, EXIF orientation is not applied: published numbers were made that way.
+    The file must be a regular file of one of :data:`IMAGE_FORMATS`, none of which starts another program. As in
+    open_clip and CoOp, EXIF orientation is not applied: published numbers were made that way.
+
+    Args:
+        path: the file.
+        max_pixels: the largest width times height that is decoded: a file of 20 kB can hold an image that fills the
+            memory. The size is read from the header, and so are the sizes of TIFF's tiles and GIF's frames.
 
     Raises:
-        ValueError: the file is missing, truncated or not an image; names it.
+        ValueError: the file is missing, truncated, not a regular file, not an image, or too large; names it.
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, _open_image(file, max_pixels) as image:
             return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\((\d+) pixels\)", str(error))
+        has = f"has {int(found[1]):,}" if found else "has more"
+        raise ValueError(
+            f"cannot read image {path}: an image must have at most {max_pixels:,} pixels, this one {has}; "
+            "max_pixels (on the command line --max-pixels) raises the limit"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read image {path}: its content must be {', '.join(_formats())}") from error
     except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, EOFError, ...
         raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
@@ -483,8 +524,57 @@ def difference(expected: Iterable[str], got: Iterable[str]) -> str:
 
 @functools.cache
 def image_extensions() -> frozenset[str]:
-    """Extensions, with the dot and in lower case, of the formats that Pillow can open here."""
-    return frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    """Extensions, with the dot and in lower case, of those :data:`IMAGE_FORMATS` that Pillow has here."""
+    return frozenset(extension for name in _formats() for extension in IMAGE_FORMATS[name])
+
+
+def image_names(folder: str | Path) -> list[str]:
+    """Names of the images in a folder, by extension, sorted, without hidden ones.
+
+    A FIFO, a device or a socket is no image. A link to nothing is one that cannot be read, rather than none.
+    """
+    extensions = tuple(image_extensions())
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.lower().endswith(extensions)
+            and not entry.name.startswith(".")
+            and (entry.is_file() or not os.path.exists(entry.path))
+        )
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+class _Limit(int):
+    """A limit for Pillow, which warns above its limit and refuses above its double: here both are one number."""
+
+    def __rmul__(self, other: int) -> _Limit:
+        return self
+
+
+_PILLOWS_LIMIT = threading.Lock()
+
+
+@contextmanager
+def _open_image(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
+    """The image in a file, its header read, nothing decoded. Raises DecompressionBombError above max_pixels."""
+    with _PILLOWS_LIMIT:  # it is one for the whole process
+        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, _Limit(max_pixels)
+        try:
+            image = Image.open(file, formats=_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
+    with image:
+        tags = getattr(image, "tag_v2", {})  # of a TIFF, whose decoder makes room for a whole tile
+        tile = tags.get(TILE_WIDTH, 1) * tags.get(TILE_LENGTH, 1)
+        if tile > max_pixels:
+            raise Image.DecompressionBombError(f"a tile is too large ({tile} pixels)")
+        yield image
 
 
 # -- sampling and splitting -------------------------------------------------------------------------------------------
@@ -549,7 +639,7 @@ def _identify(root: Path, files: Iterable[str]) -> dict[str, str]:
     contents = {}
     for same_size in by_size.values():
         for file in same_size:
-            contents[file] = file if len(same_size) == 1 else hashlib.sha256((root / file).read_bytes()).hexdigest()
+            contents[file] = file if len(same_size) == 1 else hashlib.sha256(read_regular(root / file)).hexdigest()
     return contents
 
 
@@ -603,7 +693,7 @@ def _images_below(folder: Path, above: set[tuple[int, int]]) -> list[Path]:
     """Images in a folder and its folders; a folder that was seen is not entered again, so that links cannot loop."""
     seen = above | {_identity(folder)}
     found = []
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, _ in os.walk(folder, followlinks=True):
         fresh = []
         for name in sorted(folders):
             identity = _identity(Path(here, name))
@@ -611,11 +701,7 @@ def _images_below(folder: Path, above: set[tuple[int, int]]) -> list[Path]:
                 seen.add(identity)
                 fresh.append(name)
         folders[:] = fresh
-        found += [
-            Path(here, name)
-            for name in files
-            if not name.startswith(".") and PurePosixPath(name).suffix.lower() in image_extensions()
-        ]
+        found += [Path(here, name) for name in image_names(here)]
     return found
 
 
@@ -631,9 +717,8 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} must be a list of objects with path and label, got {_brief(rows)}")
     elif path.suffix.lower() == ".csv":
         try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file, skipinitialspace=True)
-                rows = list(reader)
+            reader = csv.DictReader(io.StringIO(read_regular_text(path), newline=""), skipinitialspace=True)
+            rows = list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} must be CSV in UTF-8: {error}") from error
         missing = {"path", "label"} - set(reader.fieldnames or ())
@@ -647,8 +732,9 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> Any:
+    content = read_regular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
 
@@ -674,7 +760,7 @@ def _read_few_shot(path: Path, split: str) -> list[tuple[str, int]]:
                 raise pickle.UnpicklingError(f"it holds {module}.{name}, and pickled code is never run")
             return Datum
 
-    content = path.read_bytes()
+    content = read_regular(path)
     try:
         for opcode, argument, _ in pickletools.genops(content):
             if not DATUM_OPCODES.fullmatch(opcode.name):

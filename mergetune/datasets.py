@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,12 @@ from mergetune.data import (
     ImageList,
     coop_split,
     difference,
-    image_extensions,
+    image_names,
     prettify,
     require_files,
     subfolders,
 )
+from mergetune.files import read_regular_text
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 VARIANTS = ("variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS))
@@ -273,14 +273,11 @@ def _class_folders(root: Path, parent: str, folders: Sequence[str], names: dict[
         raise ValueError(f"{file} must name every class folder in {root / parent}, it lacks {unknown[0]!r}")
     files: list[str] = []
     labels: list[int] = []
-    extensions = tuple(image_extensions())
     for label, folder in enumerate(
         tqdm(folders, desc=f"list {root / parent}", unit="folder", disable=None, leave=False)
     ):
         place = f"{parent}/{folder}" if parent else folder
-        found = sorted(
-            name for name in os.listdir(root / place) if name.lower().endswith(extensions) and not name.startswith(".")
-        )
+        found = image_names(root / place)
         if not found:
             raise ValueError(f"class folder {root / place} must hold at least one image, got none")
         files += [f"{place}/{name}" for name in found]
@@ -313,6 +310,6 @@ def _variants(name: str, folder: Path, images: Path) -> Dataset:
 def _lines(file: Path) -> list[str]:
     """The lines of a text file that are not blank, stripped."""
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} must be text in UTF-8: {error}") from error

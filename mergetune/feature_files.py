@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mergetune.checkpoints import load_torch, read_npz, read_safetensors
 from mergetune.features import FeatureCache
+from mergetune.files import read_regular_text, require_regular
 
 FEATURES = ("feature_list", "features", "image_features")  # lpclip's name first
 LABELS = ("label_list", "labels", "targets")
@@ -147,7 +148,7 @@ def _read_labels(file: Path) -> Any:
     if file.suffix == ".npy":
         return _map_npy(file)
     if file.suffix == ".txt":
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]
         return [int(line) for line in lines] if all(re.fullmatch(r"\d{1,9}", line) for line in lines) else lines
     return _pick(file, _content(file), LABELS)
 
@@ -187,6 +188,7 @@ def _pick(file: Path, content: Any, names: tuple[str, ...]) -> Any:
 
 def _map_npy(file: Path) -> np.ndarray:
     try:
+        require_regular(file)
         return np.load(file, mmap_mode="c", allow_pickle=False)  # "c": torch wants memory that could be written
     except Exception as error:  # numpy raises many kinds on damaged files
         raise ValueError(f"{file} cannot be read as .npy: {type(error).__name__}: {error}") from error

@@ -41,7 +41,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mergetune.data import ImageList, load_image
-from mergetune.files import jsonable, write_atomically
+from mergetune.files import jsonable, open_regular, read_regular, write_atomically
+from mergetune.options import MAX_PIXELS
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -378,6 +379,7 @@ def cache_features(
     batch_size: int = 64,
     shard_size: int | None = None,
     workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
     on_error: str = "raise",
     overwrite: bool = False,
     progress: bool = True,
@@ -407,6 +409,7 @@ def cache_features(
         shard_size: images per file: the most that a kill can lose, and the portion of a rank. None is 1,024, or more
             where that would make over 256 files. An unfinished cache goes on with its own.
         workers: processes that decode images; 0 decodes in this one.
+        max_pixels: an image with more pixels is unreadable: decoding takes about 8 bytes per pixel in each worker.
         on_error: an unreadable image stops the build ("raise"; finished shards are kept) or is left out, with a
             warning and a note in the manifest ("skip").
         overwrite: throw away what is at ``path`` and build anew.
@@ -427,6 +430,7 @@ def cache_features(
         ("batch_size", batch_size, 1),
         ("shard_size", shard_size, 1),
         ("workers", workers, 0),
+        ("max_pixels", max_pixels, 1),
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -456,8 +460,10 @@ def cache_features(
             plan, pending = job
             mine = pending[team.rank :: team.world]
             show = progress and team.rank == 0
-            loading = {"batch_size": batch_size, "workers": workers, "on_error": on_error, "progress": show}
-            team.each(lambda: _build(clip, images.root, path, plan, mine, **loading))
+            reading: dict[str, Any] = {"workers": workers, "max_pixels": max_pixels, "on_error": on_error}
+            team.each(
+                lambda: _build(clip, images.root, path, plan, mine, batch_size=batch_size, progress=show, **reading)
+            )
             team.lead(lambda: _finish(path, plan))
     cache = FeatureCache.open(path)
     unreadable = [file for file in images.files if file in cache.skipped]
@@ -515,6 +521,7 @@ def _build(
     *,
     batch_size: int,
     workers: int,
+    max_pixels: int,
     on_error: str,
     progress: bool,
 ) -> None:
@@ -523,7 +530,7 @@ def _build(
         return
     batches = {number: _batches(plan, number, batch_size) for number in numbers}
     loader = DataLoader(
-        _Views(root, plan, clip.preprocess, clip.augment if plan["views"] > 1 else None),
+        _Views(root, plan, clip.preprocess, clip.augment if plan["views"] > 1 else None, max_pixels),
         batch_sampler=[batch for number in numbers for batch in batches[number]],
         num_workers=workers,
         collate_fn=_collate,
@@ -604,10 +611,12 @@ def _finish(path: Path, plan: dict[str, Any]) -> None:
 class _Views(torch.utils.data.Dataset):
     """Decoded images: item i is (pixels [V, 3, H, W] or None, identity, reason why not)."""
 
-    def __init__(self, root: Path, plan: dict[str, Any], preprocess: Callable, augment: Callable | None) -> None:
+    def __init__(
+        self, root: Path, plan: dict[str, Any], preprocess: Callable, augment: Callable | None, max_pixels: int
+    ) -> None:
         self.root, self.files = root, plan["files"]
         self.views, self.seed = plan["views"], plan["seed"]
-        self.preprocess, self.augment = preprocess, augment
+        self.preprocess, self.augment, self.max_pixels = preprocess, augment, max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -616,7 +625,7 @@ class _Views(torch.utils.data.Dataset):
         path = self.root / self.files[i]
         identity = _image_identity(path)
         try:
-            image = load_image(path)
+            image = load_image(path, max_pixels=self.max_pixels)
         except ValueError as error:
             return None, identity, str(error)
         views = [self.preprocess(image)]
@@ -746,10 +755,10 @@ def _stat(path: str | Path) -> list[int | None]:
 def _sha256(path: Path) -> str | None:
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return digest.hexdigest()
 
@@ -792,7 +801,7 @@ def _finished(path: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 def _read_document(file: Path, *, images: bool = True) -> dict[str, Any]:
     """A manifest or a plan, of this format; on request without the images' identities, two thirds of a manifest."""
-    content = file.read_bytes()
+    content = read_regular(file)
     if not images:
         kept, end = [], 0
         for begin, after in _images_in(content):
@@ -808,7 +817,7 @@ def _read_document(file: Path, *, images: bool = True) -> dict[str, Any]:
 
 def _identities(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, list[list[Any]]]]:
     """Number and images' identities of each shard in a manifest, one after the other: all at once take long lists."""
-    content = (path / MANIFEST).read_bytes()
+    content = read_regular(path / MANIFEST)
     places = list(_images_in(content))
     if len(places) == len(manifest["shards"]):
         yield from ((number, json.loads(content[begin:end])) for number, (begin, end) in enumerate(places))
@@ -852,7 +861,7 @@ def _check_size(file: Path, size: int) -> None:
 
 
 def _read_json(file: Path) -> Any:
-    return _parse(file.read_bytes(), file)
+    return _parse(read_regular(file), file)
 
 
 def _parse(content: bytes, file: Path) -> Any:

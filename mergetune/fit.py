@@ -29,7 +29,7 @@ from mergetune.clip import PLAIN, FrozenClip, check_templates, words_before
 from mergetune.curvature import fisher_diagonal
 from mergetune.evaluate import accuracy
 from mergetune.features import FeatureCache
-from mergetune.files import jsonable, remove_parts, write_atomically
+from mergetune.files import jsonable, read_regular_text, remove_parts, require_regular, write_atomically
 from mergetune.objective import Batch, Objective, path_points, together
 from mergetune.options import SPACES, SURROGATES, TUNE_METHODS, FitOptions, TuneOptions, recorded
 from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text, load_solution
@@ -100,7 +100,7 @@ class FitResult:
     def load(cls, path: str | Path) -> FitResult:
         """Read what :meth:`save` wrote."""
         try:
-            record = json.loads((Path(path) / RESULT).read_text(encoding="utf-8"))
+            record = json.loads(read_regular_text(Path(path) / RESULT))
             return cls(load_solution(path), tuple(record["history"]), record["settings"], record["timings"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(path) / RESULT} is not a result of mergetune: {error}") from error
@@ -744,6 +744,7 @@ class _Run:
         if not path.exists():
             return
         try:
+            require_regular(path)
             with safe_open(path, "pt") as file:
                 record = json.loads(file.metadata()["run"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -24,6 +24,7 @@ POSITIONS = ("end", "middle", "front")  # of the class name in a prompt
 PATH_GRIDS = ("even", "official", "random")
 SURROGATES = ("identity", "fisher", "cosine", "l2")
 SPACES = ("embedding", "parameter")
+MAX_PIXELS = 1 << 26  # 8192 x 8192, more than today's cameras take; decoding needs about 8 bytes per pixel
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}  # tried by compare, the defaults first
 
@@ -141,6 +142,9 @@ class CacheOptions:
         none=True, least=1, recorded=False,
     )  # fmt: skip
     workers: int = _option("int", 0, "Processes that decode images.", least=0, recorded=False)
+    max_pixels: int = _option(
+        "int", MAX_PIXELS, "Largest width times height of an image that is decoded.", least=1, recorded=False
+    )
     on_error: str = _option(
         "str", "raise", "An unreadable image stops the build (raise) or is left out (skip).",
         choices=("raise", "skip"), recorded=False,

@@ -1,8 +1,8 @@
-"""Tensors of a pickled module, read without making any object or running any function that the file names.
+"""Tensors of pickled modules and TorchScript archives, read without running anything that the file names.
 
 WiSE-FT saves its classifiers with ``pickle.dump``, others save whole modules with ``torch.save``: plain unpickling
 would import and run what such a file asks for. Here every name in it becomes an inert stand-in, but for the few that
-describe tensors.
+describe tensors. A TorchScript archive is a program beside a pickle of its modules: here the pickle alone is read.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import io
 import json
 import math
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.files import write_atomically
+from mergetune.files import open_regular, read_regular, require_regular, write_atomically
 
 STORAGES = {
     "FloatStorage": torch.float32,
@@ -38,6 +40,8 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of torch.save's format before 1.6
+MAX_MODULES = 1 << 16  # of a TorchScript archive, each as often as it is used: modules that share modules can be many
+MAX_CODE = 1 << 28  # bytes of a TorchScript archive's code, which is compressed
 MAX_EXPANDED = 1 << 24  # numbers of a tensor that repeats its storage: beyond, it is there to fill the memory
 
 
@@ -53,6 +57,73 @@ def read_module(file: str | Path, *, only: str | None = None) -> dict[str, Tenso
         ValueError: not such a file; no tensors in it, or none of ``only``.
     """
     return _read(Path(file), only)[0]
+
+
+def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence[Any] = ()) -> Any:
+    """``torch.load`` with ``weights_only=True``, every refusal a ValueError.
+
+    Args:
+        file: in torch's zip format or the older one. The tensors of a TorchScript archive are read as
+            :func:`read_torchscript` does.
+        mmap: map the tensors of a zip format into memory; damage to their numbers is not noticed then.
+        allowed: types that the file may hold besides, see ``torch.serialization.safe_globals``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no regular file, damaged, or holds more than tensors and plain values.
+    """
+    require_regular(file)
+    if is_torchscript(file):
+        return read_torchscript(file)
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        detail = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))  # not the advice to run it
+        what = f"an object of {found[1]}" if found else f"more than tensors ({detail[1] if detail else 'a pickle'})"
+        raise ValueError(
+            f"{file} cannot be read as a checkpoint: it holds {what}, and pickled code is never run"
+        ) from error
+    except Exception as error:  # torch.load raises many kinds on files that are not checkpoints
+        raise ValueError(f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+
+
+def is_torchscript(file: str | Path) -> bool:
+    """Whether a file is a TorchScript archive: a zip file with code, and constants of that code."""
+    with open_regular(file) as stream:
+        if not zipfile.is_zipfile(stream):
+            return False
+        with zipfile.ZipFile(stream) as archive:
+            return any("/code/" in name or name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+
+
+def read_torchscript(file: str | Path) -> dict[str, Tensor]:
+    """The state dict of a traced or scripted module, as ``torch.jit.load(file).state_dict()``, which runs the archive.
+
+    Which attributes are parameters and buffers stands in the code's class headers; nothing else of it is looked at.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such an archive; one with modules that bring themselves back by code of their own.
+    """
+    with open_regular(file) as stream:
+        return _read_script(stream, file)
+
+
+def _read_script(stream: BinaryIO, file: str | Path) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            pickled = _pickled(archive)
+            content = partial(_stored, archive)
+            root = _ScriptUnpickler(io.BytesIO(content(pickled)), _storages(content, pickled)).load()
+            classes = _script_classes(archive, pickled.removesuffix("data.pkl") + "code/")
+            leaves = dict(_walk_script(root, classes, (), iter(range(MAX_MODULES))))
+            return {name: piece.tensor() for name, piece in leaves.items()}
+    except Exception as error:  # a damaged file raises many kinds
+        raise ValueError(
+            f"{file} cannot be read as a TorchScript archive without running it: {type(error).__name__}: {error}"
+        ) from error
 
 
 def convert_module(file: str | Path, out: str | Path, *, only: str | None = None) -> list[str]:
@@ -227,30 +298,104 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: the other one
         dispatch[_code[0]] = refuse
 
 
+class _ScriptUnpickler(_Unpickler):
+    """Gives each TorchScript class a stand-in of its own, which keeps the class's name."""
+
+    def __init__(self, stream: io.BytesIO, load: Callable[[str], Callable[[], bytes]]) -> None:
+        super().__init__(stream, load)
+        self.classes: dict[str, type[_Inert]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] != "__torch__":
+            return super().find_class(module, name)
+        full = f"{module}.{name}"
+        return self.classes.setdefault(full, type(full, (_Inert,), {}))
+
+
+_HEADER = re.compile(
+    r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?", re.MULTILINE
+)
+
+
+def _script_classes(archive: zipfile.ZipFile, folder: str) -> dict[str, tuple[set[str], set[str]]]:
+    """{name of a module's class: names of its parameters, names of its buffers}."""
+    files = [info for info in archive.infolist() if info.filename.startswith(folder) and info.filename.endswith(".py")]
+    if sum(info.file_size for info in files) > MAX_CODE:
+        raise ValueError(f"its code has more than {MAX_CODE} bytes")
+    classes = {}
+    for info in files:
+        module = info.filename.removeprefix(folder).removesuffix(".py").replace("/", ".")
+        for name, *lists in _HEADER.findall(archive.read(info).decode()):
+            parameters, buffers = ({json.loads(word) for word in re.findall(r'"[^"]*"', names)} for names in lists)
+            classes[f"{module}.{name}"] = parameters, buffers
+    return classes
+
+
+def _walk_script(
+    module: Any,
+    classes: Mapping[str, tuple[set[str], set[str]]],
+    above: tuple[Any, ...],
+    budget: Iterator[int],
+    prefix: str = "",
+) -> Iterator[tuple[str, _Piece]]:
+    """The named parameters and buffers below a module, in the order of its own state dict."""
+    name, place = type(module).__name__, prefix.removesuffix(".") or "it"
+    if name not in classes or any(module is other for other in above):
+        raise ValueError(f"{place} is no module, or is inside itself")
+    if not isinstance(module.state, dict):
+        raise ValueError(f"{place} is a {name}, which is read by code of its own")
+    if next(budget, None) is None:
+        raise ValueError(f"it has more than {MAX_MODULES} modules")
+    for own in classes[name]:
+        for key, value in module.state.items():
+            if key in own and isinstance(value, _Piece):
+                yield f"{prefix}{key}", value
+    for key, value in module.state.items():
+        if isinstance(value, _Inert) and type(value).__name__ in classes:
+            yield from _walk_script(value, classes, (*above, module), budget, f"{prefix}{key}.")
+
+
 def _unpickle(file: Path) -> Any:
-    if zipfile.is_zipfile(file):
-        return _unpickle_zip(file)
-    content = file.read_bytes()
+    with open_regular(file) as stream:
+        if zipfile.is_zipfile(stream):
+            return _unpickle_zip(file)
+    content = read_regular(file)
     value = _Unpickler(io.BytesIO(content)).load()
     return _unpickle_legacy(io.BytesIO(content)) if value == LEGACY_MAGIC else value
 
 
 def _unpickle_zip(file: Path) -> Any:
     def content(name: str) -> bytes:
-        with zipfile.ZipFile(file) as archive:
-            if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # torch never packs them; a bomb would be
-                raise ValueError(f"{name} is compressed")
-            return archive.read(name)
+        with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
+            return _stored(archive, name)
 
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
+    with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
+        pickled = _pickled(archive)
+    return _Unpickler(io.BytesIO(content(pickled)), _storages(content, pickled)).load()
+
+
+def _pickled(archive: zipfile.ZipFile) -> str:
+    """The name of the pickle in torch's zip format."""
+    names = archive.namelist()
     pickled = next((name for name in names if name.endswith("/data.pkl")), None)
     if pickled is None:
         raise ValueError("it is a zip file, but none of torch.save's")
-    folder = pickled.removesuffix("data.pkl")
-    if f"{folder}byteorder" in names and content(f"{folder}byteorder") != b"little":
+    order = pickled.removesuffix("data.pkl") + "byteorder"
+    if order in names and _stored(archive, order) != b"little":
         raise ValueError("its numbers are big-endian")
-    return _Unpickler(io.BytesIO(content(pickled)), lambda key: lambda: content(f"{folder}data/{key}")).load()
+    return pickled
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # torch never packs numbers; a bomb would be
+        raise ValueError(f"{name} is compressed")
+    return archive.read(name)
+
+
+def _storages(content: Callable[[str], bytes], pickled: str) -> Callable[[str], Callable[[], bytes]]:
+    """What gives the numbers of each storage beside the pickle, when they are asked for."""
+    folder = pickled.removesuffix("data.pkl")
+    return lambda key: lambda: content(f"{folder}data/{key}")
 
 
 def _unpickle_legacy(stream: io.BytesIO) -> Any:

@@ -27,7 +27,7 @@ from mergetune.data import Dataset, ImageList
 from mergetune.datasets import CoOpDataset, benchmark, check_dataset, few_shot_path
 from mergetune.evaluate import Classifier, accuracy, classifier, harmonic_mean, logit_ensemble, weight_average
 from mergetune.features import FeatureCache, cache_features, torchrun_team
-from mergetune.files import jsonable, write_atomically
+from mergetune.files import jsonable, read_regular_text, write_atomically
 from mergetune.fit import fit, tune
 from mergetune.options import TUNE_METHODS
 from mergetune.solutions import Solution, open_solution
@@ -371,7 +371,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(read_regular_text(file))
         record["run"], record["settings"], record["results"]
         return record
     except (ValueError, KeyError, TypeError) as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergetune.checkpoints import HeadFile, read_head, read_prompt, read_sklearn
 from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates, fill, words_before
-from mergetune.files import write_atomically
+from mergetune.files import read_regular, read_regular_text, write_atomically
 from mergetune.text_tower import arrange, text_encoder
 
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
@@ -542,7 +542,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} must be a folder with {CONFIG}, as save() writes it")
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(read_regular_text(path / CONFIG))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path / CONFIG} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != "mergetune-solution":
@@ -571,7 +571,7 @@ def _load(path: str | Path, kind: str, needed: set[str]) -> tuple[dict[str, Any]
         if name not in config or not isinstance(config[name], expected):
             raise ValueError(f"{path / CONFIG}: {name} must be there and right, got {config.get(name)!r}")
     try:
-        weights = (path / WEIGHTS).read_bytes()
+        weights = read_regular(path / WEIGHTS)
         tensors = deserialize(weights)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path / WEIGHTS} cannot be read: {error}") from error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergetune.cli.options import BackboneIfNeeded, Position, Pretrained
+from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Pretrained
 from mergetune.cli.shared import errors, out, tell
 
 
@@ -17,6 +17,7 @@ def export(
     target: Annotated[Path, typer.Option("--out", help="Folder (coop, hub) or file (.safetensors, .npz, .pt).")],
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     classes: Annotated[Path | None, typer.Option("--classnames", help="Text file, one class name a line.")] = None,
     half: Annotated[bool, typer.Option("--half", help="coop: float16, as CoOp's own precision fp16.")] = False,
     push: Annotated[str | None, typer.Option(help="hub: upload too, to this repository: name/repository.")] = None,
@@ -26,6 +27,7 @@ def export(
     """Write a solution for other tools: CoOp's checkpoint, a head, a zero-shot classifier, a Hugging Face folder."""
     import mergetune as mt
     from mergetune import exports
+    from mergetune.files import read_regular_text
     from mergetune.solutions import open_solution
 
     with errors():
@@ -33,9 +35,9 @@ def export(
             raise ValueError(f"--to must be coop, head, classifier or hub, got {form!r}")
         names = None
         if classes is not None:
-            names = [line.strip() for line in classes.read_text(encoding="utf-8").split("\n") if line.strip()]
+            names = [line.strip() for line in read_regular_text(classes).split("\n") if line.strip()]
         found = open_solution(solution, classnames=names, position=position)
-        clip = mt.load_clip(backbone, pretrained) if backbone else None
+        clip = mt.load_clip(backbone, pretrained, allow_torchscript=allow_torchscript) if backbone else None
         if clip is None and (form in ("coop", "classifier") or (form == "head" and found.kind == "prompt")):
             raise ValueError(f"--backbone is needed for {form}: it encodes the class names")
         if form == "coop":

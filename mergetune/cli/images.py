@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.options import Backbone, Device, Json, Pretrained, Root, takes
+from mergetune.cli.options import AllowTorchscript, Backbone, Device, Json, Pretrained, Root, takes
 from mergetune.cli.shared import errors, finish, open_images
 from mergetune.options import CacheOptions
 
@@ -18,6 +18,7 @@ def cache(
     folder: Annotated[Path, typer.Option("--out", help="The caches: one folder each for train, val and test.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     root: Root = None,
     skip_unreadable: Annotated[bool, typer.Option(help="The same as --on-error skip.")] = False,
@@ -30,7 +31,7 @@ def cache(
     with errors():
         options |= {"on_error": "skip"} if skip_unreadable else {}
         data = open_images(images, root)
-        clip = mt.load_clip(backbone, pretrained, device=device)
+        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         report = {}
         for split in ("train", "val", "test"):
             if getattr(data, f"full_{split}") is None:

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from mergetune.cli.options import Backbone, Cache, Classes, Device, Json, Position, Pretrained, Space, Templates
+from mergetune.cli.options import (
+    AllowTorchscript,
+    Backbone,
+    Cache,
+    Classes,
+    Device,
+    Json,
+    Position,
+    Pretrained,
+    Space,
+    Templates,
+)
 from mergetune.cli.shared import announce, errors, new_table, open_cache, out, print_json, read_solution, tell
 
 _SOLUTION = typer.Option("--solution", help="Folder of a saved solution.")
@@ -19,6 +30,7 @@ def evaluate(
     backbone: Backbone,
     solution: Annotated[list[str], _SOLUTION] = [],
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     classes: Classes = "all",
     base_novel: Annotated[bool, typer.Option("--base-novel", help="Base and novel classes apart, and HM.")] = False,
@@ -30,7 +42,7 @@ def evaluate(
     import mergetune as mt
 
     with errors():
-        clip = mt.load_clip(backbone, pretrained, device=device)
+        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         entries = {"zero-shot": mt.classifier(clip, template)}
         test = open_cache(features, "base" if base_novel else classes)
         entries |= {name: mt.classifier(clip, read_solution(name, test, position)) for name in solution}
@@ -61,6 +73,7 @@ def path(
     solution: Annotated[str, _SOLUTION],
     backbone: Backbone,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     classes: Classes = "all",
     template: Annotated[str, typer.Option(help="Zero-shot text with {}.")] = "a photo of a {}.",
@@ -85,7 +98,7 @@ def path(
     with errors():
         if curvature == 1:
             raise ValueError("curvature must be 0, or at least 2 points with both ends of a path, got 1")
-        clip = mt.load_clip(backbone, pretrained, device=device)
+        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         data = open_cache(features, classes)
         merged, start = read_solution(solution, data, position), read_solution(tuned, data, position)
         zero_shot = zero_shot_like(clip, merged, template)

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from mergetune.cli.options import (
+    AllowTorchscript,
     BackboneIfNeeded,
     CacheIfNeeded,
     Classes,
@@ -48,6 +49,7 @@ def merge(
     option: Annotated[list[str], typer.Option("-o", "--option", help="name=value, of the method.")] = [],
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     features: CacheIfNeeded = None,
     classes: Classes = "all",
@@ -91,7 +93,11 @@ def merge(
             if base is not None and "{}" not in base:
                 start = read_solution(base, data)
             needed = start is None and (base or catalogue.needs_base(method, len(solutions), options))
-            clip = mt.load_clip(backbone, pretrained, device=device) if backbone else None
+            clip = (
+                mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
+                if backbone
+                else None
+            )
             if (needed or data is not None) and clip is None:
                 raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
             if needed:
@@ -137,6 +143,7 @@ def compare(
     embedded: Annotated[bool, typer.Option("--demo", help="On the embedded CLIP and icons.")] = False,
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     experts: Annotated[
         list[str], typer.Option("--expert", help="coop:1, coop:2, kgcoop:1, head:1 are trained; or saved solutions.")
@@ -178,7 +185,7 @@ def compare(
             precision = {"precision": icons.PRECISION}
             tune, fit = icons.STAGE_1 | precision | tune, precision | fit
         else:
-            clip = mt.load_clip(backbone, pretrained, device=device)
+            clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
             tasks = [_task(cache, template) for cache in caches]
         setup = CompareOptions(
             experts=tuple(experts) if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts},

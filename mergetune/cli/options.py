@@ -33,6 +33,15 @@ Root = Annotated[
     typer.Option("--root", help="Of benchmark datasets in CoOp's layout: the images are then one's name, as dtd."),
 ]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images.")]
+MaxPixels = Annotated[
+    int, typer.Option("--max-pixels", min=1, help="Largest width times height of an image that is decoded.")
+]
+AllowTorchscript = Annotated[
+    bool,
+    typer.Option(
+        "--allow-torchscript", help="Run a TorchScript archive whose weights cannot be read otherwise: it is a program."
+    ),
+]
 Templates = Annotated[list[str], typer.Option("--template", help="Zero-shot text with {}; several are ensembled.")]
 Position = Annotated[
     str, typer.Option("--position", help="Class name in CoOp checkpoints (CLASS_TOKEN_POSITION): end, middle or front.")

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import (
+    AllowTorchscript,
     Backbone,
     Device,
     Fitting,
     Json,
+    MaxPixels,
     Pretrained,
     Seeds,
     Tuning,
@@ -22,7 +24,7 @@ from mergetune.cli.options import (
     said,
 )
 from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, tell
-from mergetune.options import FitOptions
+from mergetune.options import MAX_PIXELS, FitOptions
 
 
 def reproduce(
@@ -31,6 +33,7 @@ def reproduce(
     folder: Annotated[Path, typer.Option("--out", help="Results, caches and solutions. What is there is used again.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     datasets: Annotated[list[str], typer.Option("--datasets", help="Some only, by CoOp's names.")] = [],
     methods: Annotated[list[str], typer.Option("--method", help="coop, kgcoop, head.")] = [],
@@ -52,6 +55,7 @@ def reproduce(
     tuning: Tuning = [],
     fitting: Fitting = [],
     workers: Workers = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at a time.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
     as_json: Json = False,
@@ -70,10 +74,10 @@ def reproduce(
         experiment = protocols.Experiment(
             root=root, out=folder, templates=templates or usual, checkpoints=checkpoints,
             tune=both | read_tuning(tuning), fit=both | {"lam": lam, "beta": beta, "tau": tau} | read_fitting(fitting),
-            cache={"workers": workers},
+            cache={"workers": workers, "max_pixels": max_pixels},
         )  # fmt: skip
         protocols.check_data(runs, root)  # before the model is loaded
-        load = partial(mt.load_clip, backbone, pretrained, device=device)
+        load = partial(mt.load_clip, backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         if dry_run:
             _print_forecast(protocols.forecast(runs, experiment, load()), as_json)
             return

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import (
+    AllowTorchscript,
     Backbone,
     Cache,
     Classes,
     Device,
     Json,
+    MaxPixels,
     Position,
     Pretrained,
     Root,
@@ -35,7 +37,7 @@ from mergetune.cli.shared import (
     read_solution,
     tell,
 )
-from mergetune.options import FitOptions, TuneOptions
+from mergetune.options import MAX_PIXELS, FitOptions, TuneOptions
 
 Val = Annotated[
     Path | None,
@@ -49,6 +51,7 @@ def tune(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the solution and its report.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     classes: Classes = "all",
     shots: Shots = None,
@@ -60,7 +63,7 @@ def tune(
     import mergetune as mt
 
     with errors():
-        clip = mt.load_clip(backbone, pretrained, device=device)
+        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         data = open_cache(features, classes, shots=shots, seed=options["seed"])
         chosen_on = None if val is None else open_cache(val, classes)
         result = mt.tune(clip, data, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
@@ -88,6 +91,7 @@ def fit(
         Path | None, typer.Option("--out", help="Folder for the solution and its report; out/NAME OF THE IMAGES.")
     ] = None,
     pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     classes: Classes = "all",
     shots: Shots = None,
@@ -105,6 +109,7 @@ def fit(
     val: Val = None,
     root: Root = None,
     workers: Workers = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -130,7 +135,7 @@ def fit(
             raise ValueError(f"--val goes with --cache, got {val}")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         data = open_images(images, root) if images else open_cache(features, classes, shots=shots, seed=seed)
-        clip = mt.load_clip(backbone, pretrained, device=device)
+        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         learned = data.base_novel()[0] if images and classes == "base" else data
         solutions = [read_solution(path, learned, position) for path in tuned]
         if images is None:
@@ -146,7 +151,7 @@ def fit(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
-                cache_options={"workers": workers}, report=announce(as_json),
+                cache_options={"workers": workers, "max_pixels": max_pixels}, report=announce(as_json),
             )  # fmt: skip
     if images is None:
         _finish(as_json, result, folder)
