@@ -1,7 +1,7 @@
 """Every op on a GPU: each backend, dtype and odd size, again and again, in streams, in a graph, and compiled.
 
 ``TRITON_INTERPRET=0 pytest -m gpu`` runs all of it. Without a GPU, the same cases run through the C++ core and through
-Triton's interpreter, a few times instead of 200.
+Triton's interpreter, twice instead of 200 times.
 
 Sizes: B rows, C classes, D embedding width, K anchors, N points on a path; M prompts, H heads.
 """
