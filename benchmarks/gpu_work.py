@@ -158,16 +158,21 @@ def calls(small: bool) -> dict[str, Callable[[], Any]]:
 
 
 def timings() -> None:
-    """One line of JSON per op: the median of ten calls after three, in milliseconds, or why there is none."""
+    """One line of JSON per op: the median of ten calls after three, in milliseconds, or why there is none.
+
+    Interpreted, one call after one.
+    """
     import statistics
 
     from measure import timed
 
-    for name, call in calls(small=os.environ.get("TRITON_INTERPRET") == "1").items():
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    first, rounds = (1, 1) if interpreted else (3, 10)
+    for name, call in calls(small=interpreted).items():
         try:
-            for _ in range(3):
+            for _ in range(first):
                 call()
-            line = {"op": name, "ms": 1e3 * statistics.median(timed(call) for _ in range(10))}
+            line = {"op": name, "ms": 1e3 * statistics.median(timed(call) for _ in range(rounds))}
         except Exception as error:  # the next op has its turn
             line = {"op": name, "error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(line), flush=True)

@@ -57,7 +57,7 @@ def device_of(machine: Mapping[str, Any]) -> str:
     if machine["gpu"]:
         return machine["gpu"]
     cpu = machine["cpu"].get("brand_raw") or machine.get("processor") or "unknown CPU"
-    return f"{cpu}, {machine['threads']} threads"
+    return f"{cpu}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
 
 
 def file_of(folder: Path, device: str) -> Path:
