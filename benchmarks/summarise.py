@@ -54,8 +54,7 @@ def main(
         repeat.write_text("".join(f"{test}\n" for test in dict.fromkeys(tests)))
     if not found.compared:
         typer.echo("Nothing was compared: the results and the baseline have no row in common.", err=True)
-        raise typer.Exit(2)
-    if found.worse:
+    if found.worse or not found.compared:
         raise typer.Exit(1)
 
 
