@@ -31,7 +31,7 @@ from mergetune.demo import load_icons
 GPU = DEVICE == "cuda"
 BACKENDS = [name for name in ops.available_backends() if name != "torch" and (not GPU or name != "cpp")]
 TASKS_HERE = list(TASKS) if GPU else ["eurosat", "caltech101"]
-BATCHES_HERE = [32, 128, 512, 4096] if GPU else [32, 256]
+BATCHES_HERE = [32, 128, 512, 4096] if GPU else [32]
 FITS = {5: 50, 50: 50, 500: 4} if GPU else {5: 3, 50: 1}  # classes -> epochs: 500 classes take 63 steps per epoch
 SHOTS, BATCH, IMAGES, ROUNDS = 16, 64, 512 if GPU else 64, 11 if GPU else 3
 
