@@ -91,7 +91,7 @@ def test_step(benchmark, vit_b16: FrozenClip, dtype: str) -> None:
         normalize=True,
         anchors=encode(tuned.ctx[None]),
         betas=torch.tensor([BETA], device=clip.device),
-        alphas=alphas,
+        alphas=alphas.to(clip.device),
         w1=w1,
         lam=LAM,
     )

@@ -45,9 +45,9 @@ class Case:
         alphas, betas = torch.arange(self.points) / self.points, torch.full((self.anchors,), BETA)
         return tuple(t.to(DEVICE) for t in (x, labels, w, anchors, w1, alphas, betas))
 
-    def fused(self, anchor_dots: Tensor | None = None) -> Tensor:
+    def fused(self, anchor_dots: Tensor | None = None, backend: str | None = BACKEND) -> Tensor:
         x, labels, w, anchors, w1, alphas, betas = self.data
-        leaf, more = w.detach().requires_grad_(), {"anchor_dots": anchor_dots, "backend": BACKEND}
+        leaf, more = w.detach().requires_grad_(), {"anchor_dots": anchor_dots, "backend": backend}
         loss, _ = ops.lmc_loss(x, labels, leaf, anchors, alphas, betas, scale=SCALE, w1=w1, lam=LAM, **more)
         loss.backward()
         return leaf.grad

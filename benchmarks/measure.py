@@ -6,6 +6,7 @@ Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import statistics
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from report import show_bytes, show_seconds
 
 TASKS = {"eurosat": 5, "caltech101": 50, "imagenet-base": 500, "imagenet": 1000}
 """Classes that are trained on: half of the data set's in the base-to-novel protocol, all of them in the last."""
@@ -95,6 +97,7 @@ def compare(
     baselines: Mapping[str, Work] | None = None,
     floors: Mapping[str, Work] | None = None,
     measured: Mapping[str, float] | None = None,
+    computed: Mapping[str, float] | None = None,
     rounds: int = 11,
     memory: bool = True,
     **facts: Any,
@@ -107,11 +110,13 @@ def compare(
         baselines: other ways to the same result.
         floors: work that no way to the result can leave out, or a smaller case of the same.
         measured: baselines too slow for every round -> seconds, measured by the caller.
+        computed: floors that follow from the sizes and from the device's speed -> seconds.
         rounds: after one warm-up round. The medians are recorded, and the fastest.
         memory: whether to record peak memory too, in a further round.
         facts: recorded as they are.
     """
     baselines, floors, measured = dict(baselines or {}), dict(floors or {}), dict(measured or {})
+    computed = dict(computed or {})
     works = {title: candidate, **baselines, **floors}
     if not benchmark.enabled:
         benchmark(candidate)
@@ -126,18 +131,21 @@ def compare(
                 seconds[name].append(timed(work))
 
     benchmark.pedantic(lambda: seconds[title].append(timed(candidate)), setup=all_others, rounds=rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()} | measured
-    fastest = {name: min(values) for name, values in seconds.items()} | measured
+    medians = {name: statistics.median(values) for name, values in seconds.items()} | measured | computed
+    fastest = {name: min(values) for name, values in seconds.items()} | measured | computed
     benchmark.extra_info |= {
         "title": title,
         "seconds": medians,
         "fastest": fastest,
         "baselines": [*baselines, *measured],
-        "floors": list(floors),
+        "floors": [*floors, *computed],
         "other_cpus": others.cpus(),
         "peak_bytes": {n: peak_memory(work) for n, work in works.items() if n not in floors} if memory else {},
         **facts,
     }
+    if record := os.environ.get("MERGETUNE_BENCH_RECORD"):  # a run that is stopped keeps what it had
+        with open(record, "a") as file:
+            file.write(json.dumps(dict(benchmark.extra_info)) + "\n")
 
 
 def lines(info: Mapping[str, Any]) -> list[str]:
@@ -154,14 +162,3 @@ def lines(info: Mapping[str, Any]) -> list[str]:
         seconds = info["seconds"][name]
         found.append(f"    {own / seconds:8.2f} x the time of {name}: {show_seconds(seconds)}")
     return found
-
-
-def show_seconds(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def show_bytes(count: int | None) -> str:
-    return "" if count is None else f", peak {count / 2**20:.1f} MiB"

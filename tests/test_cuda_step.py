@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import GPU, marked
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
@@ -159,8 +160,7 @@ def test_a_graph_is_refused_where_there_is_no_gpu(clip: FrozenClip) -> None:
         fit(clip, features, Prompt.from_template(clip), cuda_graph=True)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@marked(GPU)
 @pytest.mark.parametrize("surrogate", ["identity", "l2"])
 def test_a_run_with_a_graph_is_the_run_without(clip: FrozenClip, surrogate: str) -> None:
     on_gpu = replace(clip, model=deepcopy(clip.model).cuda())

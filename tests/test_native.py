@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import GPU, marked
 from torch import Tensor
 
 from mergetune import _C
@@ -230,8 +231,7 @@ def test_environment_variable_forces_the_variant(forced: str) -> None:
         assert "MERGETUNE_CPU must be one of the CPU variants built" in done.stderr
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@marked(GPU)
 @pytest.mark.skipif(not _C.build_info()["cuda_archs"], reason="built without CUDA")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_cuda_kernel_matches_the_cpu(dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """The Triton kernel of the LMC loss: against its definition, in any order of programs, and compiled ahead of time.
 
-It is interpreted on the CPU; ``TRITON_INTERPRET=0 pytest tests/test_triton.py`` runs the same tests on a GPU.
+It is interpreted on the CPU; ``TRITON_INTERPRET=0 pytest -m gpu`` runs the same tests on a GPU.
 """
 
 import inspect
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ahead_of_time import check_resources, compile_quick
+from devices import COMPILED, DEVICE, INTERPRETED, WHERE_KERNELS_RUN, marked
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are NOT tested")
@@ -20,15 +21,11 @@ from mergetune.kernels import lmc_loss as module  # noqa: E402
 
 from mergetune.ops import reference  # noqa: E402
 
-INTERPRETED = module.INTERPRETED
-DEVICE = "cpu" if INTERPRETED else "cuda"
 HALVES = [torch.bfloat16, torch.float16]
 ABSOLUTE = {torch.bfloat16: 1e-3, torch.float16: 1e-4}  # on top of twice plain torch's own error
 RESULTS = ("loss", "terms", "grad")
 
-runs_kernel = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="TRITON_INTERPRET is off and there is no GPU"
-)
+runs_kernel = marked(WHERE_KERNELS_RUN)
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks into Triton's interpreter")
 pytestmark = pytest.mark.usefixtures("poison_uninitialized_memory")
 
@@ -244,6 +241,7 @@ def test_label_out_of_range_is_not_passed_over(label):
     assert got["grad"].isnan().all()
 
 
+@runs_kernel
 def test_refusals():
     arguments = problem(3, 4, 5, dtype=torch.float64)
     with pytest.raises(TypeError, match="w must be float32, bfloat16 or float16, got torch.float64"):
@@ -385,8 +383,7 @@ def test_compiles_ahead_of_time_without_spills(compiled, capability):
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU and TRITON_INTERPRET=0")
+@marked(COMPILED)
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("d", [512, 513])

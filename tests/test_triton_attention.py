@@ -1,6 +1,6 @@
 """The Triton kernels of prefix_attention: against its definition, through the ops and under a whole text tower.
 
-They are interpreted on the CPU; ``TRITON_INTERPRET=0 pytest tests/test_triton_attention.py`` runs the same on a GPU.
+They are interpreted on the CPU; ``TRITON_INTERPRET=0 pytest -m gpu`` runs the same on a GPU.
 M prompts, T packed tokens, S prefix rows, H heads, D head width.
 """
 
@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from ahead_of_time import check_resources, compile_quick
+from devices import COMPILED, DEVICE, INTERPRETED, WHERE_KERNELS_RUN, marked
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are NOT tested")
@@ -20,8 +21,6 @@ from mergetune import ops  # noqa: E402
 from mergetune.ops import reference  # noqa: E402
 from mergetune.text_tower import text_encoder  # noqa: E402
 
-INTERPRETED = module.INTERPRETED
-DEVICE = "cpu" if INTERPRETED else "cuda"
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}  # halves: and twice plain torch's error
@@ -29,12 +28,7 @@ INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
 RESULTS = ("out", *(f"d_{name}" for name in INPUTS))
 KERNELS = ("prefix_attention_kernel", "prefix_attention_backward_kernel", "prefix_gradient_kernel")
 
-pytestmark = [
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(), reason="TRITON_INTERPRET is off and there is no GPU"
-    ),
-    pytest.mark.usefixtures("poison_uninitialized_memory"),
-]
+pytestmark = [*WHERE_KERNELS_RUN, pytest.mark.usefixtures("poison_uninitialized_memory")]
 
 
 @pytest.fixture
@@ -186,11 +180,12 @@ def test_the_parts_of_the_prefix_gradient_are_added(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_token_each_with_nothing_before_it(dtype):
-    """A lone key: its value, and no gradient to the scores."""
+    """A lone key: its value, and no gradient to the scores. Three TF32 products hold 21 of a float32's 24 bits."""
     arguments = problem(2, (1,) * 9, 0, 3, 8, dtype)
     got = kernel(arguments)
-    assert torch.equal(got["out"], arguments["v"])
-    assert torch.equal(got["d_v"], arguments["d_out"])
+    exact = INTERPRETED or dtype != torch.float32
+    for name, expected in (("out", arguments["v"]), ("d_v", arguments["d_out"])):
+        torch.testing.assert_close(got[name], expected, rtol=0 if exact else 2**-21, atol=0)
     assert not got["d_q"].any()
     assert not got["d_k"].any()
 
@@ -319,7 +314,7 @@ def test_what_the_op_refuses(monkeypatch):
         ops.prefix_attention(*(t.cpu() for t in tensors), lengths, backend="triton")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the default on a GPU is plain torch")
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, Triton may be the default")
 def test_nothing_is_launched_unless_asked_for(launches):
     for dtype in (torch.float32, torch.float16):
         tensors, weight, lengths = as_op(problem(1, (1, 2), 2, 1, 8), dtype)
@@ -338,20 +333,22 @@ def test_opcheck_and_compile():
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"no_causal_mask": True}], ids=str)
 def test_the_whole_text_tower(monkeypatch, launches, settings, shared):
-    """Features and gradient of the context vectors are those of the default backend, in every kind of layout."""
+    """Features and gradient of the context vectors are those of plain torch, in every kind of layout."""
     clip, tokens = clip_and_tokens(tower(**settings).to(DEVICE))
     leaf = contexts(clip, 1, None if shared else len(NAMES)).detach().to(DEVICE).requires_grad_()
     encoder = text_encoder(clip.text, tokens, first=FIRST, context=CONTEXT, shared=shared)
 
-    def features_and_gradient() -> list[Tensor]:
+    ways = {name: getattr(ops, name) for name in ("prefix_attention", "prefix_attention_backward")}
+
+    def features_and_gradient(backend: str) -> list[Tensor]:
+        for name, op in ways.items():
+            monkeypatch.setattr(ops, name, partial(op, backend=backend))
         features = encoder(leaf)
         return [features.detach(), *torch.autograd.grad(features.square().sum(), leaf)]
 
-    expected = features_and_gradient()
+    expected = features_and_gradient("torch")
     assert not launches
-    for name in ("prefix_attention", "prefix_attention_backward"):
-        monkeypatch.setattr(ops, name, partial(getattr(ops, name), backend="triton"))
-    for got, value in zip(features_and_gradient(), expected, strict=True):
+    for got, value in zip(features_and_gradient("triton"), expected, strict=True):
         assert largest(got - value) <= 1e-5 * largest(value)
     calls = 3 if shared and not settings.get("no_causal_mask") else 2  # a prefix attends to itself, but not in the last
     assert [name for name, _ in launches].count(KERNELS[0]) == calls
@@ -378,8 +375,7 @@ def test_compiles_ahead_of_time_without_spills(compiled, capability):
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU and TRITON_INTERPRET=0")
+@marked(COMPILED)
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_real_sizes_again_and_in_a_graph(dtype, pooled):
