@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from measure import BATCHES, TASKS, WIDTH, compare
 
-from mergetune import FeatureCache, cache_features, features
-from mergetune.data import ImageList, load_image
-from mergetune.demo import load_icons
+from mergetune import FeatureCache, cache_features
+from mergetune.data import ImageList, cache, cache_building, cache_files, load_image
+from mergetune.experiments.icons import load_icons
 
 ICONS = 512
 ROWS = 200_000
@@ -39,7 +39,7 @@ def random_cache(path: Path, rows: int, classnames: Sequence[str], *, shard_size
     centres = F.normalize(torch.randn(len(classnames), WIDTH, generator=generator), dim=-1)
     labels = torch.arange(rows) * len(classnames) // rows
     plan = {
-        "format": features.FORMAT,
+        "format": cache_files.FORMAT,
         "id": "",
         "clip": "",
         "fingerprint": "",
@@ -57,10 +57,10 @@ def random_cache(path: Path, rows: int, classnames: Sequence[str], *, shard_size
     for number, own in enumerate(labels.split(shard_size)):
         noise = torch.randn(len(own), WIDTH, generator=generator) / WIDTH**0.5
         shard = F.normalize(0.5 * centres[own] + noise, dim=-1).half()[None]
-        files = features._shard_files(plan, number)
+        files = cache_files.shard_files(plan, number)
         identities = [[hashlib.sha256(file.encode()).hexdigest(), 110_000, 1_700_000_000_000_000_000] for file in files]
-        features._write_shard(path, plan, number, shard, identities, {})
-    features._finish(path, plan)
+        cache_building._write_shard(path, plan, number, shard, identities, {})
+    cache_building._finish(path, plan)
 
 
 def test_encode(benchmark, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -94,7 +94,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("large")
     random_cache(path, ROWS, [str(i) for i in range(TASKS["imagenet"])], shard_size=shard_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "MAX_MAPPED", most)
+        patch.setattr(cache, "MAX_MAPPED", most)
         return FeatureCache.open(path)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergetune import FeatureCache, FrozenClip, Prompt, fit
 from mergetune.clip import fill
-from mergetune.objective import Objective, path_points
+from mergetune.training.objective import Objective, path_points
 
 BATCH, POINTS, LAM, BETA, LR = 128, 5, 8.0, 0.5, 2e-3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -26,7 +26,7 @@ from plain import N_CTX, TEMPLATE, PlainPrompts
 from mergetune import FeatureCache, FrozenClip, ImageList, Prompt, cache_features, fit, ops
 from mergetune.clip import fill
 from mergetune.data import load_image
-from mergetune.demo import load_icons
+from mergetune.experiments.icons import load_icons
 
 GPU = DEVICE == "cuda"
 BACKENDS = [name for name in ops.available_backends() if name != "torch" and (not GPU or name != "cpp")]

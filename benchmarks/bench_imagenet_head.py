@@ -38,8 +38,8 @@ from bench_cache import random_cache
 from measure import TASKS, WIDTH, Others, compare
 
 from mergetune import Dataset, FeatureCache, FrozenClip, Head, ImageList, fit, tune
-from mergetune.evaluate import accuracy
-from mergetune.objective import Objective, path_points
+from mergetune.evaluation import accuracy
+from mergetune.training.objective import Objective, path_points
 
 ROWS = int(os.environ.get("MERGETUNE_BENCH_ROWS", 300_000))
 BATCH, CLASSES, MAX_RSS = 512, TASKS["imagenet"], 2_000_000_000

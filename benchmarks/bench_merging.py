@@ -10,7 +10,7 @@ from measure import compare
 from safetensors.torch import load_file, save_file
 
 from mergetune import merging
-from mergetune.files import writing_atomically
+from mergetune.io import writing_atomically
 
 WIDTH, BLOCKS, VOCABULARY = 768, 10, 49408
 METHODS = {

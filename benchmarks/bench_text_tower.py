@@ -21,8 +21,7 @@ from plain import N_CTX, TEMPLATE, PlainPrompts, text_gemms
 from torch import Tensor
 
 from mergetune import FrozenClip, Prompt
-from mergetune.clip import fill
-from mergetune.text_tower import TextEncoder
+from mergetune.clip import TextEncoder, fill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOLERANCE = {"bfloat16": 5e-2, "float32": 1e-4}  # of the gradient, relative to its norm

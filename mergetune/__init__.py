@@ -2,34 +2,57 @@
 
 from typing import TYPE_CHECKING
 
-from mergetune.lazy import make_lazy
+from mergetune.facts import make_lazy
 
 if TYPE_CHECKING:
     from mergetune import merging
-    from mergetune.catalogue import merge_solutions
     from mergetune.clip import FrozenClip, load_clip
-    from mergetune.curvature import fisher_diagonal
-    from mergetune.data import Dataset, ImageFolder, ImageList, coop_split, image_table
-    from mergetune.datasets import DATASETS, CoOpDataset, check_dataset
-    from mergetune.evaluate import (
+    from mergetune.data import (
+        DATASETS,
+        CoOpDataset,
+        Dataset,
+        FeatureCache,
+        ImageFolder,
+        ImageList,
+        cache_features,
+        check_dataset,
+        coop_split,
+        image_table,
+        read_features,
+        templates_for,
+    )
+    from mergetune.evaluation import (
         accuracy,
         base_to_novel,
         classifier,
+        connectivity,
         evaluate,
         harmonic_mean,
         logit_ensemble,
+        path,
+        plane,
+        plot,
+        plot_plane,
+        plot_spectrum,
+        spectrum,
         summarise,
         weight_average,
     )
-    from mergetune.exports import push_to_hub, to_coop, to_head, to_hub, zero_shot_classifier
-    from mergetune.feature_files import read_features
-    from mergetune.features import FeatureCache, cache_features
-    from mergetune.fit import FitResult, fit, tune
-    from mergetune.folder import FolderResult, fit_dataset
-    from mergetune.geometry import connectivity, path, plane, plot, plot_plane, plot_spectrum, spectrum
-    from mergetune.geometry import report as connectivity_report
-    from mergetune.solutions import Head, Prompt, interpolate, load_solution, open_solution
-    from mergetune.templates import templates_for
+    from mergetune.evaluation import report as connectivity_report
+    from mergetune.experiments import FolderResult, fit_dataset, merge_solutions
+    from mergetune.solutions import (
+        Head,
+        Prompt,
+        interpolate,
+        load_solution,
+        open_solution,
+        push_to_hub,
+        to_coop,
+        to_head,
+        to_hub,
+        zero_shot_classifier,
+    )
+    from mergetune.training import FitResult, fisher_diagonal, fit, tune
 
 __version__ = "0.1.0"
 
@@ -87,24 +110,21 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.catalogue": "merge_solutions",
         "mergetune.clip": "FrozenClip load_clip",
-        "mergetune.curvature": "fisher_diagonal",
-        "mergetune.data": "Dataset ImageFolder ImageList coop_split image_table",
-        "mergetune.datasets": "DATASETS CoOpDataset check_dataset",
-        "mergetune.evaluate": (
-            "accuracy base_to_novel classifier evaluate harmonic_mean logit_ensemble summarise weight_average"
+        "mergetune.data": (
+            "Dataset ImageFolder ImageList coop_split image_table DATASETS CoOpDataset check_dataset read_features "
+            "FeatureCache cache_features templates_for"
         ),
-        "mergetune.exports": "push_to_hub to_coop to_head to_hub zero_shot_classifier",
-        "mergetune.feature_files": "read_features",
-        "mergetune.features": "FeatureCache cache_features",
-        "mergetune.fit": "FitResult fit tune",
-        "mergetune.folder": "FolderResult fit_dataset",
-        "mergetune.geometry": (
+        "mergetune.evaluation": (
+            "accuracy base_to_novel classifier evaluate harmonic_mean logit_ensemble summarise weight_average "
             "connectivity connectivity_report=report path plane plot plot_plane plot_spectrum spectrum"
         ),
-        "mergetune.solutions": "Head Prompt interpolate load_solution open_solution",
-        "mergetune.templates": "templates_for",
+        "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
+        "mergetune.solutions": (
+            "push_to_hub to_coop to_head to_hub zero_shot_classifier Head Prompt interpolate load_solution "
+            "open_solution"
+        ),
+        "mergetune.training": "fisher_diagonal FitResult fit tune",
     },
     packages=("clip", "data", "merging", "ops", "solutions"),
 )

@@ -38,7 +38,11 @@ def test_help_version_and_lists_need_no_torch(arguments):
 
 def test_facts_need_no_torch():
     blocked = "import sys; sys.modules['torch'] = None\n"
-    python("-c", blocked + "import mergetune.facts, mergetune.options, mergetune.merging.methods, mergetune.files")
+    python(
+        "-c",
+        blocked
+        + "import mergetune.facts, mergetune.facts.function_options, mergetune.merging.methods, mergetune.io.files",
+    )
 
 
 def test_facts_do_not_depend_on_docstrings():

@@ -26,8 +26,8 @@ def export(
 ) -> None:
     """Write a solution for other tools: CoOp's checkpoint, a head, a zero-shot classifier, a Hugging Face folder."""
     import mergetune as mt
-    from mergetune import exports
-    from mergetune.files import read_regular_text
+    from mergetune import solutions
+    from mergetune.io import read_regular_text
     from mergetune.solutions import open_solution
 
     with errors():
@@ -41,15 +41,15 @@ def export(
         if clip is None and (form in ("coop", "classifier") or (form == "head" and found.kind == "prompt")):
             raise ValueError(f"--backbone is needed for {form}: it encodes the class names")
         if form == "coop":
-            exports.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
+            solutions.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
         elif form == "head":
-            exports.to_head(found, target, clip=clip, classnames=names)
+            solutions.to_head(found, target, clip=clip, classnames=names)
         elif form == "classifier":
-            exports.zero_shot_classifier(found, clip, names, file=target)
+            solutions.zero_shot_classifier(found, clip, names, file=target)
         else:
-            exports.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
+            solutions.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
             if push:
-                out.print(exports.push_to_hub(found, push, license=license), highlight=False, markup=False)
+                out.print(solutions.push_to_hub(found, push, license=license), highlight=False, markup=False)
     tell(f"{form}: {target}")
 
 
@@ -59,7 +59,7 @@ def convert(
     only: Annotated[str | None, typer.Option(help="A part of it: classification_head.")] = None,
 ) -> None:
     """The tensors of a pickled module as .safetensors, without running the pickle. `--tuned` reads the result."""
-    from mergetune.pickles import convert_module
+    from mergetune.io import convert_module
 
     with errors():
         names = convert_module(file, target, only=only)

@@ -23,7 +23,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Fine-tune and repair the embedded CLIP on the embedded icons: table and figure in about a minute."""
-    from mergetune.demo import run_demo
+    from mergetune.experiments import run_demo
 
     with errors():
         result = run_demo(folder, seeds=seeds, report=announce(as_json))

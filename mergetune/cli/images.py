@@ -9,7 +9,7 @@ import typer
 
 from mergetune.cli.options import AllowTorchscript, Backbone, Device, Json, Pretrained, Root, takes
 from mergetune.cli.shared import errors, finish, open_images
-from mergetune.options import CacheOptions
+from mergetune.facts import CacheOptions
 
 
 @takes(CacheOptions)

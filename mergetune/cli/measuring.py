@@ -92,7 +92,7 @@ def path(
 ) -> None:
     """Loss, accuracy and barriers on the paths between zero-shot, fine-tuned and merged solution, with a figure."""
     import mergetune as mt
-    from mergetune import geometry
+    from mergetune import evaluation
     from mergetune.solutions import zero_shot_like
 
     with errors():
@@ -110,23 +110,23 @@ def path(
         if plane or report:
             three = {name: way[name] for name in ("zero-shot", "fine-tuned", "MERGETUNE")}
             try:
-                planes[images] = geometry.plane(clip, three, data, space=space)
+                planes[images] = evaluation.plane(clip, three, data, space=space)
                 found["plane"] = planes[images].to_json()
             except ValueError as error:  # a weight average lies on the line of the other two
                 if plane:
                     raise
                 announce(as_json)(f"the report goes without the plane: {error}")
         if plane:
-            geometry.plot_plane(planes, plane)
+            evaluation.plot_plane(planes, plane)
         if report and curvature:
-            spectra[images] = geometry.spectrum(clip, way, data, points=curvature, space=space)
+            spectra[images] = evaluation.spectrum(clip, way, data, points=curvature, space=space)
             found["curvature"] = spectra[images].to_json()
         if report:
             settings = {
                 "backbone": clip.name, "cache": features, "images": len(data), "classes": len(data.classnames),
                 "fine-tuned": tuned, "MERGETUNE": solution, "template": template, "space": space,
             }  # fmt: skip
-            geometry.report(report, {images: walks}, planes=planes, spectra=spectra, settings=settings)
+            evaluation.report(report, {images: walks}, planes=planes, spectra=spectra, settings=settings)
     if as_json:
         print_json(found)
         return

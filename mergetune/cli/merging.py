@@ -27,8 +27,9 @@ from mergetune.cli.options import (
     said,
 )
 from mergetune.cli.shared import announce, err, errors, new_table, open_cache, out, print_json, read_solution, tell
+from mergetune.facts import CompareOptions
+from mergetune.facts.function_options import MERGETUNE_GRID
 from mergetune.merging.methods import METHODS, Method, find
-from mergetune.options import MERGETUNE_GRID, CompareOptions
 
 
 def merge(
@@ -71,7 +72,8 @@ def merge(
         return
 
     import mergetune as mt
-    from mergetune import catalogue
+    from mergetune import experiments
+    from mergetune.merging import catalogue
     from mergetune.solutions import zero_shot_like
 
     with errors():
@@ -102,7 +104,9 @@ def merge(
                 raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
             if needed:
                 start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
-            merged = catalogue.merge_solutions(method, solutions, base=start, clip=clip, features=data, options=options)
+            merged = experiments.merge_solutions(
+                method, solutions, base=start, clip=clip, features=data, options=options
+            )
             merged.save(out_path)
             notes = merged.notes | {"base": base, "experts": experts}
     if as_json:
@@ -168,8 +172,8 @@ def compare(
     Hyper-parameters are chosen on validation images, never on test images. Interrupted, the same command goes on.
     """
     import mergetune as mt
-    from mergetune.compare import compare as run_comparison
-    from mergetune.compare import icons_task
+    from mergetune.experiments import compare as run_comparison
+    from mergetune.experiments import icons_task
 
     with errors():
         tune, fit = read_tuning(tuning), read_fitting(fitting)
@@ -179,7 +183,7 @@ def compare(
         if any(trained) and not all(trained):
             raise ValueError(f"experts must be all trained here or all saved, got {', '.join(experts)}")
         if embedded:
-            from mergetune import demo as icons
+            from mergetune.experiments import icons
 
             clip, tasks = icons_task(folder, report=announce(as_json))
             precision = {"precision": icons.PRECISION}
@@ -210,7 +214,7 @@ def compare(
 def _task(caches: Path, templates: list[str]) -> Any:
     """A dataset, from the folder that `mergetune cache` made."""
     import mergetune as mt
-    from mergetune.compare import Task
+    from mergetune.experiments import Task
 
     train, test = mt.FeatureCache.open(caches / "train"), mt.FeatureCache.open(caches / "test")
     val = mt.FeatureCache.open(caches / "val") if (caches / "val").is_dir() else None

@@ -11,8 +11,7 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from mergetune.facts import Option, read_options
-from mergetune.options import FitOptions, TuneOptions, options_of
+from mergetune.facts import FitOptions, Option, TuneOptions, options_of, read_options
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -62,7 +61,7 @@ _TYPES: dict[str, type] = {
 
 
 def takes(options: type, *, but: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Decorator: one command-line option for each field of a dataclass of :mod:`mergetune.options`.
+    """Decorator: one command-line option for each field of a dataclass of :mod:`mergetune.facts.function_options`.
 
     The options take the place of the command's ``**options``, which are keyword arguments of the function that the
     dataclass belongs to.

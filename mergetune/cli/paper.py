@@ -24,7 +24,8 @@ from mergetune.cli.options import (
     said,
 )
 from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, tell
-from mergetune.options import MAX_PIXELS, FitOptions
+from mergetune.facts import FitOptions
+from mergetune.facts.function_options import MAX_PIXELS
 
 
 def reproduce(
@@ -65,26 +66,26 @@ def reproduce(
     Options that may be repeated take several values: --seeds 1 2 3. Under torchrun the ranks share the work.
     """
     import mergetune as mt
-    from mergetune import protocols
+    from mergetune import experiments
 
     with errors():
-        runs = protocols.plan(protocol, datasets=datasets, methods=methods, seeds=seeds, shots=shots)
+        runs = experiments.plan(protocol, datasets=datasets, methods=methods, seeds=seeds, shots=shots)
         both = {} if epochs is None else {"epochs": epochs}
         usual = "clip-ensemble" if protocol == "robust" else "official"  # as WiSE-FT has it, and the official code
-        experiment = protocols.Experiment(
+        experiment = experiments.Experiment(
             root=root, out=folder, templates=templates or usual, checkpoints=checkpoints,
             tune=both | read_tuning(tuning), fit=both | {"lam": lam, "beta": beta, "tau": tau} | read_fitting(fitting),
             cache={"workers": workers, "max_pixels": max_pixels},
         )  # fmt: skip
-        protocols.check_data(runs, root)  # before the model is loaded
+        experiments.check_data(runs, root)  # before the model is loaded
         load = partial(mt.load_clip, backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         if dry_run:
-            _print_forecast(protocols.forecast(runs, experiment, load()), as_json)
+            _print_forecast(experiments.forecast(runs, experiment, load()), as_json)
             return
-        records = protocols.reproduce(runs, experiment, load, processes=processes)
+        records = experiments.reproduce(runs, experiment, load, processes=processes)
         if not first_rank():
             return
-        lines = protocols.save_table(records, folder / protocol)
+        lines = experiments.save_table(records, folder / protocol)
     if as_json:
         print_json([line.to_json() for line in lines])
         return

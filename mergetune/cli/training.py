@@ -37,7 +37,8 @@ from mergetune.cli.shared import (
     read_solution,
     tell,
 )
-from mergetune.options import MAX_PIXELS, FitOptions, TuneOptions
+from mergetune.facts import FitOptions, TuneOptions
+from mergetune.facts.function_options import MAX_PIXELS
 
 Val = Annotated[
     Path | None,

@@ -2,38 +2,18 @@
 
 from typing import TYPE_CHECKING
 
-from mergetune.lazy import make_lazy
+from mergetune.facts import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.merging.average import average, fisher_average, metrics_average, model_stock, slerp, wise_ft
-    from mergetune.merging.search import (
-        Evolved,
-        adamerging,
-        alignment_coefficients,
-        entropy_coefficients,
-        evolve,
-        evolve_options,
-        expert_merging,
-        natural_niches,
-    )
+    from mergetune.merging.averages import average, fisher_average, metrics_average, model_stock, slerp, wise_ft
+    from mergetune.merging.balance import delta_guided, ota_ffg, pcb, sce
+    from mergetune.merging.coefficients import adamerging, alignment_coefficients, entropy_coefficients, expert_merging
+    from mergetune.merging.compression import CompressedSize, compeft, compeft_size
+    from mergetune.merging.evolution import Evolved, evolve, evolve_options, natural_niches
+    from mergetune.merging.sources import Constant, StateDict, TensorFile
     from mergetune.merging.stream import merge_files
     from mergetune.merging.subspace import lora_lego, opcm, tsv_m, widen
-    from mergetune.merging.task_vectors import (
-        CompressedSize,
-        compeft,
-        compeft_size,
-        dare,
-        delta_guided,
-        layerwise,
-        lines,
-        negate,
-        ota_ffg,
-        pcb,
-        sce,
-        task_arithmetic,
-        ties,
-    )
-    from mergetune.merging.tensors import Constant, StateDict, TensorFile
+    from mergetune.merging.task_vectors import dare, layerwise, lines, negate, task_arithmetic, ties
 
 __all__ = [
     "CompressedSize",
@@ -76,17 +56,14 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.merging.average": "average fisher_average metrics_average model_stock slerp wise_ft",
-        "mergetune.merging.search": (
-            "Evolved adamerging alignment_coefficients entropy_coefficients evolve evolve_options expert_merging "
-            "natural_niches"
-        ),
+        "mergetune.merging.averages": "average fisher_average metrics_average model_stock slerp wise_ft",
+        "mergetune.merging.balance": "delta_guided ota_ffg pcb sce",
+        "mergetune.merging.coefficients": "adamerging alignment_coefficients entropy_coefficients expert_merging",
+        "mergetune.merging.compression": "CompressedSize compeft compeft_size",
+        "mergetune.merging.evolution": "Evolved evolve evolve_options natural_niches",
+        "mergetune.merging.sources": "Constant StateDict TensorFile",
         "mergetune.merging.stream": "merge_files",
         "mergetune.merging.subspace": "lora_lego opcm tsv_m widen",
-        "mergetune.merging.task_vectors": (
-            "CompressedSize compeft compeft_size dare delta_guided layerwise lines negate ota_ffg pcb sce "
-            "task_arithmetic ties"
-        ),
-        "mergetune.merging.tensors": "Constant StateDict TensorFile",
+        "mergetune.merging.task_vectors": "dare layerwise lines negate task_arithmetic ties",
     },
 )

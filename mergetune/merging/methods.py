@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
-from mergetune.facts import REQUIRED, Option
+from mergetune.facts import Option
+from mergetune.facts.option_kinds import REQUIRED
 
 UNLABELLED, LABELLED = "images without labels", "labelled images"
 
@@ -95,7 +96,7 @@ _ALL = (
         source="arXiv 2310.02575",
         needs="unlabelled inputs of every expert's task and the model",
         meaningful="one or several experts, any tensors",
-        function="mergetune.merging.search.adamerging",
+        function="mergetune.merging.adamerging",
         base=True,
         options=(
             _PREDICT,
@@ -116,7 +117,7 @@ _ALL = (
         source="arXiv 2203.05482",
         needs="no data",
         meaningful="any number of experts and any tensors",
-        function="mergetune.merging.average.average",
+        function="mergetune.merging.average",
         base=None,
         options=(_WEIGHTS,),
     ),
@@ -126,7 +127,7 @@ _ALL = (
         source="arXiv 2311.13171",
         needs="no data (the paper chooses alpha on validation)",
         meaningful="one expert, any tensors",
-        function="mergetune.merging.task_vectors.compeft",
+        function="mergetune.merging.compeft",
         base=True,
         most=1,
         options=(
@@ -140,7 +141,7 @@ _ALL = (
         source="arXiv 2311.03099",
         needs="no data",
         meaningful="one or several experts, any tensors; for small tau only (the paper: below 0.002)",
-        function="mergetune.merging.task_vectors.dare",
+        function="mergetune.merging.dare",
         base=True,
         options=(
             Option("density", "float", 0.1, "Share of the elements that are kept at random."),
@@ -160,7 +161,7 @@ _ALL = (
         source="arXiv 2508.11442",
         needs="no data",
         meaningful="several experts, any tensors",
-        function="mergetune.merging.task_vectors.delta_guided",
+        function="mergetune.merging.delta_guided",
         base=True,
         least=2,
         options=(
@@ -174,7 +175,7 @@ _ALL = (
         source="arXiv 2403.13187",
         needs="a score, which needs labelled validation data",
         meaningful="what the method is meaningful for",
-        function="mergetune.merging.search.evolve",
+        function="mergetune.merging.evolve",
         base=None,
         options=(
             Option("score", "object", help="Merged weights -> a number that is to be large."),
@@ -195,7 +196,7 @@ _ALL = (
         source="arXiv 2509.25712",
         needs="unlabelled inputs of every expert's task and the model",
         meaningful="one or several experts, any tensors",
-        function="mergetune.merging.search.expert_merging",
+        function="mergetune.merging.expert_merging",
         base=True,
         options=(
             _PREDICT,
@@ -221,7 +222,7 @@ _ALL = (
         source="arXiv 2111.09832",
         needs="the Fisher diagonals, which need data (fisher_diagonal for class weights, with unit_mean=False)",
         meaningful="several experts, the zero-shot solution may be one of them; any tensors",
-        function="mergetune.merging.average.fisher_average",
+        function="mergetune.merging.fisher_average",
         base=None,
         least=2,
         options=(
@@ -241,7 +242,7 @@ _ALL = (
         source="arXiv 2310.02575",
         needs="the coefficients, no data",
         meaningful="one or several experts, any tensors",
-        function="mergetune.merging.task_vectors.layerwise",
+        function="mergetune.merging.layerwise",
         base=True,
         options=(Option("coefficients", "object", help="Name of each tensor -> one number for each expert."),),
     ),
@@ -251,7 +252,7 @@ _ALL = (
         source="arXiv 2410.17146",
         needs="no data (the paper chooses one of alpha, beta on validation images)",
         meaningful="one or several experts whose names hold block numbers; prompts and heads have none and are refused",
-        function="mergetune.merging.task_vectors.lines",
+        function="mergetune.merging.lines",
         base=True,
         options=(
             Option("alpha", "float", None, "Scale of the first block.", none=True),
@@ -283,7 +284,7 @@ _ALL = (
         source="arXiv 2504.18580",
         needs="one number for each expert, no data",
         meaningful="several checkpoints of one run, any tensors",
-        function="mergetune.merging.average.metrics_average",
+        function="mergetune.merging.metrics_average",
         base=None,
         options=(
             Option("metrics", "floats", help="A positive number of each expert: loss, steps or accuracy."),
@@ -299,7 +300,7 @@ _ALL = (
         source="arXiv 2403.19522",
         needs="no data",
         meaningful="two or more experts fine-tuned from one base alike, such as with several seeds; any tensors",
-        function="mergetune.merging.average.model_stock",
+        function="mergetune.merging.model_stock",
         base=True,
         least=2,
     ),
@@ -309,7 +310,7 @@ _ALL = (
         source="arXiv 2508.16204",
         needs="a score for each of N labelled examples (not those that are reported)",
         meaningful="two or more models, the base among them if it is given; any tensors",
-        function="mergetune.merging.search.natural_niches",
+        function="mergetune.merging.natural_niches",
         base=None,
         options=(
             Option("score", "object", help="Merged weights -> scores of N examples, not negative."),
@@ -328,7 +329,7 @@ _ALL = (
         source="arXiv 2212.04089",
         needs="no data (the paper chooses scale so that a control task keeps 95 % of its accuracy)",
         meaningful="one expert or several, all of which are forgotten; any tensors",
-        function="mergetune.merging.task_vectors.negate",
+        function="mergetune.merging.negate",
         base=True,
         options=(Option("scale", "float", 1.0, "Factor of the task vectors that are subtracted."),),
     ),
@@ -352,7 +353,7 @@ _ALL = (
         source="arXiv 2509.11167",
         needs="Adam's second moments exp_avg_sq of each expert's training, or squared gradients taken again (data)",
         meaningful="one expert (grafting alone) or several; any tensors",
-        function="mergetune.merging.task_vectors.ota_ffg",
+        function="mergetune.merging.ota_ffg",
         base=True,
         options=(
             Option("second_moments", "states", help="Second moments of each expert's gradients."),
@@ -371,7 +372,7 @@ _ALL = (
         source="arXiv 2410.02396",
         needs="no data",
         meaningful="several experts, any tensors; of one expert it keeps what moved most",
-        function="mergetune.merging.task_vectors.pcb",
+        function="mergetune.merging.pcb",
         base=True,
         options=(
             Option("ratio", "float", 0.1, "Share of an expert's elements that take part."),
@@ -388,7 +389,7 @@ _ALL = (
         source="arXiv 2408.07990",
         needs="no data",
         meaningful="several experts (one alone has no variance), any tensors",
-        function="mergetune.merging.task_vectors.sce",
+        function="mergetune.merging.sce",
         base=True,
         least=2,
         options=(
@@ -404,7 +405,7 @@ _ALL = (
         source="Shoemake, SIGGRAPH 1985",
         needs="no data",
         meaningful="two: base (t 0) and one expert (t 1), or no base and two experts",
-        function="mergetune.merging.average.slerp",
+        function="mergetune.merging.slerp",
         base=None,
         most=2,
         options=(Option("t", "float", 0.5, "Place on the way from the first (0) to the second (1)."),),
@@ -415,7 +416,7 @@ _ALL = (
         source="arXiv 2212.04089",
         needs="no data (scale may be chosen on validation images)",
         meaningful="one or several experts, any tensors",
-        function="mergetune.merging.task_vectors.task_arithmetic",
+        function="mergetune.merging.task_arithmetic",
         base=True,
         options=(Option("scale", "float", 0.4, "Factor of the sum of task vectors."), _WEIGHTS),
     ),
@@ -425,7 +426,7 @@ _ALL = (
         source="arXiv 2306.01708",
         needs="no data",
         meaningful="several experts, any tensors; of one expert it only trims",
-        function="mergetune.merging.task_vectors.ties",
+        function="mergetune.merging.ties",
         base=True,
         options=(
             Option("density", "float", 0.2, "Share of the elements, those of largest magnitude, that is kept."),
@@ -472,7 +473,7 @@ _ALL = (
         source="arXiv 2109.01903",
         needs="no data (alpha may be chosen on validation images)",
         meaningful="the zero-shot base and one expert",
-        function="mergetune.merging.average.wise_ft",
+        function="mergetune.merging.wise_ft",
         base=True,
         most=1,
         options=(Option("alpha", "float", 0.5, "0 is the base, 1 the expert."),),

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mergetune.files import writing_atomically
-from mergetune.merging.tensors import Constant, TensorFile, check, facts_of, merged_pieces, sources
+from mergetune.io import writing_atomically
+from mergetune.merging.checks import check
+from mergetune.merging.plans import facts_of, merged_pieces
+from mergetune.merging.sources import Constant, TensorFile, sources
 
 
 @torch.no_grad()

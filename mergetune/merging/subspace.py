@@ -11,17 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergetune.merging.tensors import (
-    Merge,
-    Part,
-    StateDict,
-    check_fraction,
-    floating,
-    method,
-    per_expert,
-    source,
-    whole,
-)
+from mergetune.merging.checks import check_fraction, per_expert
+from mergetune.merging.plans import Merge, method
+from mergetune.merging.sources import Part, StateDict, floating, source, whole
 
 
 @method

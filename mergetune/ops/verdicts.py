@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mergetune.files import write_atomically
+from mergetune.io import write_atomically
 from mergetune.ops import native
 
 FORMAT = 1

@@ -1,0 +1,38 @@
+"""A frozen CLIP: loading it, texts and templates, and the text tower on packed tokens."""
+
+from typing import TYPE_CHECKING
+
+from mergetune.facts.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from mergetune.clip.backbone import FrozenClip
+    from mergetune.clip.loading import load_clip, warn_quickgelu
+    from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
+    from mergetune.clip.text_tower import TextParts
+    from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill, words_before
+
+__all__ = [
+    "FrozenClip",
+    "PLAIN",
+    "TextEncoder",
+    "TextParts",
+    "arrange",
+    "check_classnames",
+    "check_templates",
+    "fill",
+    "load_clip",
+    "text_encoder",
+    "warn_quickgelu",
+    "words_before",
+]
+
+make_lazy(
+    __name__,
+    {
+        "mergetune.clip.backbone": "FrozenClip",
+        "mergetune.clip.loading": "load_clip warn_quickgelu",
+        "mergetune.clip.packed_texts": "TextEncoder arrange text_encoder",
+        "mergetune.clip.text_tower": "TextParts",
+        "mergetune.clip.texts": "PLAIN check_classnames check_templates fill words_before",
+    },
+)

@@ -1,0 +1,218 @@
+"""FrozenClip: one frozen view of open_clip's CLIP and CustomTextCLIP, image and text side alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from torch import Tensor, nn
+from torchvision.transforms import Compose, RandomHorizontalFlip
+
+from mergetune.clip.packed_blocks import Layout, run_blocks
+from mergetune.clip.text_tower import TextParts, pooled, refused_model, text_parts
+from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill
+from mergetune.io import jsonable
+
+EMBEDDED = 16  # sets of class embeddings that are remembered
+COOP_CROP_SCALE = (0.08, 1.0)  # CoOp trains on random resized crops of this share of the area, and flips
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenClip:
+    """A CLIP that is never trained. Make one with :func:`load_clip`, or from a model of your own.
+
+    Attributes:
+        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; put into eval mode, gradients off.
+        tokenizer: (texts, context_length=L) -> LongTensor [n, L].
+        name: the backbone's name, kept with every solution.
+        preprocess_cfg: open_clip's preprocessing settings (JSON-able); empty takes those that open_clip keeps with the
+            model.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[..., Tensor]
+    name: str
+    preprocess_cfg: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, (open_clip.CLIP, open_clip.CustomTextCLIP)) or hasattr(
+            self.model, "text_decoder"
+        ):
+            raise refused_model(type(self.model).__name__)
+        self.model.eval().requires_grad_(False)
+        _ = self.text  # an unknown text tower is refused here, before any image is encoded
+        cfg = self.preprocess_cfg or open_clip.get_model_preprocess_cfg(self.model)
+        cfg = jsonable(merge_preprocess_dict(PreprocessCfg(), cfg))
+        object.__setattr__(self, "preprocess_cfg", cfg)
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text.dtype
+
+    @property
+    def embed_dim(self) -> int:
+        projection = self.text.projection
+        if projection is None:
+            return self.text.width
+        return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """exp of the model's learned log-temperature; 100 for OpenAI's."""
+        return self.model.logit_scale.detach().float().exp().item()
+
+    @cached_property
+    def logit_bias(self) -> float:
+        """SigLIP's bias; the same for every class, so that softmax and argmax do not see it. 0 elsewhere."""
+        bias = self.model.logit_bias
+        return 0.0 if bias is None else bias.detach().float().item()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all the weights."""
+        return _fingerprint(self.model.state_dict())
+
+    @cached_property
+    def image_fingerprint(self) -> str:
+        """SHA-256 of the image tower's weights: the key of cached features."""
+        return _fingerprint(self.model.visual.state_dict())
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """SHA-256 of everything but the image tower: what a prompt depends on."""
+        return _fingerprint({k: v for k, v in self.model.state_dict().items() if not k.startswith("visual.")})
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def preprocess(self) -> Callable[[Any], Tensor]:
+        """The evaluation transform: PIL image -> [3, H, W]."""
+        return image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=False)
+
+    @cached_property
+    def augment(self) -> Callable[[Any], Tensor]:
+        """CoOp's training transform: crop, resize, flip, drawn from torch's global RNG. PIL image -> [3, H, W]."""
+        crop = image_transform_v2(
+            PreprocessCfg(**self.preprocess_cfg), is_train=True, aug_cfg={"scale": COOP_CROP_SCALE}
+        )
+        return Compose([RandomHorizontalFlip(), crop])
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Image features. pixels [B, 3, H, W] -> [B, D] float32, unit norm."""
+        # The convolution that takes the pixels: in open_clip's mixed precision the parameters before it are float32.
+        weight = max(self.model.visual.parameters(), key=Tensor.dim)
+        features = self.model.encode_image(pixels.to(device=weight.device, dtype=weight.dtype))
+        return F.normalize(pooled(features).float(), dim=-1)
+
+    # -- texts --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def text(self) -> TextParts:
+        """The text tower's parts, refused by name if they are not understood."""
+        return text_parts(self.model)
+
+    @cached_property
+    def _text_copies(self) -> dict[torch.dtype, TextParts]:
+        return {self.text.dtype: self.text}
+
+    def text_as(self, dtype: torch.dtype) -> TextParts:
+        """The text tower in another precision, copied once."""
+        if dtype not in self._text_copies:
+            self._text_copies[dtype] = self.text.astype(dtype)
+        return self._text_copies[dtype]
+
+    @cached_property
+    def first_token(self) -> int:
+        """Where a text's own tokens begin: 1 if the tokenizer puts a start token first, 0 if not (SigLIP)."""
+        # Against no text at all: two words may begin alike, as a sentencepiece "▁" before each.
+        empty, word = self.tokenizer(["", "cat"], context_length=self.text.context_length)
+        return int((empty != word).int().argmax())
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids. texts -> LongTensor [n, L].
+
+        Raises:
+            ValueError: a text is longer than the tower's context; tokenizers would cut it in silence.
+        """
+        length = self.text.context_length
+        # Given twice the room, a text that fits has no more tokens. What stands in the middle of no text is padding.
+        tokens, roomy = (self.tokenizer(list(texts), context_length=room) for room in (length, 2 * length))
+        padding = self.tokenizer([""], context_length=2 * length)[0, length]
+        too_long = (roomy != padding).sum(-1) > (tokens != padding).sum(-1)
+        if too_long.any():
+            text = texts[int(too_long.int().argmax())]
+            raise ValueError(f"texts must fit the text tower's {length} tokens, got {text!r}")
+        return tokens.to(self.device)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """open_clip's own text features. texts -> [n, D] float32, not normalised."""
+        tokens = self.tokenize(texts)
+        return torch.cat([pooled(self.model.encode_text(chunk)).float() for chunk in tokens.split(batch_size)])
+
+    @torch.no_grad()
+    def class_embeddings(self, classnames: Sequence[str], templates: str | Sequence[str] = PLAIN) -> Tensor:
+        """Zero-shot class embeddings: the mean over templates of unit features, made unit again (Radford et al. 2021).
+
+        Args:
+            classnames: C names.
+            templates: one or more texts with ``{}`` where the name goes.
+
+        Returns:
+            [C, D] float32, unit norm.
+        """
+        key = check_classnames(classnames), check_templates(templates)
+        if key not in self._embedded:
+            if len(self._embedded) >= EMBEDDED:
+                self._embedded.pop(next(iter(self._embedded)))
+            names, templates = key
+            total = torch.zeros(len(names), self.embed_dim, device=self.device)
+            for template in templates:
+                total += F.normalize(self._packed_features([fill(template, name) for name in names]), dim=-1)
+            self._embedded[key] = F.normalize(total / len(templates), dim=-1)
+        return self._embedded[key].clone()
+
+    @cached_property
+    def _embedded(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor]:
+        """The latest results of :meth:`class_embeddings`: a run asks for the same ones again and again."""
+        return {}
+
+    def _packed_features(self, texts: Sequence[str], *, batch_size: int = 128) -> Tensor:
+        """:meth:`encode_text` without the padding: in a causal tower nothing behind a text's last token reaches it."""
+        text = self.text
+        if not text.causal:
+            return self.encode_text(texts)
+        tokens = self.tokenize(texts)
+        lengths = text.pooled_position(tokens) + 1
+        order = lengths.argsort(stable=True)
+        features = []
+        for chunk in order.split(batch_size):
+            inside = torch.arange(tokens.shape[1], device=self.device) < lengths[chunk, None]
+            x = text.token_embedding(tokens[chunk]).to(text.dtype) + text.positional_embedding.to(text.dtype)
+            pooled = lengths[chunk].cumsum(0) - 1
+            layout = Layout(0, tuple(lengths[chunk].tolist()), pooled, text.heads, causal=True)
+            features.append(text.project(run_blocks(text.blocks, x[inside][None], layout))[0])
+        return torch.cat(features)[order.argsort()]
+
+
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,262 @@
+"""Backbones from a folder or from the Hugging Face Hub: what their files may ask for, and a checked copy of them.
+
+open_clip and transformers act on what stands in a backbone's files: they import Python files (``auto_map`` with
+``trust_remote_code``), fetch other models by name, open paths. Here every such file is read once and checked; open_clip
+is given a private folder that holds what was checked and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
+
+from mergetune.clip.tokenizer_files import (
+    TOKENIZER_FILES,
+    TOKENIZER_MODES,
+    check_plain,
+    check_tokenizer_setting,
+    copy_tokenizer,
+    read_json,
+    word_set,
+)
+from mergetune.io import is_torchscript, load_tensors_only, open_regular, read_torchscript, require_regular
+
+HUB, FOLDER = "hf-hub:", "local-dir:"
+CONFIG = "open_clip_config.json"
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip looks for them
+FOLDER_WEIGHTS = (  # of several files in a folder, in open_clip's order; then any other
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+
+MODEL = word_set(
+    "embed_dim vision_cfg text_cfg custom_text quick_gelu init_logit_scale init_logit_bias nonscalar_logit_scale "
+    "output_dict"
+)
+TOWER = word_set(
+    "layers width mlp_ratio ls_init_value final_ln_after_pool pool_type output_tokens act_kwargs norm_kwargs "
+    "block_type qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc"
+)
+VISION = TOWER | word_set(
+    "head_width patch_size image_size patch_dropout attentional_pool attn_pooler_queries attn_pooler_heads "
+    "no_ln_pre pos_embed_type timm_model_name timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop "
+    "timm_drop_path"
+)
+TEXT = TOWER | word_set(
+    "context_length vocab_size heads embed_cls pad_id eos_id no_causal_mask proj_bias proj_type hf_tokenizer_name "
+    "tokenizer_mode tokenizer_kwargs hf_model_name hf_model_pretrained hf_proj_type hf_pooler_type"
+)
+PREPROCESS = word_set("size mode mean std interpolation resize_mode fill_color")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where open_clip takes a model from.
+
+    Attributes:
+        name: for open_clip: one of its models, or a private folder as "local-dir:path".
+        weights: the file of the weights that it will load, if there is one.
+        huggingface: whether texts are tokenized by a tokenizer of transformers, or by open_clip's own.
+        folder: the private folder that stands for the backbone's own files; gone when the context ends.
+    """
+
+    name: str
+    weights: Path | None
+    huggingface: bool
+    folder: Path | None = None
+
+
+@contextmanager
+def checked_backbone(name: str, *, cache_dir: str | Path | None = None) -> Iterator[Backbone]:
+    """Check what a backbone's files ask for, and copy them into a private folder. The weights are linked, not read.
+
+    Args:
+        name: "hf-hub:org/repo" or "local-dir:path". Of a repository the configuration is downloaded first, and the rest
+            from the same commit after the configuration was checked.
+        cache_dir: of downloads; None is Hugging Face's own.
+
+    Raises:
+        FileNotFoundError: no such folder, or no configuration in it.
+        ValueError: a file asks for more than a network and a vocabulary, naming the file and the key; it is damaged.
+        RuntimeError: no weights; a download that failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="mergetune-") as made:
+        folder = Path(made)
+        if name.startswith(FOLDER):
+            source = Path(name.removeprefix(FOLDER))
+            if not source.is_dir():
+                raise FileNotFoundError(f"name must be {FOLDER} and a folder, got {name!r}, where there is no folder")
+            config = _check_config(source / CONFIG)
+            find_tokenizer, find_weights = (lambda named: source), (lambda: _find_weights(source))
+        else:
+            repo = name.removeprefix(HUB)
+            file = _download(repo, CONFIG, cache_dir=cache_dir)
+            config = _check_config(file)
+            commit = file.parent.name if file.parent.parent.name == "snapshots" else None
+            find_tokenizer = partial(_download_tokenizer, repo, commit, file, cache_dir=cache_dir)
+            find_weights = partial(_download, repo, *HUB_WEIGHTS, revision=commit, cache_dir=cache_dir)
+        named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+        if named:  # checked before the weights are downloaded
+            copy_tokenizer(find_tokenizer(named), folder)
+        weights = find_weights()
+        (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        os.symlink(weights.absolute(), folder / HUB_WEIGHTS[weights.suffix != ".safetensors"])
+        yield Backbone(f"{FOLDER}{folder}", weights, bool(named), folder)
+
+
+def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[str, Tensor] | None:
+    """Refuse weights that hold more than tensors, before open_clip opens them.
+
+    Returns:
+        None where open_clip reads the file itself: .safetensors, .npz, a pickle that holds tensors alone. The state
+        dict where it does not: a TorchScript archive, as OpenAI publishes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no regular file; a pickle with code; a TorchScript archive that cannot be read without running it,
+            unless ``allow_torchscript``, which runs it.
+    """
+    file = Path(file)
+    require_regular(file)
+    if file.suffix in (".safetensors", ".npz", ".npy"):
+        return None
+    if not is_torchscript(file):
+        load_tensors_only(file, mmap=True)
+        return None
+    try:
+        return read_torchscript(file)
+    except ValueError as error:
+        if not allow_torchscript:
+            raise ValueError(
+                f"{error}; allow_torchscript=True (on the command line --allow-torchscript) runs it, which is as "
+                "safe as running a program of its author"
+            ) from error
+    with open_regular(file) as stream:
+        return torch.jit.load(stream, map_location="cpu").state_dict()
+
+
+# -- the configuration -------------------------------------------------------------------------------------------------
+
+
+def _check_config(file: Path) -> dict[str, Any]:
+    """The parts of a configuration that open_clip is given."""
+    content = read_json(file)
+    model = _section(content, "model_cfg", MODEL, file)
+    vision = _section(model, "model_cfg.vision_cfg", VISION, file)
+    text = _section(model, "model_cfg.text_cfg", TEXT, file)
+    where = f"{file}: model_cfg"
+    if text.pop("hf_model_name", None):
+        raise ValueError(
+            f"{where}.text_cfg.hf_model_name must be absent: Hugging Face's text models are not supported, nor fetched"
+        )
+    trunk = vision.get("timm_model_name")
+    if trunk is not None and not (
+        isinstance(trunk, str) and re.fullmatch(r"\w+(\.\w+)?", trunk) and timm.is_model(trunk)
+    ):
+        raise ValueError(f"{where}.vision_cfg.timm_model_name must be one of timm's own models, got {trunk!r}")
+    if text.get("tokenizer_mode") not in TOKENIZER_MODES:
+        raise ValueError(
+            f"{where}.text_cfg.tokenizer_mode must be one of {TOKENIZER_MODES}, got {text['tokenizer_mode']!r}"
+        )
+    named = text.get("hf_tokenizer_name")
+    if named is not None and not isinstance(named, str):
+        raise ValueError(f"{where}.text_cfg.hf_tokenizer_name must be a name, got {named!r}")
+    kwargs = text.get("tokenizer_kwargs")
+    if not isinstance(kwargs, dict | None):
+        raise ValueError(f"{where}.text_cfg.tokenizer_kwargs must be an object, got {kwargs!r}")
+    for key, value in (kwargs or {}).items():
+        check_tokenizer_setting(key, value, f"{where}.text_cfg.tokenizer_kwargs.{key}")
+    for name, section in (("model_cfg", model), ("model_cfg.vision_cfg", vision), ("model_cfg.text_cfg", text)):
+        for key, value in section.items():
+            if key not in ("vision_cfg", "text_cfg", "tokenizer_kwargs"):
+                check_plain(value, f"{file}: {name}.{key}", nested=key in ("act_kwargs", "norm_kwargs"))
+    text["tokenizer_kwargs"] = kwargs or {}
+    checked = {"model_cfg": {**model, "vision_cfg": vision, "text_cfg": text}}
+    if "preprocess_cfg" in content:
+        preprocess = content["preprocess_cfg"]
+        if not isinstance(preprocess, dict):
+            raise ValueError(f"{file}: preprocess_cfg must be an object, got {preprocess!r}")
+        checked["preprocess_cfg"] = {key: value for key, value in preprocess.items() if key in PREPROCESS}
+        for key, value in checked["preprocess_cfg"].items():
+            check_plain(value, f"{file}: preprocess_cfg.{key}")
+    return checked
+
+
+def _section(parent: Mapping[str, Any], name: str, allowed: frozenset[str], file: Path) -> dict[str, Any]:
+    section = parent.get(name.rpartition(".")[2])
+    if not isinstance(section, dict):
+        raise ValueError(f"{file}: {name} must be an object, got {section!r}")
+    if "multimodal_cfg" in section:
+        raise ValueError(
+            f"{file}: {name}.multimodal_cfg must be absent: CoCa is not a model that mergetune understands"
+        )
+    for key in section:
+        if key not in allowed:
+            raise ValueError(f"{file}: {name}.{key} is not a setting that a downloaded backbone may have")
+    return dict(section)
+
+
+# -- weights and downloads ---------------------------------------------------------------------------------------------
+
+
+def _find_weights(folder: Path) -> Path:
+    found = sorted(
+        file for pattern in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern) if file.is_file()
+    )
+    if not found:
+        raise RuntimeError(f"{folder} must hold weights, {FOLDER_WEIGHTS[0]} or another, got none that could be loaded")
+    order = {name: position for position, name in enumerate(FOLDER_WEIGHTS)}
+    return min(found, key=lambda file: (order.get(file.name, len(order)), file.suffix != ".safetensors"))
+
+
+def _download(repo: str, *names: str, revision: str | None = None, cache_dir: str | Path | None) -> Path:
+    """The first of these files that a repository has."""
+    reason: Exception | None = None
+    for name in names:
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir))
+        except EntryNotFoundError as error:
+            reason = error
+        except (OSError, HFValidationError) as error:
+            raise RuntimeError(f"{name} of {HUB}{repo} could not be downloaded: {error}") from error
+    raise RuntimeError(f"{HUB}{repo} must have {' or '.join(names)}, got neither: {reason}") from reason
+
+
+def _download_tokenizer(
+    repo: str, commit: str | None, config: Path, name: str, *, cache_dir: str | Path | None
+) -> Path:
+    """The folder of a tokenizer's files: of the backbone's own commit, or of the repository that it names."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{config}: model_cfg.text_cfg.hf_tokenizer_name must be a repository, as org/name, got {name!r}"
+        ) from error
+    revision = commit if name == repo else None
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=list(TOKENIZER_FILES))
+        )
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"the tokenizer {name!r} of {HUB}{repo} could not be downloaded: {error}") from error

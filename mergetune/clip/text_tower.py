@@ -1,0 +1,133 @@
+"""The text tower of an open_clip model, taken apart; towers that are not understood are refused by name."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import open_clip
+import torch
+from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transformer
+from torch import Tensor, nn
+
+from mergetune.clip.packed_blocks import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """The parts of a text tower, wherever open_clip keeps them. W is the tower's width, D the embedding's.
+
+    Attributes:
+        token_embedding: the vocabulary, [V, W].
+        positional_embedding: [L, W].
+        blocks: the residual attention blocks, in order.
+        ln_final: the layer norm after the last block.
+        projection: W -> D as a matrix [W, D], a linear layer, or None.
+        pool: which row becomes the feature: "argmax" (highest token id), "eos" or "last".
+        eos_id: the token that "eos" looks for.
+        causal: whether a token sees only what stands before it.
+        heads: attention heads.
+        context_length: L, tokens in a text.
+    """
+
+    token_embedding: nn.Embedding
+    positional_embedding: Tensor
+    blocks: tuple[ResidualAttentionBlock, ...]
+    ln_final: nn.Module
+    projection: Tensor | nn.Linear | None
+    pool: str
+    eos_id: int | None
+    causal: bool
+    heads: int
+    context_length: int
+
+    @property
+    def width(self) -> int:
+        return self.token_embedding.embedding_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks[0].mlp.c_fc.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.positional_embedding.device
+
+    def astype(self, dtype: torch.dtype) -> TextParts:
+        """A copy in another precision."""
+        norm = torch.float32 if isinstance(self.ln_final, LayerNormFp32) else dtype  # the former works in float32 alone
+        return replace(
+            self,
+            token_embedding=deepcopy(self.token_embedding).to(dtype),
+            positional_embedding=self.positional_embedding.to(dtype),
+            blocks=tuple(deepcopy(block).to(dtype) for block in self.blocks),
+            ln_final=deepcopy(self.ln_final).to(norm),
+            projection=None if self.projection is None else deepcopy(self.projection).to(dtype),
+        )
+
+    def pooled_position(self, tokens: Tensor) -> Tensor:
+        """The row of each text that becomes its feature. tokens [C, L] -> [C]."""
+        if self.pool == "last":
+            return torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
+        found = tokens.argmax(-1) if self.pool == "argmax" else (tokens == self.eos_id).int().argmax(-1)
+        return found
+
+    def project(self, x: Tensor) -> Tensor:
+        """Class features of the pooled rows: [..., W] -> [..., D] float32, not normalised."""
+        x = self.ln_final(x)
+        if isinstance(self.projection, nn.Linear):
+            x = self.projection(x)
+        elif self.projection is not None:
+            x = x @ self.projection
+        return x.float()
+
+
+def pooled(features: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Towers with ``output_tokens`` give (pooled, tokens)."""
+    return features[0] if isinstance(features, tuple) else features
+
+
+def refused_model(kind: str) -> TypeError:
+    return TypeError(
+        f"model must be open_clip's CLIP or CustomTextCLIP, got {kind}: its text tower is not one that mergetune "
+        "understands"
+    )
+
+
+def refused_tower(kind: str) -> TypeError:
+    hint = ": Hugging Face's text models (RoBERTa, mT5, NLLB) are not supported" if kind == "HFTextEncoder" else ""
+    return TypeError(f"text tower must be open_clip's TextTransformer, got {kind}{hint}")
+
+
+def text_parts(model: nn.Module) -> TextParts:
+    tower = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
+    kind = type(tower).__name__
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
+    pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
+    if not isinstance(getattr(tower, "transformer", None), Transformer) or not len(blocks):
+        raise refused_tower(kind)
+    for block in blocks:
+        if type(block) is not ResidualAttentionBlock:
+            raise TypeError(f"text tower {kind} must be made of ResidualAttentionBlock, got {type(block).__name__}")
+        if type(block.mlp.gelu) not in ACTIVATIONS:
+            got = type(block.mlp.gelu).__name__
+            raise TypeError(f"text tower {kind} must have the activation GELU or QuickGELU, got {got}")
+    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
+        raise TypeError(f"text tower {kind} must have neither a class token (CoCa) nor a padding mask, got one")
+    if pool not in ("argmax", "eos", "last"):
+        raise TypeError(f"text tower {kind} must pool by argmax, eos or last, got {pool!r}")
+    mask = tower.attn_mask
+    if mask is not None and not torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1)):
+        raise TypeError(f"text tower {kind} must have the causal attention mask or none, got another")
+    return TextParts(
+        token_embedding=tower.token_embedding,
+        positional_embedding=tower.positional_embedding,
+        blocks=tuple(blocks),
+        ln_final=tower.ln_final,
+        projection=tower.text_projection,
+        pool=pool,
+        eos_id=getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)),
+        causal=mask is not None,
+        heads=blocks[0].attn.num_heads,
+        context_length=tower.context_length,
+    )

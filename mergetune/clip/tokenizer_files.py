@@ -1,0 +1,175 @@
+"""What a tokenizer's files may hold: vocabularies, and settings of transformers' own classes for them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergetune.io import read_regular
+
+
+def word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+SIDES, FLAG = ("left", "right"), (True, False)
+TOKENIZER_KWARGS = {  # {name: the values that it may have; None is any text}
+    "clean": ("canonicalize", "lower", "whitespace"),
+    "strip_sep_token": FLAG,
+    "language": None,
+    "use_fast": FLAG,
+    "do_lower_case": FLAG,
+    "add_prefix_space": FLAG,
+    "add_bos_token": FLAG,
+    "add_eos_token": FLAG,
+    "padding_side": SIDES,
+    "truncation_side": SIDES,
+    "trust_remote_code": (False,),
+}
+TOKENIZER_MODES = (None, "", "clips")
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+# Their tokenizers are a vocabulary and rules. Some of the others start programs (a phonemizer) or load other models.
+FAMILIES = word_set(
+    "Albert Bart Barthez Bert BigBird CLIP Camembert Deberta DebertaV2 DistilBert Electra GPT2 Gemma Llama MBart "
+    "MBart50 MPNet MT5 Nllb PreTrained Qwen2 RemBert Roberta Siglip Siglip2 T5 XLMRoberta XLNet"
+)
+# In a config.json: what chooses one of these tokenizers where no class is named.
+MODEL_TYPES = word_set(
+    "albert bart bert big_bird camembert clip clip_text_model deberta deberta-v2 distilbert electra gemma gemma2 "
+    "gemma3 gpt2 llama m2m_100 mbart mpnet mt5 nllb qwen2 rembert roberta siglip siglip2 siglip2_text_model "
+    "siglip_text_model t5 xlm-roberta xlnet"
+)
+# Settings that a text's tokens do not depend on; they name files, classes or programs (a chat template is one).
+UNUSED = word_set(
+    "auto_map chat_template fast_tokenizer_files name_or_path _name_or_path _commit_hash processor_class "
+    "feature_extractor_type image_processor_type trust_remote_code"
+)
+# Fields of an added token.
+TOKEN = word_set("__type content lstrip rstrip normalized single_word special")
+NAMED = ("added_tokens_decoder", "extra_special_tokens", "model_specific_special_tokens")  # settings: tokens by name
+SCALAR = (str, int, float, bool, type(None))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    text = read_regular(file)
+    try:
+        content = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold an object, got {type(content).__name__}")
+    return content
+
+
+def check_tokenizer_setting(key: str, value: Any, where: str) -> None:
+    if key not in TOKENIZER_KWARGS:
+        raise ValueError(f"{where} is not a setting that a downloaded backbone may have")
+    allowed = TOKENIZER_KWARGS[key]
+    if isinstance(value, str) if allowed is None else any(type(value) is type(one) and value == one for one in allowed):
+        return
+    must = "a text" if allowed is None else " or ".join(map(json.dumps, allowed))
+    code = ": code of a downloaded backbone is never run" if key == "trust_remote_code" else ""
+    raise ValueError(f"{where} must be {must}, got {json.dumps(value)}{code}")
+
+
+def check_plain(value: Any, where: str, *, nested: bool = False) -> None:
+    """Refuse what is not a number, a text, a flag or a list of them; nested also takes an object of those."""
+    inner = value.values() if nested and isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if not all(isinstance(one, SCALAR) for one in inner):
+        raise ValueError(f"{where} must be a number, a text, a flag or a list of them, got {value!r}")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files, the settings after a check."""
+    checks = {
+        "tokenizer_config.json": _check_tokenizer_config,
+        "special_tokens_map.json": _check_special_tokens,
+        "added_tokens.json": _check_added_tokens,
+        "config.json": _check_transformers_config,
+    }
+    for name in TOKENIZER_FILES:
+        file = source / name
+        try:
+            content = json.dumps(checks[name](read_json(file), file)).encode() if name in checks else read_regular(file)
+        except FileNotFoundError:
+            continue
+        (folder / name).write_bytes(content)
+
+
+def _check_tokenizer_config(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    _refuse_code(config, file)
+    _check_class(config.get("tokenizer_class"), file)
+    if config.pop("init_inputs", None):
+        raise ValueError(f"{file}: init_inputs must be empty: a tokenizer's settings have names")
+    kept = {key: value for key, value in config.items() if key not in UNUSED and not key.endswith("_file")}
+    for key, value in kept.items():
+        _check_tokens(value, f"{file}: {key}", named=key in NAMED)
+    return kept
+
+
+def _check_special_tokens(tokens: dict[str, Any], file: Path) -> dict[str, Any]:
+    for key, value in tokens.items():
+        if not re.fullmatch(r"\w+_tokens?", key):  # transformers takes any key for an argument, paths among them
+            raise ValueError(f"{file}: {key} must be the name of a token, as unk_token")
+        _check_tokens(value, f"{file}: {key}", named=key in NAMED)
+    return tokens
+
+
+def _check_added_tokens(tokens: dict[str, Any], file: Path) -> dict[str, Any]:
+    for key, value in tokens.items():
+        if type(value) is not int:
+            raise ValueError(f"{file}: {key} must have a number, got {value!r}")
+    return tokens
+
+
+def _check_transformers_config(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Of a model's configuration, what chooses the tokenizer's class."""
+    _refuse_code(config, file)
+    _check_class(config.get("tokenizer_class"), file)
+    kept = {"tokenizer_class": config["tokenizer_class"]} if config.get("tokenizer_class") else {}
+    return kept | ({"model_type": config["model_type"]} if config.get("model_type") in MODEL_TYPES else {})
+
+
+def _refuse_code(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse a tokenizer that is a Python file. Code of other parts is left out: nothing here would call it."""
+    code = config.get("auto_map")
+    if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
+        raise ValueError(
+            f"{file}: auto_map must not name a tokenizer's code, got {code!r}: code of a downloaded backbone is never "
+            "run"
+        )
+
+
+def _check_class(name: Any, file: Path) -> None:
+    known = isinstance(name, str) and name.removesuffix("Fast").removesuffix("Tokenizer") in FAMILIES
+    if name is not None and name != "TokenizersBackend" and not known:
+        raise ValueError(f"{file}: tokenizer_class must be a tokenizer of {', '.join(sorted(FAMILIES))}, got {name!r}")
+
+
+def _check_tokens(value: Any, where: str, *, named: bool = False) -> None:
+    """Refuse what is not a plain value, a token, or a list of them; named also takes an object of those."""
+    if named and isinstance(value, dict) and not value.keys() <= TOKEN:
+        value = list(value.values())
+    for one in value if isinstance(value, list) else [value]:
+        token = (
+            isinstance(one, dict) and one.keys() <= TOKEN and all(isinstance(field, SCALAR) for field in one.values())
+        )
+        if not isinstance(one, SCALAR) and not token:
+            raise ValueError(f"{where} must be a plain value, a token or a list of them, got {one!r}")

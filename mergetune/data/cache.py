@@ -1,0 +1,361 @@
+"""FeatureCache: image features of a frozen CLIP, on disk or in memory; opened, checked and read row by row.
+
+Shapes: B rows asked for, D embedding width, N rows of a cache, V views of each image.
+
+A cache of up to ``MAX_MAPPED`` bytes is mapped whole. Of a larger one, rows are read into the batch by ``preadv``: the
+kernel maps far more around a row than the row, so that a mapping would soon be resident as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from warnings import warn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mergetune.data.cache_files import (
+    DTYPES,
+    MANIFEST,
+    PLAN,
+    REBUILD,
+    finished_shards,
+    image_identities,
+    map_shard,
+    read_document,
+    shard_count,
+    shard_name,
+    skipped_files,
+)
+from mergetune.data.cache_identity import file_sha256, refuse_changed
+from mergetune.data.image_lists import ImageList
+from mergetune.data.row_reading import OpenFiles, RowReader, may_open
+
+UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+MAX_MAPPED = 1 << 28  # bytes of features that may become resident
+
+ROWS = 4096  # at a time, where all are worked through
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureCache:
+    """Unit-norm image features with labels, on disk or in memory: only rows that are asked for are read.
+
+    Made by :func:`cache_features`, :meth:`open` or :meth:`from_tensors`; :meth:`select` gives a view on some images.
+
+    Attributes:
+        path: the folder, None for features in memory.
+        labels: LongTensor [N], class indices.
+        classnames: one name per class.
+        files: N relative paths; empty if the features came without.
+        fingerprint: the image fingerprint of the model that made them; empty if unknown.
+        dtype: of the stored features: "float32", "bfloat16" or "float16".
+        views: V. View 0 is the evaluation transform, the others are augmented.
+        dim: D.
+        skipped: {file: reason} of the images that could not be read.
+        stored: LongTensor [N], where each row lies in the shards, counted through.
+        shards: the stored features, each [V, n, D]; of a cache on disk mapped.
+        opened: the shards' files, if rows are to be read from them and not from the mapping.
+        checksums: SHA-256 of each shard's file; none for features in memory.
+    """
+
+    path: Path | None
+    labels: Tensor = field(repr=False)
+    classnames: tuple[str, ...] = field(repr=False)
+    files: tuple[str, ...] = field(repr=False)
+    fingerprint: str
+    dtype: str
+    views: int
+    dim: int
+    skipped: Mapping[str, str] = field(repr=False)
+    stored: Tensor = field(repr=False)
+    shards: tuple[Tensor, ...] = field(repr=False)
+    opened: OpenFiles | None = field(default=None, repr=False)
+    checksums: tuple[str, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FeatureCache:
+        """Open a finished cache. Sizes are checked, checksums are not: see :meth:`verify`.
+
+        Rows of more than ``MAX_MAPPED`` bytes of features are read, not mapped, and take no memory but the batch's.
+        That needs a file descriptor for each shard: where they are more than half of what the process may have
+        (``ulimit -n``), the features are mapped none the less.
+
+        Raises:
+            FileNotFoundError: there is no cache.
+            ValueError: it is unfinished, damaged or of another format.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            if (path / PLAN).is_file():
+                plan = read_document(path / PLAN)
+                done, total = len(finished_shards(path, plan)), shard_count(plan)
+                raise ValueError(
+                    f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again to go on"
+                )
+            raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
+        manifest = read_document(path / MANIFEST, images=False)
+        shards = {
+            path / shard_name(number): map_shard(path, number, shard, manifest)
+            for number, shard in enumerate(manifest["shards"])
+        }
+        shards = {file: shard for file, shard in shards.items() if shard.numel()}
+        large = sum(shard.nbytes for shard in shards.values()) > MAX_MAPPED
+        skipped = skipped_files(manifest)
+        kept = [i for i, file in enumerate(manifest["files"]) if file not in skipped]
+        return cls(
+            path=path,
+            labels=torch.tensor([manifest["labels"][i] for i in kept], dtype=torch.int64),
+            classnames=tuple(manifest["classnames"]),
+            files=tuple(manifest["files"][i] for i in kept),
+            fingerprint=manifest["fingerprint"],
+            dtype=manifest["dtype"],
+            views=manifest["views"],
+            dim=manifest["dim"],
+            skipped=skipped,
+            stored=torch.arange(len(kept)),
+            shards=tuple(shards.values()),
+            opened=OpenFiles(shards) if large and may_open(len(shards)) else None,
+            checksums=tuple(shard["sha256"] for shard in manifest["shards"]),
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        features: Tensor,
+        labels: Tensor | Sequence[int],
+        classnames: Sequence[str],
+        *,
+        fingerprint: str = "",
+        files: Sequence[str] = (),
+        normalize: bool = False,
+    ) -> FeatureCache:
+        """Features that were made elsewhere, in memory and not copied.
+
+        Args:
+            features: [N, D] or [V, N, D], unit norm.
+            labels: N class indices.
+            classnames: one name per class.
+            fingerprint: ``clip.image_fingerprint`` of the model that made them; "" if unknown.
+            files: N names, if :meth:`select` is to be used.
+            normalize: scale the rows to unit norm first.
+
+        Raises:
+            ValueError: wrong shapes; no rows; NaN or inf; rows that are zero or not unit norm; labels out of range.
+        """
+        if features.dim() not in (2, 3) or not features.is_floating_point() or not features.numel():
+            raise ValueError(
+                "features must be floating point of shape [N, D] or [V, N, D] with at least one row, "
+                f"got {features.dtype} {list(features.shape)}"
+            )
+        features = features.detach().cpu()
+        features = features if features.dim() == 3 else features[None]
+        features = features if features.dtype in DTYPES.values() else features.float()
+        labels = torch.as_tensor(labels).cpu()
+        views, count, dim = features.shape
+        if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"labels must be integers of shape [N] = [{count}], got {labels.dtype} {list(labels.shape)}"
+            )
+        if labels.min() < 0 or labels.max() >= len(classnames):
+            raise ValueError(f"labels must lie in [0, {len(classnames)}), got {labels.min()} to {labels.max()}")
+        if files and (len(files) != count or len(set(files)) != count):
+            raise ValueError(
+                f"files must be N = {count} different names, got {len(files)} ({len(set(files))} different)"
+            )
+        parts = [slice(begin, begin + ROWS) for begin in range(0, count, ROWS)]
+        norms = torch.cat([features[:, part].float().norm(dim=-1) for part in parts], dim=1)
+        _refuse_rows(~norms.isfinite(), "finite", norms)
+        _refuse_rows(norms == 0, "other than zero", norms)
+        if normalize:
+            given, features = features, torch.empty_like(features)
+            for part in parts:
+                features[:, part] = given[:, part].float() / norms[:, part, None]
+        else:
+            far = (norms - 1).abs() > UNIT_NORM_ATOL[features.dtype]
+            _refuse_rows(far, "of unit norm (or normalize=True)", norms)
+        return cls(
+            path=None,
+            labels=labels.long(),
+            classnames=tuple(classnames),
+            files=tuple(files),
+            fingerprint=fingerprint,
+            dtype=next(name for name, dtype in DTYPES.items() if dtype == features.dtype),
+            views=views,
+            dim=dim,
+            skipped={},
+            stored=torch.arange(count),
+            shards=(features,),
+        )
+
+    def rows(self, index: Tensor, view: int | Tensor = 0) -> Tensor:
+        """Some rows, as stored: in a half dtype their norms are 1 only to its precision.
+
+        Args:
+            index: LongTensor [B], each in [0, N).
+            view: one view, or a LongTensor [B] with one for each row.
+
+        Returns:
+            [B, D] float32, a copy.
+
+        Raises:
+            IndexError: an index or view out of range.
+        """
+        index, view = torch.as_tensor(index).cpu(), torch.as_tensor(view).cpu()
+        _check_range("index", index, len(self))
+        _check_range("view", view, self.views)
+        if index.dim() != 1 or view.shape not in ((), index.shape):
+            raise IndexError(
+                f"index must be [B] and view one number or [B], got {list(index.shape)}, {list(view.shape)}"
+            )
+        row, view = self.stored[index], view.expand(index.shape)
+        out = torch.empty(len(index), self.dim)
+        for begin in range(0, len(index), ROWS):
+            part = slice(begin, begin + ROWS)
+            self._rows.read(row[part], view[part], out[part])
+        return out
+
+    def tensor(self, view: int = 0) -> Tensor:
+        """All rows of a view, [N, D] float32, a copy."""
+        return self.rows(torch.arange(len(self)), view)
+
+    def select(self, images: ImageList) -> FeatureCache:
+        """The features of these images, in their order, with their labels and class names. Nothing is copied.
+
+        Images that were skipped as unreadable are left out again, with a warning.
+
+        Raises:
+            ValueError: an image that is not in the cache, or none left.
+        """
+        row_of = {file: row for row, file in enumerate(self.files)}
+        rows = torch.tensor([row_of.get(file, -1) for file in images.files])
+        files, labels, kept = images.files, torch.tensor(images.labels), rows >= 0
+        if not kept.all():
+            lacking = [files[i] for i in (~kept).nonzero().squeeze(1).tolist()]
+            if unknown := [file for file in lacking if file not in self.skipped]:
+                raise ValueError(
+                    f"{len(unknown)} of {len(images)} images are not in {self._name}, the first is {unknown[0]!r}: "
+                    "cache_features must be given all images that will be selected"
+                )
+            if len(lacking) == len(images):
+                raise ValueError(f"images must hold at least one readable image, all {len(images)} were skipped")
+            reason = self.skipped[lacking[0]]
+            warn(f"{len(lacking)} unreadable images are left out, the first: {reason}", stacklevel=2)
+            files = tuple(itertools.compress(files, kept.tolist()))
+        return replace(
+            self, labels=labels[kept], classnames=images.classnames, files=files, stored=self.stored[rows[kept]]
+        )
+
+    def select_classes(self, classes: Sequence[int]) -> FeatureCache:
+        """The features of these classes, relabelled from 0 in the given order. Nothing is copied.
+
+        Raises:
+            ValueError: an unknown class, a class twice, or no features left.
+        """
+        classes = [int(c) for c in classes]
+        if len(set(classes)) != len(classes) or not all(0 <= c < len(self.classnames) for c in classes):
+            raise ValueError(f"classes must be different and lie in [0, {len(self.classnames)}), got {classes}")
+        new_label = torch.full((len(self.classnames),), -1)
+        new_label[classes] = torch.arange(len(classes))
+        labels = new_label[self.labels]
+        rows = (labels >= 0).nonzero().squeeze(1)
+        if not len(rows):
+            raise ValueError(f"classes must have features here, got {classes} without any")
+        return replace(
+            self,
+            labels=labels[rows],
+            classnames=tuple(self.classnames[c] for c in classes),
+            files=tuple(self.files[i] for i in rows.tolist()) if self.files else (),
+            stored=self.stored[rows],
+        )
+
+    def verify(self, images: ImageList | None = None, *, progress: bool = True) -> None:
+        """Read every shard and compare checksums; with ``images``, read those too and see whether they are the same.
+
+        Raises:
+            ValueError: a shard is damaged, naming it; an image has other bytes now, naming it.
+        """
+        if self.path is None:
+            return
+        manifest = read_document(self.path / MANIFEST, images=False)
+        shards = tqdm(manifest["shards"], desc="verify shards", unit="shard", disable=None if progress else True)
+        for number, shard in enumerate(shards):
+            file = self.path / shard_name(number)
+            if file_sha256(file) != shard["sha256"]:
+                raise ValueError(f"{file} is damaged: its checksum is not the manifest's; {REBUILD}")
+        if images is not None:
+            refuse_changed(self.path, manifest, images, image_identities(self.path, manifest), trust_mtime=False)
+
+    def shared_with(self, other: FeatureCache) -> Tensor:
+        """The rows of ``other`` that are here too, [n], ascending: of the same features (view 0) under the same name.
+
+        Where either has no names the features alone decide. Rows are read a few at a time.
+        """
+        if self.files and other.files:
+            row_of = {file: row for row, file in enumerate(other.files)}
+            pairs = sorted((row_of[file], row) for row, file in enumerate(self.files) if file in row_of)
+            theirs, mine = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
+        else:
+            hashes, order = self._hashes().sort()
+            wanted = other._hashes()
+            place = torch.searchsorted(hashes, wanted).clamp(max=len(hashes) - 1)
+            theirs = (hashes[place] == wanted).nonzero().squeeze(1)
+            mine = order[place[theirs]]
+        parts = zip(mine.split(ROWS), theirs.split(ROWS), strict=True)
+        return theirs[torch.cat([(self.rows(a) == other.rows(b)).all(1) for a, b in parts])]
+
+    def _hashes(self) -> Tensor:
+        """A number for the bits of each row (view 0), int64 [N]: their product with random ones, two columns a word."""
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.randint(-(2**63), 2**63 - 1, (-(-self.dim // 2),), generator=generator)
+        rows = (self.rows(part) for part in torch.arange(len(self)).split(ROWS))
+        return torch.cat([(F.pad(x, (0, self.dim % 2)).view(torch.int64) * factors).sum(1) for x in rows])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the features, their order and their labels: what a training run depends on."""
+        digest = hashlib.sha256()
+        for tensor in (self.labels, self.stored):
+            digest.update(tensor.numpy())
+        digest.update("".join(self.checksums).encode())
+        if not self.checksums:
+            for shard in self.shards:
+                digest.update(shard.contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _rows(self) -> RowReader:
+        return RowReader(self.shards, self.opened)
+
+    @property
+    def _name(self) -> str:
+        return "these features" if self.path is None else f"feature cache {self.path}"
+
+
+def _check_range(name: str, value: Tensor, end: int) -> None:
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise IndexError(f"{name} must be integers, got {value.dtype}")
+    if value.numel():
+        low, high = (int(bound) for bound in value.aminmax())
+        if low < 0 or high >= end:
+            raise IndexError(f"{name} must lie in [0, {end}), got {low} to {high}")
+
+
+def _refuse_rows(bad: Tensor, rule: str, norms: Tensor) -> None:
+    """Raise if any row [V, N] is bad."""
+    if bad.any():
+        view, row = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"features must be {rule}, got {int(bad.sum())} rows that are not, the first is row {row} (view {view}) "
+            f"of norm {norms[view, row]:.4g}"
+        )

@@ -1,0 +1,327 @@
+"""Building a feature cache: images are encoded shard by shard, and a killed build goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mergetune.data.cache import FeatureCache
+from mergetune.data.cache_files import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    OURS,
+    PLAN,
+    REBUILD,
+    compact_json,
+    finished_shards,
+    read_document,
+    record_name,
+    remove_building_files,
+    remove_cache_files,
+    shard_count,
+    shard_files,
+    shard_name,
+)
+from mergetune.data.cache_identity import KEY, image_identity, is_complete, refuse_changed, refuse_stale, reordered
+from mergetune.data.cache_lock import cache_lock, release_locks
+from mergetune.data.image_files import load_image
+from mergetune.data.image_lists import ImageList
+from mergetune.facts.function_options import MAX_PIXELS
+from mergetune.io import jsonable, torchrun_team, write_atomically
+
+if TYPE_CHECKING:
+    from mergetune.clip import FrozenClip
+
+SHARD_SIZE, MAX_SHARDS = 1024, 256  # of a new cache: images at least, and files at most, so that all can stay open
+
+
+def cache_features(
+    clip: FrozenClip,
+    images: ImageList,
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    views: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    shard_size: int | None = None,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    on_error: str = "raise",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FeatureCache:
+    """Encode images once; later calls open what is there, and go on with what was interrupted.
+
+    A cache belongs to the image weights, the preprocessing, dtype, views, seed and the images' names and bytes, and is
+    refused for any other. It may be asked for fewer images than it holds, in another order, or with other labels; new
+    labels of all its images replace the old ones. An image is known by its SHA-256, but read again only if its size or
+    modification time is not the recorded one; so a data set may be copied to another machine.
+
+    View 0 is ``clip.preprocess``. Each other view is ``clip.augment`` with a random stream of its own, made from seed,
+    view and file name. The same call on the same machine with the same number of threads gives the same bits, whatever
+    ``workers``, the number of ranks, and interruptions.
+
+    Under torchrun every rank must make the same call: ranks share the shards among them, and need one file system. A
+    gloo process group is made, and stays, if there is none.
+
+    Args:
+        clip: the model.
+        images: what to encode; give the whole split, and :meth:`FeatureCache.select` few-shot or base/novel subsets.
+        path: the cache's folder; made if missing.
+        dtype: stored as "float32", "float16" (relative error below 5e-4) or "bfloat16" (below 4e-3).
+        views: V >= 1, the evaluation view and V - 1 augmented ones.
+        seed: of the augmented views.
+        batch_size: images per call of the image tower.
+        shard_size: images per file: the most that a kill can lose, and the portion of a rank. None is 1,024, or more
+            where that would make over 256 files. An unfinished cache goes on with its own.
+        workers: processes that decode images; 0 decodes in this one.
+        max_pixels: an image with more pixels is unreadable: decoding takes about 8 bytes per pixel in each worker.
+        on_error: an unreadable image stops the build ("raise"; finished shards are kept) or is left out, with a
+            warning and a note in the manifest ("skip").
+        overwrite: throw away what is at ``path`` and build anew.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The cache, with exactly ``images`` in their order, less the skipped ones.
+
+    Raises:
+        ValueError: a bad argument; an unreadable image; features that are NaN or inf; a stale or damaged cache.
+        RuntimeError: another process is building it; another rank failed.
+        OSError: the disk is full, or the like. Finished shards are kept.
+    """
+    if shard_size is None:
+        shard_size = max(SHARD_SIZE, -(-len(images) // MAX_SHARDS))
+    for name, value, least in (
+        ("views", views, 1),
+        ("batch_size", batch_size, 1),
+        ("shard_size", shard_size, 1),
+        ("workers", workers, 0),
+        ("max_pixels", max_pixels, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    path = Path(path)
+    wanted = {
+        "format": FORMAT,
+        "clip": clip.name,
+        "fingerprint": clip.image_fingerprint,
+        "preprocess": jsonable(clip.preprocess_cfg),
+        "dtype": dtype,
+        "views": views,
+        "seed": seed if views > 1 else None,
+        "dim": clip.embed_dim,
+        "shard_size": shard_size,
+        "files": list(images.files),
+        "labels": list(images.labels),
+        "classnames": list(images.classnames),
+    }
+    wanted["id"] = hashlib.sha256(
+        compact_json([wanted[name] for name in (*KEY, "dim", "shard_size", "files")])
+    ).hexdigest()
+    with torchrun_team() as team, contextlib.ExitStack() as stack:
+        job = team.lead(lambda: _begin(path, wanted, images, overwrite=overwrite, stack=stack))
+        if job is not None:
+            plan, pending = job
+            mine = pending[team.rank :: team.world]
+            show = progress and team.rank == 0
+            reading: dict[str, Any] = {"workers": workers, "max_pixels": max_pixels, "on_error": on_error}
+            team.each(
+                lambda: _build(clip, images.root, path, plan, mine, batch_size=batch_size, progress=show, **reading)
+            )
+            team.lead(lambda: _finish(path, plan))
+    cache = FeatureCache.open(path)
+    unreadable = [file for file in images.files if file in cache.skipped]
+    if unreadable and on_error == "raise":
+        raise ValueError(
+            f"{cache.skipped[unreadable[0]]} ({len(unreadable)} such images when {path} was built); on_error='skip' "
+            "leaves them out, overwrite=True tries again"
+        )
+    return cache.select(images)
+
+
+def _begin(
+    path: Path, wanted: dict[str, Any], images: ImageList, *, overwrite: bool, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], list[int]] | None:
+    """What is to be done: the plan and the shards to build, or None if the cache is complete.
+
+    Takes the lock, held until the stack closes, if there is anything to build.
+    """
+    if not overwrite and is_complete(path, wanted, images):
+        return None
+    foreign = [entry.name for entry in path.iterdir() if not OURS.fullmatch(entry.name)] if path.is_dir() else []
+    if foreign:
+        raise ValueError(f"path must be a new folder or a feature cache alone, got {path} with {foreign[0]!r} in it")
+    path.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(cache_lock(path))
+    if not overwrite and is_complete(path, wanted, images):  # by another process, since the first look
+        return None
+    plan = None
+    if not overwrite and (path / PLAN).is_file():
+        plan = read_document(path / PLAN)
+        refuse_stale(path, plan, wanted)
+        if set(plan["files"]) != set(wanted["files"]):
+            raise ValueError(f"feature cache {path} is unfinished and was begun for other images; {REBUILD}")
+        done = finished_shards(path, plan)
+        refuse_changed(path, plan, images, ((number, shard["images"]) for number, shard in done.items()))
+        plan |= {"labels": reordered(plan, wanted), "classnames": wanted["classnames"]}
+    if plan is None:
+        remove_cache_files(path)
+        plan, done = wanted, {}
+    for leftover in path.glob(".*.part"):
+        leftover.unlink()
+    write_atomically(path / PLAN, compact_json(plan))
+    return plan, [number for number in range(shard_count(plan)) if number not in done]
+
+
+def _build(
+    clip: FrozenClip,
+    root: Path,
+    path: Path,
+    plan: dict[str, Any],
+    numbers: list[int],
+    *,
+    batch_size: int,
+    workers: int,
+    max_pixels: int,
+    on_error: str,
+    progress: bool,
+) -> None:
+    """Encode these shards, in order."""
+    if not numbers:
+        return
+    batches = {number: _batches(plan, number, batch_size) for number in numbers}
+    loader = DataLoader(
+        _Views(root, plan, clip.preprocess, clip.augment if plan["views"] > 1 else None, max_pixels),
+        batch_sampler=[batch for number in numbers for batch in batches[number]],
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=release_locks,
+        generator=torch.Generator(),  # the loader draws a seed, which must not come from the caller's stream
+    )
+    bar = tqdm(
+        total=sum(len(batch) for number in numbers for batch in batches[number]),
+        desc="encode images",
+        unit="image",
+        disable=None if progress else True,
+    )
+    loaded = iter(loader)
+    with bar:
+        for number in numbers:
+            encoded, images, skipped = [], [], {}
+            for batch in batches[number]:
+                pixels, identities, errors = next(loaded)
+                files = [plan["files"][i] for i in batch]
+                for i, reason in errors.items():
+                    if on_error == "raise":
+                        raise ValueError(reason)
+                    skipped[files[i]] = reason
+                if pixels is not None:
+                    readable = [file for file in files if file not in skipped]
+                    encoded.append(_encode(clip, pixels, readable, plan))
+                images += identities
+                bar.update(len(batch))
+            empty = torch.empty(plan["views"], 0, plan["dim"], dtype=DTYPES[plan["dtype"]])
+            _write_shard(path, plan, number, torch.cat([empty, *encoded], dim=1), images, skipped)
+
+
+@torch.no_grad()
+def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: dict[str, Any]) -> Tensor:
+    """Features of a batch. pixels [B, V, 3, H, W] -> [V, B, D] in the cache's dtype."""
+    features = torch.stack([clip.encode_image(view.to(clip.device)).float().cpu() for view in pixels.unbind(1)])
+    if features.shape[-1] != plan["dim"]:
+        raise ValueError(f"clip.encode_image must give D = clip.embed_dim = {plan['dim']}, got {features.shape[-1]}")
+    bad = ~features.isfinite().all(-1)
+    if bad.any():
+        view, row = bad.nonzero()[0].tolist()
+        raise ValueError(f"features must be finite, got NaN or inf for {files[row]!r} (view {view}) from {clip.name}")
+    return features.to(DTYPES[plan["dtype"]])
+
+
+def _write_shard(
+    path: Path, plan: dict[str, Any], number: int, features: Tensor, images: list[list[Any]], skipped: dict[str, str]
+) -> None:
+    """A shard, and then the record that makes it count."""
+    content = safetensors.torch.save({"features": features.contiguous()}, metadata={"format": "pt"})
+    record = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "rows": features.shape[1],
+        "images": images,
+        "skipped": skipped,
+    }
+    write_atomically(path / shard_name(number), content)
+    write_atomically(path / record_name(number), compact_json({"plan": plan["id"], "shard": record}))
+
+
+def _finish(path: Path, plan: dict[str, Any]) -> None:
+    """Turn plan and records into the manifest."""
+    done = finished_shards(path, plan)
+    missing = [number for number in range(shard_count(plan)) if number not in done]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} shards of {path} are not there, the first is {shard_name(missing[0])}: ranks must build "
+            "on one shared file system"
+        )
+    shards = [done[number] for number in range(shard_count(plan))]
+    if not any(shard["rows"] for shard in shards):
+        raise ValueError(f"images must hold at least one readable image, all {len(plan['files'])} were skipped")
+    write_atomically(path / MANIFEST, compact_json({**plan, "torch": torch.__version__, "shards": shards}))
+    remove_building_files(path)
+
+
+class _Views(torch.utils.data.Dataset):
+    """Decoded images: item i is (pixels [V, 3, H, W] or None, identity, reason why not)."""
+
+    def __init__(
+        self, root: Path, plan: dict[str, Any], preprocess: Callable, augment: Callable | None, max_pixels: int
+    ) -> None:
+        self.root, self.files = root, plan["files"]
+        self.views, self.seed = plan["views"], plan["seed"]
+        self.preprocess, self.augment, self.max_pixels = preprocess, augment, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor | None, list[Any], str | None]:
+        path = self.root / self.files[i]
+        identity = image_identity(path)
+        try:
+            image = load_image(path, max_pixels=self.max_pixels)
+        except ValueError as error:
+            return None, identity, str(error)
+        views = [self.preprocess(image)]
+        with torch.random.fork_rng(devices=[]):
+            for view in range(1, self.views):
+                stream = f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
+                torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:8], "big"))
+                views.append(self.augment(image))
+        return torch.stack(views), identity, None
+
+
+def _collate(items: list[tuple[Tensor | None, list[Any], str | None]]) -> tuple[Tensor | None, list, dict[int, str]]:
+    pixels = [views for views, _, _ in items if views is not None]
+    errors = {i: reason for i, (_, _, reason) in enumerate(items) if reason is not None}
+    return torch.stack(pixels) if pixels else None, [identity for _, identity, _ in items], errors
+
+
+def _batches(plan: dict[str, Any], number: int, batch_size: int) -> list[list[int]]:
+    """Positions of a shard's images, in batches. No batch crosses shards, so that who builds a shard changes no bit."""
+    first = number * plan["shard_size"]
+    positions = list(range(first, first + len(shard_files(plan, number))))
+    return [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]

@@ -1,0 +1,250 @@
+"""Feature files of other projects as FeatureCache: lpclip, Tip-Adapter, clip-retrieval, plain arrays. Nothing is copied
+that the format lets be mapped into memory.
+
+Shapes: N images, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mergetune.data.cache import FeatureCache
+from mergetune.io import load_torch, read_npz, read_regular_text, read_safetensors, require_regular
+
+FEATURES = ("feature_list", "features", "image_features")  # lpclip's name first
+LABELS = ("label_list", "labels", "targets")
+ROWS = 1 << 16  # checked at once
+
+Labels = Sequence[int] | Sequence[str] | Tensor | np.ndarray | str | Path
+
+
+def read_features(
+    path: str | Path,
+    *,
+    labels: Labels | None = None,
+    classnames: Sequence[str] | None = None,
+    normalize: bool = False,
+    fingerprint: str = "",
+    progress: bool = True,
+) -> FeatureCache:
+    """Image features that another project has saved.
+
+    | ``path`` | made by | its labels |
+    |---|---|---|
+    | ``train.npz`` | lpclip (CoOp's linear probe): ``feature_list``, ``label_list`` | in it |
+    | ``keys_16shots.pt`` [D, N] | Tip-Adapter | ``values_16shots.pt``, one-hot [N, C], beside it |
+    | ``test_f.pt`` [N, D] | Tip-Adapter | ``test_l.pt`` beside it |
+    | a folder with ``img_emb/img_emb_*.npy`` | clip-retrieval | ``metadata/*.parquet``: a column, or class folders |
+    | ``.npy``, or ``features`` in ``.npz``, ``.pt``, ``.safetensors`` | anyone | ``labels`` in it, or given |
+
+    ``.npy``, ``.safetensors`` and ``.pt`` are memory-mapped; all rows are read once, to be checked. Pickled objects are
+    refused.
+
+    Args:
+        path: the file or folder.
+        labels: N class numbers or names; or their file (.npy, .npz, .pt, .safetensors, or .txt with one a line); or the
+            name of a column of clip-retrieval's metadata. None: see the table.
+        classnames: C names by class number. May be None where the labels are names: then those, sorted.
+        normalize: scale the rows to unit norm, as lpclip's need; a copy in memory. Without it other rows are refused.
+        fingerprint: ``clip.image_fingerprint`` of the model that made the features; "" if unknown, and never checked.
+        progress: show a bar where stderr is a terminal.
+
+    Raises:
+        FileNotFoundError: no such file, or none with its labels.
+        ValueError: a file of another kind, damaged, or with pickled objects; features and labels that do not fit; rows
+            that are not of unit norm.
+        ImportError: clip-retrieval's metadata is needed and pyarrow is not installed.
+    """
+    path = Path(path)
+    files: tuple[str, ...] = ()
+    if path.is_dir():
+        parts, found, files = _clip_retrieval(path, labels)
+    elif not path.is_file():
+        raise FileNotFoundError(f"path must be a file or folder of features, got {path}, which does not exist")
+    elif path.suffix == ".npy":
+        parts, found = [_floats(path, _map_npy(path))], labels
+    else:
+        content = _content(path)
+        features = _pick(path, content, FEATURES)
+        found = _companion(path, content) if labels is None else labels
+        columns = path.name.startswith("keys_") and not isinstance(content, dict)  # as Tip-Adapter keeps them
+        parts = [_floats(path, features).T.contiguous() if columns else _floats(path, features)]
+    if found is None:
+        raise ValueError(f"labels must be given: {path} holds none")
+    if isinstance(found, str | Path):
+        found = _read_labels(Path(found))
+    numbers, names = _numbers(found, classnames)
+    return _cache(path, parts, numbers, names, files, normalize, fingerprint, progress)
+
+
+def _cache(
+    path: Path,
+    parts: list[Tensor],
+    labels: Tensor,
+    classnames: tuple[str, ...],
+    files: tuple[str, ...],
+    normalize: bool,
+    fingerprint: str,
+    progress: bool,
+) -> FeatureCache:
+    """The checked features: a portion of rows at a time, so that memory stays bounded."""
+    count = sum(map(len, parts))
+    if len(labels) != count:
+        raise ValueError(f"labels must be one for each of the {count} features of {path}, got {len(labels)}")
+    if len({(part.shape[1], part.dtype) for part in parts}) != 1:
+        raise ValueError(f"{path} must hold features of one width and dtype, got {[list(p.shape) for p in parts][:3]}")
+    caches, start = [], 0
+    portions = [portion for part in parts for portion in part.split(ROWS)]
+    for portion in tqdm(portions, desc="check features", disable=None if progress and len(portions) > 1 else True):
+        here = labels[start : start + len(portion)]
+        try:
+            cache = FeatureCache.from_tensors(portion, here, classnames, normalize=normalize, fingerprint=fingerprint)
+        except ValueError as error:
+            raise ValueError(f"{path}, rows from {start}: {error}") from error
+        caches.append(cache)
+        start += len(portion)
+    shards = tuple(shard for cache in caches for shard in cache.shards)
+    return replace(caches[0], labels=labels, files=files, stored=torch.arange(count), shards=shards)
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def _numbers(labels: Any, classnames: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """Class numbers [N] and the names by number, from numbers, names or one-hot rows."""
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu().to(torch.float32 if labels.is_floating_point() else labels.dtype).numpy()
+    labels = np.asarray(labels)
+    if labels.ndim == 2:  # Tip-Adapter's values
+        if labels.dtype.kind not in "biuf" or not ((labels != 0).sum(1) == 1).all() or not (labels.max(1) == 1).all():
+            raise ValueError(f"labels [N, C] must be one-hot, got other rows in {list(labels.shape)}")
+        labels = labels.argmax(1)
+    if labels.ndim != 1 or labels.dtype.kind not in "iuU":
+        raise ValueError(f"labels must be N whole numbers or names, got {labels.dtype} {list(labels.shape)}")
+    if labels.dtype.kind == "U":
+        names = tuple(sorted(set(labels.tolist()))) if classnames is None else tuple(classnames)
+        number = {name: i for i, name in enumerate(names)}
+        if unknown := [name for name in labels.tolist() if name not in number]:
+            raise ValueError(f"labels must be among the {len(names)} classnames, got {unknown[0]!r}")
+        return torch.tensor([number[name] for name in labels.tolist()]), names
+    if classnames is None:
+        raise ValueError("classnames must be given: the labels are numbers")
+    return torch.from_numpy(labels.astype(np.int64)), tuple(classnames)
+
+
+def _read_labels(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"labels must be there, got {file}, where there is no file")
+    if file.suffix == ".npy":
+        return _map_npy(file)
+    if file.suffix == ".txt":
+        lines = [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]
+        return [int(line) for line in lines] if all(re.fullmatch(r"\d{1,9}", line) for line in lines) else lines
+    return _pick(file, _content(file), LABELS)
+
+
+def _companion(path: Path, content: Any) -> Any:
+    """The labels that belong to features: in the same file, or in Tip-Adapter's file beside it."""
+    if isinstance(content, dict):
+        return next((content[name] for name in LABELS if name in content), None)
+    if path.name.startswith("keys_"):
+        return path.with_name(f"values_{path.name.removeprefix('keys_')}")
+    return path.with_name(f"{path.stem.removesuffix('_f')}_l{path.suffix}") if path.stem.endswith("_f") else None
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _content(file: Path) -> Any:
+    """The arrays by name, or one tensor."""
+    if file.suffix == ".npz":
+        return read_npz(file)
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    if file.suffix in (".pt", ".pth"):
+        return load_torch(file, mmap=True)
+    raise ValueError(f"{file} must be .npy, .npz, .pt, .pth, .safetensors or a folder of clip-retrieval's")
+
+
+def _pick(file: Path, content: Any, names: tuple[str, ...]) -> Any:
+    if not isinstance(content, dict):
+        return content
+    found = [name for name in names if name in content]
+    if len(found) != 1:
+        got = ", ".join(str(name) for name in list(content)[:8])
+        raise ValueError(f"{file} must hold one of {', '.join(names)}, got {got or 'nothing'}")
+    return content[found[0]]
+
+
+def _map_npy(file: Path) -> np.ndarray:
+    try:
+        require_regular(file)
+        return np.load(file, mmap_mode="c", allow_pickle=False)  # "c": torch wants memory that could be written
+    except Exception as error:  # numpy raises many kinds on damaged files
+        raise ValueError(f"{file} cannot be read as .npy: {type(error).__name__}: {error}") from error
+
+
+def _floats(file: Path, features: Any) -> Tensor:
+    """Features [N, D] as a tensor on the same memory."""
+    if isinstance(features, np.ndarray) and features.dtype.kind == "f" and features.dtype.itemsize <= 8:
+        features = torch.from_numpy(features.astype(features.dtype.newbyteorder("="), copy=False))
+    plain = isinstance(features, Tensor) and features.is_floating_point() and features.layout == torch.strided
+    if not plain or features.ndim != 2 or not features.numel():
+        what = f"{features.dtype} {list(features.shape)}" if hasattr(features, "shape") else type(features).__name__
+        raise ValueError(f"{file} must hold floating-point features [N, D], got {what}")
+    return features
+
+
+def _clip_retrieval(folder: Path, labels: Labels | None) -> tuple[list[Tensor], Any, tuple[str, ...]]:
+    """Features, labels and files of ``img_emb/img_emb_N.npy`` with ``metadata/metadata_N.parquet``."""
+    numbered = {}
+    for file in folder.glob("img_emb/img_emb_*.npy"):
+        if match := re.fullmatch(r"img_emb_(\d+)\.npy", file.name):
+            numbered[file] = int(match[1])
+    if not numbered:
+        raise FileNotFoundError(f"{folder} must hold img_emb/img_emb_N.npy, as clip-retrieval writes them")
+    embedded = sorted(numbered, key=numbered.__getitem__)
+    parts = [_floats(file, _map_npy(file)) for file in embedded]
+    column = isinstance(labels, str) and not Path(labels).is_file()
+    if labels is not None and not column:
+        return parts, labels, ()
+    found, paths = [], []
+    for file, part in zip(embedded, parts, strict=True):
+        metadata = folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet")
+        table = _read_parquet(metadata, ["image_path", labels] if column else ["image_path"])
+        if any(len(values) != len(part) for values in table.values()):
+            raise ValueError(f"{metadata} must have a row for each of the {len(part)} features of {file.name}")
+        paths += table["image_path"]
+        found += table[labels] if column else [PurePosixPath(str(name)).parent.name for name in table["image_path"]]
+    if not column and "" in found:
+        raise ValueError(f"labels must be given: {folder}'s image_path {paths[found.index('')]!r} has no class folder")
+    if column and any(type(value) is not type(found[0]) for value in found):
+        raise ValueError(f"labels: the column {labels!r} must hold whole numbers or names alone")
+    unique = all(isinstance(name, str) for name in paths) and len(set(paths)) == len(paths)
+    return parts, found, tuple(paths) if unique else ()
+
+
+def _read_parquet(file: Path, columns: list[str]) -> dict[str, list[Any]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError(f"{file} needs pyarrow: pip install pyarrow, or give the labels yourself") from error
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} must be there, with the labels; or give them")
+    try:
+        found = parquet.ParquetFile(file)
+        if missing := [name for name in columns if name not in found.schema_arrow.names]:
+            raise ValueError(f"it must have the column {missing[0]!r}, got {', '.join(found.schema_arrow.names)}")
+        table = found.read(columns=columns)
+        return {name: table.column(name).to_pylist() for name in columns}
+    except Exception as error:  # pyarrow raises many kinds
+        raise ValueError(f"{file} cannot be read: {error}") from error

@@ -1,0 +1,48 @@
+"""CoOp's few-shot files: pickles of records, read without running what is pickled in them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+from pathlib import Path
+from typing import Any
+
+from mergetune.io import read_regular
+
+DATUM = ("dassl.data.datasets.base_dataset", "Datum")  # what CoOp's few-shot files are made of
+DATUM_OPCODES = re.compile(  # what pickle protocols 2 to 5 need for dicts and lists of such records; none calls code
+    "PROTO|FRAME|STOP|MARK|EMPTY_(DICT|LIST|TUPLE)|APPENDS?|SETITEMS?|MEMOIZE|(LONG_)?BIN(PUT|GET)|(SHORT_)?BINUNICODE|"
+    "BININT[12]?|(STACK_)?GLOBAL|NEWOBJ|BUILD"
+)
+
+
+def read_few_shot(path: Path, split: str) -> list[tuple[str, int]]:
+    """(path, label) of each record under ``split`` in a pickle {split: [Datum, ...]}, without running anything."""
+
+    class Datum:  # made anew for every file, so that nothing a file does to it stays
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.file, self.label = state["_impath"], state["_label"]
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> type:
+            if (module, name) != DATUM:
+                raise pickle.UnpicklingError(f"it holds {module}.{name}, and pickled code is never run")
+            return Datum
+
+    content = read_regular(path)
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            if not DATUM_OPCODES.fullmatch(opcode.name):
+                raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which such files have no need of")
+            if opcode.name == "LONG_BINPUT" and argument > len(content):
+                raise pickle.UnpicklingError("its memo is larger than the file")  # the reader would allocate it
+        records = [(record.file, record.label) for record in Reader(io.BytesIO(content)).load()[split]]
+        if not records or not all(isinstance(file, str) and type(label) is int for file, label in records):
+            raise TypeError("its records must have a path and a label")
+    except Exception as error:  # pickles that are damaged raise whatever they like
+        raise ValueError(
+            f"{path} must be a few-shot file of CoOp with images under {split!r}: {type(error).__name__}: {error}"
+        ) from error
+    return records

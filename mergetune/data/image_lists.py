@@ -1,0 +1,336 @@
+"""Labelled image lists and datasets: few-shot sampling and the base/novel split."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mergetune.data.few_shot_files import read_few_shot
+
+SPLITS = ("train", "val", "test")
+
+VAL_SHOTS = 4  # CoOp never draws more validation images per class than this
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Labelled images below one folder. C classes, some of which may have no image here.
+
+    Attributes:
+        root: the folder that ``files`` are relative to.
+        files: relative paths with forward slashes, no file twice.
+        labels: one class index in [0, C) per file.
+        classnames: C names, as they go into a prompt.
+
+    Raises:
+        ValueError: no files; lengths differ; a label out of range; a file twice; an absolute path.
+    """
+
+    root: Path
+    files: tuple[str, ...] = field(repr=False)
+    labels: tuple[int, ...] = field(repr=False)
+    classnames: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))
+        object.__setattr__(self, "files", tuple(self.files))
+        object.__setattr__(self, "labels", tuple(map(operator.index, self.labels)))
+        object.__setattr__(self, "classnames", tuple(self.classnames))
+        if not self.files:
+            raise ValueError("files must hold at least one image, got none")
+        if len(self.labels) != len(self.files):
+            raise ValueError(f"labels must have one entry per file = {len(self.files)}, got {len(self.labels)}")
+        if min(self.labels) < 0 or max(self.labels) >= len(self.classnames):
+            file, label = next(
+                pair for pair in zip(self.files, self.labels, strict=True) if not 0 <= pair[1] < len(self.classnames)
+            )
+            raise ValueError(f"labels must lie in [0, {len(self.classnames)}), got {label} for {file!r}")
+        for file in self.files:
+            if file.startswith("/"):
+                raise ValueError(f"files must be relative to root = {self.root}, got {file!r}")
+        refuse_repeats("files", self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where each image lies."""
+        return [self.root / file for file in self.files]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Images per class, C entries."""
+        counts = [0] * len(self.classnames)
+        for label in self.labels:
+            counts[label] += 1
+        return tuple(counts)
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The classes that have an image here, ascending."""
+        return tuple(sorted(set(self.labels)))
+
+    def take(self, positions: Iterable[int]) -> ImageList:
+        """The images at these positions, in this order; labels and class names stay."""
+        positions = list(positions)
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in positions),
+            labels=tuple(self.labels[i] for i in positions),
+        )
+
+    def select(self, classes: Sequence[int]) -> ImageList:
+        """The images of these classes, relabelled from 0 in the given order; the images keep their order.
+
+        Raises:
+            ValueError: no class, an unknown class, a class twice, or no image left.
+        """
+        classes = _check_classes(classes, len(self.classnames))
+        if classes == tuple(range(len(self.classnames))):
+            return self  # ImageNet's list is long
+        new_label = {old: new for new, old in enumerate(classes)}
+        kept = [i for i, label in enumerate(self.labels) if label in new_label]
+        if not kept:
+            empty = [self.classnames[c] for c in new_label]
+            raise ValueError(f"classes must have at least one image, got none for {some_of(empty)}")
+        return ImageList(
+            root=self.root,
+            files=tuple(self.files[i] for i in kept),
+            labels=tuple(new_label[self.labels[i]] for i in kept),
+            classnames=tuple(self.classnames[c] for c in new_label),
+        )
+
+    def require_every_class(self) -> ImageList:
+        """This list, if each class has an image.
+
+        Raises:
+            ValueError: naming the classes that have none.
+        """
+        empty = [name for name, count in zip(self.classnames, self.counts, strict=True) if not count]
+        if empty:
+            raise ValueError(f"every class must have at least one image, got none for {some_of(empty)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Train, validation and test images over the same classes, of which some are visible. Each may be missing.
+
+    ``train``, ``val``, ``test`` and ``classnames`` show the visible classes, labelled from 0. The whole lists are
+    remembered, because CoOp draws few-shot images from all classes before it drops the novel ones.
+
+    Attributes:
+        name: for tables and messages.
+        full_train: training images of all classes, if there are any.
+        full_val: validation images of all classes, if there are any.
+        full_test: test images of all classes, if there are any.
+        visible: which of all classes are visible, and their order; None shows all.
+
+    Raises:
+        ValueError: no split; class names differ between splits; a file in two splits; an unknown visible class.
+    """
+
+    name: str
+    full_train: ImageList | None = None
+    full_val: ImageList | None = None
+    full_test: ImageList | None = None
+    visible: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        lists = {split: getattr(self, f"full_{split}") for split in SPLITS}
+        lists = {split: images for split, images in lists.items() if images is not None}
+        if not lists:
+            raise ValueError(f"dataset {self.name!r} must have a train, val or test split, got none")
+        first, names = next((split, images.classnames) for split, images in lists.items())
+        for split, images in lists.items():
+            if images.classnames != names:
+                raise ValueError(
+                    f"{split} must have the class names of {first}, {difference(names, images.classnames)}"
+                )
+        visible = range(len(names)) if self.visible is None else self.visible
+        object.__setattr__(self, "visible", _check_classes(visible, len(names)))
+        _refuse_shared(lists)
+
+    @property
+    def classnames(self) -> tuple[str, ...]:
+        """Names of the visible classes."""
+        names = next(images for images in (self.full_train, self.full_val, self.full_test) if images).classnames
+        return tuple(names[c] for c in self.visible)
+
+    @functools.cached_property
+    def train(self) -> ImageList:
+        """Training images of the visible classes. Raises ValueError where there are none."""
+        return self._full("train").select(self.visible)
+
+    @functools.cached_property
+    def val(self) -> ImageList:
+        """Validation images of the visible classes. Raises ValueError where there are none."""
+        return self._full("val").select(self.visible)
+
+    @functools.cached_property
+    def test(self) -> ImageList:
+        """Test images of the visible classes. Raises ValueError where there are none."""
+        return self._full("test").select(self.visible)
+
+    def select(self, classes: Sequence[int]) -> Dataset:
+        """Only these of the visible classes, relabelled from 0 in the given order."""
+        return replace(self, visible=tuple(self.visible[c] for c in _check_classes(classes, len(self.visible))))
+
+    def base_novel(self) -> tuple[Dataset, Dataset]:
+        """CoOp's halves: the first ceil(C / 2) visible classes are base, the others novel, each labelled from 0.
+
+        Raises:
+            ValueError: fewer than two classes.
+        """
+        count = len(self.visible)
+        if count < 2:
+            raise ValueError(f"base_novel needs at least 2 classes, got {count} in {self.name!r}: {self.classnames}")
+        half = math.ceil(count / 2)
+        ordered = sorted(range(count), key=self.visible.__getitem__)
+        return self.select(ordered[:half]), self.select(ordered[half:])
+
+    def few_shot(self, shots: int | None, seed: int = 1, split: str = "train") -> ImageList:
+        """The images that CoOp draws with this seed, of the visible classes.
+
+        Exactly Dassl's sampling: a stream ``random.Random(seed)``; for each class, in order of first appearance in the
+        whole training list, ``random.sample`` of ``shots`` images, or all of them where there are fewer (Dassl's
+        ``repeat=False``, which draws nothing). ``split="val"`` continues that stream with min(shots, 4) images per
+        class of the validation list. Classes are hidden afterwards, so base and novel share one draw.
+
+        Args:
+            shots: images per class; None gives the whole split.
+            seed: CoOp's ``SEED``.
+            split: "train" or "val".
+
+        Raises:
+            ValueError: shots < 1; another split; a visible class without images.
+        """
+        _check_few_shot_split(split)
+        if shots is not None and operator.index(shots) < 1:
+            raise ValueError(f"shots must be at least 1, got {shots}")
+        images = self._full(split)
+        everything = (self.train if split == "train" else self.val).require_every_class()
+        if shots is None:
+            return everything
+        stream = random.Random(operator.index(seed))
+        positions = _draw(self._full("train"), shots, stream)
+        if split == "val":
+            positions = _draw(images, min(shots, VAL_SHOTS), stream)
+        return images.take(positions).select(self.visible)
+
+    def few_shot_file(self, path: str | Path, split: str = "train") -> ImageList:
+        """The images that CoOp drew and stored, of the visible classes: ``split_fewshot/shot_16-seed_1.pkl``.
+
+        The file is a pickle of Dassl's records. Nothing in it is run: only plain values and these records are read.
+        Its paths are those of the machine where it was written; here an image is found by the end of its path.
+
+        Args:
+            path: the file.
+            split: "train" or "val".
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file, or drawn from other images or labels.
+        """
+        _check_few_shot_split(split)
+        path, images = Path(path), self._full(split)
+        stored = read_few_shot(path, split)
+        ends = [_path_ends(file) for file, _ in stored]
+        wanted = {end for candidates in ends for end in candidates}
+        position_of = {file: i for i, file in enumerate(images.files) if file in wanted}
+        positions = [next((position_of[end] for end in candidates if end in position_of), -1) for candidates in ends]
+        for (file, label), position in zip(stored, positions, strict=True):
+            if position < 0:
+                raise ValueError(f"{path} must list images of {self.name!r}, got {file!r}, which is not in {split}")
+            if label != images.labels[position]:
+                raise ValueError(
+                    f"{path} must have the labels of {self.name!r}, got {label} for {file!r} "
+                    f"instead of {images.labels[position]}: it was drawn from another split"
+                )
+        refuse_repeats(f"images in {path}", [file for file, _ in stored])
+        return images.take(positions).select(self.visible).require_every_class()
+
+    def _full(self, split: str) -> ImageList:
+        images = getattr(self, f"full_{split}")
+        if images is None:
+            raise ValueError(f"dataset {self.name!r} has no {split} split")
+        return images
+
+
+def difference(expected: Iterable[str], got: Iterable[str]) -> str:
+    """How a list of names differs from another, for messages."""
+    expected, got = list(expected), list(got)
+    lacking, extra = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    parts = [f"lacks {some_of(lacking)}"] * bool(lacking) + [f"has {some_of(extra)} besides"] * bool(extra)
+    return " and ".join(parts) or "has them in another order"
+
+
+def _draw(images: ImageList, shots: int, stream: random.Random) -> list[int]:
+    """Positions of ``shots`` images per class, by Dassl's generate_fewshot_dataset."""
+    of_label: dict[int, list[int]] = defaultdict(list)
+    for position, label in enumerate(images.labels):
+        of_label[label].append(position)
+    drawn: list[int] = []
+    for positions in of_label.values():
+        drawn += stream.sample(positions, shots) if len(positions) >= shots else positions
+    return drawn
+
+
+def _path_ends(file: str) -> list[str]:
+    """The path without its first parts, longest first: "a/b/c" -> "a/b/c", "b/c", "c"."""
+    parts = file.replace("\\", "/").split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_classes(classes: Iterable[int], count: int) -> tuple[int, ...]:
+    classes = tuple(map(operator.index, classes))
+    if not classes:
+        raise ValueError("classes must name at least one class, got none")
+    for c in classes:
+        if not 0 <= c < count:
+            raise ValueError(f"classes must lie in [0, {count}), got {c}")
+    refuse_repeats("classes", classes)
+    return classes
+
+
+def refuse_repeats(what: str, values: Sequence[Any]) -> None:
+    if len(set(values)) == len(values):
+        return
+    seen: set[Any] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{what} must not repeat, got {value!r} twice")
+        seen.add(value)
+
+
+def _refuse_shared(lists: Mapping[str, ImageList]) -> None:
+    """Refuse an image in two splits. Sets of the shorter lists only: ImageNet's training list is long."""
+    one_root = len({images.root for images in lists.values()}) == 1
+    names = {split: images.files if one_root else [*map(str, images.paths)] for split, images in lists.items()}
+    for first, second in itertools.combinations(names, 2):
+        short, long = sorted((names[first], names[second]), key=len)
+        if not set(short).isdisjoint(long):
+            path = lists[first].root / min(set(short).intersection(long))
+            raise ValueError(f"a file must lie in one split, got {path} in {first} and {second}")
+
+
+def _check_few_shot_split(split: str) -> None:
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+
+
+def some_of(values: Sequence[Any], limit: int = 5) -> str:
+    shown = ", ".join(map(repr, values[:limit]))
+    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"

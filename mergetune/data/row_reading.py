@@ -1,0 +1,90 @@
+"""Rows of a cache's shards, read in one go from the mapping or by ``preadv``."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergetune.data.cache_files import REBUILD
+
+
+class OpenFiles:
+    """The shards' files, open until the last view of the cache is gone: even of a rebuilt cache the old ones."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths, self.files = tuple(paths), []
+        for path in self.paths:
+            self.files.append(path.open("rb", buffering=0))
+
+    def __del__(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenFiles, (self.paths,)  # another process opens its own
+
+
+def may_open(count: int) -> bool:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return hasattr(os, "preadv") and (limit == resource.RLIM_INFINITY or count <= limit // 2)
+
+
+class RowReader:
+    """Where the rows of some shards lie; reads any of them in one go, however many shards they come from."""
+
+    def __init__(self, shards: Sequence[Tensor], opened: OpenFiles | None) -> None:
+        self.given = shards, opened
+        self.counts = torch.tensor([shard.shape[1] for shard in shards])
+        self.first = self.counts.cumsum(0) - self.counts
+        self.dim, self.dtype, self.opened = shards[0].shape[-1], shards[0].dtype, opened
+        size = self.dtype.itemsize
+        if opened is not None:  # where each shard's features begin, in bytes of its file
+            self.descriptors = [file.fileno() for file in opened.files]
+            self.begin = torch.tensor([shard.storage_offset() * size for shard in shards])
+            return
+        # All shards as one tensor from the lowest address to the highest, of overlapping rows, one at each element: a
+        # row's place is then one number. What lies between the shards is not ours, may not exist, and is never read.
+        self.shards = [s.contiguous() if s.data_ptr() % size == 0 else s.clone().contiguous() for s in shards]
+        address = torch.tensor([shard.data_ptr() for shard in self.shards])
+        lowest = int(address.argmin())
+        self.begin = (address - address[lowest]) // size
+        last = int((self.begin + self.counts * self.shards[0].shape[0] * self.dim).max()) - self.dim
+        words = self.shards[lowest].view({2: torch.int16, 4: torch.int32}[size]).numpy()
+        overlapping = np.lib.stride_tricks.as_strided(words, (last + 1, self.dim), (size, size))
+        self.window = torch.from_numpy(overlapping).view(self.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowReader, self.given  # the window must never be copied
+
+    def read(self, row: Tensor, view: Tensor, out: Tensor) -> None:
+        """Fill out [B, D] float32 with these stored rows [B], of these views [B]."""
+        shard = torch.searchsorted(self.first, row, right=True) - 1
+        place = (view * self.counts[shard] + row - self.first[shard]) * self.dim  # elements from the shard's begin
+        raw = out if self.dtype == out.dtype else torch.empty(out.shape, dtype=self.dtype)
+        if self.opened is None:
+            torch.index_select(self.window, 0, self.begin[shard] + place, out=raw)
+        else:
+            self._read_files(shard, self.begin[shard] + place * raw.itemsize, raw)
+        if raw is not out:
+            out.copy_(raw)
+
+    def _read_files(self, shard: Tensor, begin: Tensor, out: Tensor) -> None:
+        """Fill out [B, D] from these bytes of the shards' files. Rows that follow each other are read at once."""
+        width = self.dim * out.itemsize
+        breaks = (shard.diff() != 0) | (begin.diff() != width)
+        runs = torch.cat([torch.zeros(1, dtype=torch.int64), breaks.nonzero().squeeze(1) + 1])
+        starts, buffer = (runs * width).tolist(), memoryview(out.view(torch.uint8).numpy().reshape(-1))
+        ends = [*starts[1:], len(buffer)]
+        for number, offset, a, b in zip(shard[runs].tolist(), begin[runs].tolist(), starts, ends, strict=True):
+            while a < b:
+                count = os.preadv(self.descriptors[number], (buffer[a:b],), offset)
+                if not count:
+                    raise ValueError(f"{self.opened.paths[number]} was truncated while it was open; {REBUILD}")
+                a, offset = a + count, offset + count

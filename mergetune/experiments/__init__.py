@@ -1,0 +1,47 @@
+"""Whole experiments: own images, the demo, merging of solutions, the comparison, the paper's protocols."""
+
+from typing import TYPE_CHECKING
+
+from mergetune.facts.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from mergetune.experiments.comparison import compare
+    from mergetune.experiments.comparison_cells import Task, icons_task
+    from mergetune.experiments.icons import run_demo
+    from mergetune.experiments.own_images import FolderResult, fit_dataset
+    from mergetune.experiments.protocol_forecast import forecast
+    from mergetune.experiments.protocol_plans import Experiment, check_data, plan
+    from mergetune.experiments.protocol_tables import save_table
+    from mergetune.experiments.protocols import reproduce
+    from mergetune.experiments.solution_merging import merge_solutions
+
+__all__ = [
+    "Experiment",
+    "FolderResult",
+    "Task",
+    "check_data",
+    "compare",
+    "fit_dataset",
+    "forecast",
+    "icons_task",
+    "merge_solutions",
+    "plan",
+    "reproduce",
+    "run_demo",
+    "save_table",
+]
+
+make_lazy(
+    __name__,
+    {
+        "mergetune.experiments.comparison": "compare",
+        "mergetune.experiments.comparison_cells": "Task icons_task",
+        "mergetune.experiments.icons": "run_demo",
+        "mergetune.experiments.own_images": "FolderResult fit_dataset",
+        "mergetune.experiments.protocol_forecast": "forecast",
+        "mergetune.experiments.protocol_plans": "Experiment check_data plan",
+        "mergetune.experiments.protocol_tables": "save_table",
+        "mergetune.experiments.protocols": "reproduce",
+        "mergetune.experiments.solution_merging": "merge_solutions",
+    },
+)

@@ -1,0 +1,127 @@
+"""The cells of the comparison: one dataset, one partition of its classes, one seed; and the plan for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mergetune.clip import PLAIN, FrozenClip, check_templates
+from mergetune.data import Dataset, FeatureCache, ImageList, cache_features
+from mergetune.experiments.icons import TEMPLATE, load_icons
+
+ZERO_SHOT, REFERENCE = "zero-shot", "MERGETUNE, chosen [1]"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A dataset: cached features of all its classes.
+
+    Attributes:
+        name: of its folder and its lines.
+        train: the pool that few-shot images are drawn from.
+        test: test images. Nothing is chosen on them.
+        val: validation images; None: those of ``train`` that were not drawn, and of novel classes all of ``train``.
+        templates: zero-shot text; several are ensembled.
+    """
+
+    name: str
+    train: FeatureCache
+    test: FeatureCache
+    val: FeatureCache | None = None
+    templates: tuple[str, ...] = (PLAIN,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "templates", check_templates(self.templates))
+        for other in ("test", "val"):
+            cache = getattr(self, other)
+            if cache is not None and cache.classnames != self.train.classnames:
+                raise ValueError(f"{other} must have the classes of train, got {list(cache.classnames)[:3]}...")
+        pairs = [("test", self.test, self.train), ("test", self.test, self.val), ("val", self.val, self.train)]
+        for title, cache, other in pairs:
+            if None not in (cache, other) and len(both := cache.shared_with(other)):
+                raise ValueError(f"{title} must share no image with what is trained or chosen on, got {len(both)}")
+
+    def halves(self, partition: int | None) -> dict[str, list[int]]:
+        """Classes of the base and the novel half: sorted (0, CoOp's), random (1, 2, ...); None: all of them."""
+        count = len(self.train.classnames)
+        if partition is None:
+            return {"all": list(range(count))}
+        if count < 4:
+            raise ValueError(f"partitions need at least 4 classes, two a half, got {count} in {self.name!r}")
+        order = list(range(count))
+        if partition:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(partition)).tolist()
+        half = math.ceil(count / 2)
+        return {"base": sorted(order[:half]), "novel": sorted(order[half:])}
+
+    def fold(self, partition: int | None, shots: int | None, seed: int) -> Fold:
+        """The training and validation images of a cell. The draw is CoOp's, over all classes, for any partition."""
+        halves = self.halves(partition)
+        cache = replace(self.train, files=self.train.files or tuple(map(str, range(len(self.train)))))
+        listed = ImageList(Path(), cache.files, tuple(cache.labels.tolist()), cache.classnames)
+        learned = next(iter(halves.values()))
+        drawn = Dataset(self.name, full_train=listed).select(learned).few_shot(shots, seed)
+        taken = set(drawn.files)
+        rest = [i for i, file in enumerate(listed.files) if file not in taken]
+        labels = {listed.labels[i] for i in rest} if self.val is None else set(self.val.labels.tolist())
+        for part, classes in halves.items():
+            if not labels.intersection(classes):
+                raise ValueError(
+                    f"val must hold images of the {part} classes of {self.name!r} to choose on, got none: "
+                    f"give some, or draw fewer than {shots} shots, so that some training images are left"
+                )
+        val = cache.select(listed.take(rest)) if self.val is None else self.val
+        own = {part: val.select_classes(classes) for part, classes in halves.items()}
+        return Fold(cache.select(drawn), own, self.templates, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What training and choosing see of a cell: no test images.
+
+    Attributes:
+        train: the few-shot images of the classes that are learned.
+        val: "base" and "novel", or "all" -> validation images.
+        templates: zero-shot text.
+        seed: of the draw and the training.
+    """
+
+    train: FeatureCache
+    val: dict[str, FeatureCache]
+    templates: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One comparison.
+
+    Attributes:
+        task: name of the dataset.
+        partition: which halves, see :meth:`Task.halves`.
+        seed: of the draw and the training.
+    """
+
+    task: str
+    partition: int | None
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept, below the folder of results."""
+        return Path(self.task, "all" if self.partition is None else f"partition-{self.partition}", f"seed-{self.seed}")
+
+
+def icons_task(folder: str | Path, *, report: Callable[[str], None] = lambda _: None) -> tuple[FrozenClip, list[Task]]:
+    """The embedded CLIP and icons, encoded in ``folder``."""
+    clip, data = load_icons(Path(folder))
+    report(f"encoding {len(data.train) + len(data.test)} images once")
+    caches = {
+        part: cache_features(clip, images, Path(folder) / "cache" / part, progress=False)
+        for part, images in (("train", data.train), ("test", data.test))
+    }
+    return clip, [Task("icons", **caches, templates=(TEMPLATE,))]

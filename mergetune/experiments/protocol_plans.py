@@ -1,0 +1,187 @@
+"""The paper's experiments, planned: which runs there are, and what their results depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from mergetune.clip import FrozenClip
+from mergetune.data import benchmark, check_dataset, templates_for
+from mergetune.facts.function_options import TUNE_METHODS
+
+ELEVEN = (
+    "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397",
+    "dtd", "eurosat", "ucf101",
+)  # fmt: skip
+SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+PROTOCOLS = {
+    "base-to-novel": "train on half of the classes, test on them and on the others (CoCoOp)",
+    "cross-dataset": "train on ImageNet, test on the other datasets (CoCoOp)",
+    "domain": "train on ImageNet, test on its shifted test sets (CoOp)",
+    "few-shot": "train on 1, 2, 4, 8 and 16 images a class, test on the same classes (CoOp)",
+    "robust": "train a head on ImageNet, test on it and on its shifted test sets, ensembled with zero-shot (WiSE-FT)",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training set, method and seed.
+
+    Attributes:
+        protocol: one of ``PROTOCOLS``.
+        source: the dataset that is trained on.
+        method: stage 1, one of ``TUNE_METHODS``.
+        shots: images a class; None is all of them.
+        seed: of the draw and of the training.
+        targets: what is tested: datasets, or "base" and "novel" for the halves of the source.
+    """
+
+    protocol: str
+    source: str
+    method: str
+    shots: int | None
+    seed: int
+    targets: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept, below the folder of results."""
+        return Path(self.protocol, self.source, self.method, f"shots-{self.shots or 'all'}", f"seed-{self.seed}")
+
+    @property
+    def test_sets(self) -> tuple[str, ...]:
+        """The datasets whose test images it needs."""
+        return (self.source,) if self.protocol == "base-to-novel" else self.targets
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all runs share. Only ``root`` and ``out`` are needed.
+
+    Attributes:
+        root: the folder of the datasets, in CoOp's layout.
+        out: the folder of results, caches and solutions.
+        templates: the set of zero-shot templates, see :data:`mergetune.data.TEMPLATES`.
+        checkpoints: where stage 1 is to be read from instead of being run: a path with {dataset}, {method}, {shots} and
+            {seed} in it, as "output/{dataset}/shots_{shots}/CoOp/seed{seed}".
+        tune: more keyword arguments of :func:`mergetune.tune`.
+        fit: more keyword arguments of :func:`mergetune.fit`.
+        cache: more keyword arguments of :func:`mergetune.cache_features`.
+    """
+
+    root: Path
+    out: Path
+    templates: str = "official"
+    checkpoints: str | None = None
+    tune: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("root", "out"):
+            object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
+        templates_for("imagenet", self.templates)
+        known = {"dataset", "method", "shots", "seed"}
+        if unknown := {name for _, name, *_ in Formatter().parse(self.checkpoints or "") if name} - known:
+            raise ValueError(f"checkpoints may hold {', '.join(sorted(known))} in braces, got {sorted(unknown)[0]!r}")
+
+    def settings(self, clip: FrozenClip) -> dict[str, Any]:
+        """What a result depends on beside the run."""
+        return {
+            "clip": clip.name,
+            "fingerprint": clip.fingerprint,
+            "templates": self.templates,
+            "checkpoints": self.checkpoints,
+            "tune": self.tune,
+            "fit": self.fit,
+        }
+
+    def checkpoint(self, run: Run) -> Path | None:
+        """Where the stage 1 of a run is read from, if it is."""
+        if self.checkpoints is None:
+            return None
+        return Path(
+            self.checkpoints.format(dataset=run.source, method=run.method, shots=run.shots or "all", seed=run.seed)
+        )
+
+
+def plan(
+    protocol: str,
+    *,
+    datasets: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (1, 2, 3),
+    shots: Sequence[int] = (),
+) -> tuple[Run, ...]:
+    """The runs of a protocol.
+
+    Args:
+        protocol: one of ``PROTOCOLS``.
+        datasets: base-to-novel and few-shot: trained and tested on, the eleven if none are given. The others train on
+            ImageNet; these are their test sets: the ten others, or the four shifted ImageNets.
+        methods: of ``TUNE_METHODS``; "coop", or "head" for robust, if none are given.
+        seeds: one run each.
+        shots: images a class: 16; 1, 2, 4, 8, 16 for few-shot; all of them for robust.
+
+    Raises:
+        ValueError: an unknown name; a combination that cannot be.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    methods = tuple(methods) or (("head",) if protocol == "robust" else ("coop",))
+    for method in methods:
+        if method not in TUNE_METHODS:
+            raise ValueError(f"methods must be of {', '.join(TUNE_METHODS)}, got {method!r}")
+        if method == "head" and protocol in ("base-to-novel", "cross-dataset"):
+            raise ValueError(f"methods of {protocol} must be prompts, got 'head': it knows only the classes it learned")
+        if method != "head" and protocol == "robust":
+            raise ValueError(f"methods of robust must be 'head', got {method!r}: prompts are what domain is for")
+    named = tuple(benchmark(name).name for name in datasets)
+    for what, values in (("datasets", named), ("methods", methods), ("seeds", seeds), ("shots", shots)):
+        if len(set(values)) != len(values):
+            raise ValueError(f"{what} must not repeat, got {list(values)}")
+    if not seeds:
+        raise ValueError("seeds must hold at least one seed, got none")
+    every_shots: tuple[int | None, ...] = tuple(shots) or {"few-shot": (1, 2, 4, 8, 16), "robust": (None,)}.get(
+        protocol, (16,)
+    )
+    if protocol in ("base-to-novel", "few-shot"):
+        if shifted := [name for name in named if name in SHIFTED]:
+            raise ValueError(f"datasets of {protocol} must have training images, got {shifted[0]}")
+        halves = ("base", "novel")
+        pairs = [(name, halves if protocol == "base-to-novel" else (name,)) for name in named or ELEVEN]
+    else:
+        others = {"cross-dataset": ELEVEN[1:]}.get(protocol, SHIFTED)
+        if wrong := [name for name in named if name not in (*others, "imagenet")]:
+            raise ValueError(f"datasets of {protocol} must be among {', '.join(others)}, got {wrong[0]}")
+        pairs = [("imagenet", ("imagenet", *(name for name in named or others if name != "imagenet")))]
+    return tuple(
+        Run(protocol, source, method, count, seed, targets)
+        for source, targets in pairs
+        for method in methods
+        for count in every_shots
+        for seed in seeds
+    )
+
+
+def check_data(runs: Sequence[Run], root: str | Path) -> None:
+    """Refuse a root that lacks something of any dataset, before any work.
+
+    Raises:
+        FileNotFoundError: naming all that is missing, of all datasets.
+    """
+    lacking = []
+    for name in _datasets(runs):
+        try:
+            check_dataset(name, root)
+        except FileNotFoundError as error:
+            lacking.append(str(error))
+    if lacking:
+        raise FileNotFoundError("\n".join(lacking))
+
+
+def _datasets(runs: Sequence[Run]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for run in runs for name in (run.source, *run.test_sets)))

@@ -1,0 +1,239 @@
+"""The paper's experiments on the benchmark datasets: planned, run, resumed, tabulated beside the published figures.
+
+A run is one training set, method and seed: features are cached, stage 1 tunes, stage 2 (MERGETUNE) repairs, and every
+solution is tested on the run's targets. Each run leaves one JSON file; runs that have theirs are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mergetune.clip import FrozenClip
+from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_features, few_shot_path, templates_for
+from mergetune.evaluation import Classifier, accuracy, classifier, logit_ensemble, weight_average
+from mergetune.experiments.protocol_plans import Experiment, Run, check_data
+from mergetune.io import jsonable, read_regular_text, torchrun_team, write_atomically
+from mergetune.solutions import Solution, open_solution
+from mergetune.training import fit, tune
+
+MIXES = tuple(i / 10 for i in range(11))  # the mixing coefficients of "robust"
+
+
+@dataclass(frozen=True, eq=False)
+class Caches:
+    """The feature caches of an experiment: the images that a seed draws, of all classes, and whole test sets."""
+
+    clip: FrozenClip
+    experiment: Experiment
+
+    @cached_property
+    def data(self) -> Callable[[str], Dataset]:
+        """Datasets by name, read once."""
+        return lru_cache(partial(_read, self.experiment.root))
+
+    def path(self, name: str, part: str) -> Path:
+        return self.experiment.out / "cache" / name / part
+
+    def images(self, name: str, shots: int | None, seed: int | None) -> tuple[Path, ImageList]:
+        """The folder and the images of a test set (no seed), or of a draw."""
+        if seed is None:
+            return self.path(name, "test"), self.data(name).test
+        part = "train" if shots is None else f"train-shots-{shots}-seed-{seed}"
+        return self.path(name, part), self.draw(self.data(name), name, shots, seed)
+
+    def draw(self, data: Dataset, name: str, shots: int | None, seed: int) -> ImageList:
+        """The training images: those that CoOp stored beside the dataset for this seed, or else drawn as it does."""
+        stored = None if shots is None else few_shot_path(name, self.experiment.root, shots, seed)
+        return data.few_shot_file(stored) if stored and stored.is_file() else data.few_shot(shots, seed)
+
+    def needed(self, runs: Sequence[Run]) -> list[tuple[str, int | None, int | None]]:
+        """(dataset, shots, seed) of every cache, test sets first."""
+        tests = [(name, None, None) for run in runs for name in run.test_sets]
+        draws = [(run.source, run.shots, run.seed if run.shots else 0) for run in runs]
+        return list(dict.fromkeys(tests + draws))
+
+    def build(self, name: str, shots: int | None = None, seed: int | None = None) -> None:
+        """Encode what is not there yet; the ranks of torchrun together."""
+        path, images = self.images(name, shots, seed)
+        cache_features(self.clip, images, path, **self.experiment.cache)
+
+    def get(self, name: str, shots: int | None = None, seed: int | None = None) -> FeatureCache:
+        """A cache that was built."""
+        path, images = self.images(name, shots, seed)
+        return FeatureCache.open(path).select(images)
+
+    def train(self, run: Run) -> FeatureCache:
+        """The features that a run trains on."""
+        features = self.get(run.source, run.shots, run.seed if run.shots else 0)
+        if run.protocol != "base-to-novel":
+            return features
+        return features.select(self.draw(self.data(run.source).base_novel()[0], run.source, run.shots, run.seed))
+
+    def tests(self, run: Run) -> Iterator[tuple[str, str, FeatureCache]]:
+        """(target, its dataset, its features) of a run's targets."""
+        if run.protocol != "base-to-novel":
+            yield from ((name, name, self.get(name)) for name in run.targets)
+            return
+        features = self.get(run.source)
+        for target, half in zip(run.targets, self.data(run.source).base_novel(), strict=True):
+            yield target, run.source, features.select(half.test)
+
+
+def _read(root: Path, name: str) -> Dataset:
+    return CoOpDataset(name, root)
+
+
+def execute(run: Run, caches: Caches, *, progress: bool = False) -> dict[str, Any]:
+    """Do a run whose caches are built, or take its result from disk; killed, it goes on from its last epoch.
+
+    Returns:
+        Its record: the run, the settings, and ``results[target][solution]`` with accuracy, images and standard error;
+        for "robust" also ``mixes[target][ensemble]``, accuracies at the coefficients ``MIXES``.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    clip, experiment = caches.clip, caches.experiment
+    folder, settings = experiment.out / run.folder, jsonable(experiment.settings(clip))
+    if (record := finished_record(folder)) is not None:
+        if record["settings"] != settings or record["run"] != jsonable(asdict(run)):
+            raise ValueError(f"out: {folder} holds a run with other settings or targets: choose another --out")
+        return record
+    began = time.perf_counter()
+    features = caches.train(run)
+    templates = templates_for(run.source, experiment.templates)
+    common = {"seed": run.seed, "progress": progress}
+    checkpoint = experiment.checkpoint(run)
+    if checkpoint is None:
+        stage_1 = {"method": run.method, "zero_shot": templates, "resume": folder / "tuned"}
+        tuned = tune(clip, features, **common | stage_1 | experiment.tune)
+        tuned.save(folder / "tuned")
+        tuned = tuned.solution
+    else:
+        tuned = open_solution(checkpoint, classnames=features.classnames)
+    stage_2 = {"zero_shot": templates, "resume": folder / "merged"}
+    merged = fit(clip, features, tuned, **common | stage_2 | experiment.fit)
+    merged.save(folder / "merged")
+
+    results, mixes = {}, {}
+    for target, name, test in caches.tests(run):
+        zero_shot = classifier(clip, templates_for(name, experiment.templates))
+        results[target] = {
+            solution: _report(classify, test)
+            for solution, classify in _solutions(clip, zero_shot, tuned, merged.solution).items()
+        }
+        if run.protocol == "robust":
+            mixes[target] = {
+                f"{kind} ensemble of {solution}": [_report(mix(zero_shot, end, t), test)["accuracy"] for t in MIXES]
+                for solution, end in (
+                    ("tuned", classifier(clip, tuned)),
+                    ("MERGETUNE", classifier(clip, merged.solution)),
+                )
+                for kind, mix in (("weight", weight_average), ("logit", logit_ensemble))
+            }
+    record = {
+        "run": asdict(run),
+        "settings": settings,
+        "results": results,
+        **({"mixes": mixes} if mixes else {}),
+        "seconds": time.perf_counter() - began,
+    }
+    write_atomically(folder / "run.json", f"{json.dumps(record, indent=1)}\n".encode())
+    return jsonable(record)
+
+
+def _solutions(clip: FrozenClip, zero_shot: Classifier, tuned: Solution, merged: Solution) -> dict[str, Classifier]:
+    """What is compared; the mixtures are of zero-shot and tuned, half and half."""
+    w2 = classifier(clip, tuned)
+    return {
+        "zero-shot": zero_shot,
+        "tuned": w2,
+        "weight average": weight_average(zero_shot, w2),
+        "logit ensemble": logit_ensemble(zero_shot, w2),
+        "MERGETUNE": classifier(clip, merged),
+    }
+
+
+def _report(classify: Classifier, test: FeatureCache) -> dict[str, float]:
+    report = accuracy(classify(test.classnames), test)
+    return {"accuracy": report.accuracy, "images": report.images, "standard_error": report.standard_error}
+
+
+def finished_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished run."""
+    file = folder / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(read_regular_text(file))
+        record["run"], record["settings"], record["results"]
+        return record
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {file} cannot be read ({error}): delete it to run it again") from error
+
+
+def reproduce(
+    runs: Sequence[Run],
+    experiment: Experiment,
+    load: Callable[[], FrozenClip],
+    *,
+    processes: int = 1,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Do all runs: caches first, then the runs, which do not depend on each other.
+
+    Under torchrun the ranks share the encoding and the runs; all return all records.
+
+    Args:
+        runs: of :func:`plan`.
+        experiment: what they share.
+        load: makes the CLIP; called in every process, so it must be picklable for several
+            (``partial(load_clip, name, pretrained)``).
+        processes: runs at a time.
+        progress: show bars where stderr is a terminal.
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    check_data(runs, experiment.root)
+    caches = Caches(load(), experiment)
+    for key in caches.needed(runs):
+        caches.build(*key)
+    with torchrun_team() as team:
+        team.each(lambda: _share(runs[team.rank :: team.world], caches, load, processes, progress))
+    return [execute(run, caches) for run in runs]  # all are on disk by now
+
+
+def _share(runs: Sequence[Run], caches: Caches, load: Callable[[], FrozenClip], processes: int, progress: bool) -> None:
+    """This process's runs, one after the other or in processes of their own."""
+    bar = partial(tqdm, total=len(runs), desc="runs", unit="run", disable=None if progress else True)
+    if processes == 1 or len(runs) < 2:
+        for run in bar(runs):
+            execute(run, caches, progress=progress)
+        return
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(load, caches.experiment, threads)
+    ) as pool:
+        for _ in bar(pool.map(_execute_here, runs)):
+            pass
+
+
+def _begin(load: Callable[[], FrozenClip], experiment: Experiment, threads: int) -> None:
+    global _caches
+    torch.set_num_threads(threads)
+    _caches = Caches(load(), experiment)
+
+
+def _execute_here(run: Run) -> None:
+    execute(run, _caches)

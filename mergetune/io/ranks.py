@@ -1,0 +1,61 @@
+"""Ranks of one job under torchrun: work that each does and all wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+PATIENCE = datetime.timedelta(days=7)  # ranks may finish far apart; a rank that died is torchrun's to notice
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks that build together; one rank where there is no torchrun."""
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    def each(self, work: Callable[[], Any]) -> list[Any]:
+        """Do the work on every rank and wait for all: their results. If one fails, all raise."""
+        if self.world == 1:
+            return [work()]
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        outcomes: list[Any] = [None] * self.world
+        dist.all_gather_object(outcomes, (result, error and f"{type(error).__name__}: {error}"), group=self.group)
+        if error is not None:
+            raise error
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} failed: {failure}")
+        return [outcome for outcome, _ in outcomes]
+
+    def lead(self, work: Callable[[], Any]) -> Any:
+        """Do the work on rank 0 alone and share its result."""
+        return self.each(work if self.rank == 0 else lambda: None)[0]
+
+
+@contextlib.contextmanager
+def torchrun_team() -> Iterator[Team]:
+    """The ranks of torch.distributed, joined here if torchrun started us and nobody did so yet."""
+    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if launched and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        yield Team()
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)  # the caller's own may be NCCL, or in a hurry
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        dist.destroy_process_group(group)

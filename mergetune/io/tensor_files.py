@@ -1,0 +1,91 @@
+"""Tensors from others' .pt, .npz and .safetensors files, read without ever executing what is pickled in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from mergetune.io.files import require_regular
+from mergetune.io.pickled_modules import load_tensors_only
+
+EXTRAS = ("classes_", "classnames", "scale", "normalize", "logit_scale")  # beside a head's weight and bias
+
+
+class _Inert:
+    """Stands in for a pickled object that is of no use here: takes any state and drops it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+_numpy_scalar = (getattr(np, "_core", None) or np.core).multiarray.scalar  # numpy 2 and 1
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+# Dassl saves its scheduler as an object, which holds the optimiser. None of them is made: a stand-in is.
+_ALLOWED = [
+    *(
+        (_Inert, name)
+        for name in (
+            "torch.optim.sgd.SGD",
+            "torch.optim.adam.Adam",
+            "torch.optim.adamw.AdamW",
+            "torch.optim.lr_scheduler.CosineAnnealingLR",
+            "torch.optim.lr_scheduler.StepLR",
+            "torch.optim.lr_scheduler.MultiStepLR",
+            "dassl.optim.lr_scheduler.ConstantWarmupScheduler",
+            "dassl.optim.lr_scheduler.LinearWarmupScheduler",
+        )
+    ),
+    (_plain_dict, "collections.defaultdict"),  # torch's unpickler fills plain dicts only
+    (dict, "builtins.dict"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    (np.dtype, "numpy.dtype"),
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+]
+
+
+def read_safetensors(file: Path) -> dict[str, Any]:
+    """Tensors, memory-mapped, and what the metadata says of a head, by name."""
+    content: dict[str, Any] = {}
+    require_regular(file)
+    try:
+        with safe_open(file, "pt") as opened:
+            for key, text in (opened.metadata() or {}).items():
+                if key.rpartition(".")[2] in EXTRAS:
+                    content[key] = json.loads(text)
+            return content | {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors, json and torch raise several kinds
+        raise ValueError(f"{file} cannot be read as .safetensors: {error}") from error
+
+
+def read_npz(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file; objects, which are pickles, are refused."""
+    require_regular(file)
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            return {name: opened[name] for name in opened.files}
+    except Exception as error:  # numpy and zipfile raise many kinds on damaged files
+        raise ValueError(f"{file} cannot be read as .npz: {type(error).__name__}: {error}") from error
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """:func:`load_torch` of a dict."""
+    content = load_torch(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a dict, got {type(content).__name__}")
+    return content
+
+
+def load_torch(file: Path, *, mmap: bool = False) -> Any:
+    """:func:`mergetune.io.load_tensors_only` with the few other types that checkpoints hold."""
+    return load_tensors_only(file, mmap=mmap, allowed=_ALLOWED)

@@ -1,0 +1,90 @@
+"""The merging methods by name: what each needs, its options from text, and how it is applied to files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as serialize
+
+from mergetune import merging
+from mergetune.facts import Kind, read_options
+from mergetune.io import write_atomically
+from mergetune.merging.methods import find
+from mergetune.merging.plans import facts_of
+from mergetune.merging.sources import TensorFile
+
+AVERAGES = ("average", "metrics_average", "fisher_average")  # of solutions: a base is one of what is averaged
+
+
+# -- options from text -------------------------------------------------------------------------------------------------
+
+
+def parse_options(method: str, given: Sequence[str]) -> dict[str, Any]:
+    """``["scale=0.3", "weights=1,2"]`` -> keyword arguments of a method.
+
+    Numbers, text and lists with commas; "none" where None is a value; names of safetensors files for state dicts
+    (``fishers=a.safetensors,b.safetensors``); for ``evolve`` a method's name, ``space=density:0.1:1,weights:0:1:2`` and
+    ``start=density:1,weights:0.5:0.5``.
+
+    Raises:
+        ValueError: no ``=``, an option that the method does not have, or a value that is none of its kind; says which
+            options there are.
+    """
+    facts = find(method)
+    options = read_options(facts.name, facts.options, given, _KINDS)
+    if "method" in options:
+        options["method"] = find(options["method"]).load()
+    return options
+
+
+_KINDS = {
+    "states": Kind(
+        "safetensors files with commas between", lambda text: [TensorFile(file) for file in text.split(",")]
+    ),
+    "method": Kind("a merging method", str),
+}
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def merge_files(
+    method: str, base: str | Path | None, experts: Sequence[str | Path], out: str | Path, options: Mapping[str, Any]
+) -> None:
+    """Merge safetensors files into one: streamed where the method works tensor by tensor, else in memory.
+
+    Args:
+        method: a name of the catalogue.
+        base: a file, or "zeros" or "ones" for experts that are differences already, as LoRA's and IA3's are; or None.
+        experts, out, options: files, and the method's options.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the method needs images and a model, or refuses these files.
+    """
+    facts = find(method)
+    if needed := facts.missing(options):
+        why = f"-o {needed[0]}=..."
+        if needed[0] in facts.from_images and facts.option(needed[0]).kind == "object":
+            why = "images and a model, which files of tensors do not have: merge solutions, with --cache"
+        elif facts.option(needed[0]).kind == "object":
+            why = f"{needed[0]}, which cannot be given as text: call mergetune.merging from Python"
+        raise ValueError(f"{facts.name} needs {why} ({facts.needs})")
+    function = facts.load()
+    if hasattr(function, "plan"):
+        merging.merge_files(function, {"zeros": 0.0, "ones": 1.0}.get(base, base), experts, out, **options)
+        return
+    merged = function(None if base is None else TensorFile(base), [TensorFile(file) for file in experts], **options)
+    write_atomically(Path(out), serialize({name: tensor.contiguous() for name, tensor in merged.items()}))
+
+
+def needs_base(method: str, experts: int, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether a method needs the zero-shot solution beside so many experts."""
+    facts = find(method)
+    if facts.name == "evolve" and options and "method" in options:
+        facts = facts_of(options["method"])
+    elif facts.name == "evolve":
+        facts = find(facts.option("method").default)
+    return bool(facts.base) or (facts.base is None and experts < 2)

@@ -1,0 +1,259 @@
+"""Merging by coefficients that are learned on unlabelled inputs: AdaMerging and expert merging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler
+from tqdm import trange
+
+from mergetune.merging.checks import check, check_choice, per_expert
+from mergetune.merging.methods import METHODS, Method
+from mergetune.merging.sources import StateDict, floating
+from mergetune.merging.task_vectors import layerwise
+
+Predict = Callable[[dict[str, Tensor], Tensor, int], Any]
+"""Weights, inputs [B, ...] of expert k's task, k -> logits [B, C], differentiable in the weights."""
+
+
+def adamerging(base: StateDict, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
+    """AdaMerging (arXiv 2310.02575): task arithmetic with the coefficients of :func:`entropy_coefficients`.
+
+    Needs: unlabelled inputs of every expert's task and the model. Meaningful for one or several experts, any tensors.
+
+    Args:
+        options: of :func:`entropy_coefficients`.
+    """
+    return layerwise(base, experts, coefficients=entropy_coefficients(base, experts, **options))
+
+
+def expert_merging(base: StateDict, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
+    """Expert Merging (arXiv 2509.25712): task arithmetic with the coefficients of :func:`alignment_coefficients`.
+
+    Needs: unlabelled inputs of every expert's task and the model. Meaningful for one or several experts, any tensors.
+    Without the chunks of layers of Expert Merging++.
+
+    Args:
+        options: of :func:`alignment_coefficients`.
+    """
+    return layerwise(base, experts, coefficients=alignment_coefficients(base, experts, **options))
+
+
+def entropy_coefficients(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    predict: Predict,
+    data: Sequence[Tensor],
+    per: str = "tensor",
+    start: float = 0.3,
+    steps: int = 500,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Coefficients in [0, 1] that make the merged model sure of unlabelled inputs (AdaMerging, arXiv 2310.02575).
+
+    Adam on ``sum_k mean_x H(softmax(logits_k(x)))``; coefficients are clamped as they are used. The defaults are those
+    of the authors' code (main_layer_wise_adamerging.py). It adds the means of two batches of 16 for each task and step:
+    twice the mean over 32, and Adam's steps do not depend on that factor. So there is one batch of 32 here.
+
+    Args:
+        predict: weights, inputs, k -> logits [B, C] for expert k's task.
+        data: inputs of each expert's task, [N_k, ...], K of them; no labels. Use validation or test-time images that
+            no figure is reported on.
+        per: "tensor" learns one coefficient for each tensor and expert (layer-wise), "expert" one for each expert.
+        start: of every coefficient.
+        steps: of Adam.
+        batch_size: inputs of each task at a step.
+        lr: Adam's.
+        seed: of the batches.
+
+    Returns:
+        Name of each floating-point tensor -> K coefficients.
+    """
+
+    def loss(coefficients: Tensor, weights: dict[str, Tensor], batches: list[Tensor]) -> Tensor:
+        total = torch.zeros((), device=coefficients.device)
+        for k, x in enumerate(batches):
+            logs = _logits(predict(weights, x, k)).log_softmax(-1)
+            total = total - (logs.exp() * logs).sum(-1).mean()
+        return total
+
+    return _learn(
+        base,
+        experts,
+        loss,
+        METHODS["adamerging"],
+        bound=lambda raw: raw.clamp(0, 1),
+        start=start,
+        data=data,
+        per=per,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        prepare=lambda raw: (torch.optim.Adam([raw], lr=lr), None),
+    )
+
+
+def alignment_coefficients(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    predict: Predict,
+    data: Sequence[Tensor],
+    per: str = "tensor",
+    start: float = 0.1,
+    steps: int = 50,
+    batch_size: int = 16,
+    lr: float = 0.5,
+    temperature: float = 1.0,
+    hidden: float = 1.0,
+    stay: float = 5.0,
+    task_weights: Sequence[float] | None = None,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Coefficients with which the merged model answers each expert's inputs as the expert does (arXiv 2509.25712).
+
+    With ``c = sigmoid(raw)``, what is minimised is::
+
+        mean_k a_k (T^2 CE(softmax(expert_k / T), merged / T) + hidden MSE(features)) + stay sum_k mean |c_k - start|
+
+    by AdamW with weight decay 1e-5, gradients clipped to norm 1, and ``lr`` falling to its tenth along a cosine within
+    50 steps, then again within 100, 200 and so on. Form and defaults follow the authors' code (expert_merging_base.py,
+    InternVL/model_merging.py and parametric_task_vector_model.py); steps and batch size are ours.
+
+    Args:
+        predict: weights, inputs, k -> logits [B, C], or (logits, list of hidden features) to align those too.
+        data: inputs of each expert's task, [N_k, ...], K of them; no labels.
+        per: "tensor" or "expert".
+        start: of every coefficient, within (0, 1).
+        steps, batch_size, seed: as in :func:`entropy_coefficients`.
+        lr: AdamW's, at the start of each cosine.
+        temperature: T, of the logits.
+        hidden: weight of the mean squared difference of the features, mean over layers.
+        stay: weight of the coefficients' distance from their start, mean over tensors.
+        task_weights: a_k, one for each expert; None is 1 for all.
+        exclude: patterns of names, such as ``"text.*"`` (fnmatch), whose tensors keep the base.
+
+    Returns:
+        Name of each floating-point tensor -> K coefficients, zeros for those excluded.
+    """
+    if not 0 < start < 1:
+        raise ValueError(f"start must be within (0, 1), got {start}")
+    task_weights = per_expert("task_weights", task_weights, len(experts))
+
+    def loss(coefficients: Tensor, weights: dict[str, Tensor], batches: list[Tensor]) -> Tensor:
+        total = stay * (coefficients - start).abs().mean(0).sum()
+        for k, x in enumerate(batches):
+            with torch.no_grad():
+                target = predict(_floats(experts[k]), x, k)
+            found = predict(weights, x, k)
+            soft = (_logits(target) / temperature).softmax(-1)
+            aligned = temperature**2 * F.cross_entropy(_logits(found) / temperature, soft)
+            if isinstance(found, tuple) and found[1]:
+                pairs = list(zip(found[1], target[1], strict=True))
+                aligned = aligned + hidden * sum(F.mse_loss(a, b) for a, b in pairs) / len(pairs)
+            total = total + task_weights[k] * aligned / len(batches)
+        return total
+
+    def prepare(raw: Tensor) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        optimizer = torch.optim.AdamW([raw], lr=lr, weight_decay=1e-5)
+        return optimizer, CosineAnnealingWarmRestarts(optimizer, T_0=50, T_mult=2, eta_min=0.1 * lr)
+
+    return _learn(
+        base,
+        experts,
+        loss,
+        METHODS["expert_merging"],
+        bound=torch.sigmoid,
+        start=math.log(start / (1 - start)),
+        data=data,
+        per=per,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        exclude=exclude,
+        prepare=prepare,
+        clip=1.0,
+    )
+
+
+def _learn(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    loss: Callable[[Tensor, dict[str, Tensor], list[Tensor]], Tensor],
+    method: Method,
+    *,
+    bound: Callable[[Tensor], Tensor],
+    start: float,
+    data: Sequence[Tensor],
+    per: str,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    prepare: Callable[[Tensor], tuple[torch.optim.Optimizer, LRScheduler | None]],
+    exclude: Sequence[str] = (),
+    clip: float = math.inf,
+) -> dict[str, list[float]]:
+    """Learn coefficients [tensors or 1, K]; ``loss`` takes them bounded, the merged weights, and a batch a task."""
+    check(method, base, experts)
+    check_choice("per", per, ("tensor", "expert"))
+    if len(data) != len(experts) or not all(len(inputs) for inputs in data):
+        raise ValueError(f"data must hold inputs for each of {len(experts)} experts, got {[len(x) for x in data]}")
+    names, start_weights = _learned(floating(base), exclude), _floats(base)
+    deltas = {name: torch.stack([e[name].to(start_weights[name]) for e in experts]) for name in names}
+    deltas = {name: delta - start_weights[name] for name, delta in deltas.items()}
+    raw = torch.full((len(names) if per == "tensor" else 1, len(experts)), start)
+    raw = raw.to(start_weights[names[0]].device).requires_grad_()
+    (optimizer, schedule), generator = prepare(raw), torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for _ in trange(steps, desc=method.name, disable=None):
+            coefficients = bound(raw)
+            rows = coefficients.expand(len(names), -1)
+            weights = start_weights | {
+                name: start_weights[name] + torch.einsum("k,k...->...", row.to(deltas[name]), deltas[name])
+                for name, row in zip(names, rows, strict=True)
+            }
+            batches = [x[torch.randperm(len(x), generator=generator)[:batch_size].to(x.device)] for x in data]
+            value = loss(coefficients, weights, batches)
+            if not value.isfinite():
+                raise ValueError(f"the loss of {method.name} must be finite, got {value.item()}")
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_([raw], clip)
+            optimizer.step()
+            if schedule:
+                schedule.step()
+    found = dict(zip(names, bound(raw).detach().expand(len(names), -1).tolist(), strict=True))
+    return {name: found.get(name, [0.0] * len(experts)) for name in floating(base)}
+
+
+def _learned(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The names that no pattern matches."""
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a list of patterns, got {exclude!r}")
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude must hold patterns of the tensors' names, got {pattern!r}, which matches none")
+    kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+    if not kept:
+        raise ValueError(f"exclude must leave something to learn, got {list(exclude)}, which match every tensor")
+    return kept
+
+
+def _floats(state: StateDict) -> dict[str, Tensor]:
+    """Half types as float32, everything else as it is."""
+    half = (torch.float16, torch.bfloat16)
+    return {name: t.detach().float() if t.dtype in half else t.detach() for name, t in state.items()}
+
+
+def _logits(found: Any) -> Tensor:
+    return found[0] if isinstance(found, tuple) else found

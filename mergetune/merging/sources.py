@@ -1,0 +1,318 @@
+"""State dicts in memory or in files, read stretch by stretch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import islice, starmap
+from pathlib import Path
+from threading import Barrier
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+T = TypeVar("T")
+
+StateDict = Mapping[str, Tensor]
+STRETCH = 2**18
+"""Elements at a time: a stretch of every checkpoint fits the processor's cache. Part of the definition of ``dare``."""
+
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One tensor of one checkpoint, wherever it is.
+
+    Attributes:
+        shape, dtype, device: the tensor's.
+        read: begin, end -> that stretch of its elements, [end - begin], in its own dtype. Not to be written to.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    read: Callable[[int, int], Tensor]
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file as a state dict that holds nothing in memory: each access reads from the file.
+
+    Pass it wherever a method takes a state dict. The file may be replaced meanwhile: this still reads the old one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} must be a safetensors file")
+        try:
+            with safe_open(self.path, "pt"):  # checks sizes, offsets and the header
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
+        self._file = self.path.open("rb", buffering=0)
+        length = self._file.read(8)
+        self.header = length + self._file.read(int.from_bytes(length, "little"))
+        entries = json.loads(self.header[8:])
+        entries.pop("__metadata__", None)
+        unknown = {entry["dtype"] for entry in entries.values()} - STORED_DTYPES.keys()
+        if unknown:
+            raise ValueError(f"{self.path} must hold {', '.join(STORED_DTYPES)} only, got {', '.join(sorted(unknown))}")
+        self._entries = dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self.source(name)
+        return source.read(0, source.numel).reshape(source.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the data."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def source(self, name: str) -> Source:
+        entry = self._entries[name]
+        dtype = STORED_DTYPES[entry["dtype"]]
+        offset = len(self.header) + entry["data_offsets"][0]
+
+        def read(begin: int, end: int) -> Tensor:
+            stretch, at = torch.empty(end - begin, dtype=dtype, device="cpu"), offset + begin * dtype.itemsize
+            raw = memoryview(stretch.view(torch.uint8).numpy())
+            while raw:  # the system may give less than was asked for
+                got = os.preadv(self._file.fileno(), [raw], at)
+                if not got:
+                    raise ValueError(f"{self.path} ends before {name} does: it was cut off while it was read")
+                raw, at = raw[got:], at + got
+            return stretch
+
+        return Source(torch.Size(entry["shape"]), dtype, torch.device("cpu"), read)
+
+
+class Constant(Mapping[str, Tensor]):
+    """A state dict as another one, with one number in place of its floating-point values; takes no memory.
+
+    The base of what are differences already: 0 for LoRA's factors (as peft merges them), 1 for IA3's.
+    """
+
+    def __init__(self, like: StateDict, value: float = 0.0) -> None:
+        self.like, self.value = like, value
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.source(name)
+        return found.read(0, found.numel).reshape(found.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.like
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+    def source(self, name: str) -> Source:
+        found = source(self.like, name)
+        if not found.dtype.is_floating_point:
+            return found
+        options = {"dtype": found.dtype, "device": found.device}
+        return replace(found, read=lambda begin, end: torch.full((end - begin,), self.value, **options))
+
+
+def source(state: StateDict, name: str) -> Source:
+    """One tensor of a state dict, wherever it is."""
+    if isinstance(state, TensorFile | Constant):
+        return state.source(name)
+    tensor = state[name].detach()
+    flat = lru_cache(lambda: tensor.reshape(-1))  # a copy, if the tensor is transposed: only if it is read, and once
+    return Source(tensor.shape, tensor.dtype, tensor.device, lambda begin, end: flat()[begin:end])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The same stretch of one tensor in base and experts; or the tensors whole, in their shape.
+
+    Attributes:
+        name, shape: of the tensor.
+        begin, end: which of its elements.
+        stored_base: [n], as it is stored; None where there is no base.
+        stored: the experts, K of [n], as they are stored.
+        whole: whether ``base`` and ``experts`` have the tensor's shape.
+    """
+
+    name: str
+    shape: torch.Size
+    begin: int
+    end: int
+    stored_base: Tensor | None
+    stored: list[Tensor]
+    whole: bool = False
+
+    @cached_property
+    def base(self) -> Tensor | None:
+        """[n], or its shape; float32, or float64 where an input is."""
+        if self.stored_base is None:
+            return None
+        return self.stored_base.to(self._dtype).reshape(self.shape if self.whole else -1)
+
+    @cached_property
+    def experts(self) -> Tensor:
+        """[K, n], or [K, *shape]. The dtype of base."""
+        rows = torch.empty(len(self.stored), len(self.stored[0]), dtype=self._dtype, device=self.stored[0].device)
+        for row, stored in zip(rows, self.stored, strict=True):
+            row.copy_(stored)
+        return rows.reshape(len(rows), *self.shape) if self.whole else rows
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        rows = [*self.stored, *([] if self.stored_base is None else [self.stored_base])]
+        return torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
+
+    @property
+    def deltas(self) -> Tensor:
+        """The task vectors, experts - base."""
+        return self.experts - self.base
+
+    def of(self, argument: str, states: Sequence[StateDict]) -> Tensor:
+        """The same stretch of other state dicts (``argument`` names them in errors), [len(states), n]."""
+        rows = torch.empty(len(states), self.end - self.begin, dtype=self._dtype, device=self.stored[0].device)
+        for k, state in enumerate(states):
+            found = source(state, self.name)
+            if found.shape != self.shape:
+                raise ValueError(
+                    f"{argument}[{k}][{self.name!r}] must have shape {list(self.shape)}, got {list(found.shape)}"
+                )
+            rows[k] = found.read(self.begin, self.end)
+        return rows
+
+
+def over_parts(
+    function: Callable[[Part], T], names: Iterable[str], base: StateDict | None, experts: Sequence[StateDict]
+) -> Iterator[T]:
+    """``function`` of every stretch of some tensors, in order.
+
+    On a CPU several threads share the stretches out; each computes alone, so that the bits do not depend on how many
+    there are. A few stretches are in work at a time, whatever the tensors' sizes. A function must not call this again.
+    """
+
+    def work(tensor: _Tensor, begin: int, end: int) -> T:
+        return function(tensor.part(begin, end))
+
+    found = (tensor_of(name, base, experts) for name in names)
+    tasks = ((tensor, *ends) for tensor in found for ends in stretches(tensor.numel))
+    if any(like.device.type != "cpu" for _, like in islice(sources(experts[0] if base is None else base), 1)):
+        yield from starmap(work, tasks)
+        return
+    threads, waiting = torch.get_num_threads(), deque()
+    pool = _workers(threads)
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(work, *task))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@lru_cache(maxsize=1)
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch computes alone.
+
+    ``torch.set_num_threads`` holds for the thread that calls it and for threads to come, so it is set back afterwards.
+    """
+    ready = Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.get_num_threads()  # takes up the number for new threads, which the first computation would else do later
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, "merge", initializer=alone)
+    try:
+        for _ in range(threads):
+            pool.submit(int)
+        ready.wait()
+    except BaseException:  # no thread could be started: those that could must not wait for it
+        ready.abort()
+        pool.shutdown(wait=False)
+        raise
+    torch.set_num_threads(threads)
+    return pool
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # the threads stay with the parent
+
+
+def whole(name: str, base: StateDict | None, experts: Sequence[StateDict]) -> Part:
+    """A tensor whole, in its shape."""
+    tensor = tensor_of(name, base, experts)
+    return replace(tensor.part(0, tensor.numel), whole=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensor:
+    """The same tensor in base and experts."""
+
+    name: str
+    base: Source | None
+    experts: list[Source]
+
+    @property
+    def numel(self) -> int:
+        return self.experts[0].numel
+
+    def part(self, begin: int, end: int) -> Part:
+        """A stretch of it, all on the base's device (the first expert's without one)."""
+        device = (self.experts[0] if self.base is None else self.base).device
+        start = None if self.base is None else self.base.read(begin, end)
+        rows = [expert.read(begin, end).to(device) for expert in self.experts]
+        return Part(self.name, self.experts[0].shape, begin, end, start, rows)
+
+
+def tensor_of(name: str, base: StateDict | None, experts: Sequence[StateDict]) -> _Tensor:
+    return _Tensor(name, None if base is None else source(base, name), [source(expert, name) for expert in experts])
+
+
+def stretches(numel: int, step: int | None = None) -> Iterator[tuple[int, int]]:
+    """Begin and end of each."""
+    step = step or STRETCH
+    return ((begin, min(begin + step, numel)) for begin in range(0, numel, step))
+
+
+def sources(state: StateDict) -> Iterator[tuple[str, Source]]:
+    """All tensors of a state dict, in its order."""
+    return ((name, source(state, name)) for name in state)
+
+
+def floating(state: StateDict) -> list[str]:
+    """Names of the tensors that are merged: those of a floating-point dtype."""
+    return [name for name, like in sources(state) if like.dtype.is_floating_point]

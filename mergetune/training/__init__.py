@@ -1,0 +1,36 @@
+"""Training: the objective, the schedule, runs that resume, stage 1 and stage 2."""
+
+from typing import TYPE_CHECKING
+
+from mergetune.facts.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from mergetune.training.curvature import fisher_diagonal
+    from mergetune.training.jobs import Job
+    from mergetune.training.loop import train_together
+    from mergetune.training.runs import FitResult
+    from mergetune.training.stage_one import tune, tune_job
+    from mergetune.training.stage_two import fit, fit_job
+
+__all__ = [
+    "FitResult",
+    "Job",
+    "fisher_diagonal",
+    "fit",
+    "fit_job",
+    "train_together",
+    "tune",
+    "tune_job",
+]
+
+make_lazy(
+    __name__,
+    {
+        "mergetune.training.curvature": "fisher_diagonal",
+        "mergetune.training.jobs": "Job",
+        "mergetune.training.loop": "train_together",
+        "mergetune.training.runs": "FitResult",
+        "mergetune.training.stage_one": "tune tune_job",
+        "mergetune.training.stage_two": "fit fit_job",
+    },
+)

@@ -1,0 +1,144 @@
+"""The training loop of both stages, for one run or several in lockstep."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mergetune.training.jobs import Job
+from mergetune.training.objective import Batch, Objective, together
+from mergetune.training.runs import FitResult, TrainingRun
+
+MAX_PRODUCTS = 1 << 28  # bytes of anchors' products that are kept for all features
+
+
+def train_together(jobs: Sequence[Job]) -> list[FitResult]:
+    """Train several runs, in lockstep where they share the text encoder: one call of it serves a step of all of them.
+
+    Each run has its own loss, batches, optimiser, ``val`` and ``resume``, and is up to rounding what it is alone.
+    Killed, the same call goes on; runs that are behind catch up first.
+
+    Args:
+        jobs: of :func:`tune_job` and :func:`fit_job`.
+
+    Returns:
+        Their results, in this order.
+
+    Raises:
+        ValueError: jobs with one folder for ``resume``, or folders that hold other runs.
+        FloatingPointError: see :func:`fit`; of several runs it says which.
+    """
+    folders = [Path(job.resume).resolve() for job in jobs if job.resume is not None]
+    if repeated := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(f"resume must be a folder for each run, got {repeated[0]} twice")
+    runs = [TrainingRun(job, _which(jobs, i)) for i, job in enumerate(jobs)]  # all are read before any is trained
+    for group in _groups(runs):
+        _train(group)
+    return [run.result() for run in runs]
+
+
+def _which(jobs: Sequence[Job], i: int) -> str:
+    """What an error says of run i, where there are others."""
+    if len(jobs) == 1:
+        return ""
+    return f" of run {i + 1} of {len(jobs)}" + ("" if jobs[i].resume is None else f" ({jobs[i].resume})")
+
+
+def _groups(runs: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
+    """The unfinished runs, in parts that go in lockstep."""
+    by_pace: dict[Hashable, list[TrainingRun]] = {}
+    for run in runs:
+        if len(run.history) < run.job.training.epochs:
+            by_pace.setdefault(run.job.pace, []).append(run)
+    for alike in by_pace.values():
+        parts = 1
+        if len(alike) > 1:
+            # More prompts in a call, and the tower makes every activation twice: that costs what lockstep saves.
+            prompts = max(run.job.objective.prompts for run in alike)
+            parts = math.ceil(len(alike) / max(1, alike[0].job.objective.encode.at_once // prompts))
+        for part in range(parts):
+            yield alike[part::parts]
+
+
+def _train(runs: Sequence[TrainingRun]) -> None:
+    """SGD on objectives from their starts: the loop of both stages, for one run or several in lockstep."""
+    job = runs[0].job
+    products = {run: _anchor_products(run.job, MAX_PRODUCTS // len(runs)) for run in runs}
+    epochs = range(min(len(run.history) for run in runs), job.training.epochs)
+    label = job.settings.get("method", "mergetune") + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+    captured = None
+    with tqdm(epochs, desc=label, unit="epoch", disable=None if job.progress else True, leave=False) as bar:
+        for epoch in bar:
+            began, active = time.perf_counter(), [run for run in runs if len(run.history) == epoch]
+            records = [run.begin(epoch) for run in active]
+            gradients = partial(_gradients, [r.job.objective for r in active], [r.parameter for r in active])
+            for step, batches in enumerate(zip(*(run.batches(epoch, products[run]) for run in active), strict=True)):
+                if job.cuda_graph and captured is None:
+                    captured = _capture(gradients, batches)
+                for run, record, found in zip(active, records, (captured or gradients)(batches), strict=True):
+                    loss, terms, run.parameter.grad = found
+                    run.optimizer.step()
+                    record[step] = torch.cat([loss[None], terms])
+            for run, record in zip(active, records, strict=True):
+                run.end(epoch, record)
+            spent = time.perf_counter() - began
+            for run in active:
+                run.seconds += spent / len(active)
+            bar.set_postfix(loss=f"{active[0].history[-1]['loss']:.3f}")
+
+
+def _gradients(
+    objectives: Sequence[Objective], parameters: Sequence[Tensor], batches: Sequence[Batch]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each run's loss of its batch, the terms and the gradient to its parameter, all by one backward."""
+    losses, terms = zip(*together(objectives, parameters, batches), strict=True)
+    gradients = torch.autograd.grad(losses, parameters)
+    return list(zip([loss.detach() for loss in losses], terms, gradients, strict=True))
+
+
+def _capture(gradients: Callable[..., list[tuple[Tensor, ...]]], batches: Sequence[Batch]) -> Callable[..., list]:
+    """The same function as one CUDA graph: batches are copied to where the first ones lie, the results stay in place.
+
+    The optimisers step outside of it, so that their learning rates may change.
+    """
+    static = [tuple(t.clone() if isinstance(t, Tensor) else t for t in batch) for batch in batches]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # libraries choose their algorithms and take their workspaces here
+        for _ in range(3):
+            gradients(static)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = gradients(static)
+
+    def replay(batches: Sequence[Batch]) -> list[tuple[Tensor, ...]]:
+        for places, batch in zip(static, batches, strict=True):
+            for place, new in zip(places, batch, strict=True):
+                if isinstance(place, Tensor):  # neither a generator, which is unused, nor None
+                    place.copy_(new, non_blocking=True)
+        graph.replay()
+        return results
+
+    return replay
+
+
+def _anchor_products(job: Job, most: int) -> Tensor | None:
+    """The anchors' products with all features, [K, N, C], where there is one view of each and few enough bytes."""
+    objective, features, device = job.objective, job.features, job.clip.device
+    if objective.anchors is None or features.views > 1:
+        return None
+    shape = len(objective.anchors), len(features), len(features.classnames)
+    if objective.space != "embedding" or 4 * math.prod(shape) > most:
+        return None
+    products = torch.empty(shape, device=device)
+    for part in torch.arange(len(features)).split(4096):
+        products[:, part] = objective.anchor_products(features.rows(part).to(device))
+    return products

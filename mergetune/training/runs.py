@@ -1,0 +1,238 @@
+"""The state of a training run: its epochs, how it is kept on disk and resumed, and its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from mergetune.evaluation import accuracy
+from mergetune.io import jsonable, read_regular_text, remove_parts, require_regular, write_atomically
+from mergetune.solutions import Head, Solution, load_solution
+from mergetune.training.jobs import Job
+from mergetune.training.objective import Batch
+
+RESULT, STATE = "result.json", "state.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """What a training run leaves.
+
+    Attributes:
+        solution: what was found.
+        history: one entry an epoch: lr, loss, every term of the loss, and val_accuracy where there was a val set.
+        settings: every argument that the result depends on, JSON-able.
+        timings: seconds, steps, milliseconds a step; of this process alone if the run was resumed. Of runs that were
+            trained together each has an equal part of the seconds.
+    """
+
+    solution: Solution
+    history: tuple[dict[str, float], ...]
+    settings: dict[str, Any]
+    timings: dict[str, float]
+
+    def save(self, path: str | Path) -> None:
+        """Write the solution and ``result.json`` into the folder ``path``."""
+        self.solution.save(path)
+        record = {"history": self.history, "settings": self.settings, "timings": self.timings, "versions": _versions()}
+        write_atomically(Path(path) / RESULT, f"{json.dumps(record, indent=2)}\n".encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> FitResult:
+        """Read what :meth:`save` wrote."""
+        try:
+            record = json.loads(read_regular_text(Path(path) / RESULT))
+            return cls(load_solution(path), tuple(record["history"]), record["settings"], record["timings"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{Path(path) / RESULT} is not a result of mergetune: {error}") from error
+
+
+class TrainingRun:
+    """The state of a training run: what it is made of, its epochs, and how it is kept on disk.
+
+    Every epoch draws from a generator of its own, seeded by (seed, epoch): the state that a resumed run needs is the
+    parameter, its momentum and the history, no more.
+    """
+
+    def __init__(self, job: Job, which: str) -> None:
+        self.job, self.which, training, device = job, which, job.training, job.clip.device
+        self.settings = {
+            **job.settings,
+            "start": short_digest(job.start.parameter),
+            "features": job.features.digest,
+            "val": None if job.val is None else job.val.digest,
+            "clip": job.clip.name,
+            "classnames": list(job.features.classnames),
+        }
+        self.names = ("loss", *job.objective.term_names)
+        self.labels = job.features.labels.to(device)
+        self.parameter = job.start.parameter.detach().float().to(device).clone().requires_grad_()
+        self.optimizer = torch.optim.SGD(
+            [self.parameter], lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
+        )
+        self.history: list[dict[str, float]] = []
+        self.best, self.best_epoch = self.parameter.detach().clone(), 0
+        self.seconds, self.steps = 0.0, 0
+        self.folder = None if job.resume is None else Path(job.resume)
+        if self.folder is not None:
+            self.read(self.folder)
+
+    def begin(self, epoch: int) -> Tensor:
+        """Set the epoch's learning rate; give the place for the loss and terms of its steps."""
+        self.optimizer.param_groups[0]["lr"] = self.job.training.lr_at(epoch)
+        return torch.zeros(self.job.batches, len(self.names), device=self.job.clip.device)
+
+    def batches(self, epoch: int, products: Tensor | None) -> Iterator[Batch]:
+        """The batches of an epoch."""
+        features, size = self.job.features, self.job.batch_size
+        generator = torch.Generator().manual_seed((self.job.training.seed << 20) + epoch)
+        order = torch.randperm(len(features), generator=generator)
+        order_there = order.to(self.labels.device)
+        for step in range(self.job.batches):
+            here = slice(step * size, (step + 1) * size)
+            index, there = order[here], order_there[here]
+            views = torch.randint(features.views, (len(index),), generator=generator) if features.views > 1 else 0
+            x = features.rows(index, views).to(self.labels.device, non_blocking=True)
+            yield x, self.labels[there], generator, None if products is None else products[:, there]
+
+    def end(self, epoch: int, record: Tensor) -> None:
+        """Check an epoch, evaluate it and write it down."""
+        _check_finite(record, self.parameter, self.names, epoch, self.which)
+        self.steps += len(record)
+        entry = {
+            "epoch": epoch + 1,
+            "lr": self.job.training.lr_at(epoch),
+            **dict(zip(self.names, record.mean(0).tolist(), strict=True)),
+        }
+        if self.job.val is not None:
+            weights = self.job.objective.encode(self.parameter.detach()[None])[0]
+            entry["val_accuracy"] = accuracy(weights, self.job.val, normalize=self.job.start.normalize).accuracy
+        self.add(entry)
+        if self.folder is not None:
+            self.write(self.folder)
+
+    def result(self) -> FitResult:
+        start, clip = self.job.start, self.job.clip
+        fingerprint = clip.image_fingerprint if isinstance(start, Head) else clip.text_fingerprint
+        notes = {"settings": self.settings, "best_epoch": self.best_epoch, "start": start.notes}
+        return FitResult(
+            solution=start.with_parameter(self.best.cpu(), notes=notes, backbone=clip.name, fingerprint=fingerprint),
+            history=tuple(self.history),
+            settings=self.settings,
+            timings={
+                "seconds": self.seconds,
+                "steps": self.steps,
+                "ms_per_step": 1e3 * self.seconds / max(self.steps, 1),
+            },
+        )
+
+    def add(self, entry: dict[str, float]) -> None:
+        """Append an epoch; the best one is that of the highest val accuracy, or the last where there is no val set."""
+        scores = [past.get("val_accuracy", -1.0) for past in self.history]
+        if "val_accuracy" not in entry or not scores or entry["val_accuracy"] > max(scores):
+            self.best, self.best_epoch = self.parameter.detach().clone(), entry["epoch"]
+        self.history.append(entry)
+
+    def write(self, folder: Path) -> None:
+        """Replace the state on disk in one step, so that a kill leaves the old one or the new one."""
+        momentum = self.optimizer.state[self.parameter].get("momentum_buffer")
+        tensors = {"parameter": self.parameter.detach(), "best": self.best}
+        tensors |= {} if momentum is None else {"momentum": momentum}
+        record = {"settings": self.settings, "history": self.history, "best_epoch": self.best_epoch}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        record["digest"] = short_digest(*(tensors[name] for name in sorted(tensors)))
+        write_atomically(folder / STATE, serialize(tensors, metadata={"run": json.dumps(record)}))
+
+    def read(self, folder: Path) -> None:
+        """Take up the state in ``folder``, if there is one; it must be of this very run."""
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"resume must be a folder, got the file {folder}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"resume must be a folder that can be written, got {folder}: {error}") from error
+        remove_parts(folder, STATE)
+        path = folder / STATE
+        if not path.exists():
+            return
+        try:
+            require_regular(path)
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["run"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            settings, history, best_epoch = (record[name] for name in ("settings", "history", "best_epoch"))
+            parameter, best = tensors["parameter"], tensors["best"]
+            if short_digest(*(tensors[name] for name in sorted(tensors))) != record["digest"]:
+                raise ValueError("its checksum is wrong")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"resume: {path} cannot be read ({error}): delete it to start anew") from error
+        for name in {**settings, **self.settings}:
+            old, new = settings.get(name), jsonable(self.settings.get(name))
+            if old != new:
+                raise ValueError(
+                    f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}"
+                )
+        self.history, self.best_epoch, self.best = history, best_epoch, best.to(self.parameter)
+        with torch.no_grad():
+            self.parameter.copy_(parameter)
+        if "momentum" in tensors:
+            self.optimizer.state[self.parameter]["momentum_buffer"] = tensors["momentum"].to(self.parameter)
+
+
+def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch: int, which: str) -> None:
+    """One look an epoch, so that the loop never waits for the device."""
+    broken = ~record.isfinite()
+    if broken.any():
+        step = int(broken.any(1).int().argmax())
+        terms = broken[step, 1:] if broken[step, 1:].any() else broken[step]
+        name = names[int(terms.int().argmax()) + (len(names) - len(terms))]
+        value = record[step, names.index(name)].item()
+        raise FloatingPointError(
+            f"the term {name!r}{which} became {value} at step {epoch * len(record) + step + 1} (epoch {epoch + 1}): "
+            "lower lr, or look at the features"
+        )
+    if not parameter.isfinite().all():
+        raise FloatingPointError(
+            f"the solution{which} became NaN or infinite at the end of epoch {epoch + 1}: lower lr"
+        )
+
+
+def short_digest(*parts: Tensor | str) -> str:
+    """Short SHA-256 of tensors and texts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(
+            part.encode()
+            if isinstance(part, str)
+            else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        )
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _versions() -> dict[str, str]:
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "unknown"
+
+    return {
+        "python": platform.python_version(),
+        **{name: of(name) for name in ("mergetune", "torch", "open_clip_torch")},
+    }

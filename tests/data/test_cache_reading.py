@@ -1,0 +1,251 @@
+"""Feature caches: rows are mapped or read, and nothing else."""
+
+import copy
+import gc
+import os
+import pickle
+import shutil
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cache_cases import TinyClip, draw_images
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mergetune.data import FeatureCache, ImageList, cache_building, cache_features, cache_files, row_reading
+from mergetune.data import cache as cache_module
+from mergetune.evaluation import accuracy
+from mergetune.training import fisher_diagonal
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def resident_kib(path: Path) -> int:
+    """How much of a mapped file, or of a folder's mapped files, is in memory, by the kernel's account."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
+            inside = str(path) in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc to see what a mapping holds")
+def test_opening_maps_and_rows_touch_only_what_is_asked(tmp_path):
+    images = draw_images(tmp_path / "images", 60)
+    clip = TinyClip(embed_dim=2**16)
+    built = cache_features(clip, images, tmp_path / "cache", batch_size=30)
+    expected = built.rows(torch.tensor([50]))
+    del built
+    shard = (tmp_path / "cache" / "shard-00000.safetensors").resolve()
+    assert shard.stat().st_size > 15_000_000
+    cache = FeatureCache.open(tmp_path / "cache")
+    assert resident_kib(shard) < 5_000, "the kernel maps a few MB around the header"
+    assert torch.equal(cache.rows(torch.tensor([50])), expected)
+    assert 0 < resident_kib(shard) < 8_000
+    cache.tensor()
+    assert resident_kib(shard) > 15_000
+
+
+WAYS = {"mapped": 1 << 40, "read": 0}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Small caches, mapped as they are or read as large ones are."""
+    monkeypatch.setattr(cache_module, "MAX_MAPPED", WAYS[request.param])
+    return request.param
+
+
+def uneven_cache(path: Path, dtype: str = "float32", *, views: int = 3, dim: int = 5, seed: int = 0) -> Tensor:
+    """Write a cache of 12 shards of up to 4 rows, two of them empty. All its rows [V, N, D]."""
+    path.mkdir()
+    files = [f"{i}.png" for i in range(45)]
+    plan = {"format": cache_files.FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": 0}
+    plan |= {"dtype": dtype, "views": views, "dim": dim, "shard_size": 4, "files": files}
+    plan |= {"labels": [i % 3 for i in range(45)], "classnames": ["a", "b", "c"]}
+    generator, all_rows = torch.Generator().manual_seed(seed), []
+    for number in range(12):
+        own = cache_files.shard_files(plan, number)
+        skipped = {file: "gone" for file in own if number in (4, 11) or file in ("0.png", "13.png", "14.png")}
+        rows = torch.randn(views, len(own) - len(skipped), dim, generator=generator).to(cache_files.DTYPES[dtype])
+        cache_building._write_shard(path, plan, number, rows, [["", 0, 0]] * len(own), skipped)
+        all_rows.append(rows)
+    cache_building._finish(path, plan)
+    return torch.cat(all_rows, dim=1).float()
+
+
+@pytest.mark.parametrize("dtype", cache_files.DTYPES)
+def test_rows_of_many_shards_are_a_plain_gather(tmp_path, monkeypatch, way, dtype):
+    expected = uneven_cache(tmp_path / "cache", dtype)
+    cache = FeatureCache.open(tmp_path / "cache")
+    assert (cache.opened is None) == (way == "mapped") and len(cache.shards) == 10 and len(cache) == 37
+    draw = torch.Generator().manual_seed(1)
+    few = cache.select(ImageList(Path(), ["44.png", "1.png", "12.png"][1:], [0, 1], ["x", "y"]))
+    views = {
+        "all": (cache, torch.arange(37)),
+        "classes": (cache.select_classes([2, 0]), (cache.labels != 1).nonzero().squeeze(1)),
+        "images": (few, torch.tensor([0, 11])),
+    }
+    for rows_at_once in (cache_module.ROWS, 4):
+        monkeypatch.setattr(cache_module, "ROWS", rows_at_once)
+        for name, (view, rows) in views.items():
+            assert torch.equal(view.tensor(2), expected[2, rows]), name
+            for size in (1, 3, 50):
+                index = torch.randint(len(view), (size,), generator=draw)
+                which = torch.randint(3, (size,), generator=draw)
+                assert torch.equal(view.rows(index), expected[0, rows[index]]), name
+                assert torch.equal(view.rows(index, which), expected[which, rows[index]]), name
+        assert torch.equal(cache.rows(torch.arange(36, -1, -1), 1), expected[1].flip(0))
+
+
+def test_rows_that_follow_each_other_are_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
+    expected, preadv, calls = uneven_cache(tmp_path / "cache"), os.preadv, []
+
+    def partly(descriptor, buffers, offset):  # as some file systems do
+        calls.append(offset)
+        return preadv(descriptor, [buffers[0][:70]], offset)
+
+    monkeypatch.setattr(os, "preadv", partly)
+    assert torch.equal(FeatureCache.open(tmp_path / "cache").tensor(), expected[0])
+    assert len(calls) == 10 + 8, "one for each shard that has rows, and one more where 80 bytes did not come at once"
+
+
+def test_features_outlive_their_files(tmp_path, way):
+    expected = uneven_cache(tmp_path / "cache")
+    cache = FeatureCache.open(tmp_path / "cache")
+    shutil.move(tmp_path / "cache", tmp_path / "moved")
+    other = uneven_cache(tmp_path / "cache", seed=1)
+    assert torch.equal(cache.tensor(1), expected[1]) and not torch.equal(other, expected)
+    shutil.rmtree(tmp_path / "moved")
+    assert torch.equal(cache.tensor(1), expected[1])
+
+
+def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
+    uneven_cache(tmp_path / "cache")
+    cache = FeatureCache.open(tmp_path / "cache")
+    os.truncate(tmp_path / "cache" / "shard-00010.safetensors", 100)
+    cache.rows(torch.arange(33))
+    with pytest.raises(ValueError, match="shard-00010.safetensors was truncated while it was open"):
+        cache.tensor()
+
+
+def test_files_are_closed_with_the_last_view(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
+    uneven_cache(tmp_path / "cache")
+    cache = FeatureCache.open(tmp_path / "cache")
+    part, files = cache.select_classes([1]), list(cache.opened.files)
+    cache.tensor()
+    part.tensor()
+    del cache
+    gc.collect()
+    assert len(files) == 10 and not any(file.closed for file in files) and len(part.tensor()) == 12
+    del part
+    gc.collect()
+    assert all(file.closed for file in files)
+
+
+def test_features_are_mapped_where_not_all_files_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
+    expected = uneven_cache(tmp_path / "cache")
+    for limit, is_read in ((20, True), (19, False), (row_reading.resource.RLIM_INFINITY, True)):
+        monkeypatch.setattr(row_reading.resource, "getrlimit", lambda which, limit=limit: (limit, 1 << 20))
+        cache = FeatureCache.open(tmp_path / "cache")
+        assert (cache.opened is not None) == is_read and torch.equal(cache.tensor(), expected[0])
+
+
+def test_copies_of_a_cache_give_the_same_rows(tmp_path, way):
+    expected = uneven_cache(tmp_path / "cache", "bfloat16")
+    cache = FeatureCache.open(tmp_path / "cache").select_classes([0, 1])
+    rows = expected[0, [i for i, c in enumerate(FeatureCache.open(tmp_path / "cache").labels) if c < 2]]
+    assert torch.equal(cache.tensor(), rows)  # and what it needed for that is not copied
+    for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        assert torch.equal(other.tensor(), rows) and other.digest == cache.digest
+
+
+class Allocations(TorchDispatchMode):
+    """The sizes of the tensors that torch makes meanwhile, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.sizes.append(made.untyped_storage().nbytes())
+        return result
+
+
+N_LARGE, D_LARGE = 30_000, 63  # the whole is 7.5 MB as float32; ROWS of it are 1 MB
+MOST_LARGE = 4096 * 64 * 4 + N_LARGE * 8
+WHOLE = torch.full((N_LARGE, D_LARGE), D_LARGE**-0.5, dtype=torch.float16)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("large")
+    rows = F.normalize(torch.randn(N_LARGE, D_LARGE, generator=torch.Generator().manual_seed(0)), dim=-1).half()
+    plan = {"format": cache_files.FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": None}
+    plan |= {"dtype": "float16", "views": 1, "dim": D_LARGE, "shard_size": 500, "classnames": ["a", "b"]}
+    plan |= {"files": [f"{i}.png" for i in range(N_LARGE)], "labels": [i % 2 for i in range(N_LARGE)]}
+    identity = [64 * "0", 110_000, 1_700_000_000_000_000_000]
+    for number, shard in enumerate(rows.split(500)):
+        cache_building._write_shard(path, plan, number, shard[None], [identity] * len(shard), {})
+    cache_building._finish(path, plan)
+    return path
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda cache: cache.rows(torch.randperm(len(cache))[:4096]),
+        lambda cache: accuracy(torch.eye(2, D_LARGE), cache),
+        lambda cache: fisher_diagonal(cache, torch.eye(2, D_LARGE), scale=1.0),
+        lambda cache: cache.shared_with(cache.select_classes([1])),
+        lambda cache: cache.shared_with(replace(cache, files=())),
+        lambda cache: FeatureCache.open(cache.path).digest,
+        lambda cache: FeatureCache.from_tensors(WHOLE, [0] * N_LARGE, ["a"]),
+    ],
+    ids=["rows", "accuracy", "fisher", "shared, named", "shared", "open", "from_tensors"],
+)
+def test_no_work_holds_all_features_at_once(large, way, work):
+    cache = FeatureCache.open(large)
+    with Allocations() as made:
+        work(cache)
+    assert max(made.sizes) <= MOST_LARGE, "a part of the features, or a number for each image"
+
+
+def test_all_features_are_held_once_where_they_are_asked_for(large, way):
+    cache = FeatureCache.open(large)
+    with Allocations() as made:
+        cache.tensor()
+    assert [size for size in made.sizes if size > MOST_LARGE] == [N_LARGE * D_LARGE * 4]
+
+
+def test_opening_leaves_the_identities_of_images_alone(large):
+    manifest = (large / "manifest.json").stat().st_size
+    tracemalloc.start()
+    cache = FeatureCache.open(large)
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(cache) == N_LARGE and manifest > 3_000_000
+    assert most < 2 * manifest and held < manifest, "all lists and texts of the manifest take 4 times its size"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc to see what a mapping holds")
+def test_what_is_read_does_not_stay_in_memory(large, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
+    cache = FeatureCache.open(large)
+    assert len(cache.tensor()) == N_LARGE
+    assert len(cache.shards) == 60 and resident_kib(large.resolve()) <= 4 * 60, "a page of each at most"

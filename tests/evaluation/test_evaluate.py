@@ -1,0 +1,328 @@
+"""Accuracy, harmonic mean, base-to-novel, ensembles, paths and barriers, against numbers made by hand."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import NAMES, cache, head, normal, prompt
+
+from mergetune import (
+    FeatureCache,
+    Prompt,
+    base_to_novel,
+    classifier,
+    connectivity,
+    evaluate,
+    harmonic_mean,
+    logit_ensemble,
+    path,
+    plot,
+    summarise,
+    weight_average,
+)
+from mergetune.evaluation import BaseNovel, Path, Report, accuracy, cross_entropy
+
+OTHERS = ("red bus", "bird")
+
+
+def logits(clip, solution, features) -> torch.Tensor:
+    """The model's own, in float64."""
+    x = features.tensor().double()
+    if isinstance(solution, Prompt):
+        return clip.logit_scale * x @ solution.class_embeddings(clip, features.classnames).double().T
+    bias = 0.0 if solution.bias is None else solution.bias.double()
+    return solution.logit_scale * (x @ solution.weight.double().T + bias)
+
+
+def predictions(classify, features) -> torch.Tensor:
+    weights = classify(features.classnames)
+    x = features.tensor()
+    return ((torch.cat([x, torch.ones(len(x), 1)], 1) if weights.shape[1] == 9 else x) @ weights.T).argmax(-1)
+
+
+# -- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corners():
+    """Seven images that lie on axes 0 0 0 1 1 2 2, labelled 0 0 1 1 1 0 2; a fourth class has none."""
+    axes = torch.eye(4)[[0, 0, 0, 1, 1, 2, 2]]
+    return FeatureCache.from_tensors(axes, [0, 0, 1, 1, 1, 0, 2], ("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8192])
+def test_accuracy_by_hand(corners, batch_size):
+    report = accuracy(torch.eye(4), corners, batch_size=batch_size)
+    assert report.accuracy == pytest.approx(100 * 5 / 7) and report.images == 7
+    assert report.per_class == pytest.approx({"a": 100 * 2 / 3, "b": 100 * 2 / 3, "c": 100})
+    assert report.mean_per_class == pytest.approx((200 / 3 + 200 / 3 + 100) / 3)
+    assert report.standard_error == pytest.approx(100 * math.sqrt(5 / 7 * 2 / 7 / 7))
+    told = json.loads(json.dumps(report.to_json()))
+    assert told == {**asdict(report), "mean_per_class": report.mean_per_class, "standard_error": report.standard_error}
+
+
+def test_accuracy_with_a_bias_and_with_normalisation(corners):
+    only_b = torch.cat([torch.eye(4), torch.tensor([[0.0], [9.0], [0.0], [0.0]])], 1)
+    assert accuracy(only_b, corners).accuracy == pytest.approx(100 * 3 / 7)
+    long = torch.eye(4) + torch.tensor([[0.0], [0.0], [5.0], [0.0]])  # [0, 0, 1, 0] + 5 everywhere
+    assert accuracy(long, corners).accuracy == pytest.approx(100 * 1 / 7)
+    assert accuracy(long, corners, normalize=True).accuracy == pytest.approx(100 * 5 / 7)
+
+
+def test_classes_of_one_name_are_reported_apart(corners):
+    report = accuracy(torch.eye(4), replace(corners, classnames=("a", "x", "x", "d")))
+    assert report.per_class == pytest.approx({"a": 100 * 2 / 3, "x (1)": 100 * 2 / 3, "x (2)": 100})
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (4, 6), (4,)])
+def test_weights_of_another_shape_are_refused(corners, shape):
+    with pytest.raises(ValueError, match=r"weights must have shape \[C, D\] = \[4, 4\], got"):
+        accuracy(torch.zeros(shape), corners)
+
+
+@pytest.mark.parametrize(
+    "solution", [prompt(), head(bias=False), head(), prompt().per_class(NAMES)], ids=lambda s: s.kind
+)
+def test_evaluate_a_solution(clip, solution):
+    features = cache(60)
+    expected = (logits(clip, solution, features).argmax(-1) == features.labels).double().mean().item()
+    assert 0 < expected < 1 and evaluate(clip, solution, features).accuracy == pytest.approx(100 * expected)
+
+
+def test_evaluate_templates(clip):
+    features, templates = cache(60), ["a photo of a {}.", "the {}"]
+    x, weights = features.tensor(), clip.class_embeddings(NAMES, templates)
+    expected = 100 * ((x @ weights.T).argmax(-1) == features.labels).float().mean().item()
+    assert evaluate(clip, templates, features).accuracy == pytest.approx(expected)
+    template = "a photo of a {}."
+    assert evaluate(clip, template, features) == evaluate(clip, Prompt.from_template(clip, template), features)
+
+
+def test_heads_are_looked_up_by_name(clip):
+    features, h = cache(60), head()
+    turned = replace(h, weight=h.weight.flip(0), bias=h.bias.flip(0), classnames=NAMES[::-1])
+    assert evaluate(clip, turned, features) == evaluate(clip, h, features)
+
+
+def test_features_of_another_clip_are_refused(clip):
+    with pytest.raises(ValueError, match="features must come from this CLIP's image tower"):
+        evaluate(clip, prompt(), cache(60, fingerprint="x" * 64))
+
+
+# -- base to novel ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("base", "novel", "hm"), [(80, 60, 68.5714285714), (50, 50, 50), (0, 90, 0), (0, 0, 0)])
+def test_harmonic_mean(base, novel, hm):
+    assert harmonic_mean(base, novel) == pytest.approx(hm)
+
+
+def test_published_harmonic_means():
+    """CoOp and MERGETUNE on 11 data sets (arXiv 2601.10497)."""
+    assert harmonic_mean(82.69, 63.22) == pytest.approx(71.66, abs=0.005)
+    assert harmonic_mean(80.82, 73.97) == pytest.approx(77.24, abs=0.005)
+
+
+def test_negative_accuracies_are_refused():
+    with pytest.raises(ValueError, match="must not be negative, got -1 and 5"):
+        harmonic_mean(-1, 5)
+
+
+def test_base_to_novel_tests_each_half_among_its_own_classes(clip):
+    base, novel = cache(60), cache(40, seed=1, classes=OTHERS)
+    both = base_to_novel(classifier(clip, prompt()), base, novel)
+    assert both.base == evaluate(clip, prompt(), base) and both.novel == evaluate(clip, prompt(), novel)
+    assert set(both.base.per_class) == set(NAMES) and set(both.novel.per_class) == set(OTHERS)
+    assert both.hm == harmonic_mean(both.base.accuracy, both.novel.accuracy)
+    with pytest.raises(ValueError, match="among the head's 3 classes, got 'red bus'"):
+        base_to_novel(classifier(clip, head(bias=False)), base, novel)
+
+
+def run_of(base: float, novel: float) -> BaseNovel:
+    return BaseNovel(Report(base, {"a": base}, 100), Report(novel, {"b": novel}, 400))
+
+
+def test_summarise_by_hand():
+    row = summarise("CoOp", [run_of(80, 60), run_of(90, 50)])
+    assert (row.name, row.seeds, row.base, row.novel) == ("CoOp", 2, 85, 55)
+    assert row.hm == pytest.approx(2 * 85 * 55 / 140)  # of the means, as published; not the mean of 68.57 and 64.29
+    assert (row.base_std, row.novel_std) == (pytest.approx(math.sqrt(50)), pytest.approx(math.sqrt(50)))
+    assert row.hm_std == pytest.approx(abs(480 / 7 - 450 / 7) / math.sqrt(2))
+    assert row.base_error == pytest.approx((4 + 3) / 2)
+    assert row.novel_error == pytest.approx((100 * math.sqrt(0.24 / 400) + 2.5) / 2)
+    json.dumps(asdict(row))
+
+
+def test_summarise_one_and_no_run():
+    row = summarise("one", [run_of(80, 60)])
+    assert (row.base_std, row.novel_std, row.hm_std, row.seeds) == (0, 0, 0, 1)
+    with pytest.raises(ValueError, match="at least one result of 'none'"):
+        summarise("none", [])
+
+
+# -- ensembles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_weight_average_is_wise_ft_on_class_embeddings(clip, t):
+    a, b = classifier(clip, "a photo of a {}."), classifier(clip, prompt())
+    start, end = clip.class_embeddings(NAMES), prompt().class_embeddings(clip, NAMES)
+    expected = clip.logit_scale * F.normalize((1 - t) * start + t * end, dim=-1)
+    torch.testing.assert_close(weight_average(a, b, t)(NAMES), expected)
+    if t in (0.0, 1.0):
+        torch.testing.assert_close(weight_average(a, b, t)(NAMES), (b if t else a)(NAMES))
+
+
+PAIRS = {
+    "prompts": (prompt(1), prompt(2)),
+    "heads": (head(1, bias=False), head(2, bias=False)),
+    "heads with bias": (head(1), head(2)),
+    "heads of two scales": (head(1, bias=False, scale=3.0), head(2, bias=False, scale=0.5)),
+    "head and prompt": (head(1, bias=False, scale=1.0), prompt(1)),
+    "heads with and without bias": (head(1), head(2, bias=False)),
+}
+
+
+@pytest.mark.parametrize("t", [0.3, 0.5])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_logit_ensemble_is_the_average_of_the_logits(clip, pair, t):
+    (a, b), features = PAIRS[pair], cache(300)
+    mixed = (1 - t) * logits(clip, a, features) + t * logits(clip, b, features)
+    ensemble = logit_ensemble(classifier(clip, a), classifier(clip, b), t)
+    assert torch.equal(predictions(ensemble, features), mixed.argmax(-1))
+    expected = 100 * (mixed.argmax(-1) == features.labels).double().mean().item()
+    assert accuracy(ensemble(NAMES), features).accuracy == pytest.approx(expected)
+
+
+def test_weight_average_of_heads_ends_at_the_heads(clip):
+    a, b = classifier(clip, head(1)), classifier(clip, head(2))
+    features = cache(300)
+    assert torch.equal(predictions(weight_average(a, b, 1.0), features), predictions(b, features))
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+ENDS = {
+    "prompts": (prompt(1), prompt(2)),
+    "class-specific": (prompt(1).per_class(NAMES), prompt(2).per_class(NAMES)),
+    "heads": (head(1, bias=False), head(2, bias=False)),
+    "heads with bias": (head(1), head(2)),
+    "heads of two scales": (head(1, bias=False, scale=3.0), head(2, bias=False, scale=0.5)),
+    "other words behind the name": (prompt(1), prompt(2, "X X X X {}, a type of pet.")),
+}
+
+
+@pytest.mark.parametrize("space", ["embedding", "parameter"])
+@pytest.mark.parametrize("ends", ENDS)
+def test_the_ends_of_a_path_are_the_solutions_themselves(clip, ends, space):
+    if (ends, space) == ("other words behind the name", "parameter"):
+        with pytest.raises(ValueError, match="must end alike"):
+            path(clip, *ENDS[ends], cache(60), space=space)
+        return
+    (a, b), features = ENDS[ends], cache(60)
+    walked = path(clip, a, b, features, points=5, space=space)
+    assert walked.alphas == (0, 0.25, 0.5, 0.75, 1)
+    for i, solution in ((0, a), (-1, b)):
+        own = F.cross_entropy(logits(clip, solution, features), features.labels).item()
+        assert walked.loss[i] == pytest.approx(own, rel=1e-5)
+        assert walked.accuracy[i] == evaluate(clip, solution, features).accuracy
+
+
+@pytest.mark.parametrize("space", ["embedding", "parameter"])
+def test_the_middle_of_a_path(clip, space):
+    (a, b), features = ENDS["prompts"], cache(60)
+    if space == "embedding":  # the interpolation comes before the normalisation
+        weights = 0.75 * a.class_weights(clip, NAMES) + 0.25 * b.class_weights(clip, NAMES)
+    else:
+        weights = a.with_parameter(0.75 * a.ctx + 0.25 * b.ctx).class_weights(clip, NAMES)
+    weights = F.normalize(weights, dim=-1)
+    loss = F.cross_entropy(clip.logit_scale * features.tensor() @ weights.T, features.labels).item()
+    walked = path(clip, a, b, features, points=5, space=space)
+    assert walked.loss[1] == pytest.approx(loss, rel=1e-5)
+    assert walked.accuracy[1] == accuracy(weights, features).accuracy
+
+
+def test_both_spaces_are_one_for_heads(clip):
+    a, b = head(1), head(2)
+    walks = [path(clip, a, b, cache(60), points=7, space=space) for space in ("embedding", "parameter")]
+    assert walks[0].loss == pytest.approx(walks[1].loss, rel=1e-6) and walks[0].accuracy == walks[1].accuracy
+
+
+@pytest.mark.parametrize("batch_size", [7, 8192])
+def test_cross_entropy_is_the_mean_over_images(batch_size):
+    features, weights = cache(60), normal(3, 8)
+    expected = F.cross_entropy(20 * features.tensor() @ weights.T, features.labels).item()
+    assert cross_entropy(weights, features, scale=20, batch_size=batch_size) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "loss", "barrier"),
+    [
+        ((0, 0.5, 1), (1, 2, 1), 1),
+        ((0, 0.5, 1), (1, 2, 3), 0),  # on the chord
+        ((0, 0.5, 1), (2, 0.5, 1), 0),  # a valley
+        ((0, 0.25, 0.5, 1), (0, 3, 3, 4), 2),
+        ((0, 1), (5, 1), 0),
+    ],
+)
+def test_the_barrier_by_hand(alphas, loss, barrier):
+    walked = Path(alphas, loss, (50.0,) * len(loss))
+    assert walked.barrier == barrier
+    assert json.loads(json.dumps(walked.to_json()))["barrier"] == barrier
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"points": 1}, ValueError, "points must be at least 2, both ends, got 1"),
+        ({"space": "weights"}, ValueError, "space must be one of embedding, parameter, got 'weights'"),
+        ({"b": head(bias=False)}, TypeError, "one kind, got prompt and head"),
+        (
+            {"b": replace(prompt(), ctx=normal(2, 16), template="X X {}."), "space": "parameter"},
+            ValueError,
+            "one shape",
+        ),
+    ],
+)
+def test_paths_that_make_no_sense_are_refused(clip, kwargs, error, match):
+    with pytest.raises(error, match=match):
+        path(clip, **{"a": prompt(), "b": prompt(), "features": cache(60), **kwargs})
+
+
+def test_heads_with_and_without_bias_are_refused_by_name(clip):
+    with pytest.raises(ValueError, match="one shape"):
+        path(clip, head(1, bias=False), head(2), cache(60))
+
+
+@pytest.fixture
+def walks(clip):
+    return connectivity(clip, Prompt.from_template(clip), prompt(1), prompt(2), cache(60), points=3)
+
+
+def test_connectivity_walks_the_three_paths(clip, walks):
+    assert list(walks) == ["zero-shot to MERGETUNE", "fine-tuned to MERGETUNE", "zero-shot to fine-tuned"]
+    first, second, direct = walks.values()
+    assert first.loss[-1] == second.loss[-1] and first.loss[0] == direct.loss[0] and second.loss[0] == direct.loss[-1]
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+@pytest.mark.parametrize("panels", [1, 2])
+def test_plot_writes_a_file(walks, tmp_path, suffix, panels):
+    file = tmp_path / f"figure.{suffix}"
+    plot({f"panel {i}": walks for i in range(panels)}, file)
+    head_of = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
+    assert file.read_bytes().startswith(head_of)
+    if suffix == "svg":
+        assert b"cross-entropy" in file.read_bytes() or b"<path" in file.read_bytes()
+
+
+def test_plot_draws_every_path(walks, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, real = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *args, **kwargs: drawn.append(args) or real(self, *args, **kwargs))
+    plot({"panel": {**walks, "a fourth": next(iter(walks.values()))}}, tmp_path / "figure.svg")
+    assert len(drawn) == 2 * 4

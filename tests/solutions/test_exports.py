@@ -1,0 +1,281 @@
+"""Exports: what other projects read in them, and what comes back bit for bit."""
+
+import functools
+import json
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tiny import TEXT, normal, tiny_model
+from torch import Tensor, nn
+
+from mergetune import FrozenClip, Head, Prompt, load_solution, solutions
+from mergetune.solutions import exports
+
+NAMES = ("cat", "fire truck", "hot-air balloon")
+
+
+@functools.cache
+def build_clip(siglip: bool = False) -> FrozenClip:
+    model = tiny_model(text={**TEXT, "context_length": 77})
+    tokenizer = open_clip.SimpleTokenizer()
+    if siglip:  # no start token
+        return FrozenClip(model, lambda texts, context_length=77: tokenizer(texts, context_length + 1)[:, 1:], "tiny")
+    return FrozenClip(model, tokenizer, "ViT-B-16-quickgelu/openai")
+
+
+@pytest.fixture
+def clip():
+    return build_clip()
+
+
+def make(kind: str):
+    known = {"backbone": build_clip().name, "notes": {"origin": "test"}}
+    if "prompt" in kind:
+        specific = kind == "class-specific prompt"
+        ctx, names = (normal(3, 4, 16), NAMES) if specific else (normal(4, 16), None)
+        position = "front" if kind == "front prompt" else "end"
+        text = build_clip().text_fingerprint
+        return Prompt(ctx, "a photo of a {}.", names, fingerprint=text, position=position, **known)
+    bias = normal(3, seed=1) if kind == "head with bias" else None
+    return Head(normal(3, 8), NAMES, bias, 12.34, fingerprint=build_clip().image_fingerprint, **known)
+
+
+PROMPTS = ["prompt", "class-specific prompt", "front prompt"]
+HEADS = ["head", "head with bias"]
+
+
+def logits(solution, clip: FrozenClip) -> Tensor:
+    """As :func:`mergetune.classifier` makes them."""
+    x, weights = F.normalize(normal(7, 8, seed=5), dim=-1), solution.class_weights(clip, NAMES)
+    weights = F.normalize(weights, dim=-1) if solution.normalize else weights
+    x = torch.cat([x, torch.ones(7, 1)], 1) if weights.shape[1] == 9 else x
+    return solution.scale(clip) * (x @ weights.T)
+
+
+# -- CoOp -------------------------------------------------------------------------------------------------------------
+
+
+class CoOpLearner(nn.Module):
+    """CoOp's prompt learner as far as its checkpoints go: a parameter and two buffers, in this order."""
+
+    def __init__(self, clip: FrozenClip, ctx: Tensor, names: tuple[str, ...], n_ctx: int) -> None:
+        super().__init__()
+        self.ctx = nn.Parameter(torch.zeros_like(ctx))
+        texts = [" ".join(["X"] * n_ctx) + " " + name + "." for name in names]
+        with torch.no_grad():
+            embedding = clip.model.token_embedding(open_clip.SimpleTokenizer()(texts))
+        self.register_buffer("token_prefix", embedding[:, :1, :])
+        self.register_buffer("token_suffix", embedding[:, 1 + n_ctx :, :])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_checkpoint_has_exactly_coops_keys_shapes_and_dtypes(clip, tmp_path, kind, dtype):
+    prompt = make(kind)
+    file = solutions.to_coop(prompt, tmp_path, clip=clip, classnames=NAMES, epoch=7, dtype=dtype)
+    assert file == tmp_path / "prompt_learner" / "model.pth.tar-7"
+    assert (tmp_path / "prompt_learner" / "checkpoint").read_text() == "model.pth.tar-7\n"
+    content = torch.load(file)
+    assert list(content) == ["state_dict", "epoch", "optimizer", "scheduler", "val_result"]
+    assert content["epoch"] == 7 and content["optimizer"] is content["scheduler"] is content["val_result"] is None
+    learner = CoOpLearner(clip, prompt.ctx, NAMES, 4)
+    learner = learner.half() if dtype == "float16" else learner
+    state = content["state_dict"]
+    assert type(state) is OrderedDict and list(state) == list(learner.state_dict())
+    for name, value in learner.state_dict().items():
+        assert state[name].dtype == value.dtype and state[name].shape == value.shape
+        assert name == "ctx" or torch.equal(state[name], value)
+    learner.load_state_dict(state)  # strictly, as Dassl does it
+    assert torch.equal(learner.ctx, prompt.ctx.to(learner.ctx.dtype))
+
+
+def test_underscores_in_names_are_spaces_as_in_coop(clip, tmp_path):
+    files = [
+        solutions.to_coop(make("prompt"), tmp_path / name, clip=clip, classnames=["cat", name])
+        for name in ("fire truck", "fire_truck")
+    ]
+    assert torch.equal(*(torch.load(file)["state_dict"]["token_suffix"] for file in files))
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_a_checkpoint_comes_back_with_the_same_logits(clip, tmp_path, kind):
+    prompt = make(kind)
+    solutions.to_coop(prompt, tmp_path, clip=clip, classnames=NAMES)
+    back = Prompt.from_checkpoint(tmp_path, classnames=prompt.classnames, position=prompt.position)
+    assert back.notes == {"checkpoint": "model.pth.tar-50", "epoch": 50}
+    assert torch.equal(logits(back, clip), logits(prompt, clip))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"solution": make("head")}, TypeError, "solution must be a prompt, got a head"),
+        ({"solution": Prompt(normal(4, 16), "a photo of a {}")}, ValueError, "must have '.' behind the class name"),
+        ({"solution": Prompt(normal(4, 16), "a photo of a {}, a pet.")}, ValueError, "must have '.' behind"),
+        ({"classnames": None}, ValueError, "classnames must be given for a prompt that is shared"),
+        ({"dtype": "bfloat16"}, ValueError, "dtype must be float32 or float16, got 'bfloat16'"),
+        ({"epoch": 0}, ValueError, "epoch must be at least 1, got 0"),
+        ({"solution": Prompt(normal(5, 16), "a photo of a {}.")}, ValueError, "template must hold 5 tokens"),
+        ({"classnames": ("cat", "very " * 80)}, ValueError, "must fit the text tower's 77 tokens"),
+        (
+            {"solution": make("class-specific prompt"), "classnames": ("a", "b", "c")},
+            ValueError,
+            "class 0 must be 'cat'",
+        ),
+    ],
+)
+def test_what_coop_could_not_run_is_refused_and_nothing_written(clip, tmp_path, change, error, match):
+    arguments = {"solution": make("prompt"), "classnames": NAMES, **change}
+    with pytest.raises(error, match=match):
+        solutions.to_coop(arguments.pop("solution"), tmp_path, clip=clip, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tower_without_start_token_is_not_coops(tmp_path):
+    prompt = replace(make("prompt"), fingerprint=None)
+    with pytest.raises(ValueError, match="clip must have one start token before a text, as CoOp's has, got 0"):
+        solutions.to_coop(prompt, tmp_path, clip=build_clip(siglip=True), classnames=NAMES)
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".pth"])
+@pytest.mark.parametrize("kind", PROMPTS + HEADS)
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_head_comes_back_with_the_same_logits(clip, tmp_path, kind, suffix, fold):
+    solution, file = make(kind), tmp_path / "new" / f"head{suffix}"
+    written = solutions.to_head(solution, file, clip=clip, classnames=NAMES, fold_scale=fold)
+    back = Head.from_checkpoint(file)
+    assert back.classnames == NAMES and back.logit_scale == written.logit_scale
+    assert torch.equal(logits(back, clip), logits(written, clip))
+    if fold:
+        assert back.logit_scale == 1
+        torch.testing.assert_close(logits(back, clip), logits(solution, clip))
+    else:
+        assert torch.equal(logits(back, clip), logits(solution, clip))
+
+
+def test_others_read_a_plain_head(clip, tmp_path):
+    """Weight and bias under their usual names, in the formats' own readers, without pickled objects."""
+    head = make("head with bias")
+    for suffix in (".safetensors", ".npz", ".pt"):
+        solutions.to_head(head, tmp_path / f"head{suffix}", fold_scale=True)
+    linear, expected = nn.Linear(8, 3), head.rescaled(1.0)
+    linear.load_state_dict(load_file(tmp_path / "head.safetensors"))
+    assert torch.equal(linear.weight, expected.weight) and torch.equal(linear.bias, expected.bias)
+    with np.load(tmp_path / "head.npz", allow_pickle=False) as arrays:
+        assert np.array_equal(arrays["weight"], expected.weight) and arrays["weight"].dtype == np.float32
+        assert arrays["classnames"].tolist() == list(NAMES)
+    content = torch.load(tmp_path / "head.pt", weights_only=True)
+    assert torch.equal(content["bias"], expected.bias) and content["classnames"] == list(NAMES)
+
+
+def test_heads_that_can_not_be_written_are_refused(clip, tmp_path):
+    with pytest.raises(ValueError, match="file must end in .safetensors, .npz, .pt, .pth, got 'head.bin'"):
+        solutions.to_head(make("head"), tmp_path / "head.bin")
+    with pytest.raises(ValueError, match="clip must be given for a prompt"):
+        solutions.to_head(make("prompt"), tmp_path / "head.pt", classnames=NAMES)
+    with pytest.raises(ValueError, match="classnames must be given for a prompt that is shared"):
+        solutions.to_head(make("prompt"), tmp_path / "head.pt", clip=clip)
+    with pytest.raises(ValueError, match="classnames must be the head's own 3"):
+        solutions.to_head(make("head"), tmp_path / "head.pt", classnames=NAMES[:2])
+    assert not list(tmp_path.iterdir())
+
+
+# -- open_clip --------------------------------------------------------------------------------------------------------
+
+
+def test_a_zero_shot_classifier_is_what_open_clip_builds(clip):
+    expected = open_clip.build_zero_shot_classifier(clip.model, clip.tokenizer, NAMES, ["a photo of a {}."])
+    got = solutions.zero_shot_classifier(Prompt.from_template(clip), clip, NAMES)
+    assert got.shape == expected.shape == (8, 3) and got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", [*PROMPTS, "head"])
+def test_a_zero_shot_classifier_gives_the_solutions_logits(clip, tmp_path, kind):
+    solution, x = make(kind), F.normalize(normal(7, 8, seed=5), dim=-1)
+    got = solutions.zero_shot_classifier(solution, clip, NAMES, file=tmp_path / "new" / "classifier.pt")
+    assert torch.equal(torch.load(tmp_path / "new" / "classifier.pt", weights_only=True), got)
+    torch.testing.assert_close(clip.logit_scale * x @ got, logits(solution, clip))
+    if isinstance(solution, Prompt):
+        assert torch.equal(got.T, solution.class_embeddings(clip, NAMES))
+    subset = solutions.zero_shot_classifier(make("head"), clip, NAMES[::-2])
+    assert torch.equal(subset, solutions.zero_shot_classifier(make("head"), clip)[:, [2, 0]])
+
+
+def test_a_bias_has_no_place_in_a_zero_shot_classifier(clip):
+    with pytest.raises(ValueError, match="got a head with one: use to_head"):
+        solutions.zero_shot_classifier(make("head with bias"), clip)
+
+
+# -- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def front_matter(card: str) -> dict:
+    yaml = pytest.importorskip("yaml")
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("kind", PROMPTS + HEADS)
+def test_a_hub_folder_is_a_solution_with_a_card(clip, tmp_path, kind):
+    solution = make(kind)
+    solutions.to_hub(solution, tmp_path / "hub", license="mit")
+    assert sorted(file.name for file in (tmp_path / "hub").iterdir()) == [
+        "README.md",
+        "solution.json",
+        "solution.safetensors",
+    ]
+    back = load_solution(tmp_path / "hub")
+    assert torch.equal(back.parameter, solution.parameter) and torch.equal(logits(back, clip), logits(solution, clip))
+    card = (tmp_path / "hub" / "README.md").read_text()
+    found = front_matter(card)
+    assert found["library_name"] == "mergetune" and found["license"] == "mit" and "clip" in found["tags"]
+    assert found["pipeline_tag"] == "zero-shot-image-classification"
+    assert "mt.load_clip('ViT-B-16-quickgelu', pretrained='openai')" in card
+    assert ("Classes: cat, fire truck, hot-air balloon" in card) == (solution.classnames is not None)
+    json.loads((tmp_path / "hub" / "solution.json").read_text())
+
+
+def test_a_card_names_the_base_model_where_the_hub_has_it(tmp_path):
+    solutions.to_hub(replace(make("prompt"), backbone="hf-hub:timm/some-clip"), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert front_matter(card)["base_model"] == "timm/some-clip" and "license" not in front_matter(card)
+    assert "mt.load_clip('hf-hub:timm/some-clip')" in card
+    solutions.to_hub(replace(make("prompt"), backbone=None), tmp_path)
+    assert "an unrecorded CLIP" in (tmp_path / "README.md").read_text()
+
+
+def test_push_to_hub(clip, tmp_path, monkeypatch):
+    """Offline: what the Hub's client is asked for, and that the folder it gets is complete."""
+    calls = []
+
+    class Api:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options))
+            return f"https://huggingface.co/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, commit_message))
+            assert torch.equal(load_solution(folder_path).parameter, make("prompt").parameter)
+            assert "snapshot_download('me/prompt')" in (tmp_path / folder_path / "README.md").read_text()
+
+    monkeypatch.setattr(exports, "HfApi", Api)
+    url = solutions.push_to_hub(make("prompt"), "me/prompt", private=True, token="secret", commit_message="first")
+    assert url == "https://huggingface.co/me/prompt"
+    assert calls == [
+        ("token", "secret"),
+        ("create", "me/prompt", {"private": True, "exist_ok": True}),
+        ("upload", "me/prompt", "first"),
+    ]

@@ -1,0 +1,139 @@
+"""Heads from others' files."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_cases import BIAS, CLASSES, NAMES, WEIGHT, WIDTH, context
+from safetensors.torch import save_file
+from torch import nn
+
+from mergetune import Head
+
+
+def save_arrays(file, **arrays) -> None:
+    """Arrays and tensors by name, as the suffix says."""
+    tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
+    if file.suffix == ".npz":
+        np.savez(file, **{name: value.numpy() for name, value in tensors.items()})
+    elif file.suffix == ".safetensors":
+        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, file)
+    else:
+        torch.save(tensors, file)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+@pytest.mark.parametrize("layer", ["", "fc.", "head.", "classifier.", "classification_head.", "linear.", "module.fc."])
+def test_heads_by_their_usual_names(tmp_path, suffix, layer):
+    file, bias = tmp_path / f"head{suffix}", layer not in ("head.", "linear.")
+    save_arrays(file, **{f"{layer}weight": WEIGHT}, **({f"{layer}bias": BIAS} if bias else {}))
+    head = Head.from_checkpoint(file, classnames=NAMES)
+    assert torch.equal(head.weight, WEIGHT) and head.weight.dtype == torch.float32
+    assert torch.equal(head.bias, BIAS) if bias else head.bias is None
+    assert (head.classnames, head.logit_scale, head.notes) == (NAMES, 1.0, {"checkpoint": file.name})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+def test_heads_of_other_precisions_become_float32(tmp_path, suffix, dtype):
+    save_arrays(tmp_path / f"head{suffix}", weight=WEIGHT.to(dtype))
+    head = Head.from_checkpoint(tmp_path / f"head{suffix}", classnames=NAMES)
+    assert head.weight.dtype == torch.float32 and torch.equal(head.weight, WEIGHT.to(dtype).float())
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
+def test_wrapped_state_dicts_and_bare_tensors(tmp_path, wrapper):
+    torch.save({wrapper: nn.Linear(WIDTH, CLASSES).state_dict(), "epoch": 3}, tmp_path / "head.pt")
+    assert Head.from_checkpoint(tmp_path / "head.pt", classnames=NAMES).bias is not None
+    torch.save(nn.Parameter(WEIGHT), tmp_path / "bare.pt")
+    assert torch.equal(Head.from_checkpoint(tmp_path / "bare.pt", classnames=NAMES).weight, WEIGHT)
+
+
+def test_a_head_in_a_whole_model_must_be_asked_for(tmp_path):
+    """Its features are those of the layers that were trained with it."""
+    model = {"visual.proj.weight": torch.zeros(2, 2), "head.weight": WEIGHT, "head.bias": BIAS}
+    torch.save(model, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="lost: visual.proj.weight; name='head.weight' takes the head without them"):
+        Head.from_checkpoint(tmp_path / "model.pt", classnames=NAMES)
+    head = Head.from_checkpoint(tmp_path / "model.pt", classnames=NAMES, name="head.weight")
+    assert torch.equal(head.weight, WEIGHT) and torch.equal(head.bias, BIAS)
+
+
+def test_the_logit_scale_of_a_head(tmp_path):
+    save_arrays(tmp_path / "unit.npz", weight=WEIGHT)
+    assert Head.from_checkpoint(tmp_path / "unit.npz", classnames=NAMES, logit_scale=100.0).logit_scale == 100.0
+    save_arrays(tmp_path / "log.npz", weight=WEIGHT, logit_scale=4.6052)
+    with pytest.raises(ValueError, match="holds a logit_scale: give logit_scale="):
+        Head.from_checkpoint(tmp_path / "log.npz", classnames=NAMES)
+    assert Head.from_checkpoint(tmp_path / "log.npz", classnames=NAMES, logit_scale=100.0).logit_scale == 100.0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        ({"ctx": WEIGHT}, "must hold one head's weight .* got ctx"),
+        ({"weight": WEIGHT, "fc.weight": WEIGHT}, "must hold one head's weight .* got (fc.)?weight, (fc.)?weight"),
+        ({"adapter.fc.0.weight": WEIGHT, "adapter.fc.2.weight": WEIGHT}, "got adapter.fc.0.weight, adapter.fc.2"),
+        ({"weight": WEIGHT[0]}, r"weight must have shape \[C, D\], got \[16\]"),
+        ({"weight": WEIGHT.long()}, "weight must be floating point"),
+        ({"weight": WEIGHT, "bias": BIAS[:2]}, r"bias must have shape \[C\] = \[3\], got \[2\]"),
+        ({"weight": WEIGHT, "scale": BIAS}, "scale must be a number"),
+        ({"weight": WEIGHT, "classes_": torch.arange(2)}, "class for each of the 3 rows, got 2"),
+        ({"weight": WEIGHT, "classes_": torch.tensor([0.0, 0.5, 1.0])}, "whole numbers or names"),
+        ({"weight": WEIGHT, "classes_": torch.tensor([0, 1, 7])}, None),
+        ({"weight": WEIGHT[:2]}, "must name the 2 classes of weight, got 3"),
+        ({"weight": WEIGHT.repeat(16, 1)}, "must name the 48 classes of weight, got 3"),  # Tip-Adapter's keys
+        ({"weight": WEIGHT * float("nan")}, "weight must be finite"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+def test_what_is_no_head_is_refused(tmp_path, arrays, match, suffix):
+    save_arrays(tmp_path / f"head{suffix}", **arrays)
+    if match is None:  # three classes of other numbers: by their order
+        assert Head.from_checkpoint(tmp_path / f"head{suffix}", classnames=NAMES).classnames == NAMES
+        return
+    with pytest.raises(ValueError, match=match):
+        Head.from_checkpoint(tmp_path / f"head{suffix}", classnames=NAMES)
+
+
+def test_missing_heads_and_names(tmp_path):
+    for name in ("head.pt", "head.npz", "head.safetensors"):
+        with pytest.raises(FileNotFoundError, match=name):
+            Head.from_checkpoint(tmp_path / name, classnames=NAMES)
+    save_arrays(tmp_path / "head.npz", weight=WEIGHT)
+    with pytest.raises(ValueError, match="classnames must be given"):
+        Head.from_checkpoint(tmp_path / "head.npz")
+    with pytest.raises(ValueError, match="must hold the weight 'fc.weight', got weight"):
+        Head.from_checkpoint(tmp_path / "head.npz", classnames=NAMES, name="fc.weight")
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("labels", ["numbers", "names"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_scikit_learn(tmp_path, classes, labels, saved):
+    """The head's softmax is the model's predict_proba, for two classes as for more."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = context(40, WIDTH).double().numpy(), np.arange(40) % classes
+    y = np.array(NAMES)[y] if labels == "names" else y + (4 - classes)
+    model = linear_model.LogisticRegression(C=0.5).fit(x, y)
+    all_names = tuple("0123"[: 4 - classes]) + NAMES[:classes]  # by label number
+    given = None if labels == "names" else all_names
+    if saved:
+        np.savez(tmp_path / "h.npz", coef_=model.coef_, intercept_=model.intercept_, classes_=model.classes_)
+        head = Head.from_checkpoint(tmp_path / "h.npz", classnames=given)
+    else:
+        head = Head.from_sklearn(model, classnames=given)
+    assert head.classnames == NAMES[:classes] and head.weight.shape == (classes, WIDTH) and head.logit_scale == 1
+    logits = torch.from_numpy(x).float() @ head.weight.T + head.bias
+    np.testing.assert_allclose(logits.softmax(-1), model.predict_proba(x), atol=1e-5)
+
+
+def test_scikit_learns_classes_must_have_names(tmp_path):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    model = linear_model.LogisticRegression().fit(context(40, WIDTH).numpy(), np.arange(40) % 4)
+    with pytest.raises(ValueError, match="must name the labels up to 3, got 3 names"):
+        Head.from_sklearn(model, classnames=NAMES)
+    with pytest.raises(TypeError, match="model must be fitted, .* got LogisticRegression"):
+        Head.from_sklearn(linear_model.LogisticRegression(), classnames=NAMES)
+    named = linear_model.LogisticRegression().fit(context(3, WIDTH).numpy(), NAMES)
+    with pytest.raises(ValueError, match="classnames must be those of the head, got a difference in ant, dog"):
+        Head.from_sklearn(named, classnames=("dog", "bee", "cat"))
