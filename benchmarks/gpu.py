@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -341,6 +342,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     options = parser.parse_args(arguments if arguments is None else list(arguments))
     began = time.monotonic()
     adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part in progress is ended, not left behind
     work = options.work or Path(tempfile.gettempdir(), f"mergetune-gpu-{os.getuid()}")
     stage = Stage(options.stage, Path(options.out).resolve(), work.resolve(), began + options.limit - TO_REPORT, True)
     stage.out.mkdir(parents=True, exist_ok=True)
