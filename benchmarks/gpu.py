@@ -313,7 +313,7 @@ def speed(stage: Stage) -> None:
         ("loss", "bench_gpu.py", "test_loss", 100.0, 90.0),
         ("text tower", "bench_gpu.py", "test_text_tower", 80.0, 60.0),
         ("whole runs", "bench_gpu.py", "test_fit", 70.0, 40.0),
-        ("images", "bench_gpu.py", "test_encode_images", 40.0, 15.0),
+        ("images", "bench_gpu.py", "test_encode_images", 60.0, 15.0),
     ]
     suites += [] if stage.dry else [("training step", "bench_fit_step.py", "test_step", 60.0, 0.0)]
     for name, file, tests, limit, reserve in suites:
