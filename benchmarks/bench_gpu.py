@@ -32,7 +32,7 @@ GPU = DEVICE == "cuda"
 BACKENDS = [name for name in ops.available_backends() if name != "torch" and (not GPU or name != "cpp")]
 TASKS_HERE = list(TASKS) if GPU else ["eurosat", "caltech101"]
 BATCHES_HERE = [32, 128, 512, 4096] if GPU else [32]
-FITS = {5: 50, 50: 50, 500: 4} if GPU else {5: 3, 50: 1}  # classes -> epochs: 500 classes take 63 steps per epoch
+FITS = {5: 50, 50: 50, 500: 4} if GPU else {5: 2, 50: 1}  # classes -> epochs: 500 classes take 63 steps per epoch
 SHOTS, BATCH, IMAGES, ROUNDS = 16, 64, 512 if GPU else 64, 11 if GPU else 3
 
 pytestmark = pytest.mark.skipif(
@@ -47,8 +47,8 @@ def launches(work: Work) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in events)
+    on_gpu = [event for event in profile.events() if "CUDA" in str(event.device_type)]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
 
 
 def graph_of(work: Work) -> Work:
@@ -130,7 +130,7 @@ def test_loss(benchmark, task: str, batch: int, backend: str) -> None:
 # -- the text tower ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"] if GPU else ["bfloat16"])
 @pytest.mark.parametrize("task", TASKS_HERE[: 3 if GPU else 1])
 def test_text_tower(benchmark, vit_b16: FrozenClip, task: str, dtype: str) -> None:
     case = TowerCase(vit_b16, task, dtype)
@@ -142,7 +142,7 @@ def test_text_tower(benchmark, vit_b16: FrozenClip, task: str, dtype: str) -> No
             block.compile()  # the same code for all blocks: compiled once
         return lambda: plain.gradient(case.prompt.ctx, case.d)
 
-    compiled, why = tried(lambda: prompts(True))
+    compiled, why = tried(lambda: prompts(True)) if GPU else (None, "not compiled in a dry run")
     captured, why_not = tried(lambda: graph_of(case.gradient)) if GPU else (None, "no CUDA device")
     baselines = {"open_clip, longest class": prompts(False)}
     baselines |= {"open_clip, compiled": compiled} if compiled else {}

@@ -110,7 +110,7 @@ def run_part(part: Part, folder: Path, deadline: float) -> Outcome:
     return Outcome(part.name, status, seconds, detail, facts, tail)
 
 
-def end(child: subprocess.Popen) -> None:
+def end(child: subprocess.Popen[bytes]) -> None:
     """End a child's process group and every process that descends from it, in sessions of their own as well."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         stop = time.monotonic() + GRACE
@@ -123,7 +123,7 @@ def end(child: subprocess.Popen) -> None:
             time.sleep(0.02)
 
 
-def remaining(child: subprocess.Popen) -> list[int]:
+def remaining(child: subprocess.Popen[bytes]) -> list[int]:
     """The child, unless it has ended; what is below it; and what it left behind, if this process adopts orphans.
 
     Parts run one after the other: whatever is below this process belongs to the part.

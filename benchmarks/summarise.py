@@ -71,6 +71,9 @@ def baseline(runs: list[dict[str, Any]], device: str, ratios: dict[str, dict[str
 def verdict(found: Comparison, kept: Baseline, path: Path, limit: float = LIMIT) -> str:
     """What to say of a comparison: every ratio that is worse, missing or new."""
     lines = [f"{found.compared} ratios compared with {path.name} of {kept.date}, torch {kept.torch}."]
+    if kept.other_cpus is not None:
+        least, most = kept.other_cpus
+        lines.append(f"Other processes used {least:.1f} to {most:.1f} CPUs when the baseline was recorded.")
     lines += [f"WORSE: {one.text(limit)}" for one in found.worse]
     lines += [f"missing, not compared: {row}" for row in found.missing]
     lines += [f"new, not compared: {row}" for row in found.new]

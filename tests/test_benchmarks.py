@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bounded  # noqa: E402
 import gpu  # noqa: E402
+import launches  # noqa: E402
 import ratios  # noqa: E402
 import records  # noqa: E402
 from bounded import Part, run_part  # noqa: E402
@@ -169,6 +171,16 @@ def test_what_the_sanitizer_says(tmp_path, printed, code, status):
         tmp_path, f"print({printed!r}); raise SystemExit({code})", read=gpu.sanitized, judge=gpu.judge_sanitizer
     )
     assert outcome.status == status
+
+
+def test_what_a_launch_is_known_by():
+    """Dtype and alignment of a tensor; a number as it is."""
+    numbers = torch.zeros(8)
+    assert launches.described(numbers) == {"dtype": "float32", "offset": numbers.data_ptr() % 16}
+    assert launches.described(numbers[1:])["offset"] == (numbers.data_ptr() + 4) % 16
+    assert launches.described(3) == 3
+    again = launches.Tensor(**launches.described(numbers[1:]))
+    assert (again.dtype, again.data_ptr()) == (torch.float32, (numbers.data_ptr() + 4) % 16)
 
 
 # -- ratios -----------------------------------------------------------------------------------------------------------
