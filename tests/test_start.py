@@ -74,15 +74,3 @@ def test_public_names_are_those_that_type_checkers_see(package):
         assert name in dir(package)
     with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
         package.fitt  # noqa: B018
-
-
-@pytest.mark.parametrize("first", ["name", "module"])
-def test_a_public_name_is_the_function_whatever_was_imported(first):
-    """A module with the name of a function does not take its place."""
-    lines = ["import importlib, mergetune, mergetune.merging", "from types import FunctionType, ModuleType"]
-    for package, name in (("mergetune", "fit"), ("mergetune", "evaluate"), ("mergetune.merging", "average")):
-        use, load = f"{package}.{name}", f"assert isinstance(importlib.import_module('{package}.{name}'), ModuleType)"
-        lines += [use, load] if first == "name" else [load, use]
-        lines += [f"assert isinstance({package}.{name}, FunctionType)", f"from {package} import {name} as found"]
-        lines += [f"assert found is {package}.{name}"]
-    python("-c", "\n".join(lines))

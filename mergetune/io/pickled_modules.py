@@ -86,16 +86,20 @@ def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence
             f"{file} cannot be read as a checkpoint: it holds {what}, and pickled code is never run"
         ) from error
     except Exception as error:  # torch.load raises many kinds on files that are not checkpoints
-        raise ValueError(f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+        advice = "weights_only" in str(error)  # to run it
+        reason = "it holds more than tensors" if advice else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} cannot be read as a checkpoint: {reason}") from error
 
 
 def is_torchscript(file: str | Path) -> bool:
-    """Whether a file is a TorchScript archive: a zip file with code, and constants of that code."""
+    """Whether a file is a TorchScript archive: a zip file with code and its constants. A damaged zip file is none."""
     with open_regular(file) as stream:
-        if not zipfile.is_zipfile(stream):
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                names = archive.namelist()
+        except Exception:  # zipfile raises many kinds on what is no zip file, or a damaged one
             return False
-        with zipfile.ZipFile(stream) as archive:
-            return any("/code/" in name or name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+    return any("/code/" in name or name.rpartition("/")[2] == "constants.pkl" for name in names)
 
 
 def read_torchscript(file: str | Path) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ def test_killed_at_random_moments_it_goes_on_with_the_same_bits(tmp_path):
     moments, kills = random.Random(7), 0
     for _ in range(100):
         child = in_child(lambda: cache_features(clip, images, tmp_path / "cache", **build))
-        child.join(moments.uniform(0.02, 0.12))
+        child.join(moments.uniform(0.02, 0.12) * (1 + kills / 8))  # a busy machine gets as far as a quiet one
         if child.exitcode == 0:
             break
         child.kill()

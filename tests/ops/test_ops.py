@@ -359,7 +359,11 @@ def test_compiles_without_a_graph_break(compiler):
             ValueError,
             r"anchor_dots must have shape \[2, 9, 4\], got \[2, 4, 9\]",
         ),
-        ({"backend": "metal"}, ValueError, "backend must be None or one of cpp, triton, cuda, torch, got 'metal'"),
+        (
+            {"backend": "metal"},
+            ValueError,
+            "backend must be None or one of cpp, triton, cuda, compile, torch, got 'metal'",
+        ),
     ],
 )
 def test_refusals_name_argument_rule_and_value(changed, error, message):
@@ -536,7 +540,7 @@ def test_double_backward_of_attention_raises():
         (lambda t: {**t, "v": t["v"].float()}, TypeError, "must have one dtype"),
         (lambda t: {**t, "q": t["q"][0]}, ValueError, r"q must have shape \[M, T, H, d\]"),
         (lambda t: {**t, "lengths": [0, 4, 5]}, ValueError, "offsets must ascend"),
-        (lambda t: {**t, "backend": "cuda"}, ValueError, "backend must be None or one of cpp, torch"),
+        (lambda t: {**t, "backend": "cuda"}, ValueError, "backend must be None or one of cpp, triton, compile, torch"),
     ],
 )
 def test_refusals_of_attention(change, error, match):
