@@ -7,10 +7,14 @@ begin with :data:`MARK` are its report, everything else on stdout is somebody el
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
+import os
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -98,6 +102,7 @@ def main() -> None:
     parser.add_argument("--import", dest="modules", action="append", default=[], help="registers implementations")
     parser.add_argument("cases", help="a JSON list of cases")
     options = parser.parse_args()
+    _end_with_parent()
     for module in ("mergetune.ops", *options.modules):
         importlib.import_module(module)
     torch.set_num_threads(options.threads)
@@ -118,6 +123,20 @@ def main() -> None:
         _report(end=asdict(case), trial=trial.model_dump(), fatal=fatal)
         if fatal:  # after a fault on the device nothing works in this process any more
             sys.exit(3)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: nobody would kill it then."""
+    parent = os.getppid()
+    if sys.platform == "linux":  # the kernel's own signal comes even where no thread of ours can run
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _device_works(device: torch.device) -> bool:

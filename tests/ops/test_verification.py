@@ -1,6 +1,7 @@
 """Kernels verified where they run, on a simulated device: the CPU, with implementations that fail in every way."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -131,6 +132,32 @@ def test_the_limit_holds_whatever_hangs():
     assert time.monotonic() - began < 40
     assert all(v.chosen == "torch" for v in verdict.verdicts)
     assert {t.status for v in verdict.verdicts for t in v.trials if t.backend == "hangs"} <= {"hung", "not tried"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the child in /proc")
+def test_a_killed_verification_leaves_no_child(tmp_path):
+    code = "import sys, fake_kernels, torch; from mergetune import ops; "
+    code += "ops.verify(torch.device('cpu'), ops=('lmc_loss',), modules=('fake_kernels',), "
+    code += "progress=lambda done, total, what: print(what, flush=True))"
+    environment = os.environ | {"PYTHONPATH": str(Path(fake_kernels.__file__).parent)}
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, cwd=tmp_path)
+    assert parent.stdout is not None and b"lmc_loss" in parent.stdout.readline()
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert children
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while any(_runs(child) for child in children) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(_runs(child) for child in children)
+
+
+def _runs(process: str) -> bool:
+    """Whether a process lives; what nobody has waited for is a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_child_that_does_not_start_is_an_error():
