@@ -42,6 +42,16 @@ class Implementation:
         """Whether it computes in this dtype."""
         return self.dtypes is None or dtype in self.dtypes
 
+    def run_backward(self, d_out: Tensor, arguments: Any) -> Any:
+        """The gradients of the arguments.
+
+        Raises:
+            TypeError: the op's backward is no op of its own.
+        """
+        if self.backward is None:
+            raise TypeError(f"backend {self.backend!r} must have a backward of its own, got None")
+        return self.backward(d_out, arguments)
+
 
 @dataclass(frozen=True)
 class Op:
@@ -77,11 +87,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# torch.compile can trace neither the native core nor Python's import system: it asks once, while it traces.
+@torch.compiler.assume_constant_result
+def _cuda_is_built() -> bool:
+    return bool(build_info()["cuda_archs"])
+
+
+@torch.compiler.assume_constant_result
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def missing(backend: str, device: str) -> Exception | None:
     """Why a backend cannot run on a type of device ("cpu", "cuda"), as the error to raise; None where it can."""
-    if backend == "cuda" and not build_info()["cuda_archs"]:
+    if backend == "cuda" and not _cuda_is_built():
         return RuntimeError("backend 'cuda' was not built: nvcc was not found, or MERGETUNE_CUDA=0 was set")
-    if backend == "triton" and not find_spec("triton"):
+    if backend == "triton" and not _triton_is_installed():
         return RuntimeError("backend 'triton' needs the package triton, which is not installed")
     needed = {"cpp": "cpu", "cuda": "cuda", "triton": device if interpreted() else "cuda"}.get(backend, device)
     if device != needed:
@@ -92,7 +113,7 @@ def missing(backend: str, device: str) -> Exception | None:
 def available_backends() -> tuple[str, ...]:
     """The backends that can be asked for here."""
     gpu = torch.cuda.is_available()
-    there = {"triton": gpu and find_spec("triton"), "cuda": gpu and build_info()["cuda_archs"]}
+    there = {"triton": gpu and _triton_is_installed(), "cuda": gpu and _cuda_is_built()}
     return tuple(name for name in BACKENDS if there.get(name, True))
 
 
