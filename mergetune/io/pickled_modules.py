@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from safetensors.torch import save as serialize
@@ -228,7 +228,8 @@ class _Inert:
 class _Unpickler(pickle._Unpickler):  # the one written in Python: the other one can be made to take all memory
     """Knows tensors, dicts and lists. Whatever a file does with anything else comes to nothing."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def __init__(self, stream: io.BytesIO, load: Callable[[str], Callable[[], bytes]] | None = None) -> None:
         super().__init__(stream)

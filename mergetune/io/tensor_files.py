@@ -23,7 +23,7 @@ class _Inert:
     def __setstate__(self, _: Any) -> None: ...
 
 
-_numpy_scalar = (getattr(np, "_core", None) or np.core).multiarray.scalar  # numpy 2 and 1
+_numpy_scalar = np.float64().__reduce__()[0]  # what pickles of numpy's numbers call; numpy 1 and 2 name it differently
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:

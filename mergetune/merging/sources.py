@@ -174,10 +174,14 @@ class Part:
     whole: bool = False
 
     @cached_property
-    def base(self) -> Tensor | None:
-        """[n], or its shape; float32, or float64 where an input is."""
+    def base(self) -> Tensor:
+        """[n], or its shape; float32, or float64 where an input is.
+
+        Raises:
+            ValueError: there is no base. Methods that need one refuse its absence before they read a part.
+        """
         if self.stored_base is None:
-            return None
+            raise ValueError(f"base must hold {self.name!r}, got None")
         return self.stored_base.to(self._dtype).reshape(self.shape if self.whole else -1)
 
     @cached_property
