@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergetune.io import dtype_name
 from mergetune.ops import reference
 from mergetune.ops.arguments import AttentionArguments, expect_shape
 from mergetune.ops.backends import OPS, Implementation, Op
 from mergetune.ops.library import library
-from mergetune.ops.native import core, dtype_name
+from mergetune.ops.native import core
 from mergetune.ops.problems import attention_problems
 from mergetune.ops.selection import VERIFIED, choose, run_verified
 
@@ -160,7 +161,7 @@ def _call(
     q, k, _, prefix_k, _ = inputs
     offsets = _offsets(arguments.lengths)  # held here: the cache may drop it while the core runs
     kernel(
-        dtype_name(q),
+        dtype_name(q.dtype),
         *(_heads(t) for t in inputs),
         offsets.data_ptr(),
         *(_heads(t) for t in others),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergetune.io import dtype_name
 from mergetune.ops.native import build_info
 
 BACKENDS = ("cpp", "triton", "cuda", "compile", "torch")
@@ -140,7 +141,7 @@ def requested(op: str, name: str, tensor: Tensor, backend: str) -> str:
     there = OPS[op].implementations
     check_backend(backend, tensor.device.type, sorted(there, key=_rank))
     if not there[backend].takes(tensor.dtype):
-        *first, last = (str(dtype).removeprefix("torch.") for dtype in there[backend].dtypes or ())
+        *first, last = map(dtype_name, there[backend].dtypes or ())
         allowed = f"{', '.join(first)} or {last}" if first else last
         raise TypeError(f"{name} must be {allowed} for backend {backend!r}, got {tensor.dtype}")
     return backend

@@ -12,8 +12,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from mergetune.io import dtype_name
 from mergetune.ops.arguments import LossArguments, PathArguments, real_dtype
-from mergetune.ops.native import address, core, dtype_name
+from mergetune.ops.native import address, core
 
 _MIN_SQUARED_NORM = 1e-24  # the square of F.normalize's floor
 
@@ -33,7 +34,7 @@ def fused_path_cross_entropy(arguments: PathArguments) -> tuple[Tensor, Tensor, 
         else (core.path_cross_entropy_cuda, torch.cuda.current_stream(dots.device).cuda_stream)
     )
     kernel(
-        dtype_name(dots),
+        dtype_name(dots.dtype),
         dots.data_ptr(),
         dots.stride(0),
         dots.stride(1),
@@ -127,7 +128,7 @@ def path_scales_cpp(ends: ClassWeights) -> tuple[Tensor, Tensor]:
     rscale = ends.w.new_empty(len(ends.anchor), len(ends.w))
     products = torch.empty(len(ends.w), 1 + 2 * len(ends.anchors), dtype=torch.float64)
     core.path_scales_cpu(
-        dtype_name(rscale), ends.native(), rscale.data_ptr(), products.data_ptr(), torch.get_num_threads()
+        dtype_name(rscale.dtype), ends.native(), rscale.data_ptr(), products.data_ptr(), torch.get_num_threads()
     )
     return rscale, products
 
@@ -138,7 +139,7 @@ def class_gradient_cpp(
     """Adds to ``grad`` what reaches w through the norms, and the surrogate's gradient; returns the surrogate, [1]."""
     surrogate = torch.empty(1, dtype=torch.float64)
     core.class_gradient_cpu(
-        dtype_name(grad), ends.native(), rscale.data_ptr(), d_rscale.data_ptr(), products.data_ptr(), lam,
+        dtype_name(grad.dtype), ends.native(), rscale.data_ptr(), d_rscale.data_ptr(), products.data_ptr(), lam,
         grad.data_ptr(), surrogate.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return surrogate

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergetune.io import dtype_name
 from mergetune.ops import reference
 from mergetune.ops.arguments import expect_shape, real_dtype
 from mergetune.ops.backends import check_backend
-from mergetune.ops.native import core, dtype_name
+from mergetune.ops.native import core
 
 
 def merge_deltas(
@@ -128,7 +129,7 @@ def _alike(rows: list[Tensor], kept: Tensor | None = None) -> tuple[str, list[Te
         rows = [row.to(max(map(real_dtype, rows), key=lambda dtype: dtype.itemsize)) for row in rows]
     rows = [row.contiguous() for row in rows]
     rows = [row.clone() if row.data_ptr() % row.dtype.itemsize else row for row in rows]  # as memory-mapped files have
-    return dtype_name(rows[0]), rows
+    return dtype_name(rows[0].dtype), rows
 
 
 def _backend(tensor: Tensor, backend: str | None) -> str:
