@@ -52,7 +52,7 @@ setup(
     packages=[*find_packages(include=["mergetune", "mergetune.*"]), "mergetune.kernels"],
     # A top-level package called kernels would collide with others': the folder is installed inside mergetune.
     package_dir={"mergetune.kernels": "kernels"},
-    package_data={"mergetune": ["assets/**", "py.typed"]},
+    package_data={"mergetune": ["assets/**", "py.typed", "_C.pyi"]},
     include_package_data=False,
     ext_modules=[Extension("mergetune._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -26,6 +26,7 @@ if __name__ == "__main__":  # before the kernels are imported: interpreted ones 
 import torch
 import triton
 from mergetune.kernels import lmc_loss, prefix_attention
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block
@@ -102,7 +103,7 @@ def compile_prefix_attention(
     if width == 1:
         constants["D"] = 1
     strides = [name for name in kernel.arg_names if name.endswith(("_m", "_row", "_h"))]
-    types = dict.fromkeys(("S", "T", "Q", "H", "G", "D", *strides), "i32")
+    types: dict[str, str] = dict.fromkeys(("S", "T", "Q", "H", "G", "D", *strides), "i32")
     types |= {"bounds": "*i32", "windows": "*i32", "parts": "*fp32", "scale": "fp32"}
     sums = ("sums", "sums_q", "sums_k", "sums_v")
     types |= {name: f"*{dtype}" for name in kernel.arg_names if name not in types and not (name in sums and not whole)}
@@ -121,7 +122,7 @@ def compile_prefix_gradient(capability: int, dtype: str) -> Resources:
 
 def _compile(
     kernel: triton.JITFunction,
-    what: tuple,
+    what: tuple[str, int, str, str, lmc_loss.Config | prefix_attention.Config | None],
     constants: dict,
     types: dict[str, str],
     aligned: tuple[str, ...],
@@ -201,7 +202,7 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
     if not usage:
@@ -210,7 +211,7 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compiles the Triton kernels ahead of time, without a GPU.")
     parser.add_argument("--op", choices=CASES, help="the kernels of this one only")
     parser.add_argument("--quick", action="store_true", help="the default configurations only")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -426,10 +427,10 @@ def prefix_attention_backward(
     prefix_v: Tensor,
     lengths: Sequence[int],
     causal: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v, prefix_k and prefix_v, contiguous, in two launches; in one if there is no prefix."""
     grid, arguments, plan = _prepare(q, k, v, prefix_k, prefix_v, lengths, causal)
-    d_q, d_k, d_v, *d_prefix = gradients = tuple(t.new_empty(t.shape) for t in (q, k, v, prefix_k, prefix_v))
+    d_q, d_k, d_v, d_prefix_k, d_prefix_v = (t.new_empty(t.shape) for t in (q, k, v, prefix_k, prefix_v))
     prompts, size = len(q), prefix_k[0].numel()
     parts = q.new_empty(prompts, plan.groups, 2, size, dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -448,8 +449,8 @@ def prefix_attention_backward(
         )
         if size:
             blocks = triton.cdiv(size, _ELEMENTS.value)
-            prefix_gradient_kernel[blocks, 2, prompts](parts, *d_prefix, size, plan.groups)
-    return gradients
+            prefix_gradient_kernel[blocks, 2, prompts](parts, d_prefix_k, d_prefix_v, size, plan.groups)
+    return d_q, d_k, d_v, d_prefix_k, d_prefix_v
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -462,13 +463,13 @@ def _sums(result: Tensor, plan: Plan) -> Tensor:
     return result if plan.whole or result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
+def _strides(**tensors: Tensor) -> dict[str, Any]:
     return {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate(("m", "row", "h"))}
 
 
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Sequence[int], causal: bool
-) -> tuple[tuple[int], dict, Plan]:
+) -> tuple[tuple[int], dict[str, Any], Plan]:
     """The grid and what both kernels take."""
     if not q.numel():
         raise ValueError(f"q must have shape [M, T, H, d] without a 0, got {list(q.shape)}")
@@ -495,7 +496,7 @@ def _prepare(
     return (prompts * plan.groups * heads,), arguments, plan
 
 
-def constants(config: Config, width: int, dtype: torch.dtype, *, whole: bool) -> dict:
+def constants(config: Config, width: int, dtype: torch.dtype, *, whole: bool) -> dict[str, Any]:
     """What the kernels are compiled for."""
     return {
         "WHOLE": whole,

@@ -38,18 +38,20 @@ def export(
             names = [line.strip() for line in read_regular_text(classes).split("\n") if line.strip()]
         found = open_solution(solution, classnames=names, position=position)
         clip = mt.load_clip(backbone, pretrained, allow_torchscript=allow_torchscript) if backbone else None
-        if clip is None and (form in ("coop", "classifier") or (form == "head" and found.kind == "prompt")):
-            raise ValueError(f"--backbone is needed for {form}: it encodes the class names")
-        if form == "coop":
-            solutions.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
-        elif form == "head":
-            solutions.to_head(found, target, clip=clip, classnames=names)
-        elif form == "classifier":
-            solutions.zero_shot_classifier(found, clip, names, file=target)
-        else:
+        if form == "hub":
             solutions.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
             if push:
                 out.print(solutions.push_to_hub(found, push, license=license), highlight=False, markup=False)
+        elif form == "head" and (clip is not None or found.kind != "prompt"):
+            solutions.to_head(found, target, clip=clip, classnames=names)
+        elif clip is None:
+            raise ValueError(f"--backbone is needed for {form}: it encodes the class names")
+        elif form == "classifier":
+            solutions.zero_shot_classifier(found, clip, names, file=target)
+        elif isinstance(found, mt.Prompt):
+            solutions.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
+        else:
+            raise TypeError(f"--to coop needs a prompt, got a {found.kind}: CoOp has no other")
     tell(f"{form}: {target}")
 
 

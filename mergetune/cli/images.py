@@ -32,11 +32,11 @@ def cache(
         options |= {"on_error": "skip"} if skip_unreadable else {}
         data = open_images(images, root)
         clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
-        report = {}
+        report, views = {}, options.pop("views")
         for split in ("train", "val", "test"):
             if getattr(data, f"full_{split}") is None:
                 continue
-            views = options["views"] if split == "train" else 1
-            made = mt.cache_features(clip, getattr(data, split), folder / split, **options | {"views": views})
+            own = views if split == "train" else 1
+            made = mt.cache_features(clip, getattr(data, split), folder / split, views=own, **options)
             report[split] = {"images": len(made), "classes": len(made.classnames), "skipped": len(made.skipped)}
     finish(as_json, report, f"feature caches in {folder}", report)

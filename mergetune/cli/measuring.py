@@ -49,7 +49,7 @@ def evaluate(
         novel = open_cache(features, "novel") if base_novel else None
         report: dict[str, Any] = {}
         for name, classify in entries.items():
-            if base_novel:
+            if novel is not None:
                 found = mt.base_to_novel(classify, test, novel)
                 report[name] = {"base": found.base.to_json(), "novel": found.novel.to_json(), "hm": found.hm}
             else:

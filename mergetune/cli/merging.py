@@ -100,9 +100,9 @@ def merge(
                 if backbone
                 else None
             )
-            if (needed or data is not None) and clip is None:
+            if clip is None and (needed or data is not None):
                 raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
-            if needed:
+            if clip is not None and needed:
                 start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
             merged = experiments.merge_solutions(
                 method, solutions, base=start, clip=clip, features=data, options=options
@@ -129,9 +129,10 @@ def _print_methods(methods: list[Method], as_json: bool) -> None:
         if len(methods) > 1 or not shown:
             needs += f"\noptions: {options or 'none'}"
         out.print(Padding(escape(needs), (0, 0, 0, 4)), highlight=False)
-    if len(methods) == 1 and shown:
-        table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for option in methods[0].options:
+    (first, *others) = methods
+    if first.options and not others:
+        shown, table = first.shown(), Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for option in first.options:
             choices = f" One of {', '.join([*option.choices, *(['none'] * option.none)])}." if option.choices else ""
             table.add_row(f"{option.name}={shown[option.name]}", escape(option.help + choices))
         out.print(Padding(table, (0, 0, 0, 4)), highlight=False)
@@ -177,20 +178,20 @@ def compare(
 
     with errors():
         tune, fit = read_tuning(tuning), read_fitting(fitting)
-        if embedded == bool(caches) or embedded == bool(backbone):
-            raise ValueError("give folders of caches and --backbone, or --demo")
         trained = [":" in expert and not Path(expert).exists() for expert in experts]
         if any(trained) and not all(trained):
             raise ValueError(f"experts must be all trained here or all saved, got {', '.join(experts)}")
-        if embedded:
+        if embedded and not caches and not backbone:
             from mergetune.experiments import icons
 
             clip, tasks = icons_task(folder, report=announce(as_json))
             precision = {"precision": icons.PRECISION}
             tune, fit = icons.STAGE_1 | precision | tune, precision | fit
-        else:
+        elif caches and backbone and not embedded:
             clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
             tasks = [_task(cache, template) for cache in caches]
+        else:
+            raise ValueError("give folders of caches and --backbone, or --demo")
         setup = CompareOptions(
             experts=tuple(experts) if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts},
             shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,

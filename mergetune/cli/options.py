@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -128,7 +127,7 @@ def read_fitting(given: list[str]) -> dict[str, Any]:
 class SeveralValues(TyperCommand):
     """Options that may be given several times take several values at once too: ``--seed 1 2 3``."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # a context of click, which some typers bring along
         several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
         spread, current = [], None
         for arg in args:

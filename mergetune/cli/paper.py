@@ -25,7 +25,7 @@ from mergetune.cli.options import (
 )
 from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, tell
 from mergetune.facts import FitOptions
-from mergetune.facts.function_options import MAX_PIXELS
+from mergetune.facts.function_options import BETA, MAX_PIXELS
 
 
 def reproduce(
@@ -51,7 +51,7 @@ def reproduce(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of both stages, instead of 50.")] = None,
     lam: Annotated[float, said(FitOptions, "lam")] = FitOptions.lam,
-    beta: Annotated[float, said(FitOptions, "beta")] = FitOptions.beta,
+    beta: Annotated[float, said(FitOptions, "beta")] = BETA,
     tau: Annotated[float, said(FitOptions, "tau")] = FitOptions.tau,
     tuning: Tuning = [],
     fitting: Fitting = [],

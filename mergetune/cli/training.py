@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,7 +128,7 @@ def fit(
         given, seed = keywords(FitOptions, options), options["seed"]
         stage_1 = read_tuning(tuning, but=("method", "template", "zero_shot", "seed"))
         if (images is None) == (features is None):
-            raise ValueError(f"give a folder of images or --cache, one of them, got {images} and {features}")
+            raise _neither_or_both(images, features)
         if images is None and not (tuned and folder):
             raise ValueError("--tuned and --out are needed with --cache")
         if images is None and tuning:
@@ -135,7 +136,12 @@ def fit(
         if images is not None and val is not None:
             raise ValueError(f"--val goes with --cache, got {val}")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
-        data = open_images(images, root) if images else open_cache(features, classes, shots=shots, seed=seed)
+        if images is not None:
+            data = open_images(images, root)
+        elif features is not None:
+            data = open_cache(features, classes, shots=shots, seed=seed)
+        else:
+            raise _neither_or_both(images, features)
         clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         learned = data.base_novel()[0] if images and classes == "base" else data
         solutions = [read_solution(path, learned, position) for path in tuned]
@@ -146,6 +152,7 @@ def fit(
             chosen_on = None if val is None else open_cache(val, classes)
             result = mt.fit(clip, data, solutions, zero_shot=zero_shot, val=chosen_on, resume=folder, **given)
             result.save(folder)
+            say = partial(_finish, as_json, result, folder)
         else:
             del given["seed"]
             found = mt.fit_dataset(
@@ -154,19 +161,26 @@ def fit(
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
                 cache_options={"workers": workers, "max_pixels": max_pixels}, report=announce(as_json),
             )  # fmt: skip
-    if images is None:
-        _finish(as_json, result, folder)
-    elif not first_rank():
-        return
-    elif as_json:
-        print_json(found.to_json())
-    else:
-        _print_reports(found.reports, folder)
+            say = partial(_finish_images, as_json, found, folder)
+    say()
+
+
+def _neither_or_both(images: Path | None, features: Path | None) -> ValueError:
+    return ValueError(f"give a folder of images or --cache, one of them, got {images} and {features}")
 
 
 def _finish(as_json: bool, result: Any, folder: Path) -> None:
     record = {"settings": result.settings, "history": result.history, "timings": result.timings}
     finish(as_json, record, f"solution in {folder}", {"train": result.history[-1]})
+
+
+def _finish_images(as_json: bool, found: Any, folder: Path) -> None:
+    if not first_rank():
+        return
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_reports(found.reports, folder)
 
 
 def _print_reports(reports: dict[str, Any], folder: Path) -> None:

@@ -23,6 +23,7 @@ from mergetune.data.cache_files import (
     OURS,
     PLAN,
     REBUILD,
+    cache_lock,
     compact_json,
     finished_shards,
     read_document,
@@ -34,11 +35,10 @@ from mergetune.data.cache_files import (
     shard_name,
 )
 from mergetune.data.cache_identity import KEY, image_identity, is_complete, refuse_changed, refuse_stale, reordered
-from mergetune.data.cache_lock import cache_lock, release_locks
 from mergetune.data.image_files import load_image
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import jsonable, torchrun_team, write_atomically
+from mergetune.io import jsonable, release_locks, torchrun_team, write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mergetune.io import read_regular
+from mergetune.io import locked, read_regular
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # safetensors' names
@@ -37,6 +38,12 @@ def file_state(path: str | Path) -> list[int | None]:
     except OSError:
         return [None, None]
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def cache_lock(path: Path) -> AbstractContextManager[None]:
+    """The lock of a cache's folder, for the one process that builds it."""
+    busy = f"feature cache {path} is being built by another process: wait for it, or use another path"
+    return locked(path / LOCK, busy=busy)
 
 
 def shard_name(number: int) -> str:

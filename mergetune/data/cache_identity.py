@@ -13,6 +13,7 @@ from mergetune.data.cache_files import (
     MANIFEST,
     PLAN,
     REBUILD,
+    cache_lock,
     compact_json,
     file_state,
     image_identities,
@@ -20,7 +21,6 @@ from mergetune.data.cache_files import (
     remove_building_files,
     shard_files,
 )
-from mergetune.data.cache_lock import cache_lock
 from mergetune.data.image_lists import ImageList
 from mergetune.io import open_regular, write_atomically
 

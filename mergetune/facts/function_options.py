@@ -25,6 +25,7 @@ PATH_GRIDS = ("even", "official", "random")
 SURROGATES = ("identity", "fisher", "cosine", "l2")
 SPACES = ("embedding", "parameter")
 MAX_PIXELS = 1 << 26  # 8192 x 8192, more than today's cameras take; decoding needs about 8 bytes per pixel
+BETA = 0.5  # of fit
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}  # tried by compare, the defaults first
 
@@ -107,7 +108,7 @@ class FitOptions:
     )
     lam: float = _option("float", 8.0, "Weight of the zero-shot surrogate.")
     beta: float | Sequence[float] = _option(
-        "float or floats", 0.5, "Weight of the path to the fine-tuned solution; several for several of them."
+        "float or floats", BETA, "Weight of the path to the fine-tuned solution; several for several of them."
     )
     tau: float = _option("float", 0.3, "Start: 0 at zero-shot, 1 at the fine-tuned solution.")
     points: int = _option("int", 5, "Points on each path.")

@@ -1,13 +1,15 @@
-"""Files and processes: atomic files, tensors of others' files read without running code, and ranks."""
+"""Files and processes: atomic files, JSON, locks, tensors of others' files read without running code, and ranks."""
 
 from typing import TYPE_CHECKING
 
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
+    from mergetune.io.documents import compact_json, jsonable, read_json, write_json
+    from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name
     from mergetune.io.files import (
-        jsonable,
         open_regular,
+        read_at,
         read_regular,
         read_regular_text,
         remove_parts,
@@ -15,39 +17,60 @@ if TYPE_CHECKING:
         write_atomically,
         writing_atomically,
     )
+    from mergetune.io.locks import locked, release_locks
     from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
     from mergetune.io.ranks import torchrun_team
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
+    from mergetune.io.unpickling import Inert, Unpickler
+    from mergetune.io.versions import installed_version
 
 __all__ = [
+    "FLOAT_DTYPES",
+    "STORED_DTYPES",
+    "STORED_NAMES",
+    "Inert",
+    "Unpickler",
+    "compact_json",
     "convert_module",
+    "dtype_name",
+    "installed_version",
     "is_torchscript",
     "jsonable",
     "load_tensors",
     "load_tensors_only",
     "load_torch",
+    "locked",
     "open_regular",
+    "read_at",
+    "read_json",
     "read_npz",
     "read_regular",
     "read_regular_text",
     "read_safetensors",
     "read_torchscript",
+    "release_locks",
     "remove_parts",
     "require_regular",
     "torchrun_team",
     "write_atomically",
+    "write_json",
     "writing_atomically",
 ]
 
 make_lazy(
     __name__,
     {
+        "mergetune.io.documents": "compact_json jsonable read_json write_json",
+        "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
         "mergetune.io.files": (
-            "jsonable open_regular read_regular read_regular_text remove_parts require_regular write_atomically "
+            "open_regular read_at read_regular read_regular_text remove_parts require_regular write_atomically "
             "writing_atomically"
         ),
+        "mergetune.io.locks": "locked release_locks",
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
         "mergetune.io.ranks": "torchrun_team",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
+        "mergetune.io.unpickling": "Inert Unpickler",
+        "mergetune.io.versions": "installed_version",
     },
 )

@@ -1,13 +1,12 @@
 """Files that appear whole or not at all, and files that are read only if they are regular ones."""
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 
 @contextmanager
@@ -39,11 +38,6 @@ def remove_parts(folder: Path, name: str) -> None:
     """Remove what killed processes left of a file while they wrote it."""
     for part in folder.glob(f".{name}.*.part"):
         part.unlink(missing_ok=True)
-
-
-def jsonable(value: Any) -> Any:
-    """The value as it comes back from a JSON file: tuples are lists, keys are text."""
-    return json.loads(json.dumps(value))
 
 
 # O_NONBLOCK: to open a FIFO waits for its writer otherwise. O_NOCTTY: a terminal must not become this process's own.
@@ -97,3 +91,16 @@ def read_regular_text(path: str | Path) -> str:
 def require_regular(path: str | Path) -> None:
     """Refuse what :func:`open_regular` refuses, before a library opens the path itself."""
     open_regular(path).close()
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer with the bytes of an open file from a place on. Several threads may read one file at once.
+
+    Raises:
+        EOFError: the file ends before the buffer is full, as when it was cut off while it was open.
+    """
+    while buffer:  # the system may give less than was asked for
+        count = os.preadv(descriptor, [buffer], offset)
+        if not count:
+            raise EOFError(f"the file ends {len(buffer)} bytes too early")
+        buffer, offset = buffer[count:], offset + count

@@ -26,6 +26,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.io.files import open_regular, read_regular, require_regular, write_atomically
+from mergetune.io.unpickling import Inert, Unpickler
 
 STORAGES = {
     "FloatStorage": torch.float32,
@@ -175,11 +176,11 @@ def _walk(value: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, _
     if isinstance(value, _Piece):
         yield prefix.removesuffix(".") or "weight", value
         return
-    state = value.state if isinstance(value, _Inert) else value
+    state = value.state if isinstance(value, Inert) else value
     if not isinstance(state, dict) or id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, _Inert):
+    if isinstance(value, Inert):
         if isinstance(state.get("normalize"), bool):
             yield f"{prefix}normalize", state["normalize"]
         state = {k: v for part in ("_parameters", "_buffers", "_modules") for k, v in (state.get(part) or {}).items()}
@@ -215,29 +216,11 @@ class _Piece:
         return numbers.to(self.storage.dtype).as_strided(self.size, self.stride, self.offset).contiguous().clone()
 
 
-class _Inert:
-    """Stands in for whatever else a file names. It does nothing, and keeps the state that it is given."""
-
-    state: Any = None
-
-    def __new__(cls, *_: Any, **__: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __call__(self, *_: Any) -> _Inert:
-        return _Inert()
-
-    append = extend = add = __setitem__ = __call__
-
-
-class _Unpickler(pickle._Unpickler):  # the one written in Python: the other one can be made to take all memory
-    """Knows tensors, dicts and lists. Whatever a file does with anything else comes to nothing."""
-
-    dispatch = dict(pickle._Unpickler.dispatch)
+class TensorUnpickler(Unpickler):
+    """Knows tensors too, each as a piece of a storage that is read when it is asked for."""
 
     def __init__(self, stream: io.BytesIO, load: Callable[[str], Callable[[], bytes]] | None = None) -> None:
-        super().__init__(stream)
-        self.load_storage = load
-        self.known = {
+        known = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): self.rebuild_parameter,
@@ -245,17 +228,14 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: the other one
             ("torch.storage", "_load_from_bytes"): self.storage_from_bytes,
             ("_codecs", "encode"): self.encode,
         }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        return self.known.get((module, name), _Inert)
+        super().__init__(stream, known | {("torch", name): dtype for name, dtype in STORAGES.items()})
+        self.load_storage = load
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) < 2:
             raise pickle.UnpicklingError(f"unknown persistent id {pid!r}")
         if pid[0] == "module":  # torch.save's older format names a module's class this way
-            return _Inert
+            return Inert
         _, dtype, key, _, count, *view = pid
         if pid[0] != "storage" or not isinstance(dtype, torch.dtype) or any(part is not None for part in view):
             raise pickle.UnpicklingError(f"a storage of a kind that is not understood: {pid!r}")
@@ -289,31 +269,19 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: the other one
             raise pickle.UnpicklingError("bytes that are not understood")
         return text.encode("latin1")
 
-    def load_build(self) -> None:
-        state = self.stack.pop()
-        if isinstance(self.stack[-1], _Inert):
-            self.stack[-1].state = state
 
-    def refuse(self) -> None:
-        raise pickle.UnpicklingError("an instruction that tensors do not need")
-
-    dispatch[pickle.BUILD[0]] = load_build
-    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.NEXT_BUFFER):
-        dispatch[_code[0]] = refuse
-
-
-class _ScriptUnpickler(_Unpickler):
+class _ScriptUnpickler(TensorUnpickler):
     """Gives each TorchScript class a stand-in of its own, which keeps the class's name."""
 
     def __init__(self, stream: io.BytesIO, load: Callable[[str], Callable[[], bytes]]) -> None:
         super().__init__(stream, load)
-        self.classes: dict[str, type[_Inert]] = {}
+        self.classes: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] != "__torch__":
             return super().find_class(module, name)
         full = f"{module}.{name}"
-        return self.classes.setdefault(full, type(full, (_Inert,), {}))
+        return self.classes.setdefault(full, type(full, (Inert,), {}))
 
 
 _HEADER = re.compile(
@@ -355,7 +323,7 @@ def _walk_script(
             if key in own and isinstance(value, _Piece):
                 yield f"{prefix}{key}", value
     for key, value in module.state.items():
-        if isinstance(value, _Inert) and type(value).__name__ in classes:
+        if isinstance(value, Inert) and type(value).__name__ in classes:
             yield from _walk_script(value, classes, (*above, module), budget, f"{prefix}{key}.")
 
 
@@ -364,7 +332,7 @@ def _unpickle(file: Path) -> Any:
         if zipfile.is_zipfile(stream):
             return _unpickle_zip(file)
     content = read_regular(file)
-    value = _Unpickler(io.BytesIO(content)).load()
+    value = TensorUnpickler(io.BytesIO(content)).load()
     return _unpickle_legacy(io.BytesIO(content)) if value == LEGACY_MAGIC else value
 
 
@@ -375,7 +343,7 @@ def _unpickle_zip(file: Path) -> Any:
 
     with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
         pickled = _pickled(archive)
-    return _Unpickler(io.BytesIO(content(pickled)), _storages(content, pickled)).load()
+    return TensorUnpickler(io.BytesIO(content(pickled)), _storages(content, pickled)).load()
 
 
 def _pickled(archive: zipfile.ZipFile) -> str:
@@ -406,11 +374,11 @@ def _unpickle_legacy(stream: io.BytesIO) -> Any:
     """torch.save's format before 1.6: magic number, version, machine, content, keys of the storages, the storages."""
     contents: dict[str, bytes] = {}
     made: dict[str, _Storage] = {}
-    magic, _, machine = (_Unpickler(stream).load() for _ in range(3))
+    magic, _, machine = (TensorUnpickler(stream).load() for _ in range(3))
     if magic != LEGACY_MAGIC or not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise ValueError("it is not of torch.save's older format, or its numbers are big-endian")
 
-    class Content(_Unpickler):
+    class Content(TensorUnpickler):
         def persistent_load(self, pid: Any) -> Any:
             found = super().persistent_load(pid)
             if isinstance(found, _Storage):
@@ -418,7 +386,7 @@ def _unpickle_legacy(stream: io.BytesIO) -> Any:
             return found
 
     value = Content(stream, lambda key: lambda: contents[key]).load()
-    for key in _Unpickler(stream).load():
+    for key in TensorUnpickler(stream).load():
         (count,) = struct.unpack("<q", stream.read(8))
         if count != made[key].count:
             raise ValueError(f"storage {key} must have {made[key].count} numbers, got {count}")

@@ -11,19 +11,18 @@ from safetensors import safe_open
 
 from mergetune.io.files import require_regular
 from mergetune.io.pickled_modules import load_tensors_only
+from mergetune.io.unpickling import Inert
 
 EXTRAS = ("classes_", "classnames", "scale", "normalize", "logit_scale")  # beside a head's weight and bias
 
 
-class _Inert:
-    """Stands in for a pickled object that is of no use here: takes any state and drops it."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+class _Forgetful(Inert):
+    """Drops its state: an optimiser's is as large as the model."""
 
     def __setstate__(self, _: Any) -> None: ...
 
 
-_numpy_scalar = (getattr(np, "_core", None) or np.core).multiarray.scalar  # numpy 2 and 1
+_numpy_scalar = np.float64().__reduce__()[0]  # what pickles of numpy's numbers call; numpy 1 and 2 name it differently
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:
@@ -33,7 +32,7 @@ def _plain_dict(*_: Any) -> dict[Any, Any]:
 # Dassl saves its scheduler as an object, which holds the optimiser. None of them is made: a stand-in is.
 _ALLOWED = [
     *(
-        (_Inert, name)
+        (_Forgetful, name)
         for name in (
             "torch.optim.sgd.SGD",
             "torch.optim.adam.Adam",

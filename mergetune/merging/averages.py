@@ -100,7 +100,7 @@ def model_stock(base: StateDict, experts: Sequence[StateDict]) -> Merge:
     """
     grams: dict[str, Tensor] = {}
     for name, gram in over_parts(_gram_of_deltas, floating(base), base, experts):
-        grams[name] = grams.get(name, 0) + gram
+        grams[name] = grams.get(name, torch.zeros_like(gram)) + gram
     steps = {name: _stock_step(gram) for name, gram in grams.items()}
     return Merge(lambda part: part.base.add(part.deltas.mean(0), alpha=steps[part.name]))
 
@@ -191,7 +191,8 @@ def fisher_average(
     coefficients = weights
     if normalize:
         norms = lambda part: part.of("fishers", fishers).double().square().sum(1).cpu()  # noqa: E731
-        squares = sum(over_parts(norms, floating(experts[0]), None, experts[:1]))
+        found = over_parts(norms, floating(experts[0]), None, experts[:1])
+        squares = sum(found, torch.zeros(len(experts), dtype=torch.float64))
         coefficients = [w / (norm or 1.0) for w, norm in zip(weights, squares.sqrt().tolist(), strict=True)]
     floored = 1 if favor_first else len(experts)
 

@@ -89,8 +89,8 @@ def pcb(
 
 def _unit(values: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor:
     """[K, n] from low to high -> from 0 to 1; 0 where both are the same."""
-    low, high = column(low, values), column(high, values)
-    return (values - low) / torch.where(high > low, high - low, math.inf)
+    least, most = column(low, values), column(high, values)
+    return (values - least) / torch.where(most > least, most - least, math.inf)
 
 
 @method
@@ -145,8 +145,9 @@ def sce(
     def merge(part: Part) -> Tensor:
         threshold, weights = known[part.name]
         kept = selected(part, threshold) if select == "vectors" else None
-        shares = {"weights": weights, "shares": weights}
-        return ops.merge_deltas(part.stored_base, part.stored, kept=kept, vote="sum", scale=scale, **shares)
+        return ops.merge_deltas(
+            part.stored_base, part.stored, weights, kept=kept, vote="sum", shares=weights, scale=scale
+        )
 
     return Merge(merge)
 
@@ -174,7 +175,7 @@ def delta_guided(base: StateDict, experts: Sequence[StateDict], *, power: float 
     if per == "tensor":
         square = lambda part: (part.name, part.deltas.double().square().sum(1))  # noqa: E731
         for name, found in over_parts(square, floating(base), base, experts):
-            squares[name] = squares.get(name, 0) + found
+            squares[name] = squares.get(name, torch.zeros_like(found)) + found
 
     def merge(part: Part) -> Tensor:
         deltas = part.deltas

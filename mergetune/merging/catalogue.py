@@ -12,7 +12,7 @@ from mergetune import merging
 from mergetune.facts import Kind, read_options
 from mergetune.io import write_atomically
 from mergetune.merging.methods import find
-from mergetune.merging.plans import facts_of
+from mergetune.merging.plans import facts_of, plan_of
 from mergetune.merging.sources import TensorFile
 
 AVERAGES = ("average", "metrics_average", "fisher_average")  # of solutions: a base is one of what is averaged
@@ -73,8 +73,9 @@ def merge_files(
             why = f"{needed[0]}, which cannot be given as text: call mergetune.merging from Python"
         raise ValueError(f"{facts.name} needs {why} ({facts.needs})")
     function = facts.load()
-    if hasattr(function, "plan"):
-        merging.merge_files(function, {"zeros": 0.0, "ones": 1.0}.get(base, base), experts, out, **options)
+    if plan_of(function):
+        start = {"zeros": 0.0, "ones": 1.0}.get(base, base) if isinstance(base, str) else base
+        merging.merge_files(function, start, experts, out, **options)
         return
     merged = function(None if base is None else TensorFile(base), [TensorFile(file) for file in experts], **options)
     write_atomically(Path(out), serialize({name: tensor.contiguous() for name, tensor in merged.items()}))

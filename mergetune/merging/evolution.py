@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +84,12 @@ def evolve_options(
         raise ValueError(f"space must hold options with (low, high) or (low, high, count), low < high, got {space}")
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
-    axes = [(option, *ends[:2]) for option, ends in space.items() for _ in range(int(ends[2]) if ends[2:] else 1)]
+    axes = [(option, *ends[:2]) for option, ends in space.items() for _ in range(int(ends[2]) if len(ends) == 3 else 1)]
     begin = _start(space, start or {})
     begin += [0.5] * (len(begin) < 2)  # CMA-ES needs two dimensions; a second one may do nothing
-    best: Evolved | None = None
+    scored: list[tuple[float, dict[str, Any]]] = []
 
     def cost(point: Sequence[float]) -> float:
-        nonlocal best
         options: dict[str, Any] = {option: [] for option in space}
         for (option, low, high), x in zip(axes, point, strict=False):
             options[option].append(low + (high - low) * float(x))
@@ -98,14 +97,13 @@ def evolve_options(
         value = float(score(method(base, experts, **(fixed or {}), **options)))
         if not math.isfinite(value):
             raise ValueError(f"score must be finite, got {value} for {options}")
-        trials_so_far = best.trials + 1 if best else 1
-        better = best is None or value > best.score
-        best = Evolved(options if better else best.options, value if better else best.score, trials_so_far)
+        scored.append((value, options))
         return -value
 
     search = _cma if backend == "cma" else _optuna
     search(cost, begin, trials, seed)
-    return best
+    value, options = max(scored, key=lambda trial: trial[0])  # of several the first
+    return Evolved(options, value, len(scored))
 
 
 def _start(space: Mapping[str, tuple], start: Mapping[str, float | Sequence[float]]) -> list[float]:
@@ -115,11 +113,11 @@ def _start(space: Mapping[str, tuple], start: Mapping[str, float | Sequence[floa
     found = []
     for option, (low, high, *counts) in space.items():
         count, given = int(counts[0]) if counts else 1, start.get(option, (low + high) / 2)
-        several = hasattr(given, "__len__")
-        if several and (not counts or len(given) != count):
+        several = isinstance(given, Iterable)
+        values = list(given) if several else [given] * count
+        if several and (not counts or len(values) != count):
             rule = f"a number, or {count} of them" if counts else "a number"
             raise ValueError(f"start[{option!r}] must be {rule}, got {given}")
-        values = list(given) if several else [given] * count
         if not all(low <= value <= high for value in values):
             raise ValueError(f"start[{option!r}] must be within its range, {low} to {high}, got {given}")
         found += [(value - low) / (high - low) for value in values]
@@ -152,7 +150,7 @@ def _optuna(cost: Callable[[Sequence[float]], float], begin: list[float], trials
     first, verbosity = {f"x{i}": x for i, x in enumerate(begin)}, optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        sampler = optuna.samplers.CmaEsSampler(first, seed=seed)  # its first step is 1/6 too
+        sampler = optuna.samplers.CmaEsSampler(x0=first, seed=seed)  # its first step is 1/6 too
         study = optuna.create_study(sampler=sampler)
         study.enqueue_trial(first)
         study.optimize(lambda trial: cost([trial.suggest_float(name, 0, 1) for name in first]), n_trials=trials)

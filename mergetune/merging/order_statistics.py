@@ -60,7 +60,8 @@ def order_statistics(
         for key, search in wanted.items():
             counts, between = zip(*(stretch[key] for stretch in seen), strict=True)
             search.narrow(*bounds[key], np.sum(counts, 0).tolist(), torch.cat(between).cpu().numpy())
-    return [[search.found for (_, own), search in searches.items() if own == rank] for rank in ranks]
+    found = {key: search.found for key, search in searches.items() if search.found is not None}
+    return [[value for (_, own), value in found.items() if own == rank] for rank in ranks]
 
 
 @dataclass

@@ -92,6 +92,11 @@ def facts_of(function: Callable[..., Any]) -> Method:
     return METHODS[name]
 
 
+def plan_of(function: Callable[..., Any]) -> Callable[..., Merge] | None:
+    """The plan of a method that works tensor by tensor; None for another one."""
+    return getattr(function, "plan", None)
+
+
 def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDict]) -> Iterator[tuple[str, Tensor]]:
     """The merged tensors in order, flat, in pieces, each with its tensor's name.
 

@@ -18,24 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mergetune.io import STORED_DTYPES, read_at
+
 T = TypeVar("T")
 
 StateDict = Mapping[str, Tensor]
 STRETCH = 2**18
 """Elements at a time: a stretch of every checkpoint fits the processor's cache. Part of the definition of ``dare``."""
-
-STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +92,10 @@ class TensorFile(Mapping[str, Tensor]):
 
         def read(begin: int, end: int) -> Tensor:
             stretch, at = torch.empty(end - begin, dtype=dtype, device="cpu"), offset + begin * dtype.itemsize
-            raw = memoryview(stretch.view(torch.uint8).numpy())
-            while raw:  # the system may give less than was asked for
-                got = os.preadv(self._file.fileno(), [raw], at)
-                if not got:
-                    raise ValueError(f"{self.path} ends before {name} does: it was cut off while it was read")
-                raw, at = raw[got:], at + got
+            try:
+                read_at(self._file.fileno(), stretch.view(torch.uint8).numpy().data, at)
+            except EOFError:
+                raise ValueError(f"{self.path} ends before {name} does: it was cut off while it was read") from None
             return stretch
 
         return Source(torch.Size(entry["shape"]), dtype, torch.device("cpu"), read)
@@ -174,10 +161,14 @@ class Part:
     whole: bool = False
 
     @cached_property
-    def base(self) -> Tensor | None:
-        """[n], or its shape; float32, or float64 where an input is."""
+    def base(self) -> Tensor:
+        """[n], or its shape; float32, or float64 where an input is.
+
+        Raises:
+            ValueError: there is no base. Methods that need one refuse its absence before they read a part.
+        """
         if self.stored_base is None:
-            return None
+            raise ValueError(f"base must hold {self.name!r}, got None")
         return self.stored_base.to(self._dtype).reshape(self.shape if self.whole else -1)
 
     @cached_property

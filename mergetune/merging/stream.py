@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from mergetune.io import writing_atomically
 from mergetune.merging.checks import check
-from mergetune.merging.plans import facts_of, merged_pieces
-from mergetune.merging.sources import Constant, TensorFile, sources
+from mergetune.merging.plans import facts_of, merged_pieces, plan_of
+from mergetune.merging.sources import Constant, StateDict, TensorFile, sources
 
 
 @torch.no_grad()
@@ -43,22 +43,25 @@ def merge_files(
         FileNotFoundError: an input is missing.
         ValueError: the method does not work tensor by tensor, an input is no safetensors file, or it cannot be merged.
     """
-    if not hasattr(method, "plan"):
+    plan = plan_of(method)
+    if plan is None:
         raise ValueError(f"method must work tensor by tensor, got {getattr(method, '__name__', method)}")
     if isinstance(expert_files, str | Path):
         raise TypeError(f"expert_files must be a list of files, got {expert_files!r}")
-    base = TensorFile(base_file) if isinstance(base_file, str | Path) else None
+    given = TensorFile(base_file) if isinstance(base_file, str | Path) else None
     experts = [TensorFile(file) for file in expert_files]
     if not experts:
         raise ValueError("expert_files must hold at least one file, got none")
-    reference = experts[0] if base is None else base
-    if base is None and base_file is not None:
+    reference = experts[0] if given is None else given
+    base: StateDict | None = given
+    if base_file is not None and not isinstance(base_file, str | Path):
         base = Constant(reference, base_file)
-    check(facts_of(method), base, experts)
-    step = method.plan(base, experts, **options)
+    facts = facts_of(method)
+    check(facts, base, experts)
+    step = plan(base, experts, **options)
     size = sum(like.numel * like.dtype.itemsize for _, like in sources(reference))
-    label = {"desc": f"merge ({method.__name__})", "unit": "B", "unit_scale": True}
+    label = {"desc": f"merge ({facts.name})", "unit": "B", "unit_scale": True}
     with writing_atomically(Path(out_file)) as out, tqdm(total=size, disable=None, **label) as bar:
         out.write(reference.header)
         for _, piece in merged_pieces(step, base, experts):
-            bar.update(out.write(piece.contiguous().view(torch.uint8).numpy()))
+            bar.update(out.write(piece.contiguous().view(torch.uint8).numpy().data))

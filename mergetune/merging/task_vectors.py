@@ -155,7 +155,7 @@ def dare(
         after = before * kept
         lengths = (torch.linalg.vector_norm(t, _NORMS[rescale], dim=1) for t in (before, after))
         after *= torch.where((after != 0).any(1), torch.div(*lengths), 1.0)[:, None]
-        return base + ops.merge_deltas(None, after, scale=scale, **election)
+        return base + ops.merge_deltas(None, after.unbind(), scale=scale, **election)
 
     return Merge(merge, whole=rescale in _NORMS)
 

@@ -6,6 +6,7 @@ T packed tokens, Q queries, S tokens of the shared prefix, H heads, d width of a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,11 @@ class AttentionArguments(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v, self.prefix_k, self.prefix_v
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> AttentionArguments:
+        """The same call on other tensors, in the order of :attr:`tensors`."""
+        q, k, v, prefix_k, prefix_v = tensors
+        return self._replace(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
 
     def check(self) -> None:
         """Raises ValueError or TypeError, naming the argument, where shapes or dtypes do not fit."""

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergetune.io import dtype_name
 from mergetune.ops import reference
 from mergetune.ops.arguments import AttentionArguments, expect_shape
 from mergetune.ops.backends import OPS, Implementation, Op
 from mergetune.ops.library import library
-from mergetune.ops.native import core, dtype_name
+from mergetune.ops.native import core
 from mergetune.ops.problems import attention_problems
 from mergetune.ops.selection import VERIFIED, choose, run_verified
 
@@ -73,8 +74,7 @@ def prefix_attention_backward(
     arguments = AttentionArguments(q, k, v, prefix_k, prefix_v, tuple(lengths), causal)
     backend = choose("prefix_attention", "q", q, arguments, backend)
     if backend in ("torch", "compile"):
-        backward = OPS["prefix_attention"].implementations[backend].backward
-        return backward(d_out, arguments)
+        return OPS["prefix_attention"].implementations[backend].run_backward(d_out, arguments)
     arguments.check()
     expect_shape("d_out", d_out, tuple(q.shape))
     if d_out.dtype != q.dtype:
@@ -102,8 +102,11 @@ def _from_definition(
     def backward(d_out: Tensor, arguments: AttentionArguments) -> Gradients:
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in arguments.tensors]
-            out = _defined(AttentionArguments(*leaves, arguments.lengths, arguments.causal), definition())
-            return torch.autograd.grad(out, leaves, d_out, allow_unused=True, materialize_grads=True)
+            out = _defined(arguments.with_tensors(leaves), definition())
+            d_q, d_k, d_v, d_prefix_k, d_prefix_v = torch.autograd.grad(
+                out, leaves, d_out, allow_unused=True, materialize_grads=True
+            )
+        return d_q, d_k, d_v, d_prefix_k, d_prefix_v
 
     return lambda arguments: _defined(arguments, definition()), backward
 
@@ -111,14 +114,15 @@ def _from_definition(
 def _triton(arguments: AttentionArguments) -> Tensor:
     from mergetune.kernels import prefix_attention as kernel
 
-    return kernel.prefix_attention(*_adjacent(*arguments.tensors), arguments.lengths, arguments.causal)
+    tensors = _adjacent(*arguments.tensors)
+    return kernel.prefix_attention(*tensors, lengths=arguments.lengths, causal=arguments.causal)
 
 
 def _triton_backward(d_out: Tensor, arguments: AttentionArguments) -> Gradients:
     from mergetune.kernels import prefix_attention as kernel
 
     tensors = _adjacent(d_out, *arguments.tensors)
-    return kernel.prefix_attention_backward(*tensors, arguments.lengths, arguments.causal)
+    return kernel.prefix_attention_backward(*tensors, lengths=arguments.lengths, causal=arguments.causal)
 
 
 def _native(arguments: AttentionArguments) -> Tensor:
@@ -142,7 +146,7 @@ def _offsets(lengths: tuple[int, ...]) -> Tensor:
 
 def _heads(t: Tensor) -> tuple[int, int, int, int]:
     """A tensor [M, rows, H, d] as the core takes it: address and strides."""
-    return t.data_ptr(), *t.stride()[:3]
+    return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
 
 
 def _adjacent(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +161,7 @@ def _call(
     q, k, _, prefix_k, _ = inputs
     offsets = _offsets(arguments.lengths)  # held here: the cache may drop it while the core runs
     kernel(
-        dtype_name(q),
+        dtype_name(q.dtype),
         *(_heads(t) for t in inputs),
         offsets.data_ptr(),
         *(_heads(t) for t in others),
@@ -174,12 +178,12 @@ def _results(implementation: Implementation, arguments: AttentionArguments) -> d
     """The output, and the gradients for a gradient of the output that depends on its shape alone."""
     out = implementation.run(arguments)
     d_out = torch.linspace(-1, 1, out.numel(), dtype=torch.float32, device=out.device).sin().view(out.shape)
-    gradients = implementation.backward(d_out.to(out.dtype), arguments)
+    gradients = implementation.run_backward(d_out.to(out.dtype), arguments)
     return dict(zip(("out", "d_q", "d_k", "d_v", "d_prefix_k", "d_prefix_v"), (out, *gradients), strict=True))
 
 
 def _truth(arguments: AttentionArguments) -> dict[str, Tensor]:
-    wide = AttentionArguments(*(t.double() for t in arguments.tensors), arguments.lengths, arguments.causal)
+    wide = arguments.with_tensors(t.double() for t in arguments.tensors)
     return _results(_op.implementations["torch"], wide)
 
 
@@ -207,7 +211,7 @@ def _backward_kernel(d_out, q, k, v, prefix_k, prefix_v, lengths, causal, backen
     arguments = AttentionArguments(q, k, v, prefix_k, prefix_v, tuple(lengths), causal)
     if backend == VERIFIED:
         return run_verified("prefix_attention", q, arguments, d_out=d_out)
-    return _op.implementations[backend].backward(d_out, arguments)
+    return _op.implementations[backend].run_backward(d_out, arguments)
 
 
 def _setup(ctx, inputs, output) -> None:

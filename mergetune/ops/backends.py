@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergetune.io import dtype_name
 from mergetune.ops.native import build_info
 
 BACKENDS = ("cpp", "triton", "cuda", "compile", "torch")
@@ -41,6 +42,16 @@ class Implementation:
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether it computes in this dtype."""
         return self.dtypes is None or dtype in self.dtypes
+
+    def run_backward(self, d_out: Tensor, arguments: Any) -> Any:
+        """The gradients of the arguments.
+
+        Raises:
+            TypeError: the op's backward is no op of its own.
+        """
+        if self.backward is None:
+            raise TypeError(f"backend {self.backend!r} must have a backward of its own, got None")
+        return self.backward(d_out, arguments)
 
 
 @dataclass(frozen=True)
@@ -77,11 +88,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# torch.compile can trace neither the native core nor Python's import system: it asks once, while it traces.
+@torch.compiler.assume_constant_result
+def _cuda_is_built() -> bool:
+    return bool(build_info()["cuda_archs"])
+
+
+@torch.compiler.assume_constant_result
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def missing(backend: str, device: str) -> Exception | None:
     """Why a backend cannot run on a type of device ("cpu", "cuda"), as the error to raise; None where it can."""
-    if backend == "cuda" and not build_info()["cuda_archs"]:
+    if backend == "cuda" and not _cuda_is_built():
         return RuntimeError("backend 'cuda' was not built: nvcc was not found, or MERGETUNE_CUDA=0 was set")
-    if backend == "triton" and not find_spec("triton"):
+    if backend == "triton" and not _triton_is_installed():
         return RuntimeError("backend 'triton' needs the package triton, which is not installed")
     needed = {"cpp": "cpu", "cuda": "cuda", "triton": device if interpreted() else "cuda"}.get(backend, device)
     if device != needed:
@@ -92,7 +114,7 @@ def missing(backend: str, device: str) -> Exception | None:
 def available_backends() -> tuple[str, ...]:
     """The backends that can be asked for here."""
     gpu = torch.cuda.is_available()
-    there = {"triton": gpu and find_spec("triton"), "cuda": gpu and build_info()["cuda_archs"]}
+    there = {"triton": gpu and _triton_is_installed(), "cuda": gpu and _cuda_is_built()}
     return tuple(name for name in BACKENDS if there.get(name, True))
 
 
@@ -119,7 +141,7 @@ def requested(op: str, name: str, tensor: Tensor, backend: str) -> str:
     there = OPS[op].implementations
     check_backend(backend, tensor.device.type, sorted(there, key=_rank))
     if not there[backend].takes(tensor.dtype):
-        *first, last = (str(dtype).removeprefix("torch.") for dtype in there[backend].dtypes or ())
+        *first, last = map(dtype_name, there[backend].dtypes or ())
         allowed = f"{', '.join(first)} or {last}" if first else last
         raise TypeError(f"{name} must be {allowed} for backend {backend!r}, got {tensor.dtype}")
     return backend

@@ -5,14 +5,16 @@ Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from mergetune.io import dtype_name
 from mergetune.ops.arguments import LossArguments, PathArguments, real_dtype
-from mergetune.ops.native import address, core, dtype_name
+from mergetune.ops.native import address, core
 
 _MIN_SQUARED_NORM = 1e-24  # the square of F.normalize's floor
 
@@ -25,13 +27,14 @@ def fused_path_cross_entropy(arguments: PathArguments) -> tuple[Tensor, Tensor, 
     alpha, weight, rscale = alpha.double().contiguous(), weight.double().contiguous(), rscale.contiguous()
     loss = torch.empty(len(anchor), dtype=torch.float64, device=dots.device)
     d_dots, d_rscale = torch.empty_like(dots[0], memory_format=torch.contiguous_format), torch.empty_like(rscale)
+    kernel: Callable[..., None]
     kernel, where = (
         (core.path_cross_entropy_cpu, torch.get_num_threads())
         if dots.device.type == "cpu"
         else (core.path_cross_entropy_cuda, torch.cuda.current_stream(dots.device).cuda_stream)
     )
     kernel(
-        dtype_name(dots),
+        dtype_name(dots.dtype),
         dots.data_ptr(),
         dots.stride(0),
         dots.stride(1),
@@ -58,18 +61,21 @@ def fused_lmc_loss(arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor]:
     elif k:
         torch.matmul(x, anchors.transpose(1, 2), out=dots[1:])
 
-    zero_shot = (None if t is None else t.to(real).contiguous() for t in (arguments.w1, arguments.curvature))
+    w1, curvature = (None if t is None else t.to(real).contiguous() for t in (arguments.w1, arguments.curvature))
     ends = ClassWeights(
-        w.contiguous(), anchors.contiguous(), *zero_shot, anchor, alpha, arguments.scale, arguments.normalize
+        w.contiguous(), anchors.contiguous(), w1, curvature, anchor, alpha, arguments.scale, arguments.normalize
     )
-    native = w.device.type == "cpu"
-    rscale, products = path_scales_cpp(ends) if native else path_scales_torch(ends)
+    if w.device.type == "cpu":
+        rscale, products = path_scales_cpp(ends)
+        add_gradient = partial(class_gradient_cpp, products=products)
+    else:
+        rscale, squares = path_scales_torch(ends)
+        add_gradient = partial(class_gradient_torch, squares=squares)
     losses, d_dots, d_rscale = fused_path_cross_entropy(
         PathArguments(dots, arguments.labels, anchor, alpha, weight, rscale)
     )
     grad = d_dots.T @ x
-    add_gradient = class_gradient_cpp if native else class_gradient_torch
-    surrogate = add_gradient(ends, rscale, d_rscale, products, arguments.lam, grad)
+    surrogate = add_gradient(ends, rscale, d_rscale, lam=arguments.lam, grad=grad)
     paths = losses[1:].view(k, n).mean(1) if k else losses[1:]
     terms = torch.cat([losses[:1], surrogate, paths])
     loss = torch.dot(weight, losses) + arguments.lam * surrogate[0]
@@ -122,7 +128,7 @@ def path_scales_cpp(ends: ClassWeights) -> tuple[Tensor, Tensor]:
     rscale = ends.w.new_empty(len(ends.anchor), len(ends.w))
     products = torch.empty(len(ends.w), 1 + 2 * len(ends.anchors), dtype=torch.float64)
     core.path_scales_cpu(
-        dtype_name(rscale), ends.native(), rscale.data_ptr(), products.data_ptr(), torch.get_num_threads()
+        dtype_name(rscale.dtype), ends.native(), rscale.data_ptr(), products.data_ptr(), torch.get_num_threads()
     )
     return rscale, products
 
@@ -132,10 +138,10 @@ def class_gradient_cpp(
 ) -> Tensor:
     """Adds to ``grad`` what reaches w through the norms, and the surrogate's gradient; returns the surrogate, [1]."""
     surrogate = torch.empty(1, dtype=torch.float64)
-    addresses = (t.data_ptr() for t in (rscale, d_rscale, products))
     core.class_gradient_cpu(
-        dtype_name(grad), ends.native(), *addresses, lam, grad.data_ptr(), surrogate.data_ptr(), torch.get_num_threads()
-    )
+        dtype_name(grad.dtype), ends.native(), rscale.data_ptr(), d_rscale.data_ptr(), products.data_ptr(), lam,
+        grad.data_ptr(), surrogate.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     return surrogate
 
 

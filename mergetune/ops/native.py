@@ -23,8 +23,3 @@ def build_info() -> dict[str, Any]:
 def address(tensor: torch.Tensor | None) -> int:
     """Where a tensor's values begin, as the core takes it; 0 for nothing."""
     return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
-
-
-def dtype_name(tensor: torch.Tensor) -> str:
-    """A tensor's dtype as the core spells it: "float32"."""
-    return str(tensor.dtype).removeprefix("torch.")

@@ -93,8 +93,9 @@ def path_cross_entropy(
 def _defined_loss(arguments: LossArguments, definition: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The definition, or a compiled copy of it, in :func:`real_dtype`; differentiable in w."""
     real, labels, classes = real_dtype(arguments.w), arguments.labels, len(arguments.w)
-    # On a GPU torch's own assertion looks at the labels, without waiting for them.
-    if labels.device.type == "cpu" and len(bad := labels[(labels < 0) | (labels >= classes)]):
+    # On a GPU and in a compiled graph torch's own assertion looks at the labels, without waiting for them.
+    looked_at = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and len(bad := labels[(labels < 0) | (labels >= classes)]):
         raise ValueError(f"labels must lie in [0, {classes - 1}], got {bad[0]}")
     x, w, anchors, alphas, w1, curvature = (
         None if t is None else t.to(real)

@@ -78,7 +78,7 @@ def run_verified(op: str, tensor: Tensor, arguments: Any, *, d_out: Tensor | Non
 
     def run() -> Any:
         found = OPS[op].implementations[_compared_choice(key, arguments)]
-        return found.run(arguments) if d_out is None else found.backward(d_out, arguments)
+        return found.run(arguments) if d_out is None else found.run_backward(d_out, arguments)
 
     known = key in _compared and key not in _refused
     return run() if known else _outside_of_dispatch(run, tensor.device)

@@ -37,11 +37,11 @@ def self_test() -> dict[str, float]:
 
     def attention(backend: str | None) -> Tensor:
         leaves = [t.clone().requires_grad_() for t in heads]
-        out = prefix_attention(*leaves, (1, 2, 2, 3), backend=backend)
+        out = prefix_attention(*leaves, lengths=(1, 2, 2, 3), backend=backend)
         return torch.cat([t.flatten() for t in (out, *torch.autograd.grad(out.square().sum(), leaves))])
 
     def merging(backend: str | None) -> Tensor:
-        experts, limits = draw(3, 999), [0.1, 0.2, 0.3]
+        experts, limits = draw(3, 999).unbind(), [0.1, 0.2, 0.3]
         return merge_deltas(
             draw(999), experts, [1, 2, 0.5], limits=limits, vote="sum", shares=[1, 1, 1], backend=backend
         )

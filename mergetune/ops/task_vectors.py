@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergetune.io import dtype_name
 from mergetune.ops import reference
 from mergetune.ops.arguments import expect_shape, real_dtype
 from mergetune.ops.backends import check_backend
-from mergetune.ops.native import core, dtype_name
+from mergetune.ops.native import core
 
 
 def merge_deltas(
@@ -62,16 +63,28 @@ def merge_deltas(
     dtype, rows = _alike([*experts, *([] if base is None else [base])], kept)
     real, start, rows = real_dtype(rows[0]), None if base is None else rows[k], rows[:k]
     if backend == "torch":
-        numbers = {name: v if v is None else experts[0].new_tensor(v, dtype=real) for name, v in given.items()}
-        start, rows = None if start is None else start.to(real), torch.stack(rows).to(real)
-        return reference.merge_deltas(start, rows, **numbers, scale=scale, kept=kept, vote=vote)
+        row = lambda values: None if values is None else experts[0].new_tensor(values, dtype=real)  # noqa: E731
+        return reference.merge_deltas(
+            None if start is None else start.to(real),
+            torch.stack(rows).to(real),
+            experts[0].new_tensor(weights, dtype=real),
+            scale=scale,
+            limits=row(limits),
+            kept=kept,
+            vote=vote,
+            votes=row(votes),
+            shares=row(shares),
+        )
     if vote is not None and votes is None:
         given["votes"] = [1.0] * k
     numbers = [v if v is None else torch.tensor(v, dtype=torch.float64, device="cpu") for v in given.values()]
     held = [start, kept if kept is None else kept.contiguous(), *numbers]  # as are the rows, while the core runs
-    start_at, *others = (0 if t is None else t.data_ptr() for t in held)
+    start_at, kept_at, limits_at, weights_at, votes_at, shares_at = (0 if t is None else t.data_ptr() for t in held)
     out = torch.empty(n, dtype=real, device="cpu")
-    arguments = start_at, [row.data_ptr() for row in rows], *others, vote == "count", scale, n
+    arguments = (
+        start_at, [row.data_ptr() for row in rows], kept_at, limits_at, weights_at, votes_at, shares_at,
+        vote == "count", scale, n,
+    )  # fmt: skip
     core.merge_deltas_cpu(dtype, arguments, out.data_ptr())
     return out
 
@@ -116,7 +129,7 @@ def _alike(rows: list[Tensor], kept: Tensor | None = None) -> tuple[str, list[Te
         rows = [row.to(max(map(real_dtype, rows), key=lambda dtype: dtype.itemsize)) for row in rows]
     rows = [row.contiguous() for row in rows]
     rows = [row.clone() if row.data_ptr() % row.dtype.itemsize else row for row in rows]  # as memory-mapped files have
-    return dtype_name(rows[0]), rows
+    return dtype_name(rows[0].dtype), rows
 
 
 def _backend(tensor: Tensor, backend: str | None) -> str:

@@ -96,7 +96,7 @@ def _report(**line: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Tries implementations of ops and reports each in a line.")
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--import", dest="modules", action="append", default=[], help="registers implementations")

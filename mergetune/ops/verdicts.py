@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mergetune.io import write_atomically
+from mergetune.io import installed_version, write_json
 from mergetune.ops import native
 
 FORMAT = 1
@@ -114,7 +113,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
         device=name,
         driver=_driver() if device.type == "cuda" else "none",
         torch=f"{torch.__version__} {torch.version.cuda or torch.version.hip or ''}".strip(),
-        triton=_triton_version(),
+        triton=installed_version("triton", otherwise="none"),
         kernels=_kernels(),
     )
 
@@ -162,7 +161,7 @@ def write_verdicts(found: VerdictFile) -> Path:
     """Puts a verdict in its place. Raises OSError where that cannot be written."""
     path = verdict_path(found.facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(found.model_dump(), indent=1) + "\n").encode())
+    write_json(path, found.model_dump())
     return path
 
 
@@ -181,16 +180,6 @@ def _driver() -> str:
     except (OSError, AttributeError):
         return "unknown"
     return str(found.value)
-
-
-@lru_cache(maxsize=1)
-def _triton_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "none"
 
 
 @lru_cache(maxsize=1)

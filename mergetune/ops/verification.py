@@ -25,6 +25,7 @@ from dataclasses import asdict
 import torch
 from tqdm.auto import tqdm
 
+from mergetune.io import dtype_name
 from mergetune.ops.backends import OPS, SHAPE_CLASSES, missing
 from mergetune.ops.selection import goes_by_verdict, has_verdicts, indexed, take_verdicts
 from mergetune.ops.trials import MARK, Case
@@ -158,7 +159,7 @@ def _cases(
 ) -> list[Case]:
     """What is tried, in this order: what compiles for long comes last, rare dtypes behind float32."""
     found = [
-        Case(name, backend, str(dtype).removeprefix("torch."), shape_class)
+        Case(name, backend, dtype_name(dtype), shape_class)
         for name in ops
         for dtype in OPS[name].dtypes
         if dtypes is None or dtype in dtypes

@@ -225,7 +225,7 @@ def _read_dict(file: Path) -> dict[str, Any]:
     except ValueError as error:
         if "pickled code" not in str(error):
             raise
-        raise ValueError(f"{error}; mergetune.io.convert_module takes the tensors out of a pickled module") from error
+        raise ValueError(f"{error}; `mergetune convert` takes the tensors out of a pickled module") from error
     if isinstance(content, Tensor):
         return {"weight": content}
     for wrapper in ("state_dict", "model_state_dict", "model"):

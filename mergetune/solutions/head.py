@@ -94,7 +94,7 @@ class Head:
         """Read a linear classifier, [C, D] and a bias if there is one, from .pt, .pth, .safetensors or .npz, safely.
 
         It must have been trained on the CLIP's own features at unit norm. Heads in pickles are converted first:
-        WiSE-FT's by :func:`mergetune.io.convert_module`; scikit-learn's are saved as .npz, or given to
+        WiSE-FT's by ``mergetune convert``; scikit-learn's are saved as .npz, or given to
         :meth:`from_sklearn`.
 
         Args:

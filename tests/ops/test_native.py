@@ -3,10 +3,13 @@
 B rows, C classes, K anchors, P path points.
 """
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,3 +258,16 @@ def test_the_cuda_kernel_matches_the_cpu(dtype: torch.dtype) -> None:
         for ours, again, cpu in zip(*results, problem.run(), strict=True):
             assert torch.equal(ours, again)
             torch.testing.assert_close(ours, cpu, rtol=1e-4 if dtype == torch.float32 else 1e-11, atol=1e-6)
+
+
+# -- what type checkers are told --------------------------------------------------------------------------------------
+
+
+def test_type_checkers_are_told_the_functions_and_arguments_that_are_there():
+    tree = ast.parse(Path(_C.__file__).with_name("_C.pyi").read_text(encoding="utf-8"))
+    told = {node.name: [arg.arg for arg in node.args.args] for node in tree.body if isinstance(node, ast.FunctionDef)}
+    there = {name: vars(_C)[name].__doc__.split("\n")[0] for name in vars(_C) if callable(vars(_C)[name])}
+    there = {name: re.findall(r"[(,] ?(\w+): ", signature) for name, signature in there.items() if "(" in signature}
+    if not _C.build_info()["cuda_archs"]:
+        del told["path_cross_entropy_cuda"]
+    assert told == there

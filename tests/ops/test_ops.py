@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergetune import ops
 from mergetune.ops import reference
+from mergetune.ops.backends import BACKENDS, missing
 
 HALVES = [torch.bfloat16, torch.float16]
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5}  # of the largest value of the definition in the same dtype
@@ -331,6 +332,33 @@ def test_compiles_without_a_graph_break(compiler):
     assert_same(
         run(torch.compile(step, backend=compiler, fullgraph=True), w=w, **arguments), run(step, w=w, **arguments)
     )
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_backend_by_name_compiles_without_a_graph_break(backend):
+    arguments = {**problem(9, 4, 6, dtype=torch.float32), "scale": 10.0, "backend": backend}
+
+    def doubled(**given) -> tuple[Tensor, Tensor]:
+        loss, terms = ops.lmc_loss(**given)
+        return 2 * loss, terms
+
+    torch.compiler.reset()
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    assert_same(run(compiled, **arguments), run(doubled, **arguments))
+    wrong = arguments | {"labels": torch.full((9,), 4)}
+    with pytest.raises((ValueError, IndexError)):
+        compiled(**wrong)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whether_a_backend_is_there_is_asked_without_a_graph_break(backend, device):
+    def there(x: Tensor) -> Tensor:
+        return x + (1 if missing(backend, device) is None else 0)
+
+    torch.compiler.reset()
+    found = torch.compile(there, fullgraph=True, backend="eager")(torch.zeros(1))
+    assert torch.equal(found, there(torch.zeros(1)))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from checkpoint_cases import CLASSES, NAMES, WEIGHT, WIDTH, Hostile, context
 from torch import nn
 
 from mergetune import Head
-from mergetune.io import convert_module, pickled_modules
+from mergetune.io import convert_module, pickled_modules, unpickling
 from mergetune.io.pickled_modules import read_module
 from mergetune.solutions import read_head, read_prompt
 
@@ -68,7 +68,7 @@ def test_wise_fts_head_is_converted_without_its_code(wise_ft, tmp_path, how):
     forget_wise_ft()
     with pytest.raises(ValueError, match="cannot be read as a checkpoint") as refused:
         Head.from_checkpoint(tmp_path / "head.pt", classnames=NAMES)
-    assert "pickled code is never run; mergetune.io.convert_module" in str(refused.value)
+    assert "pickled code is never run; `mergetune convert`" in str(refused.value)
     assert convert_module(tmp_path / "head.pt", tmp_path / "head.safetensors") == ["weight", "bias"]
     head = Head.from_checkpoint(tmp_path / "head.safetensors", classnames=NAMES)
     assert torch.equal(head.weight, 100 * WEIGHT) and torch.equal(head.bias, torch.zeros(CLASSES))
@@ -212,7 +212,7 @@ def test_a_file_changes_nothing_that_outlives_it(tmp_path):
         (tmp_path / "file").write_bytes(b"\x80\x02c" + name + b"\n}X\x05\x00\x00\x00stateX\x01\x00\x00\x00xsb.")
         with pytest.raises(ValueError, match="must hold tensors, got none"):
             read_module(tmp_path / "file")
-    assert pickled_modules._Inert.state is None and not vars(pickled_modules._Unpickler.rebuild_tensor)
+    assert unpickling.Inert.state is None and not vars(pickled_modules.TensorUnpickler.rebuild_tensor)
 
 
 def test_extension_codes_are_refused(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_extension_codes_are_refused(tmp_path, monkeypatch):
     pickle._Unpickler(io.BytesIO(hostile)).load()
     (tmp_path / "executed").rmdir()  # so it does what it should not do here:
     (tmp_path / "file").write_bytes(hostile)
-    with pytest.raises(ValueError, match="an instruction that tensors do not need"):
+    with pytest.raises(ValueError, match="an instruction that such files do not need"):
         read_module(tmp_path / "file")
     assert not (tmp_path / "executed").exists()
 

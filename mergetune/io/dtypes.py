@@ -1,0 +1,33 @@
+"""Dtypes and their names: torch's ("float32"), and those of safetensors files ("F32")."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+STORED_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Name in safetensors files -> dtype."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+STORED_NAMES: Final = {dtype_name(dtype): name for name, dtype in STORED_DTYPES.items()}
+"""A dtype's name ("float32") -> its name in safetensors files ("F32")."""
+
+FLOAT_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Name -> dtype, of those that features are stored in and models run in."""

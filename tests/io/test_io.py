@@ -1,0 +1,171 @@
+"""What the rooms above build on: documents, dtypes, places in files, locks, versions and the unpickler."""
+
+import collections
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import save
+
+from mergetune.io import (
+    FLOAT_DTYPES,
+    STORED_DTYPES,
+    STORED_NAMES,
+    Inert,
+    Unpickler,
+    compact_json,
+    dtype_name,
+    installed_version,
+    jsonable,
+    locked,
+    read_at,
+    read_json,
+    release_locks,
+    write_json,
+)
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indent", [1, 2])
+def test_a_document_comes_back_as_jsonable_says(tmp_path, indent):
+    value = {"a": (1, 2.5, None), 3: "ü", "deep": [{"b": True}]}
+    write_json(tmp_path / "a.json", value, indent=indent)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "a.json") == jsonable(value) and text.endswith("}\n")
+    assert f'\n{" " * indent}"a"' in text and [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_value_that_json_cannot_hold_leaves_the_old_document(tmp_path):
+    write_json(tmp_path / "a.json", [1])
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", [object()])
+    assert read_json(tmp_path / "a.json") == [1]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
+def test_a_damaged_document_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json must be JSON: "):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_byte_order_mark_and_a_missing_document(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(str(tmp_path / "a.json")) == [1]
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "b.json")
+
+
+def test_compact_json_has_no_spaces():
+    assert compact_json({"a": [1, 2]}) == b'{"a":[1,2]}'
+
+
+# -- dtypes ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_names_of_dtypes_are_those_of_torch_and_safetensors():
+    for name, dtype in STORED_DTYPES.items():
+        assert f'"dtype":"{name}"'.encode() in save({"t": torch.zeros(2, dtype=dtype)})
+        assert getattr(torch, dtype_name(dtype)) is dtype and STORED_NAMES[dtype_name(dtype)] == name
+    assert all(getattr(torch, name) is dtype and name in STORED_NAMES for name, dtype in FLOAT_DTYPES.items())
+
+
+# -- places in files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_place_of_a_file_is_read_whole_or_refused(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    with (tmp_path / "file").open("rb") as file:
+        buffer = bytearray(40)
+        read_at(file.fileno(), memoryview(buffer), 60)
+        assert buffer == bytes(range(60, 100)) and file.tell() == 0
+        read_at(file.fileno(), memoryview(b""), 1000)
+        for offset in (61, 100, 5000):
+            with pytest.raises(EOFError, match="too early"):
+                read_at(file.fileno(), memoryview(buffer), offset)
+
+
+def test_what_the_system_gives_in_pieces_is_put_together(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    given = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: given(fd, [buffers[0][:7]], offset))
+    with (tmp_path / "file").open("rb") as file:
+        buffer = bytearray(40)
+        read_at(file.fileno(), memoryview(buffer), 3)
+    assert buffer == bytes(range(3, 43))
+
+
+# -- locks -------------------------------------------------------------------------------------------------------------
+
+TRY = """
+import sys
+from pathlib import Path
+from mergetune.io import locked
+try:
+    with locked(Path(sys.argv[1]), busy="somebody works here"):
+        print("held")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def other_process(file) -> str:
+    done = subprocess.run([sys.executable, "-c", TRY, str(file)], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path):
+    with locked(tmp_path / ".lock", busy="not this one"):
+        assert other_process(tmp_path / ".lock") == "somebody works here"
+        assert other_process(tmp_path / "another") == "held"
+    assert other_process(tmp_path / ".lock") == "held"
+
+
+def test_a_process_that_lets_go_of_its_locks_can_leave_them(tmp_path):
+    with locked(tmp_path / ".lock", busy="not this one"):
+        release_locks()
+        assert other_process(tmp_path / ".lock") == "held"
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+
+
+def test_versions_of_packages_that_are_there_and_that_are_not():
+    assert installed_version("safetensors") == safetensors.__version__
+    assert installed_version("no-such-package") == "unknown"
+    assert installed_version("no-such-package", otherwise="none") == "none"
+
+
+# -- the unpickler -----------------------------------------------------------------------------------------------------
+
+
+class Record:
+    def __init__(self) -> None:
+        self.name, self.parts = "a", [1, {"b": 2}]
+
+
+def read(value, known=None, **options):
+    return Unpickler(io.BytesIO(pickle.dumps(value)), known or {}, **options).load()
+
+
+def test_the_unpickler_makes_stand_ins_of_what_it_does_not_know():
+    found = read({"plain": [1, "x", 2.5, None], "other": Record(), "called": collections.Counter("aab")})
+    assert found["plain"] == [1, "x", 2.5, None] and type(found["other"]) is Inert
+    assert found["other"].state == {"name": "a", "parts": [1, {"b": 2}]} and Inert.state is None
+    assert isinstance(found["called"], Inert)
+
+
+def test_the_unpickler_makes_what_it_is_told_or_refuses():
+    class Datum(Inert):
+        """Of this test alone."""
+
+    known = {(Record.__module__, "Record"): Datum}
+    assert type(read([Record()], known, others=None)[0]) is Datum
+    with pytest.raises(pickle.UnpicklingError, match=r"it holds collections\.Counter, and pickled code is never run"):
+        read(collections.Counter("a"), known, others=None)
