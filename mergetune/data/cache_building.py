@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from mergetune.clip.precisions import PRECISIONS
 from mergetune.data.cache import FeatureCache
 from mergetune.data.cache_files import (
-    DTYPES,
     FORMAT,
     MANIFEST,
     OURS,
@@ -112,8 +112,8 @@ def cache_features(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     path = Path(path)
@@ -236,7 +236,7 @@ def _build(
                     encoded.append(_encode(clip, pixels, readable, plan))
                 images += identities
                 bar.update(len(batch))
-            empty = torch.empty(plan["views"], 0, plan["dim"], dtype=DTYPES[plan["dtype"]])
+            empty = torch.empty(plan["views"], 0, plan["dim"], dtype=PRECISIONS[plan["dtype"]])
             _write_shard(path, plan, number, torch.cat([empty, *encoded], dim=1), images, skipped)
 
 
@@ -250,7 +250,7 @@ def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: dict[str, 
     if bad.any():
         view, row = bad.nonzero()[0].tolist()
         raise ValueError(f"features must be finite, got NaN or inf for {files[row]!r} (view {view}) from {clip.name}")
-    return features.to(DTYPES[plan["dtype"]])
+    return features.to(PRECISIONS[plan["dtype"]])
 
 
 def _write_shard(

@@ -20,10 +20,11 @@ import safetensors
 import torch
 from torch import Tensor
 
+from mergetune.clip.precisions import PRECISIONS
 from mergetune.io import read_regular
+from mergetune.merging.sources import STORED_DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # safetensors' names
+STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}  # safetensors' names
 
 FORMAT = "mergetune.features/1"
 MANIFEST, PLAN, LOCK = "manifest.json", "building.json", ".lock"
@@ -117,11 +118,11 @@ def map_shard(path: Path, number: int, shard: dict[str, Any], manifest: dict[str
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
     expected = [manifest["views"], shard["rows"], manifest["dim"]]
-    if names != ["features"] or shape != expected or dtype != STORED[manifest["dtype"]]:
+    stored = PRECISIONS[manifest["dtype"]]
+    if names != ["features"] or shape != expected or dtype != STORED_NAMES[stored]:
         raise ValueError(
-            f"{file} is damaged: it must hold {STORED[manifest['dtype']]} {expected}, got {dtype} {shape}; {REBUILD}"
+            f"{file} is damaged: it must hold {STORED_NAMES[stored]} {expected}, got {dtype} {shape}; {REBUILD}"
         )
-    stored = DTYPES[manifest["dtype"]]
     begin = shard["bytes"] - math.prod(shape) * stored.itemsize
     return torch.from_file(str(file), size=shard["bytes"], dtype=torch.uint8)[begin:].view(stored).view(shape)
 

@@ -155,10 +155,9 @@ def _gradient(at: Span, features: FeatureCache) -> Callable[[Tensor], Tensor]:
         points = points.detach().requires_grad_()
         encoded = at.encode(points)
         weights = encoded.detach().requires_grad_()
-        for index in torch.arange(len(features)).split(ROWS):
-            x = inputs(features.rows(index).to(weights), weights)
-            labels = features.labels[index].to(weights.device).expand(len(weights), -1)
-            logits = at.scale * x @ at.unit(weights).mT  # [M, B, C]
+        for x, labels, _ in features.batches(ROWS):
+            logits = at.scale * inputs(x.to(weights), weights) @ at.unit(weights).mT  # [M, B, C]
+            labels = labels.to(weights.device).expand(len(weights), -1)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
             (loss / len(features)).backward()
         return torch.autograd.grad(encoded, points, weights.grad)[0]

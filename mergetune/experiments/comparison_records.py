@@ -138,8 +138,7 @@ def measure(task: Task, record: Record, chosen: Mapping[str, int], folder: Path)
 
 
 def _right(weights: Tensor, features: FeatureCache) -> Tensor:
-    rows = torch.arange(len(features)).split(2048)
-    answers = [(inputs(features.rows(index), weights) @ weights.T).argmax(-1) for index in rows]
+    answers = [(inputs(x, weights) @ weights.T).argmax(-1) for x, _, _ in features.batches(2048)]
     return torch.cat(answers) == features.labels
 
 

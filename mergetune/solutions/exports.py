@@ -20,7 +20,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.clip import FrozenClip, fill
-from mergetune.clip.loading import PRECISIONS
+from mergetune.clip.precisions import PRECISIONS
 from mergetune.io import write_atomically
 from mergetune.solutions.head import Head
 from mergetune.solutions.kinds import Solution

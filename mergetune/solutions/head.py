@@ -178,7 +178,7 @@ class Head:
     @classmethod
     def load(cls, path: str | Path) -> Head:
         """Read what :meth:`save` wrote."""
-        config, tensors = read_solution(path, cls.kind, {"weight"})
+        config, tensors = read_solution(path, cls.kind, {"weight"}, {"logit_scale": int | float})
         return cls(
             weight=tensors["weight"],
             bias=tensors.get("bias"),

@@ -216,7 +216,7 @@ class Prompt:
     @classmethod
     def load(cls, path: str | Path) -> Prompt:
         """Read what :meth:`save` wrote."""
-        config, tensors = read_solution(path, cls.kind, {"ctx"})
+        config, tensors = read_solution(path, cls.kind, {"ctx"}, {"template": str})
         position = config.get("position", "end")  # files from before the other positions do not have it
         return cls(ctx=tensors["ctx"], template=config["template"], position=position, **common_fields(config))
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mergetune import ops
 from mergetune.clip import PLAIN, FrozenClip, check_templates, words_before
+from mergetune.clip.precisions import PRECISIONS
 from mergetune.data import FeatureCache
 from mergetune.facts import FitOptions, recorded
 from mergetune.facts.function_options import SPACES, SURROGATES
 from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text
 from mergetune.training.curvature import fisher_diagonal
-from mergetune.training.jobs import PRECISIONS, Job, check_cuda_graph, check_features, tower_precision, training_of
+from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Objective, path_points
 from mergetune.training.runs import FitResult, short_digest

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mergetune.clip.precisions import PRECISIONS
 from mergetune.data import FeatureCache, ImageList, cache_building, cache_features, cache_files, row_reading
 from mergetune.data import cache as cache_module
 from mergetune.evaluation import accuracy
@@ -74,14 +75,14 @@ def uneven_cache(path: Path, dtype: str = "float32", *, views: int = 3, dim: int
     for number in range(12):
         own = cache_files.shard_files(plan, number)
         skipped = {file: "gone" for file in own if number in (4, 11) or file in ("0.png", "13.png", "14.png")}
-        rows = torch.randn(views, len(own) - len(skipped), dim, generator=generator).to(cache_files.DTYPES[dtype])
+        rows = torch.randn(views, len(own) - len(skipped), dim, generator=generator).to(PRECISIONS[dtype])
         cache_building._write_shard(path, plan, number, rows, [["", 0, 0]] * len(own), skipped)
         all_rows.append(rows)
     cache_building._finish(path, plan)
     return torch.cat(all_rows, dim=1).float()
 
 
-@pytest.mark.parametrize("dtype", cache_files.DTYPES)
+@pytest.mark.parametrize("dtype", PRECISIONS)
 def test_rows_of_many_shards_are_a_plain_gather(tmp_path, monkeypatch, way, dtype):
     expected = uneven_cache(tmp_path / "cache", dtype)
     cache = FeatureCache.open(tmp_path / "cache")

@@ -1,0 +1,7 @@
+"""The floating-point types that weights and cached features may have, by name."""
+
+from __future__ import annotations
+
+import torch
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
