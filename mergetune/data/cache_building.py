@@ -171,7 +171,7 @@ def _begin(
     stack.enter_context(cache_lock(path))
     if not overwrite and is_complete(path, wanted, images):  # by another process, since the first look
         return None
-    plan = None
+    plan, done = None, {}
     if not overwrite and (path / PLAN).is_file():
         plan = read_document(path / PLAN)
         refuse_stale(path, plan, wanted)
@@ -182,7 +182,7 @@ def _begin(
         plan |= {"labels": reordered(plan, wanted), "classnames": wanted["classnames"]}
     if plan is None:
         remove_cache_files(path)
-        plan, done = wanted, {}
+        plan = wanted
     for leftover in path.glob(".*.part"):
         leftover.unlink()
     write_atomically(path / PLAN, compact_json(plan))
@@ -306,11 +306,12 @@ class _Views(torch.utils.data.Dataset):
         except ValueError as error:
             return None, identity, str(error)
         views = [self.preprocess(image)]
-        with torch.random.fork_rng(devices=[]):
-            for view in range(1, self.views):
-                stream = f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
-                torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:8], "big"))
-                views.append(self.augment(image))
+        if self.augment is not None:
+            with torch.random.fork_rng(devices=[]):
+                for view in range(1, self.views):
+                    stream = f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
+                    torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:8], "big"))
+                    views.append(self.augment(image))
         return torch.stack(views), identity, None
 
 
