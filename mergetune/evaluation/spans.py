@@ -64,7 +64,7 @@ def span(
     if other := [s.kind for s in solutions if type(s) is not type(last)]:
         raise TypeError(f"solutions on one path must be of one kind, got {other[0]} and {last.kind}")
     if isinstance(last, Head):
-        solutions = [solution.rescaled(last.logit_scale) for solution in solutions]
+        solutions = [s.rescaled(last.logit_scale) if isinstance(s, Head) else s for s in solutions]
     for solution in solutions[:-1]:
         if isinstance(last, Head) or space == "parameter":
             check_compatible(solution, last)

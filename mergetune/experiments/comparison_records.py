@@ -147,7 +147,7 @@ def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, 
     experts = setup.experts
     if isinstance(experts, Mapping):
         experts = {
-            name: [s.kind, hashlib.sha256(s.parameter.cpu().contiguous().numpy()).hexdigest()]
+            name: [s.kind, hashlib.sha256(s.parameter.cpu().contiguous().numpy().data).hexdigest()]
             for name, s in experts.items()
         }
     return {
@@ -169,7 +169,7 @@ def write_json(file: Path, record: Any) -> None:
 def read_record(file: Path) -> Record:
     try:
         record = json.loads(read_regular_text(file))
-        record["cell"], record["settings"]
+        _ = record["cell"], record["settings"]
         return record
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {file} cannot be read ({error}): delete it to run it again") from error

@@ -214,9 +214,10 @@ def push_to_hub(
 
 
 def _classnames(solution: Solution, classnames: Sequence[str] | None) -> tuple[str, ...]:
-    if classnames is None and solution.classnames is None:
+    names = solution.classnames if classnames is None else classnames
+    if names is None:
         raise ValueError("classnames must be given for a prompt that is shared by all classes")
-    return tuple(solution.classnames if classnames is None else classnames)
+    return tuple(names)
 
 
 def _as_head(solution: Solution, clip: FrozenClip | None, classnames: Sequence[str] | None) -> Head:

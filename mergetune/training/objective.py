@@ -193,7 +193,7 @@ def together(
         Loss and terms of each, as :meth:`Objective.__call__` does.
     """
     alphas = [objective._alphas(batch[2]) for objective, batch in zip(objectives, batches, strict=True)]
-    stacks = [objective._stack(*given) for objective, *given in zip(objectives, parameters, alphas, strict=True)]
+    stacks = [objective._stack(w, points) for objective, w, points in zip(objectives, parameters, alphas, strict=True)]
     encode, sizes = objectives[0].encode, [len(stack) for stack in stacks]
     # One alone is not copied: a head is its own class weights, and they may be many.
     weights = encode(torch.cat(stacks)).split(sizes) if len(stacks) > 1 else [encode(stacks[0])]
