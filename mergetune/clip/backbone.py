@@ -57,14 +57,17 @@ class FrozenClip:
 
     @property
     def device(self) -> torch.device:
+        """Where the model lives."""
         return self._model.logit_scale.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The text tower's precision."""
         return self.text.dtype
 
     @property
     def embed_dim(self) -> int:
+        """D, the width of image and class embeddings."""
         projection = self.text.projection
         if projection is None:
             return self.text.width

@@ -46,14 +46,17 @@ class TextParts:
 
     @property
     def width(self) -> int:
+        """W."""
         return self.token_embedding.embedding_dim
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision that the blocks work in."""
         return mlp_of(self.blocks[0]).c_fc.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the tower lives."""
         return self.positional_embedding.device
 
     def astype(self, dtype: torch.dtype) -> TextParts:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mergetune.clip.precisions import PRECISIONS
+from mergetune.clip import PRECISIONS
 from mergetune.data.cache_files import (
     MANIFEST,
     PLAN,
@@ -228,11 +228,16 @@ class FeatureCache:
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """All rows of view 0 in their order, ``size`` at a time, so that no more of them are in memory.
 
-        Products of rows may differ in the last bits with ``size``: a result that must not change keeps its own.
+        The last bits of products may depend on ``size``: a result that must stay the same keeps its size.
 
         Yields:
-            The rows [B, D] float32, a copy; their labels [B]; and where they lie among all N.
+            The rows [B, D] float32, a copy; their labels [B]; where they lie among all N.
+
+        Raises:
+            ValueError: a size below 1.
         """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
         for begin in range(0, len(self), size):
             part = slice(begin, min(begin + size, len(self)))
             yield self.rows(torch.arange(part.start, part.stop)), self.labels[part], part

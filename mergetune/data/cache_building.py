@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mergetune.clip.precisions import PRECISIONS
+from mergetune.clip import PRECISIONS
 from mergetune.data.cache import FeatureCache
 from mergetune.data.cache_files import (
     FORMAT,

@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mergetune.clip.precisions import PRECISIONS
+from mergetune.clip import PRECISIONS
 from mergetune.io import read_regular
 from mergetune.merging.sources import STORED_DTYPES
 

@@ -19,8 +19,7 @@ from huggingface_hub import HfApi, ModelCardData
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.clip import FrozenClip, fill
-from mergetune.clip.precisions import PRECISIONS
+from mergetune.clip import PRECISIONS, FrozenClip, fill
 from mergetune.io import write_atomically
 from mergetune.solutions.head import Head
 from mergetune.solutions.kinds import Solution

@@ -122,6 +122,7 @@ class Head:
         return self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
 
     def with_parameter(self, parameter: Tensor, **changes: Any) -> Head:
+        """A head with this :attr:`parameter`, copied as float32; ``changes`` are of other fields."""
         parameter = parameter.detach().float().clone()
         if self.bias is None:
             return replace(self, weight=parameter, **changes)

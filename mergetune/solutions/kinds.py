@@ -10,6 +10,7 @@ from mergetune.solutions.base import CONFIG, check_same_classes, read_config
 from mergetune.solutions.head import Head
 from mergetune.solutions.prompt import Prompt
 
+#: What is trained, interpolated and saved, of either kind.
 Solution = Prompt | Head
 
 

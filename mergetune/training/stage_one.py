@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetune import ops
-from mergetune.clip import FrozenClip, check_templates
-from mergetune.clip.precisions import PRECISIONS
+from mergetune.clip import PRECISIONS, FrozenClip, check_templates
 from mergetune.data import FeatureCache
 from mergetune.facts import TuneOptions, recorded
 from mergetune.facts.function_options import TUNE_METHODS

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mergetune import ops
-from mergetune.clip import PLAIN, FrozenClip, check_templates, words_before
-from mergetune.clip.precisions import PRECISIONS
+from mergetune.clip import PLAIN, PRECISIONS, FrozenClip, check_templates, words_before
 from mergetune.data import FeatureCache
 from mergetune.facts import FitOptions, recorded
 from mergetune.facts.function_options import SPACES, SURROGATES
