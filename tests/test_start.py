@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mergetune
-from mergetune import merging
+from mergetune import clip, data, merging, solutions
 from mergetune.merging.methods import METHODS
 
 WITHOUT_TORCH = """
@@ -59,7 +60,7 @@ def test_one_method_is_listed_with_its_options():
     )
 
 
-@pytest.mark.parametrize("package", [mergetune, merging], ids=["mergetune", "merging"])
+@pytest.mark.parametrize("package", [mergetune, clip, data, merging, solutions], ids=lambda package: package.__name__)
 def test_public_names_are_those_that_type_checkers_see(package):
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
@@ -69,8 +70,27 @@ def test_public_names_are_those_that_type_checkers_see(package):
     assert set(package.__all__) == set(seen) and package.__all__ == sorted(
         seen, key=lambda n: (not n.isupper(), n[0].islower(), n)
     )
+    assert not [name for name in package.__all__ if name.startswith("_")]
     for name, (module, inside) in seen.items():
         assert getattr(package, name) is getattr(importlib.import_module(module), inside), name
         assert name in dir(package)
     with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
         package.fitt  # noqa: B018
+
+
+@pytest.mark.parametrize("package", [clip, data, solutions], ids=lambda package: package.__name__)
+def test_each_public_name_is_documented(package):
+    """Functions and classes have a docstring; other names a comment ``#:`` above them, or a text below."""
+    for name in package.__all__:
+        value = getattr(package, name)
+        if callable(value) and getattr(value, "__module__", "").startswith("mergetune."):
+            assert (value.__doc__ or "").strip() and not value.__doc__.startswith(f"{name}("), name
+            continue
+        (source,) = [
+            lines
+            for file in Path(package.__file__).parent.glob("*.py")
+            for lines in [file.read_text(encoding="utf-8").splitlines()]
+            if any(re.match(rf"{name}\b.* = ", line) for line in lines)
+        ]
+        (at,) = [i for i, line in enumerate(source) if re.match(rf"{name}\b.* = ", line)]
+        assert source[at - 1].startswith("#:") or source[at + 1].startswith('"""'), name

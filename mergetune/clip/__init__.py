@@ -6,14 +6,16 @@ from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
     from mergetune.clip.backbone import FrozenClip
-    from mergetune.clip.loading import load_clip, warn_quickgelu
+    from mergetune.clip.loading import load_clip
     from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
+    from mergetune.clip.precisions import PRECISIONS
     from mergetune.clip.text_tower import TextParts
     from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill, words_before
 
 __all__ = [
-    "FrozenClip",
     "PLAIN",
+    "PRECISIONS",
+    "FrozenClip",
     "TextEncoder",
     "TextParts",
     "arrange",
@@ -22,7 +24,6 @@ __all__ = [
     "fill",
     "load_clip",
     "text_encoder",
-    "warn_quickgelu",
     "words_before",
 ]
 
@@ -30,8 +31,9 @@ make_lazy(
     __name__,
     {
         "mergetune.clip.backbone": "FrozenClip",
-        "mergetune.clip.loading": "load_clip warn_quickgelu",
+        "mergetune.clip.loading": "load_clip",
         "mergetune.clip.packed_texts": "TextEncoder arrange text_encoder",
+        "mergetune.clip.precisions": "PRECISIONS",
         "mergetune.clip.text_tower": "TextParts",
         "mergetune.clip.texts": "PLAIN check_classnames check_templates fill words_before",
     },

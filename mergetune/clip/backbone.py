@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from mergetune.clip.packed_blocks import Layout, run_blocks
-from mergetune.clip.text_tower import TextParts, pooled, refused_model, text_parts
+from mergetune.clip.text_tower import ClipModel, TextParts, pooled, text_parts, understood
 from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill
 from mergetune.io import jsonable
 
@@ -42,11 +42,7 @@ class FrozenClip:
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, (open_clip.CLIP, open_clip.CustomTextCLIP)) or hasattr(
-            self.model, "text_decoder"
-        ):
-            raise refused_model(type(self.model).__name__)
-        self.model.eval().requires_grad_(False)
+        self._model.eval().requires_grad_(False)
         _ = self.text  # an unknown text tower is refused here, before any image is encoded
         cfg = self.preprocess_cfg or open_clip.get_model_preprocess_cfg(self.model)
         cfg = jsonable(merge_preprocess_dict(PreprocessCfg(), cfg))
@@ -54,16 +50,24 @@ class FrozenClip:
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _model(self) -> ClipModel:
+        """:attr:`model`, refused by name if it is not understood."""
+        return understood(self.model)
+
     @property
     def device(self) -> torch.device:
-        return self.model.logit_scale.device
+        """Where the model lives."""
+        return self._model.logit_scale.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The text tower's precision."""
         return self.text.dtype
 
     @property
     def embed_dim(self) -> int:
+        """D, the width of image and class embeddings."""
         projection = self.text.projection
         if projection is None:
             return self.text.width
@@ -72,35 +76,36 @@ class FrozenClip:
     @cached_property
     def logit_scale(self) -> float:
         """exp of the model's learned log-temperature; 100 for OpenAI's."""
-        return self.model.logit_scale.detach().float().exp().item()
+        return self._model.logit_scale.detach().float().exp().item()
 
     @cached_property
     def logit_bias(self) -> float:
         """SigLIP's bias; the same for every class, so that softmax and argmax do not see it. 0 elsewhere."""
-        bias = self.model.logit_bias
+        bias = self._model.logit_bias
         return 0.0 if bias is None else bias.detach().float().item()
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all the weights."""
-        return _fingerprint(self.model.state_dict())
+        return _fingerprint(self._model.state_dict())
 
     @cached_property
     def image_fingerprint(self) -> str:
         """SHA-256 of the image tower's weights: the key of cached features."""
-        return _fingerprint(self.model.visual.state_dict())
+        return _fingerprint(self._model.visual.state_dict())
 
     @cached_property
     def text_fingerprint(self) -> str:
         """SHA-256 of everything but the image tower: what a prompt depends on."""
-        return _fingerprint({k: v for k, v in self.model.state_dict().items() if not k.startswith("visual.")})
+        return _fingerprint({k: v for k, v in self._model.state_dict().items() if not k.startswith("visual.")})
 
     # -- images -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def preprocess(self) -> Callable[[Any], Tensor]:
         """The evaluation transform: PIL image -> [3, H, W]."""
-        return image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=False)
+        transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=False)
+        return cast(Callable[[Any], Tensor], transform)  # open_clip declares what it gives with other arguments too
 
     @cached_property
     def augment(self) -> Callable[[Any], Tensor]:
@@ -114,8 +119,8 @@ class FrozenClip:
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Image features. pixels [B, 3, H, W] -> [B, D] float32, unit norm."""
         # The convolution that takes the pixels: in open_clip's mixed precision the parameters before it are float32.
-        weight = max(self.model.visual.parameters(), key=Tensor.dim)
-        features = self.model.encode_image(pixels.to(device=weight.device, dtype=weight.dtype))
+        weight = max(self._model.visual.parameters(), key=Tensor.dim)
+        features = self._model.encode_image(pixels.to(device=weight.device, dtype=weight.dtype))
         return F.normalize(pooled(features).float(), dim=-1)
 
     # -- texts --------------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ class FrozenClip:
     @cached_property
     def text(self) -> TextParts:
         """The text tower's parts, refused by name if they are not understood."""
-        return text_parts(self.model)
+        return text_parts(self._model)
 
     @cached_property
     def _text_copies(self) -> dict[torch.dtype, TextParts]:
@@ -162,7 +167,7 @@ class FrozenClip:
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """open_clip's own text features. texts -> [n, D] float32, not normalised."""
         tokens = self.tokenize(texts)
-        return torch.cat([pooled(self.model.encode_text(chunk)).float() for chunk in tokens.split(batch_size)])
+        return torch.cat([pooled(self._model.encode_text(chunk)).float() for chunk in tokens.split(batch_size)])
 
     @torch.no_grad()
     def class_embeddings(self, classnames: Sequence[str], templates: str | Sequence[str] = PLAIN) -> Tensor:
@@ -214,5 +219,5 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
+        digest.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
     return digest.hexdigest()

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from mergetune.clip.backbone import FrozenClip
 from mergetune.clip.backbone_files import Backbone, check_weights, checked_backbone
-from mergetune.clip.text_tower import refused_model, refused_tower
+from mergetune.clip.precisions import PRECISIONS
+from mergetune.clip.text_tower import refused_model, refused_tower, understood
 from mergetune.io import is_torchscript
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_clip(
@@ -62,7 +61,7 @@ def load_clip(
         raise ValueError(
             f"pretrained must name the weights of {name!r}, got None: a tag of open_clip or a local checkpoint"
         )
-    published = {}
+    published, cache_dir = {}, None if cache_dir is None else str(cache_dir)
     if not complete:
         name = name.replace("/", "-")  # as open_clip reads names, but not in its tokenizers
         config = open_clip.get_model_config(name) or {"text_cfg": {}}
@@ -92,13 +91,14 @@ def load_clip(
         if state is not None:
             _load_archive(model, state)
         tokenizer = _load_tokenizer(name, source, cache_dir)
+    model = understood(model)
     logit_scale = model.logit_scale.detach().clone()
     model.to(dtype=PRECISIONS[precision])
     model.logit_scale.data = logit_scale  # the temperature is not rounded: a half type would change every logit
     return FrozenClip(model, tokenizer, name if complete else f"{name}/{pretrained}")
 
 
-def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: str | Path | None) -> Backbone:
+def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: str | None) -> Backbone:
     """One of open_clip's own models, with the weights of a tag, which are downloaded, or of a file."""
     weights = pretrained if Path(pretrained).is_file() else ""
     if tag := open_clip.get_pretrained_cfg(name, pretrained):
@@ -117,7 +117,7 @@ def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict({k: v.float() for k, v in state.items() if k not in described})
 
 
-def _load_tokenizer(name: str, source: Backbone, cache_dir: str | Path | None) -> Callable[..., Tensor]:
+def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Callable[..., Tensor]:
     options = {"trust_remote_code": False} if source.huggingface else {}  # transformers would ask at the terminal
     try:
         return open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)

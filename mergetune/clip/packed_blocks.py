@@ -10,6 +10,7 @@ Shapes: M prompts, R = S + T rows of a prompt (its shared prefix, then the packe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from mergetune import ops
 
 ACTIVATIONS = (nn.GELU, QuickGELU)  # those whose derivative is written here
+
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,9 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's base takes *gradients; it passes one
+        ctx, d: Tensor
+    ) -> tuple[Tensor, None, None]:
         kept = ctx.saved_tensors  # once: unpacking is what makes a checkpoint run again
         each = len(kept) // len(ctx.blocks)
         with torch.autocast(d.device.type, enabled=False):
@@ -78,40 +83,58 @@ class _Blocks(torch.autograd.Function):
         return d, None, None
 
 
-def _forward(block: nn.Module, x: Tensor, layout: Layout, *, last: bool) -> tuple[Tensor, list[Tensor]]:
+class Mlp(Protocol):
+    """The layers that a block's ``nn.Sequential`` has by name."""
+
+    c_fc: nn.Linear
+    gelu: nn.Module
+    c_proj: nn.Linear
+
+
+def mlp_of(block: ResidualAttentionBlock) -> Mlp:
+    return cast(Mlp, block.mlp)
+
+
+def _forward(block: ResidualAttentionBlock, x: Tensor, layout: Layout, *, last: bool) -> tuple[Tensor, list[Tensor]]:
     normed, *statistics_1 = _layer_norm(block.ln_1, x)
     qkv = F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias)
     mixed = _attend(qkv, layout, last=last)
     residual = x[:, layout.prefix + layout.pooled] if last else x
     middle = residual + block.ls_1(block.attn.out_proj(mixed))
     normed, *statistics_2 = _layer_norm(block.ln_2, middle)
-    hidden = block.mlp.c_fc(normed)
-    out = middle + block.ls_2(block.mlp.c_proj(block.mlp.gelu(hidden)))
+    mlp = mlp_of(block)
+    hidden = mlp.c_fc(normed)
+    out = middle + block.ls_2(mlp.c_proj(mlp.gelu(hidden)))
     return out, [x, qkv, middle, hidden, *statistics_1, *statistics_2]
 
 
-def _backward(block: nn.Module, d: Tensor, kept: tuple[Tensor, ...], layout: Layout, *, last: bool) -> Tensor:
+def _backward(
+    block: ResidualAttentionBlock, d: Tensor, kept: tuple[Tensor, ...], layout: Layout, *, last: bool
+) -> Tensor:
     x, qkv, middle, hidden, mean_1, rstd_1, mean_2, rstd_2 = kept
-    d_hidden = _activation_backward(block.mlp.gelu, block.ls_2(d) @ block.mlp.c_proj.weight, hidden)
-    d = d + _layer_norm_backward(block.ln_2, d_hidden @ block.mlp.c_fc.weight, middle, mean_2, rstd_2)
+    mlp = mlp_of(block)
+    d_hidden = _activation_backward(mlp.gelu, block.ls_2(d) @ mlp.c_proj.weight, hidden)
+    d = d + _layer_norm_backward(block.ln_2, d_hidden @ mlp.c_fc.weight, middle, mean_2, rstd_2)
     d_qkv = _attend_backward(block.ls_1(d) @ block.attn.out_proj.weight, qkv, layout, last=last)
     d_x = _layer_norm_backward(block.ln_1, d_qkv @ block.attn.in_proj_weight, x, mean_1, rstd_1)
     return d_x.index_add_(1, layout.prefix + layout.pooled, d) if last else d_x.add_(d)
 
 
-def _split(qkv: Tensor, layout: Layout) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _split(qkv: Tensor, layout: Layout) -> tuple[Triple, Triple]:
     """Views of the prefix's and of the texts' (q, k, v), each [M, rows, H, W / H]."""
-    parts = qkv.unflatten(-1, (3, layout.heads, -1)).unbind(2)
-    return tuple(t[:, : layout.prefix] for t in parts), tuple(t[:, layout.prefix :] for t in parts)
+    q, k, v = qkv.unflatten(-1, (3, layout.heads, -1)).unbind(2)
+    s = layout.prefix
+    return (q[:, :s], k[:, :s], v[:, :s]), (q[:, s:], k[:, s:], v[:, s:])
 
 
 def _attend(qkv: Tensor, layout: Layout, *, last: bool) -> Tensor:
     """Attention of all rows, [M, R, W]; in the last block of the pooled rows, [M, C, W]."""
     prefix, (q, k, v) = _split(qkv, layout)
+    _, prefix_k, prefix_v = prefix
     q = q[:, layout.pooled] if last else q
-    mixed = ops.prefix_attention(q, k, v, *prefix[1:], layout.lengths, causal=layout.causal)
+    mixed = ops.prefix_attention(q, k, v, prefix_k, prefix_v, layout.lengths, causal=layout.causal)
     if layout.prefix and not last:  # the prefix attends to itself
-        own = ops.prefix_attention(*prefix, *(t[:, :0] for t in prefix[1:]), (layout.prefix,))
+        own = ops.prefix_attention(*prefix, prefix_k[:, :0], prefix_v[:, :0], (layout.prefix,))
         mixed = torch.cat([own, mixed], 1)
     return mixed.flatten(2)
 
@@ -119,10 +142,11 @@ def _attend(qkv: Tensor, layout: Layout, *, last: bool) -> Tensor:
 def _attend_backward(d: Tensor, qkv: Tensor, layout: Layout, *, last: bool) -> Tensor:
     d = d.unflatten(-1, (layout.heads, -1))
     prefix, (q, k, v) = _split(qkv, layout)
+    _, prefix_k, prefix_v = prefix
     q = q[:, layout.pooled] if last else q
     d_texts = d if last else d[:, layout.prefix :]
     d_q, d_k, d_v, d_prefix_k, d_prefix_v = ops.prefix_attention_backward(
-        d_texts, q, k, v, *prefix[1:], layout.lengths, causal=layout.causal
+        d_texts, q, k, v, prefix_k, prefix_v, layout.lengths, causal=layout.causal
     )
     d_qkv = torch.zeros_like(qkv) if last else torch.empty_like(qkv)
     (to_prefix_q, to_prefix_k, to_prefix_v), (to_q, to_k, to_v) = _split(d_qkv, layout)
@@ -134,7 +158,7 @@ def _attend_backward(d: Tensor, qkv: Tensor, layout: Layout, *, last: bool) -> T
         to_q.copy_(d_q)
     if layout.prefix:
         if not last:
-            none = tuple(t[:, :0] for t in prefix[1:])
+            none = prefix_k[:, :0], prefix_v[:, :0]
             own = ops.prefix_attention_backward(d[:, : layout.prefix], *prefix, *none, (layout.prefix,))
             to_prefix_q.copy_(own[0])
             d_prefix_k, d_prefix_v = d_prefix_k + own[1], d_prefix_v + own[2]

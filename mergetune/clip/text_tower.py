@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 
-from mergetune.clip.packed_blocks import ACTIVATIONS
+from mergetune.clip.packed_blocks import ACTIVATIONS, mlp_of
+
+ClipModel = open_clip.CLIP | open_clip.CustomTextCLIP
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,17 @@ class TextParts:
 
     @property
     def width(self) -> int:
+        """W."""
         return self.token_embedding.embedding_dim
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.blocks[0].mlp.c_fc.weight.dtype
+        """The precision that the blocks work in."""
+        return mlp_of(self.blocks[0]).c_fc.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the tower lives."""
         return self.positional_embedding.device
 
     def astype(self, dtype: torch.dtype) -> TextParts:
@@ -87,6 +93,13 @@ def pooled(features: Tensor | tuple[Tensor, ...]) -> Tensor:
     return features[0] if isinstance(features, tuple) else features
 
 
+def understood(model: nn.Module) -> ClipModel:
+    """The model, refused by name if it is another one, or one with a text decoder."""
+    if not isinstance(model, ClipModel) or hasattr(model, "text_decoder"):
+        raise refused_model(type(model).__name__)
+    return model
+
+
 def refused_model(kind: str) -> TypeError:
     return TypeError(
         f"model must be open_clip's CLIP or CustomTextCLIP, got {kind}: its text tower is not one that mergetune "
@@ -99,10 +112,11 @@ def refused_tower(kind: str) -> TypeError:
     return TypeError(f"text tower must be open_clip's TextTransformer, got {kind}{hint}")
 
 
-def text_parts(model: nn.Module) -> TextParts:
-    tower = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
+def text_parts(model: ClipModel) -> TextParts:
+    """The parts of the model's text tower; a tower that is not understood is refused by its name."""
+    tower: Any = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
     kind = type(tower).__name__
-    blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
+    blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", ())
     pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
     if not isinstance(getattr(tower, "transformer", None), Transformer) or not len(blocks):
         raise refused_tower(kind)

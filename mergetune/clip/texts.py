@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+#: The zero-shot template where none is given.
 PLAIN = "a photo of a {}."
 
 

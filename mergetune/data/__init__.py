@@ -5,32 +5,32 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.data.benchmarks import DATASETS, CoOpDataset, benchmark, check_dataset, few_shot_path, missing
+    from mergetune.data.benchmarks import DATASETS, Benchmark, CoOpDataset, benchmark, check_dataset, few_shot_path
     from mergetune.data.cache import FeatureCache
     from mergetune.data.cache_building import cache_features
     from mergetune.data.feature_files import read_features
-    from mergetune.data.image_files import load_image, prettify
+    from mergetune.data.image_files import image_extensions, load_image
     from mergetune.data.image_lists import Dataset, ImageList
     from mergetune.data.own_images import ImageFolder, coop_split, image_table
     from mergetune.data.templates import TEMPLATES, templates_for
 
 __all__ = [
-    "CoOpDataset",
     "DATASETS",
+    "TEMPLATES",
+    "Benchmark",
+    "CoOpDataset",
     "Dataset",
     "FeatureCache",
     "ImageFolder",
     "ImageList",
-    "TEMPLATES",
     "benchmark",
     "cache_features",
     "check_dataset",
     "coop_split",
     "few_shot_path",
+    "image_extensions",
     "image_table",
     "load_image",
-    "missing",
-    "prettify",
     "read_features",
     "templates_for",
 ]
@@ -38,11 +38,11 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.data.benchmarks": "CoOpDataset DATASETS benchmark check_dataset few_shot_path missing",
+        "mergetune.data.benchmarks": "DATASETS Benchmark CoOpDataset benchmark check_dataset few_shot_path",
         "mergetune.data.cache": "FeatureCache",
         "mergetune.data.cache_building": "cache_features",
         "mergetune.data.feature_files": "read_features",
-        "mergetune.data.image_files": "load_image prettify",
+        "mergetune.data.image_files": "image_extensions load_image",
         "mergetune.data.image_lists": "Dataset ImageList",
         "mergetune.data.own_images": "ImageFolder coop_split image_table",
         "mergetune.data.templates": "TEMPLATES templates_for",

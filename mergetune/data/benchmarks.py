@@ -90,6 +90,7 @@ _ALL = (
     Benchmark("imagenet_a", "ImageNet-A", "imagenet-adversarial", "imagenet-a", CLASSNAMES, 200, (0, 0, 7500), "test"),
     Benchmark("imagenet_r", "ImageNet-R", "imagenet-rendition", "imagenet-r", CLASSNAMES, 200, (0, 0, 30000), "test"),
 )  # fmt: skip
+#: {name: what the dataset needs, and how it is read}, in the order of papers' tables.
 DATASETS = {entry.name: entry for entry in _ALL}
 
 OTHER_IMAGE_DIRS = {"imagenet": "", "eurosat": "EuroSAT_RGB", "imagenet_sketch": "sketch"}  # as archives unpack

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from warnings import warn
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mergetune.clip import PRECISIONS
 from mergetune.data.cache_files import (
-    DTYPES,
     MANIFEST,
     PLAN,
     REBUILD,
@@ -160,7 +160,7 @@ class FeatureCache:
             )
         features = features.detach().cpu()
         features = features if features.dim() == 3 else features[None]
-        features = features if features.dtype in DTYPES.values() else features.float()
+        features = features if features.dtype in PRECISIONS.values() else features.float()
         labels = torch.as_tensor(labels).cpu()
         views, count, dim = features.shape
         if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -190,7 +190,7 @@ class FeatureCache:
             classnames=tuple(classnames),
             files=tuple(files),
             fingerprint=fingerprint,
-            dtype=next(name for name, dtype in DTYPES.items() if dtype == features.dtype),
+            dtype=next(name for name, dtype in PRECISIONS.items() if dtype == features.dtype),
             views=views,
             dim=dim,
             skipped={},
@@ -224,6 +224,23 @@ class FeatureCache:
             part = slice(begin, begin + ROWS)
             self._rows.read(row[part], view[part], out[part])
         return out
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """All rows of view 0 in their order, ``size`` at a time, so that no more of them are in memory.
+
+        The last bits of products may depend on ``size``: a result that must stay the same keeps its size.
+
+        Yields:
+            The rows [B, D] float32, a copy; their labels [B]; where they lie among all N.
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        for begin in range(0, len(self), size):
+            part = slice(begin, min(begin + size, len(self)))
+            yield self.rows(torch.arange(part.start, part.stop)), self.labels[part], part
 
     def tensor(self, view: int = 0) -> Tensor:
         """All rows of a view, [N, D] float32, a copy."""
@@ -318,19 +335,19 @@ class FeatureCache:
         """A number for the bits of each row (view 0), int64 [N]: their product with random ones, two columns a word."""
         generator = torch.Generator().manual_seed(0)
         factors = torch.randint(-(2**63), 2**63 - 1, (-(-self.dim // 2),), generator=generator)
-        rows = (self.rows(part) for part in torch.arange(len(self)).split(ROWS))
-        return torch.cat([(F.pad(x, (0, self.dim % 2)).view(torch.int64) * factors).sum(1) for x in rows])
+        rows = (F.pad(x, (0, self.dim % 2)) for x, _, _ in self.batches(ROWS))
+        return torch.cat([(x.view(torch.int64) * factors).sum(1) for x in rows])
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the features, their order and their labels: what a training run depends on."""
         digest = hashlib.sha256()
         for tensor in (self.labels, self.stored):
-            digest.update(tensor.numpy())
+            digest.update(tensor.numpy().data)
         digest.update("".join(self.checksums).encode())
         if not self.checksums:
             for shard in self.shards:
-                digest.update(shard.contiguous().view(torch.uint8).numpy())
+                digest.update(shard.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @functools.cached_property

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from mergetune.clip import PRECISIONS
 from mergetune.data.cache import FeatureCache
 from mergetune.data.cache_files import (
-    DTYPES,
     FORMAT,
     MANIFEST,
     OURS,
@@ -112,8 +112,8 @@ def cache_features(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     path = Path(path)
@@ -171,7 +171,7 @@ def _begin(
     stack.enter_context(cache_lock(path))
     if not overwrite and is_complete(path, wanted, images):  # by another process, since the first look
         return None
-    plan = None
+    plan, done = None, {}
     if not overwrite and (path / PLAN).is_file():
         plan = read_document(path / PLAN)
         refuse_stale(path, plan, wanted)
@@ -182,7 +182,7 @@ def _begin(
         plan |= {"labels": reordered(plan, wanted), "classnames": wanted["classnames"]}
     if plan is None:
         remove_cache_files(path)
-        plan, done = wanted, {}
+        plan = wanted
     for leftover in path.glob(".*.part"):
         leftover.unlink()
     write_atomically(path / PLAN, compact_json(plan))
@@ -236,7 +236,7 @@ def _build(
                     encoded.append(_encode(clip, pixels, readable, plan))
                 images += identities
                 bar.update(len(batch))
-            empty = torch.empty(plan["views"], 0, plan["dim"], dtype=DTYPES[plan["dtype"]])
+            empty = torch.empty(plan["views"], 0, plan["dim"], dtype=PRECISIONS[plan["dtype"]])
             _write_shard(path, plan, number, torch.cat([empty, *encoded], dim=1), images, skipped)
 
 
@@ -250,7 +250,7 @@ def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: dict[str, 
     if bad.any():
         view, row = bad.nonzero()[0].tolist()
         raise ValueError(f"features must be finite, got NaN or inf for {files[row]!r} (view {view}) from {clip.name}")
-    return features.to(DTYPES[plan["dtype"]])
+    return features.to(PRECISIONS[plan["dtype"]])
 
 
 def _write_shard(
@@ -306,11 +306,12 @@ class _Views(torch.utils.data.Dataset):
         except ValueError as error:
             return None, identity, str(error)
         views = [self.preprocess(image)]
-        with torch.random.fork_rng(devices=[]):
-            for view in range(1, self.views):
-                stream = f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
-                torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:8], "big"))
-                views.append(self.augment(image))
+        if self.augment is not None:
+            with torch.random.fork_rng(devices=[]):
+                for view in range(1, self.views):
+                    stream = f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
+                    torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:8], "big"))
+                    views.append(self.augment(image))
         return torch.stack(views), identity, None
 
 

@@ -21,10 +21,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mergetune.io import locked, read_regular
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # safetensors' names
+from mergetune.clip import PRECISIONS
+from mergetune.io import STORED_NAMES, locked, read_regular
 
 FORMAT = "mergetune.features/1"
 MANIFEST, PLAN, LOCK = "manifest.json", "building.json", ".lock"
@@ -124,13 +122,11 @@ def map_shard(path: Path, number: int, shard: dict[str, Any], manifest: dict[str
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
     expected = [manifest["views"], shard["rows"], manifest["dim"]]
-    if names != ["features"] or shape != expected or dtype != STORED[manifest["dtype"]]:
-        raise ValueError(
-            f"{file} is damaged: it must hold {STORED[manifest['dtype']]} {expected}, got {dtype} {shape}; {REBUILD}"
-        )
-    stored = DTYPES[manifest["dtype"]]
-    begin = shard["bytes"] - math.prod(shape) * stored.itemsize
-    return torch.from_file(str(file), size=shard["bytes"], dtype=torch.uint8)[begin:].view(stored).view(shape)
+    stored, kept = STORED_NAMES[manifest["dtype"]], PRECISIONS[manifest["dtype"]]
+    if names != ["features"] or shape != expected or dtype != stored:
+        raise ValueError(f"{file} is damaged: it must hold {stored} {expected}, got {dtype} {shape}; {REBUILD}")
+    begin = shard["bytes"] - math.prod(shape) * kept.itemsize
+    return torch.from_file(str(file), size=shard["bytes"], dtype=torch.uint8)[begin:].view(kept).view(shape)
 
 
 def _check_size(file: Path, size: int) -> None:

@@ -197,8 +197,13 @@ def _floats(file: Path, features: Any) -> Tensor:
     """Features [N, D] as a tensor on the same memory."""
     if isinstance(features, np.ndarray) and features.dtype.kind == "f" and features.dtype.itemsize <= 8:
         features = torch.from_numpy(features.astype(features.dtype.newbyteorder("="), copy=False))
-    plain = isinstance(features, Tensor) and features.is_floating_point() and features.layout == torch.strided
-    if not plain or features.ndim != 2 or not features.numel():
+    if (
+        not isinstance(features, Tensor)
+        or not features.is_floating_point()
+        or features.layout != torch.strided
+        or features.ndim != 2
+        or not features.numel()
+    ):
         what = f"{features.dtype} {list(features.shape)}" if hasattr(features, "shape") else type(features).__name__
         raise ValueError(f"{file} must hold floating-point features [N, D], got {what}")
     return features
@@ -214,21 +219,22 @@ def _clip_retrieval(folder: Path, labels: Labels | None) -> tuple[list[Tensor], 
         raise FileNotFoundError(f"{folder} must hold img_emb/img_emb_N.npy, as clip-retrieval writes them")
     embedded = sorted(numbered, key=numbered.__getitem__)
     parts = [_floats(file, _map_npy(file)) for file in embedded]
-    column = isinstance(labels, str) and not Path(labels).is_file()
-    if labels is not None and not column:
+    column = labels if isinstance(labels, str) and not Path(labels).is_file() else None
+    if labels is not None and column is None:
         return parts, labels, ()
     found, paths = [], []
     for file, part in zip(embedded, parts, strict=True):
         metadata = folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet")
-        table = _read_parquet(metadata, ["image_path", labels] if column else ["image_path"])
+        table = _read_parquet(metadata, ["image_path"] if column is None else ["image_path", column])
         if any(len(values) != len(part) for values in table.values()):
             raise ValueError(f"{metadata} must have a row for each of the {len(part)} features of {file.name}")
         paths += table["image_path"]
-        found += table[labels] if column else [PurePosixPath(str(name)).parent.name for name in table["image_path"]]
-    if not column and "" in found:
+        folders = [PurePosixPath(str(name)).parent.name for name in table["image_path"]]
+        found += folders if column is None else table[column]
+    if column is None and "" in found:
         raise ValueError(f"labels must be given: {folder}'s image_path {paths[found.index('')]!r} has no class folder")
-    if column and any(type(value) is not type(found[0]) for value in found):
-        raise ValueError(f"labels: the column {labels!r} must hold whole numbers or names alone")
+    if column is not None and any(type(value) is not type(found[0]) for value in found):
+        raise ValueError(f"labels: the column {column!r} must hold whole numbers or names alone")
     unique = all(isinstance(name, str) for name in paths) and len(set(paths)) == len(paths)
     return parts, found, tuple(paths) if unique else ()
 

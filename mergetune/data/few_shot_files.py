@@ -36,7 +36,7 @@ def read_few_shot(path: Path, split: str) -> list[tuple[str, int]]:
         for opcode, argument, _ in pickletools.genops(content):
             if not DATUM_OPCODES.fullmatch(opcode.name):
                 raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which such files have no need of")
-            if opcode.name == "LONG_BINPUT" and argument > len(content):
+            if opcode.name == "LONG_BINPUT" and (argument is None or argument > len(content)):
                 raise pickle.UnpicklingError("its memo is larger than the file")  # the reader would allocate it
         records = [(record.file, record.label) for record in Reader(io.BytesIO(content)).load()[split]]
         if not records or not all(isinstance(file, str) and type(label) is int for file, label in records):

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mergetune.data.few_shot_files import read_few_shot
 
@@ -164,26 +164,26 @@ class Dataset:
     def classnames(self) -> tuple[str, ...]:
         """Names of the visible classes."""
         names = next(images for images in (self.full_train, self.full_val, self.full_test) if images).classnames
-        return tuple(names[c] for c in self.visible)
+        return tuple(names[c] for c in self._shown)
 
     @functools.cached_property
     def train(self) -> ImageList:
         """Training images of the visible classes. Raises ValueError where there are none."""
-        return self._full("train").select(self.visible)
+        return self._full("train").select(self._shown)
 
     @functools.cached_property
     def val(self) -> ImageList:
         """Validation images of the visible classes. Raises ValueError where there are none."""
-        return self._full("val").select(self.visible)
+        return self._full("val").select(self._shown)
 
     @functools.cached_property
     def test(self) -> ImageList:
         """Test images of the visible classes. Raises ValueError where there are none."""
-        return self._full("test").select(self.visible)
+        return self._full("test").select(self._shown)
 
     def select(self, classes: Sequence[int]) -> Dataset:
         """Only these of the visible classes, relabelled from 0 in the given order."""
-        return replace(self, visible=tuple(self.visible[c] for c in _check_classes(classes, len(self.visible))))
+        return replace(self, visible=tuple(self._shown[c] for c in _check_classes(classes, len(self._shown))))
 
     def base_novel(self) -> tuple[Dataset, Dataset]:
         """CoOp's halves: the first ceil(C / 2) visible classes are base, the others novel, each labelled from 0.
@@ -191,11 +191,11 @@ class Dataset:
         Raises:
             ValueError: fewer than two classes.
         """
-        count = len(self.visible)
+        count = len(self._shown)
         if count < 2:
             raise ValueError(f"base_novel needs at least 2 classes, got {count} in {self.name!r}: {self.classnames}")
         half = math.ceil(count / 2)
-        ordered = sorted(range(count), key=self.visible.__getitem__)
+        ordered = sorted(range(count), key=self._shown.__getitem__)
         return self.select(ordered[:half]), self.select(ordered[half:])
 
     def few_shot(self, shots: int | None, seed: int = 1, split: str = "train") -> ImageList:
@@ -225,7 +225,7 @@ class Dataset:
         positions = _draw(self._full("train"), shots, stream)
         if split == "val":
             positions = _draw(images, min(shots, VAL_SHOTS), stream)
-        return images.take(positions).select(self.visible)
+        return images.take(positions).select(self._shown)
 
     def few_shot_file(self, path: str | Path, split: str = "train") -> ImageList:
         """The images that CoOp drew and stored, of the visible classes: ``split_fewshot/shot_16-seed_1.pkl``.
@@ -257,7 +257,12 @@ class Dataset:
                     f"instead of {images.labels[position]}: it was drawn from another split"
                 )
         refuse_repeats(f"images in {path}", [file for file, _ in stored])
-        return images.take(positions).select(self.visible).require_every_class()
+        return images.take(positions).select(self._shown).require_every_class()
+
+    @property
+    def _shown(self) -> tuple[int, ...]:
+        """``visible``, which is None no more once the object is made."""
+        return cast(tuple[int, ...], self.visible)
 
     def _full(self, split: str) -> ImageList:
         images = getattr(self, f"full_{split}")

@@ -165,7 +165,7 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
         for split, items in splits.items()
     }
     lists["train"].require_every_class()
-    return Dataset(json_file.stem.removeprefix("split_zhou_"), *(lists.get(split) for split in SPLITS))
+    return Dataset(json_file.stem.removeprefix("split_zhou_"), lists.get("train"), lists.get("val"), lists.get("test"))
 
 
 # -- sampling and splitting --------------------------------------------------------------------------------------------

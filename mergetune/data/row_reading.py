@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mergetune.data.cache_files import REBUILD
+from mergetune.io import read_at
 
 
 class OpenFiles:
@@ -46,7 +47,7 @@ class RowReader:
         self.dim, self.dtype, self.opened = shards[0].shape[-1], shards[0].dtype, opened
         size = self.dtype.itemsize
         if opened is not None:  # where each shard's features begin, in bytes of its file
-            self.descriptors = [file.fileno() for file in opened.files]
+            self.paths, self.descriptors = opened.paths, [file.fileno() for file in opened.files]
             self.begin = torch.tensor([shard.storage_offset() * size for shard in shards])
             return
         # All shards as one tensor from the lowest address to the highest, of overlapping rows, one at each element: a
@@ -80,11 +81,10 @@ class RowReader:
         width = self.dim * out.itemsize
         breaks = (shard.diff() != 0) | (begin.diff() != width)
         runs = torch.cat([torch.zeros(1, dtype=torch.int64), breaks.nonzero().squeeze(1) + 1])
-        starts, buffer = (runs * width).tolist(), memoryview(out.view(torch.uint8).numpy().reshape(-1))
+        starts, buffer = (runs * width).tolist(), out.view(torch.uint8).numpy().reshape(-1).data
         ends = [*starts[1:], len(buffer)]
         for number, offset, a, b in zip(shard[runs].tolist(), begin[runs].tolist(), starts, ends, strict=True):
-            while a < b:
-                count = os.preadv(self.descriptors[number], (buffer[a:b],), offset)
-                if not count:
-                    raise ValueError(f"{self.opened.paths[number]} was truncated while it was open; {REBUILD}")
-                a, offset = a + count, offset + count
+            try:
+                read_at(self.descriptors[number], buffer[a:b], offset)
+            except EOFError as error:
+                raise ValueError(f"{self.paths[number]} was truncated while it was open; {REBUILD}") from error

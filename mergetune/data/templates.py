@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import open_clip
 
 from mergetune.clip import PLAIN, check_templates
@@ -29,7 +31,7 @@ _CLIP_SELECTED = tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_
 #:   (trainers/zsclip.py) has CoOp's.
 #: - "clip-ensemble": CLIP's 80 ImageNet templates for every dataset. "coop-ensemble": CoOp's ZeroshotCLIP2, CLIP's 7
 #:   selected ones and, except for ImageNet itself, the dataset's own of "coop".
-TEMPLATES: dict[str, dict[str, str | tuple[str, ...]]] = {
+TEMPLATES: Mapping[str, Mapping[str, str | tuple[str, ...]]] = {
     "coop": _COOP,
     "kgcoop": _KGCOOP,
     "official": _KGCOOP,

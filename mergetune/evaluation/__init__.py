@@ -55,9 +55,7 @@ make_lazy(
         "mergetune.evaluation.html_report": "report",
         "mergetune.evaluation.paths": "Path connectivity cross_entropy path",
         "mergetune.evaluation.planes": "plane",
-        "mergetune.evaluation.scores": (
-            "BaseNovel Classifier Report Row accuracy base_to_novel harmonic_mean summarise"
-        ),
+        "mergetune.evaluation.scores": "BaseNovel Classifier Report Row accuracy base_to_novel harmonic_mean summarise",
         "mergetune.evaluation.spectra": "spectrum",
     },
 )

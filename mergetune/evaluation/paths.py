@@ -62,10 +62,9 @@ def path(
 def cross_entropy(weights: Tensor, features: FeatureCache, *, scale: float, batch_size: int = 8192) -> float:
     """Mean cross-entropy of class weights [C, D], as they are, on cached features."""
     total = 0.0
-    for index in torch.arange(len(features)).split(batch_size):
-        x = inputs(features.rows(index).to(weights), weights)
-        logits = scale * x @ weights.T
-        total += F.cross_entropy(logits, features.labels[index].to(logits.device), reduction="sum").item()
+    for x, labels, _ in features.batches(batch_size):
+        logits = scale * inputs(x.to(weights), weights) @ weights.T
+        total += F.cross_entropy(logits, labels.to(logits.device), reduction="sum").item()
     return total / len(features)
 
 

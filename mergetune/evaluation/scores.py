@@ -70,8 +70,8 @@ def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False
     weights = F.normalize(weights, dim=-1) if normalize else weights
     right = torch.cat(
         [
-            (inputs(features.rows(index).to(weights), weights) @ weights.T).argmax(-1).cpu() == features.labels[index]
-            for index in torch.arange(len(features)).split(batch_size)
+            (inputs(x.to(weights), weights) @ weights.T).argmax(-1).cpu() == labels
+            for x, labels, _ in features.batches(batch_size)
         ]
     ).double()
     counts = torch.bincount(features.labels, minlength=len(weights))

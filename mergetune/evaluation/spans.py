@@ -64,7 +64,7 @@ def span(
     if other := [s.kind for s in solutions if type(s) is not type(last)]:
         raise TypeError(f"solutions on one path must be of one kind, got {other[0]} and {last.kind}")
     if isinstance(last, Head):
-        solutions = [solution.rescaled(last.logit_scale) for solution in solutions]
+        solutions = [s.rescaled(last.logit_scale) if isinstance(s, Head) else s for s in solutions]
     for solution in solutions[:-1]:
         if isinstance(last, Head) or space == "parameter":
             check_compatible(solution, last)
@@ -97,9 +97,8 @@ def measure(at: Span, mixtures: Tensor, features: FeatureCache) -> tuple[tuple[f
         points = torch.tensordot(chunk, ends.double(), 1).to(ends)  # in float64: far outside the ends shares are large
         weights = at.unit(at.encode(points))
         loss, right = torch.zeros(2, len(weights), dtype=torch.float64, device=weights.device)
-        for index in torch.arange(len(features)).split(ROWS):
-            x = inputs(features.rows(index).to(weights), weights)
-            labels = features.labels[index].to(weights.device)
+        for rows, labels, _ in features.batches(ROWS):
+            x, labels = inputs(rows.to(weights), weights), labels.to(weights.device)
             for m, w in enumerate(weights):
                 logits = at.scale * x @ w.T
                 loss[m] += F.cross_entropy(logits, labels, reduction="sum")

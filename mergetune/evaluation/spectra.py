@@ -136,16 +136,21 @@ def _operator(at: Span, point: Tensor, features: FeatureCache) -> LinearOperator
     gradient, step = _gradient(at, features), STEP * point.norm().clamp_min(1e-12)
 
     def product(v: np.ndarray) -> np.ndarray:
-        v = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).view(point.shape).to(point.device)
-        length = v.norm()
+        way = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).view(point.shape).to(point.device)
+        length = way.norm()
         if length == 0:
             return np.zeros(point.numel())
-        ahead, behind = gradient(torch.stack([point + step / length * v, point - step / length * v]))
+        ahead, behind = gradient(torch.stack([point + step / length * way, point - step / length * way]))
         return ((ahead - behind) * (length / (2 * step))).flatten().cpu().numpy()
 
+    return _linear_operator(point.numel(), product)
+
+
+def _linear_operator(size: int, product: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
     from scipy.sparse.linalg import LinearOperator  # scipy takes a second to import, and only curvature needs it
 
-    return LinearOperator((point.numel(),) * 2, matvec=product, dtype=np.float64)
+    # Its __new__ makes an object of another class, which has these arguments.
+    return LinearOperator((size, size), matvec=product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
 
 
 def _gradient(at: Span, features: FeatureCache) -> Callable[[Tensor], Tensor]:
@@ -155,10 +160,9 @@ def _gradient(at: Span, features: FeatureCache) -> Callable[[Tensor], Tensor]:
         points = points.detach().requires_grad_()
         encoded = at.encode(points)
         weights = encoded.detach().requires_grad_()
-        for index in torch.arange(len(features)).split(ROWS):
-            x = inputs(features.rows(index).to(weights), weights)
-            labels = features.labels[index].to(weights.device).expand(len(weights), -1)
-            logits = at.scale * x @ at.unit(weights).mT  # [M, B, C]
+        for x, labels, _ in features.batches(ROWS):
+            logits = at.scale * inputs(x.to(weights), weights) @ at.unit(weights).mT  # [M, B, C]
+            labels = labels.to(weights.device).expand(len(weights), -1)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
             (loss / len(features)).backward()
         return torch.autograd.grad(encoded, points, weights.grad)[0]
@@ -170,17 +174,17 @@ def _extremes(
     operator: LinearOperator, top: int, probes: int, tol: float, seed: int
 ) -> tuple[tuple[float, ...], float, float, float]:
     """The largest eigenvalues, the smallest, the trace and its standard error."""
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
     size, random = operator.shape[0], np.random.default_rng(seed)
-    start = random.standard_normal(size)
+    settings: dict[str, Any] = {"v0": random.standard_normal(size), "tol": tol, "maxiter": RESTARTS}
     try:
-        values, vectors = eigsh(operator, top, which="LA", v0=start, tol=tol, maxiter=RESTARTS)
+        values, vectors = eigsh(operator, top, which="LA", **settings)
         # Most eigenvalues lie close to 0, where Lanczos' relative accuracy is dear. Seen from the largest, the smallest
         # is the farthest, and as accurate as the spectrum's extent allows.
         far = max(values[-1], 0.0)
-        shifted = LinearOperator(operator.shape, matvec=lambda v: operator.matvec(v) - far * v, dtype=np.float64)
-        lowest = eigsh(shifted, 1, which="LM", v0=start, tol=tol, maxiter=RESTARTS, return_eigenvectors=False)[0] + far
+        shifted = _linear_operator(size, lambda v: operator.matvec(v) - far * v)
+        lowest = eigsh(shifted, 1, which="LM", return_eigenvectors=False, **settings)[0] + far
     except ArpackNoConvergence as error:
         raise RuntimeError(f"Lanczos did not converge: tol must be larger, got {tol} ({error})") from error
     # Hutchinson on what the known eigenvectors leave (Hutch++, arXiv 2010.09649): unbiased for any basis of theirs.
@@ -199,7 +203,10 @@ class _ExactText(TextParts):
 
     def project(self, x: Tensor) -> Tensor:
         norm = self.ln_final
-        x = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
+        if isinstance(norm, nn.LayerNorm):
+            x = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
+        else:
+            x = norm(x)
         if isinstance(self.projection, nn.Linear):
             return self.projection(x)
         return x if self.projection is None else x @ self.projection

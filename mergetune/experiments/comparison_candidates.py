@@ -313,6 +313,6 @@ def _encode(clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequenc
             groups.setdefault(solution.form, []).append(i)
     for members in groups.values():
         encode = solutions[members[0]].encoder(clip, classnames)
-        weights = encode(torch.stack([solutions[i].ctx.to(clip.device) for i in members]))
+        weights = encode(torch.stack([solutions[i].parameter.to(clip.device) for i in members]))
         found |= dict(zip(members, clip.logit_scale * F.normalize(weights, dim=-1), strict=True))
     return [found[i] for i in range(len(solutions))]

@@ -138,8 +138,7 @@ def measure(task: Task, record: Record, chosen: Mapping[str, int], folder: Path)
 
 
 def _right(weights: Tensor, features: FeatureCache) -> Tensor:
-    rows = torch.arange(len(features)).split(2048)
-    answers = [(inputs(features.rows(index), weights) @ weights.T).argmax(-1) for index in rows]
+    answers = [(inputs(x, weights) @ weights.T).argmax(-1) for x, _, _ in features.batches(2048)]
     return torch.cat(answers) == features.labels
 
 
@@ -148,7 +147,7 @@ def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, 
     experts = setup.experts
     if isinstance(experts, Mapping):
         experts = {
-            name: [s.kind, hashlib.sha256(s.parameter.cpu().contiguous().numpy()).hexdigest()]
+            name: [s.kind, hashlib.sha256(s.parameter.cpu().contiguous().numpy().data).hexdigest()]
             for name, s in experts.items()
         }
     return {
@@ -170,7 +169,7 @@ def write_json(file: Path, record: Any) -> None:
 def read_record(file: Path) -> Record:
     try:
         record = json.loads(read_regular_text(file))
-        record["cell"], record["settings"]
+        _ = record["cell"], record["settings"]
         return record
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {file} cannot be read ({error}): delete it to run it again") from error

@@ -111,6 +111,7 @@ def run_demo(
     zero_shot = Prompt.from_template(clip, TEMPLATE)
     runs: dict[str, list[BaseNovel]] = defaultdict(list)
     milliseconds: dict[str, list[float]] = defaultdict(list)
+    walks: dict[str, dict[str, Walk]] = {}
     for seed in seeds:
         shots = train.select(base.few_shot(SHOTS, seed=seed))
         common = {"seed": seed, "precision": PRECISION, "progress": progress}

@@ -74,7 +74,10 @@ def fit_dataset(
     if classes not in ("all", "base"):
         raise ValueError(f"classes must be all or base, got {classes!r}")
     out = Path(out)
-    parts = dict(zip(("base", "novel"), data.base_novel(), strict=True)) if classes == "base" else {"all": data}
+    parts: dict[str, Dataset] = {"all": data}
+    if classes == "base":
+        base, novel = data.base_novel()
+        parts = {"base": base, "novel": novel}
     visible = parts[classes]
     training = visible.few_shot(shots, seed)
     # The draw's own folder: another draw is another cache.

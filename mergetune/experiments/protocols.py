@@ -177,7 +177,7 @@ def finished_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(read_regular_text(file))
-        record["run"], record["settings"], record["results"]
+        _ = record["run"], record["settings"], record["results"]
         return record
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {file} cannot be read ({error}): delete it to run it again") from error

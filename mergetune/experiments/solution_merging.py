@@ -83,7 +83,7 @@ def merge_solutions(
         "experts": [expert.notes for expert in experts],
         "data": facts.images,
     }
-    if method == "compeft":
+    if method == "compeft" and start is not None:
         density = {name: options[name] for name in ("density",) if name in options}
         notes["size"] = asdict(merging.compeft_size(start, states, **density))
     options |= _from_images(facts, options, first, states, clip, features)

@@ -6,7 +6,7 @@ from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
     from mergetune.solutions.base import Encoder, inputs
-    from mergetune.solutions.checkpoints import read_head, read_prompt, read_sklearn
+    from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
     from mergetune.solutions.exports import push_to_hub, to_coop, to_head, to_hub, zero_shot_classifier
     from mergetune.solutions.head import Head
     from mergetune.solutions.kinds import (
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Encoder",
     "Head",
+    "HeadFile",
     "Prompt",
+    "PromptFile",
     "Solution",
     "check_compatible",
     "check_same_text",
@@ -34,7 +36,6 @@ __all__ = [
     "push_to_hub",
     "read_head",
     "read_prompt",
-    "read_sklearn",
     "to_coop",
     "to_head",
     "to_hub",
@@ -46,7 +47,7 @@ make_lazy(
     __name__,
     {
         "mergetune.solutions.base": "Encoder inputs",
-        "mergetune.solutions.checkpoints": "read_head read_prompt read_sklearn",
+        "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
         "mergetune.solutions.exports": "push_to_hub to_coop to_head to_hub zero_shot_classifier",
         "mergetune.solutions.head": "Head",
         "mergetune.solutions.kinds": (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -101,19 +102,29 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_solution(path: str | Path, kind: str, needed: set[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_solution(
+    path: str | Path, kind: str, needed: set[str], own: Mapping[str, type | UnionType]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`write_solution` wrote: the fields of ``solution.json``, and the tensors.
+
+    Args:
+        path: the folder.
+        kind: that it must hold.
+        needed: names of tensors that must be there.
+        own: the fields that this kind has beside those of all kinds, and their types.
+    """
     path = Path(path)
     config = read_config(path)
     if config.get("kind") != kind:
         raise ValueError(f"{path} must hold a {kind}, got {config.get('kind')!r}")
-    fields = {
+    fields: dict[str, type | UnionType] = {
         "classnames": list | None,
         "backbone": str | None,
         "fingerprint": str | None,
         "notes": dict,
         "sha256": str,
+        **own,
     }
-    fields |= {"template": str} if kind == "prompt" else {"logit_scale": int | float}
     for name, expected in fields.items():
         if name not in config or not isinstance(config[name], expected):
             raise ValueError(f"{path / CONFIG}: {name} must be there and right, got {config.get(name)!r}")

@@ -60,19 +60,20 @@ class HeadFile:
         Args:
             classnames: the names by label number; may be None where the file has names itself.
         """
-        if self.rows is None or isinstance(self.rows[0], int):
+        named = tuple(row for row in self.rows or () if isinstance(row, str))
+        if not named:
             if classnames is None:
                 raise ValueError("classnames must be given: the head does not name its classes")
-            names = tuple(classnames)
-            if self.rows is None or (max(self.rows) >= len(names) == len(self.rows)):
+            names, labels = tuple(classnames), tuple(row for row in self.rows or () if isinstance(row, int))
+            if not labels or (max(labels) >= len(names) == len(labels)):
                 return names
-            if min(self.rows) < 0 or max(self.rows) >= len(names):
-                raise ValueError(f"classnames must name the labels up to {max(self.rows)}, got {len(names)} names")
-            return tuple(names[label] for label in self.rows)
-        if classnames is not None and set(classnames) != set(self.rows):
-            other = sorted(set(classnames) ^ set(self.rows))
+            if min(labels) < 0 or max(labels) >= len(names):
+                raise ValueError(f"classnames must name the labels up to {max(labels)}, got {len(names)} names")
+            return tuple(names[label] for label in labels)
+        if classnames is not None and set(classnames) != set(named):
+            other = sorted(set(classnames) ^ set(named))
             raise ValueError(f"classnames must be those of the head, got a difference in {', '.join(other[:5])}")
-        return self.rows
+        return named
 
 
 def read_prompt(path: str | Path) -> PromptFile:
@@ -190,14 +191,15 @@ def _head(
     if binary and len(weight) == 1:
         weight = torch.cat([-weight / 2, weight / 2])
         bias = None if bias is None else torch.cat([-bias / 2, bias / 2])
+    stand_for = None
     if rows is not None:
         if len(rows) != len(weight):
             raise ValueError(f"{origin}: there must be a class for each of the {len(weight)} rows, got {len(rows)}")
         numbers = [int(row) for row in rows if isinstance(row, int | float) and float(row).is_integer()]
         if len(numbers) != len(rows) and not all(isinstance(row, str) for row in rows):
             raise ValueError(f"{origin}: classes must be whole numbers or names, got {rows[:3]}")
-        rows = tuple(numbers or rows)
-    return weight, bias, rows
+        stand_for = tuple(numbers) if numbers else tuple(rows)
+    return weight, bias, stand_for
 
 
 def _floats(name: str, values: Any) -> Tensor:

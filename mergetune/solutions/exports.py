@@ -19,8 +19,7 @@ from huggingface_hub import HfApi, ModelCardData
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.clip import FrozenClip, fill
-from mergetune.clip.loading import PRECISIONS
+from mergetune.clip import PRECISIONS, FrozenClip, fill
 from mergetune.io import write_atomically
 from mergetune.solutions.head import Head
 from mergetune.solutions.kinds import Solution
@@ -214,9 +213,10 @@ def push_to_hub(
 
 
 def _classnames(solution: Solution, classnames: Sequence[str] | None) -> tuple[str, ...]:
-    if classnames is None and solution.classnames is None:
+    names = solution.classnames if classnames is None else classnames
+    if names is None:
         raise ValueError("classnames must be given for a prompt that is shared by all classes")
-    return tuple(solution.classnames if classnames is None else classnames)
+    return tuple(names)
 
 
 def _as_head(solution: Solution, clip: FrozenClip | None, classnames: Sequence[str] | None) -> Head:

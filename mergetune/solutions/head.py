@@ -122,6 +122,7 @@ class Head:
         return self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
 
     def with_parameter(self, parameter: Tensor, **changes: Any) -> Head:
+        """A head with this :attr:`parameter`, copied as float32; ``changes`` are of other fields."""
         parameter = parameter.detach().float().clone()
         if self.bias is None:
             return replace(self, weight=parameter, **changes)
@@ -178,7 +179,7 @@ class Head:
     @classmethod
     def load(cls, path: str | Path) -> Head:
         """Read what :meth:`save` wrote."""
-        config, tensors = read_solution(path, cls.kind, {"weight"})
+        config, tensors = read_solution(path, cls.kind, {"weight"}, {"logit_scale": int | float})
         return cls(
             weight=tensors["weight"],
             bias=tensors.get("bias"),

@@ -10,6 +10,7 @@ from mergetune.solutions.base import CONFIG, check_same_classes, read_config
 from mergetune.solutions.head import Head
 from mergetune.solutions.prompt import Prompt
 
+#: What is trained, interpolated and saved, of either kind.
 Solution = Prompt | Head
 
 
@@ -74,9 +75,9 @@ def check_compatible(a: Solution, b: Solution) -> None:
         raise ValueError(
             f"solutions on one path must have one shape, got {list(a.parameter.shape)} and {list(b.parameter.shape)}"
         )
-    if a.classnames is not None:
+    if a.classnames is not None and b.classnames is not None:  # contexts of one shape both have them
         check_same_classes("classnames", a.classnames, b.classnames)
-    if isinstance(a, Head) and abs(a.logit_scale / b.logit_scale - 1) > 1e-6:
+    if isinstance(a, Head) and isinstance(b, Head) and abs(a.logit_scale / b.logit_scale - 1) > 1e-6:
         raise ValueError(f"heads on one path must have one logit_scale, got {a.logit_scale} and {b.logit_scale}")
 
 

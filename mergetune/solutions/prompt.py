@@ -136,6 +136,7 @@ class Prompt:
 
     @property
     def n_ctx(self) -> int:
+        """n, the number of context vectors."""
         return self.ctx.shape[-2]
 
     @property
@@ -149,6 +150,7 @@ class Prompt:
         return self.template.split("{}")[1], self.position, tuple(self.ctx.shape), self.classnames
 
     def with_parameter(self, ctx: Tensor, **changes: Any) -> Prompt:
+        """A prompt with these context vectors, copied as float32; ``changes`` are of other fields."""
         return replace(self, ctx=ctx.detach().float().clone(), **changes)
 
     def per_class(self, classnames: Sequence[str]) -> Prompt:
@@ -216,7 +218,7 @@ class Prompt:
     @classmethod
     def load(cls, path: str | Path) -> Prompt:
         """Read what :meth:`save` wrote."""
-        config, tensors = read_solution(path, cls.kind, {"ctx"})
+        config, tensors = read_solution(path, cls.kind, {"ctx"}, {"template": str})
         position = config.get("position", "end")  # files from before the other positions do not have it
         return cls(ctx=tensors["ctx"], template=config["template"], position=position, **common_fields(config))
 

@@ -41,9 +41,10 @@ def fisher_diagonal(
     """
     weights = (F.normalize(w1, dim=-1) if normalize else w1).float()
     total = torch.zeros_like(weights, dtype=torch.float64)
-    for index in torch.arange(len(features)).split(batch_size):
-        x = features.rows(index) if isinstance(features, FeatureCache) else features[index]
-        x = inputs(x.to(weights), weights)
+    cached = isinstance(features, FeatureCache)
+    parts = (rows for rows, _, _ in features.batches(batch_size)) if cached else features.split(batch_size)
+    for part in parts:
+        x = inputs(part.to(weights), weights)
         p = (scale * x @ weights.T).softmax(-1)
         total += ((p * (1 - p)).T @ x.square()).double()
     if not unit_mean:

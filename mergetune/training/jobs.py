@@ -16,7 +16,7 @@ from mergetune.facts import FitOptions, TuneOptions
 from mergetune.solutions import Head, Solution
 from mergetune.training.objective import Objective
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOWER_PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def check_cuda_graph(wanted: bool, device: torch.device, *, random: bool = False
 
 def tower_precision(precision: str, device: torch.device) -> str:
     """The precision of the text tower; "auto" is bfloat16 where the machine multiplies it faster than float32."""
-    if precision not in ("auto", *PRECISIONS):
-        raise ValueError(f"precision must be one of auto, {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in ("auto", *TOWER_PRECISIONS):
+        raise ValueError(f"precision must be one of auto, {', '.join(TOWER_PRECISIONS)}, got {precision!r}")
     if precision != "auto":
         return precision
     if device.type == "cuda":

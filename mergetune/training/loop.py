@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mergetune.clip import TextEncoder
 from mergetune.training.jobs import Job
-from mergetune.training.objective import Batch, Objective, together
+from mergetune.training.objective import Batch, Objective, products_with, together
 from mergetune.training.runs import FitResult, TrainingRun
 
 MAX_PRODUCTS = 1 << 28  # bytes of anchors' products that are kept for all features
@@ -62,7 +64,8 @@ def _groups(runs: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
         if len(alike) > 1:
             # More prompts in a call, and the tower makes every activation twice: that costs what lockstep saves.
             prompts = max(run.job.objective.prompts for run in alike)
-            parts = math.ceil(len(alike) / max(1, alike[0].job.objective.encode.at_once // prompts))
+            encode = cast(TextEncoder, alike[0].job.objective.encode)  # a pace is shared by prompts alone
+            parts = math.ceil(len(alike) / max(1, encode.at_once // prompts))
         for part in range(parts):
             yield alike[part::parts]
 
@@ -108,6 +111,10 @@ def _capture(gradients: Callable[..., list[tuple[Tensor, ...]]], batches: Sequen
 
     The optimisers step outside of it, so that their learning rates may change.
     """
+
+    def tensors(batch: Sequence[object]) -> list[Tensor]:
+        return [t for t in batch if isinstance(t, Tensor)]  # neither the generator, which is unused, nor None
+
     static = [tuple(t.clone() if isinstance(t, Tensor) else t for t in batch) for batch in batches]
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -121,9 +128,8 @@ def _capture(gradients: Callable[..., list[tuple[Tensor, ...]]], batches: Sequen
 
     def replay(batches: Sequence[Batch]) -> list[tuple[Tensor, ...]]:
         for places, batch in zip(static, batches, strict=True):
-            for place, new in zip(places, batch, strict=True):
-                if isinstance(place, Tensor):  # neither a generator, which is unused, nor None
-                    place.copy_(new, non_blocking=True)
+            for place, new in zip(tensors(places), tensors(batch), strict=True):
+                place.copy_(new, non_blocking=True)
         graph.replay()
         return results
 
@@ -139,6 +145,6 @@ def _anchor_products(job: Job, most: int) -> Tensor | None:
     if objective.space != "embedding" or 4 * math.prod(shape) > most:
         return None
     products = torch.empty(shape, device=device)
-    for part in torch.arange(len(features)).split(4096):
-        products[:, part] = objective.anchor_products(features.rows(part).to(device))
+    for x, _, part in features.batches(4096):
+        products[:, part] = products_with(objective.anchors, x.to(device))
     return products

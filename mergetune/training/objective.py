@@ -96,7 +96,7 @@ class Objective:
         """``x @ anchors.T``, [K, B, C], which can be made once for all features; None where it is not needed."""
         if self.anchors is None or self.space != "embedding":
             return None
-        return inputs(x, self.anchors) @ self.anchors.mT
+        return products_with(self.anchors, x)
 
     def _loss_at(
         self,
@@ -107,14 +107,14 @@ class Objective:
         anchor_dots: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Endpoint and surrogate, and with ``alphas`` the paths to the anchors, from the class weights w [C, D]."""
-        none = w.new_empty(0)
+        anchors, betas = (w.new_empty(0, *w.shape), w.new_empty(0)) if alphas is None else self._paths
         loss, terms = ops.lmc_loss(
             inputs(x, w),
             labels,
             w,
-            w.new_empty(0, *w.shape) if alphas is None else self.anchors,
-            none if alphas is None else alphas,
-            none if alphas is None else self.betas,
+            anchors,
+            w.new_empty(0) if alphas is None else alphas,
+            betas,
             scale=self.scale,
             w1=self.w1 if self._is_diagonal else None,
             curvature=self.curvature,
@@ -143,7 +143,8 @@ class Objective:
         if alphas is None or self.space == "embedding":
             return parameter[None]
         t = alphas.to(parameter).view(1, len(alphas), *(1,) * parameter.ndim)
-        path = self.anchors[:, None] + t * (parameter - self.anchors[:, None])
+        anchors, _ = self._paths
+        path = anchors[:, None] + t * (parameter - anchors[:, None])
         return torch.cat([parameter[None], path.flatten(0, 1)])
 
     def _loss(
@@ -157,13 +158,26 @@ class Objective:
         unit = F.normalize(weights[1:], dim=-1) if self.normalize else weights[1:]
         logits = self.scale * torch.einsum("bd,pcd->pbc", inputs(x, unit), unit)
         points = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(unit)), reduction="none")
-        points = points.view(len(self.anchors), -1).mean(1)
-        return loss + (self.betas.to(points) * points).sum(), torch.cat([terms, points.detach()])
+        anchors, betas = self._paths
+        points = points.view(len(anchors), -1).mean(1)
+        return loss + (betas.to(points) * points).sum(), torch.cat([terms, points.detach()])
+
+    @property
+    def _paths(self) -> tuple[Tensor, Tensor]:
+        """The anchors and the weights of their paths, where there are paths."""
+        if self.anchors is None or self.betas is None:
+            raise ValueError("betas must hold a weight for each anchor's path, got anchors or betas alone")
+        return self.anchors, self.betas
 
     @property
     def _is_diagonal(self) -> bool:
         """Whether the fused op computes the surrogate: on unit norm, 1 - cos is the identity's 1/2 |t - t1|^2."""
         return self.surrogate in ("identity", "fisher") or (self.surrogate == "cosine" and self.normalize)
+
+
+def products_with(anchors: Tensor, x: Tensor) -> Tensor:
+    """Features [B, D] times the anchors' class weights [K, C, D], [K, B, C]."""
+    return inputs(x, anchors) @ anchors.mT
 
 
 Batch = tuple[Tensor, Tensor, torch.Generator | None, Tensor | None]
@@ -179,7 +193,7 @@ def together(
         Loss and terms of each, as :meth:`Objective.__call__` does.
     """
     alphas = [objective._alphas(batch[2]) for objective, batch in zip(objectives, batches, strict=True)]
-    stacks = [objective._stack(*given) for objective, *given in zip(objectives, parameters, alphas, strict=True)]
+    stacks = [objective._stack(w, points) for objective, w, points in zip(objectives, parameters, alphas, strict=True)]
     encode, sizes = objectives[0].encode, [len(stack) for stack in stacks]
     # One alone is not copied: a head is its own class weights, and they may be many.
     weights = encode(torch.cat(stacks)).split(sizes) if len(stacks) > 1 else [encode(stacks[0])]

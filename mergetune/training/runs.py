@@ -212,11 +212,10 @@ def short_digest(*parts: Tensor | str) -> str:
     """Short SHA-256 of tensors and texts."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(
-            part.encode()
-            if isinstance(part, str)
-            else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        )
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

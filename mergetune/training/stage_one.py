@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mergetune import ops
-from mergetune.clip import FrozenClip, check_templates
+from mergetune.clip import PRECISIONS, FrozenClip, check_templates
 from mergetune.data import FeatureCache
 from mergetune.facts import TuneOptions, recorded
 from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.solutions import Head, Prompt, Solution
-from mergetune.training.jobs import PRECISIONS, Job, check_cuda_graph, check_features, tower_precision, training_of
+from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Objective
 from mergetune.training.runs import FitResult

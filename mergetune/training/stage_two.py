@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mergetune import ops
-from mergetune.clip import PLAIN, FrozenClip, check_templates, words_before
+from mergetune.clip import PLAIN, PRECISIONS, FrozenClip, check_templates, words_before
 from mergetune.data import FeatureCache
 from mergetune.facts import FitOptions, recorded
 from mergetune.facts.function_options import SPACES, SURROGATES
 from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text
 from mergetune.training.curvature import fisher_diagonal
-from mergetune.training.jobs import PRECISIONS, Job, check_cuda_graph, check_features, tower_precision, training_of
+from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Objective, path_points
 from mergetune.training.runs import FitResult, short_digest
@@ -121,7 +121,9 @@ def fit_job(
         raise TypeError(f"tuned must be a Prompt or Head, or several, got {others[0]!r}: load it first")
     if not anchors:
         raise ValueError("tuned must hold at least one solution, got none")
-    betas = [float(options.beta)] * len(anchors) if isinstance(options.beta, Real) else [float(b) for b in options.beta]
+    beta = options.beta
+    one = isinstance(beta, Real | float | int)  # Real holds the others too, but not for type checkers
+    betas = [float(beta)] * len(anchors) if one else [float(b) for b in beta]
     if len(betas) != len(anchors):
         raise ValueError(f"beta must be one number, or one for each of the {len(anchors)} solutions, got {len(betas)}")
     for name, values in (("lam", [options.lam]), ("beta", betas)):
@@ -201,8 +203,11 @@ def _zero_shot(
     The parameter of templates is the words of the first that has a token for each of tuned's context vectors, the plain
     "a photo of a" if none has: a dataset's own template, "{} texture.", may have no words in front of the name.
     """
-    given = zero_shot if isinstance(zero_shot, Prompt | Head) else None
-    templates = () if given is not None else check_templates(PLAIN if zero_shot is None else zero_shot)
+    given, templates = None, ()
+    if isinstance(zero_shot, Prompt | Head):
+        given = zero_shot
+    else:
+        templates = check_templates(PLAIN if zero_shot is None else zero_shot)
     if isinstance(tuned, Head):
         if given is None:
             given = Head.zero_shot(clip, classnames, templates, bias=tuned.bias is not None)

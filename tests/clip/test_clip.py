@@ -19,7 +19,7 @@ from tiny import SIGLIP, TEXT, VISION
 
 import mergetune
 from mergetune import FrozenClip, Prompt, load_clip
-from mergetune.clip import warn_quickgelu
+from mergetune.clip.loading import warn_quickgelu
 
 ICON = f"local-dir:{Path(mergetune.__file__).parent / 'assets' / 'icon-clip'}"
 NAMES = ["cat", "fire truck", "dog"]

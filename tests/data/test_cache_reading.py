@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mergetune.clip import PRECISIONS
 from mergetune.data import FeatureCache, ImageList, cache_building, cache_features, cache_files, row_reading
 from mergetune.data import cache as cache_module
 from mergetune.evaluation import accuracy
@@ -74,14 +75,14 @@ def uneven_cache(path: Path, dtype: str = "float32", *, views: int = 3, dim: int
     for number in range(12):
         own = cache_files.shard_files(plan, number)
         skipped = {file: "gone" for file in own if number in (4, 11) or file in ("0.png", "13.png", "14.png")}
-        rows = torch.randn(views, len(own) - len(skipped), dim, generator=generator).to(cache_files.DTYPES[dtype])
+        rows = torch.randn(views, len(own) - len(skipped), dim, generator=generator).to(PRECISIONS[dtype])
         cache_building._write_shard(path, plan, number, rows, [["", 0, 0]] * len(own), skipped)
         all_rows.append(rows)
     cache_building._finish(path, plan)
     return torch.cat(all_rows, dim=1).float()
 
 
-@pytest.mark.parametrize("dtype", cache_files.DTYPES)
+@pytest.mark.parametrize("dtype", PRECISIONS)
 def test_rows_of_many_shards_are_a_plain_gather(tmp_path, monkeypatch, way, dtype):
     expected = uneven_cache(tmp_path / "cache", dtype)
     cache = FeatureCache.open(tmp_path / "cache")
@@ -103,6 +104,24 @@ def test_rows_of_many_shards_are_a_plain_gather(tmp_path, monkeypatch, way, dtyp
                 assert torch.equal(view.rows(index), expected[0, rows[index]]), name
                 assert torch.equal(view.rows(index, which), expected[which, rows[index]]), name
         assert torch.equal(cache.rows(torch.arange(36, -1, -1), 1), expected[1].flip(0))
+
+
+@pytest.mark.parametrize("size", [1, 10, 37, 100])
+def test_batches_are_all_rows_in_their_order(tmp_path, way, size):
+    expected = uneven_cache(tmp_path / "cache")[0]
+    cache = FeatureCache.open(tmp_path / "cache")
+    parts = list(cache.batches(size))
+    assert [len(rows) for rows, _, _ in parts] == [min(size, 37 - begin) for begin in range(0, 37, size)]
+    assert torch.equal(torch.cat([rows for rows, _, _ in parts]), expected)
+    for rows, labels, part in parts:
+        assert torch.equal(rows, expected[part]) and torch.equal(labels, cache.labels[part])
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_need_a_size(tmp_path, size):
+    uneven_cache(tmp_path / "cache")
+    with pytest.raises(ValueError, match=f"size must be at least 1, got {size}"):
+        next(FeatureCache.open(tmp_path / "cache").batches(size))
 
 
 def test_rows_that_follow_each_other_are_read_at_once(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mergetune.data import Dataset, ImageFolder, ImageList, coop_split, image_table, load_image, prettify
+from mergetune.data import Dataset, ImageFolder, ImageList, coop_split, image_table, load_image
+from mergetune.data.image_files import prettify
 
 
 def draw_image(path: Path, colour: int = 0, size: tuple[int, int] = (6, 4)) -> Path:

@@ -21,9 +21,9 @@ from mergetune.data import (
     coop_split,
     few_shot_path,
     load_image,
-    missing,
     templates_for,
 )
+from mergetune.data.benchmarks import missing
 
 
 @pytest.fixture
