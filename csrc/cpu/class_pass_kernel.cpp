@@ -2,7 +2,7 @@
 //
 // A class is a row, and rows are independent: threads share them out, and no sum crosses a row. No standard containers
 // here; see path_cross_entropy_kernel.cpp.
-#include "class_pass_kernel.h"
+#include "cpu/class_pass_kernel.h"
 
 #include <cmath>
 

@@ -1,39 +1,14 @@
 // path_cross_entropy on the CPU: checks the values, makes the workspace and calls the chosen variant.
+#include "cpu/path_cross_entropy_kernel.h"
+
 #include <algorithm>
-#include <memory>
-#include <new>
-#include <stdexcept>
 #include <string>
 
-#include "path_cross_entropy_kernel.h"
-#include "variants.h"
+#include "checks.h"
+#include "cpu/variants.h"
+#include "cpu/workspace.h"
 
 namespace mergetune {
-namespace {
-
-void check_range(const char* name, const std::int64_t* values, std::int64_t count, std::int64_t low,
-                 std::int64_t high) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        if (values[i] < low || values[i] > high) {
-            throw std::invalid_argument(std::string(name) + " must lie in [" + std::to_string(low) + ", " +
-                                        std::to_string(high) + "], got " + std::to_string(values[i]) + " at index " +
-                                        std::to_string(i));
-        }
-    }
-}
-
-struct Free {
-    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(cache_line)); }
-};
-
-// Uninitialised and aligned to a cache line: the kernel writes before it reads.
-template <class T>
-std::unique_ptr<T, Free> allocate(std::int64_t count) {
-    return std::unique_ptr<T, Free>(
-        static_cast<T*>(::operator new(sizeof(T) * std::size_t(count), std::align_val_t(cache_line))));
-}
-
-}  // namespace
 
 template <class T>
 void path_cross_entropy_cpu(const PathCrossEntropy<T>& op, int num_threads, const std::string& requested) {
@@ -47,17 +22,13 @@ void path_cross_entropy_cpu(const PathCrossEntropy<T>& op, int num_threads, cons
 
     const RowBlocks blocks(op.B);
     const std::int64_t points = op.P * padded_classes<T>(op.C);
-    const auto rscale = allocate<T>(points);
-    const auto tiles = allocate<T>(threads * tile_size<T>(op.K, op.C));
-    const auto d_rscale = allocate<T>(blocks.count * points);
-    const auto loss = allocate<double>(blocks.count * op.P);
+    const auto rscale = allocate_workspace<T>(points);
+    const auto tiles = allocate_workspace<T>(threads * tile_size<T>(op.K, op.C));
+    const auto d_rscale = allocate_workspace<T>(blocks.count * points);
+    const auto loss = allocate_workspace<double>(blocks.count * op.P);
     const PathWorkspace<T> workspace{rscale.get(), tiles.get(), d_rscale.get(), loss.get()};
 
-#ifdef MERGETUNE_WITH_X86
-    if (variant == "avx512") return avx512::path_cross_entropy(op, workspace, threads);
-    if (variant == "avx2") return avx2::path_cross_entropy(op, workspace, threads);
-#endif
-    portable::path_cross_entropy(op, workspace, threads);
+    MT_CALL_VARIANT(variant, path_cross_entropy(op, workspace, threads));
 }
 
 template void path_cross_entropy_cpu<float>(const PathCrossEntropy<float>&, int, const std::string&);

@@ -2,25 +2,13 @@
 //
 // No standard containers or algorithms here: their functions are merged by name across object files, and a
 // copy compiled for AVX-512 must never be the one that every machine runs.
-#include "path_cross_entropy_kernel.h"
+#include "cpu/path_cross_entropy_kernel.h"
 
-#include "mergetune/row_math.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "cpu/kernel_basics.h"
 
 namespace mergetune {
 namespace MT_VARIANT {
 namespace {
-
-inline int this_thread() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 // The padding makes logits of -inf, hence exponentials and gradients of exactly 0, with finite products.
 constexpr int product_padding = -1;
@@ -31,11 +19,6 @@ template <class T>
 inline void copy_padded(const T* from, T* to, std::int64_t C, std::int64_t width, T padding) {
     for (std::int64_t c = 0; c < C; ++c) to[c] = from[c];
     for (std::int64_t c = C; c < width; ++c) to[c] = padding;
-}
-
-template <class T>
-inline void fill(T* to, std::int64_t count, T value) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
 // The three passes below work on padded, aligned rows of `width` classes.

@@ -1,19 +1,19 @@
 // The CPU kernel of path_cross_entropy as each variant exports it, and the workspace it is given.
 #pragma once
 
+#include "cpu/alignment.h"
+#include "cpu/each_variant.h"
 #include "mergetune/path_cross_entropy.h"
 
 namespace mergetune {
 
-constexpr std::int64_t cache_line = 64;  // bytes, and the widest vector
 constexpr std::int64_t tile_rows = 4;    // most rows that go through the passes together
 constexpr std::int64_t tile_bytes = 24 << 10;  // a larger tile would push itself out of the first-level cache
 
-// Classes rounded up to whole vectors: in the workspace every row begins on a cache line and no loop has a remainder.
+// In the workspace every row of classes begins on a cache line and is whole vectors long: no loop has a remainder.
 template <class T>
 constexpr std::int64_t padded_classes(std::int64_t C) {
-    constexpr std::int64_t lanes = cache_line / sizeof(T);
-    return (C + lanes - 1) / lanes * lanes;
+    return whole_vectors<T>(C);
 }
 
 // Elements from one row of a tile to the next: one cache line more than the row, so that rows of 2^n classes do not
@@ -50,14 +50,8 @@ std::int64_t tile_size(std::int64_t K, std::int64_t C) {
     return (K + 3) * tile_rows * tile_pitch<T>(C);
 }
 
-#define MT_DECLARE(variant)                                                                              \
-    namespace variant {                                                                                  \
-    void path_cross_entropy(const PathCrossEntropy<float>&, const PathWorkspace<float>&, int threads);   \
-    void path_cross_entropy(const PathCrossEntropy<double>&, const PathWorkspace<double>&, int threads); \
-    }
-MT_DECLARE(portable)
-MT_DECLARE(avx2)
-MT_DECLARE(avx512)
-#undef MT_DECLARE
+#define MT_EXPORTS(T) void path_cross_entropy(const PathCrossEntropy<T>&, const PathWorkspace<T>&, int threads);
+MT_DECLARE_IN_EACH_VARIANT(MT_EXPORTS(float) MT_EXPORTS(double))
+#undef MT_EXPORTS
 
 }  // namespace mergetune

@@ -1,32 +1,16 @@
 // prefix_attention on the CPU: checks the values, makes the workspace and calls the chosen variant.
+#include "cpu/prefix_attention_kernel.h"
+
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
-#include "prefix_attention_kernel.h"
-#include "variants.h"
+#include "checks.h"
+#include "cpu/variants.h"
+#include "cpu/workspace.h"
 
 namespace mergetune {
 namespace {
-
-struct Free {
-    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(widest_vector)); }
-};
-
-// Uninitialised and aligned: the kernel writes before it reads.
-template <class Real>
-std::unique_ptr<Real, Free> allocate(std::int64_t count) {
-    return std::unique_ptr<Real, Free>(
-        static_cast<Real*>(::operator new(sizeof(Real) * std::size_t(count), std::align_val_t(widest_vector))));
-}
-
-void check_at_least(const char* name, std::int64_t least, std::int64_t value) {
-    if (value >= least) return;
-    throw std::invalid_argument(std::string(name) + " must be at least " + std::to_string(least) + ", got " +
-                                std::to_string(value));
-}
 
 void check_offset(std::int64_t index, const std::string& rule, bool holds, std::int64_t value) {
     if (holds) return;
@@ -73,8 +57,8 @@ void with_workspace(const PrefixAttention<T>& op, bool backward, int num_threads
     const int threads = small ? 1 : int(std::max<std::int64_t>(1, std::min<std::int64_t>(num_threads, units)));
 
     const Scratch place = Scratch::of<Real>(op.d, most_keys, backward);
-    const auto scratch = allocate<Real>(threads * place.size);
-    const auto d_prefix = allocate<Real>(backward ? units * op.H * 2 * op.S * place.width : 0);
+    const auto scratch = allocate_workspace<Real>(threads * place.size);
+    const auto d_prefix = allocate_workspace<Real>(backward ? units * op.H * 2 * op.S * place.width : 0);
     run(AttentionWorkspace<Real>{scratch.get(), d_prefix.get(), most_keys}, threads);
 }
 
@@ -83,13 +67,9 @@ void with_workspace(const PrefixAttention<T>& op, bool backward, int num_threads
 template <class T>
 void prefix_attention_cpu(const PrefixAttention<T>& op, const Heads<T>& out, int num_threads,
                           const std::string& requested) {
-    [[maybe_unused]] const std::string& variant = choose_cpu_variant(requested);
+    const std::string& variant = choose_cpu_variant(requested);
     with_workspace(op, false, num_threads, [&](const auto& workspace, int threads) {
-#ifdef MERGETUNE_WITH_X86
-        if (variant == "avx512") return avx512::prefix_attention(op, out, workspace, threads);
-        if (variant == "avx2") return avx2::prefix_attention(op, out, workspace, threads);
-#endif
-        portable::prefix_attention(op, out, workspace, threads);
+        MT_CALL_VARIANT(variant, prefix_attention(op, out, workspace, threads));
     });
 }
 
@@ -97,13 +77,9 @@ template <class T>
 void prefix_attention_backward_cpu(const PrefixAttention<T>& op, const Heads<const T>& d_out,
                                    const PrefixAttentionGradients<T>& gradients, int num_threads,
                                    const std::string& requested) {
-    [[maybe_unused]] const std::string& variant = choose_cpu_variant(requested);
+    const std::string& variant = choose_cpu_variant(requested);
     with_workspace(op, true, num_threads, [&](const auto& workspace, int threads) {
-#ifdef MERGETUNE_WITH_X86
-        if (variant == "avx512") return avx512::prefix_attention_backward(op, d_out, gradients, workspace, threads);
-        if (variant == "avx2") return avx2::prefix_attention_backward(op, d_out, gradients, workspace, threads);
-#endif
-        portable::prefix_attention_backward(op, d_out, gradients, workspace, threads);
+        MT_CALL_VARIANT(variant, prefix_attention_backward(op, d_out, gradients, workspace, threads));
     });
 }
 

@@ -1,6 +1,8 @@
 // The CPU kernels of prefix_attention as each variant exports them, and the workspace they are given.
 #pragma once
 
+#include "cpu/alignment.h"
+#include "cpu/each_variant.h"
 #include "mergetune/prefix_attention.h"
 
 namespace mergetune {
@@ -15,14 +17,7 @@ struct Arithmetic<BFloat16> {
     using type = float;
 };
 
-constexpr std::int64_t widest_vector = 64;  // bytes, of any variant
-constexpr std::int64_t query_rows = 16;     // most queries whose probabilities are held at once
-
-template <class Real>
-constexpr std::int64_t whole_vectors(std::int64_t count) {
-    constexpr std::int64_t lanes = widest_vector / sizeof(Real);
-    return (count + lanes - 1) / lanes * lanes;
-}
+constexpr std::int64_t query_rows = 16;  // most queries whose probabilities are held at once
 
 // Sequences are cut into blocks by C alone, so that the order of every sum is the same for any number of threads.
 struct SequenceBlocks {
@@ -70,22 +65,13 @@ struct AttentionWorkspace {
     std::int64_t most_keys;  // S + the longest sequence
 };
 
-#define MT_DECLARE_FOR(T)                                                                                   \
-    void prefix_attention(const PrefixAttention<T>&, const Heads<T>&,                                       \
-                          const AttentionWorkspace<Arithmetic<T>::type>&, int threads);                     \
-    void prefix_attention_backward(const PrefixAttention<T>&, const Heads<const T>&,                        \
-                                   const PrefixAttentionGradients<T>&,                                      \
+#define MT_EXPORTS(T)                                                                   \
+    void prefix_attention(const PrefixAttention<T>&, const Heads<T>&,                   \
+                          const AttentionWorkspace<Arithmetic<T>::type>&, int threads); \
+    void prefix_attention_backward(const PrefixAttention<T>&, const Heads<const T>&,    \
+                                   const PrefixAttentionGradients<T>&,                  \
                                    const AttentionWorkspace<Arithmetic<T>::type>&, int threads);
-#define MT_DECLARE(variant)      \
-    namespace variant {          \
-    MT_DECLARE_FOR(float)        \
-    MT_DECLARE_FOR(double)       \
-    MT_DECLARE_FOR(BFloat16)     \
-    }
-MT_DECLARE(portable)
-MT_DECLARE(avx2)
-MT_DECLARE(avx512)
-#undef MT_DECLARE
-#undef MT_DECLARE_FOR
+MT_DECLARE_IN_EACH_VARIANT(MT_EXPORTS(float) MT_EXPORTS(double) MT_EXPORTS(BFloat16))
+#undef MT_EXPORTS
 
 }  // namespace mergetune

@@ -1,29 +1,21 @@
 // Task vectors on the CPU: chooses the variant.
-#include "task_vectors_kernel.h"
+#include "cpu/task_vectors_kernel.h"
 
-#include "variants.h"
+#include "cpu/variants.h"
 
 namespace mergetune {
 
 template <class Value>
 void merge_deltas_cpu(const TaskVectors<Value>& op, Real<Value>* out, const std::string& requested) {
-    [[maybe_unused]] const std::string& variant = choose_cpu_variant(requested);
-#ifdef MERGETUNE_WITH_X86
-    if (variant == "avx512") return avx512::merge_deltas(op, out);
-    if (variant == "avx2") return avx2::merge_deltas(op, out);
-#endif
-    portable::merge_deltas(op, out);
+    const std::string& variant = choose_cpu_variant(requested);
+    MT_CALL_VARIANT(variant, merge_deltas(op, out));
 }
 
 template <class Value>
 void count_around_cpu(const Value* values, const Value* base, std::int64_t n, Real<Value> low, Real<Value> high,
                       std::int64_t counts[4], Real<Value>* between, const std::string& requested) {
-    [[maybe_unused]] const std::string& variant = choose_cpu_variant(requested);
-#ifdef MERGETUNE_WITH_X86
-    if (variant == "avx512") return avx512::count_around(values, base, n, low, high, counts, between);
-    if (variant == "avx2") return avx2::count_around(values, base, n, low, high, counts, between);
-#endif
-    portable::count_around(values, base, n, low, high, counts, between);
+    const std::string& variant = choose_cpu_variant(requested);
+    MT_CALL_VARIANT(variant, count_around(values, base, n, low, high, counts, between));
 }
 
 #define MT_INSTANTIATE(Value)                                                                                  \

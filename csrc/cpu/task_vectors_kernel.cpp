@@ -2,7 +2,7 @@
 //
 // Elements are independent and meet the experts in their order, so the bits depend on the variant alone. One thread:
 // the caller has a stretch for each. No standard containers here; see path_cross_entropy_kernel.cpp.
-#include "task_vectors_kernel.h"
+#include "cpu/task_vectors_kernel.h"
 
 #include <cmath>
 #include <cstring>

@@ -1,25 +1,16 @@
 // The CPU kernels of merge_deltas and count_around as each variant exports them.
 #pragma once
 
+#include "cpu/each_variant.h"
 #include "mergetune/task_vectors.h"
 
 namespace mergetune {
 
-#define MT_DECLARE_FOR(Value)                                                                                        \
-    void merge_deltas(const TaskVectors<Value>&, Real<Value>* out);                                                  \
-    void count_around(const Value* values, const Value* base, std::int64_t n, Real<Value> low, Real<Value> high,     \
+#define MT_EXPORTS(Value)                                                                                        \
+    void merge_deltas(const TaskVectors<Value>&, Real<Value>* out);                                              \
+    void count_around(const Value* values, const Value* base, std::int64_t n, Real<Value> low, Real<Value> high, \
                       std::int64_t counts[4], Real<Value>* between);
-#define MT_DECLARE(variant)     \
-    namespace variant {         \
-    MT_DECLARE_FOR(float)       \
-    MT_DECLARE_FOR(double)      \
-    MT_DECLARE_FOR(Half)        \
-    MT_DECLARE_FOR(BFloat16)    \
-    }
-MT_DECLARE(portable)
-MT_DECLARE(avx2)
-MT_DECLARE(avx512)
-#undef MT_DECLARE
-#undef MT_DECLARE_FOR
+MT_DECLARE_IN_EACH_VARIANT(MT_EXPORTS(float) MT_EXPORTS(double) MT_EXPORTS(Half) MT_EXPORTS(BFloat16))
+#undef MT_EXPORTS
 
 }  // namespace mergetune

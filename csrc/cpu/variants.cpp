@@ -1,5 +1,5 @@
 // Chooses the instruction set of the CPU kernels at run time.
-#include "variants.h"
+#include "cpu/variants.h"
 
 #include <algorithm>
 #include <cstdlib>

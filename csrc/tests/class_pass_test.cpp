@@ -1,28 +1,18 @@
 // Tests of the class passes without Python, made to run under the sanitizers: every CPU variant against central
 // differences of a naive objective.
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "cpu/variants.h"
 #include "mergetune/class_pass.h"
+#include "tests/harness.h"
 
 namespace {
 
 using mergetune::ClassWeights;
 using std::int64_t;
-
-int failures = 0;
-
-void expect(bool truth, const std::string& what) {
-    if (truth) return;
-    ++failures;
-    std::printf("FAILED: %s\n", what.c_str());
-}
 
 // One problem in double, its memory sized exactly so that a read past any end is caught.
 struct Problem {
@@ -111,14 +101,13 @@ void compare(const std::string& variant, const Problem& problem) {
                    ", not " + std::to_string(truth));
     }
     const auto again = run<T>(problem, lam, 3, variant);
-    expect(!std::memcmp(ours.data(), again.data(), ours.size() * sizeof(T)), variant + ": one thread and three differ");
+    expect(same_bits(ours, again), variant + ": one thread and three differ");
 }
 
 }  // namespace
 
 int main() {
-    for (const std::string& variant : mergetune::cpu_variants()) {
-        if (!mergetune::cpu_variant_runs(variant)) continue;
+    test_each_variant([](const std::string& variant) {
         for (const bool normalize : {true, false}) {
             for (const bool curved : {true, false}) {
                 for (const auto& problem :
@@ -129,8 +118,6 @@ int main() {
                 }
             }
         }
-        std::printf("tested: %s\n", variant.c_str());
-    }
-    std::printf(failures ? "%d FAILED\n" : "class_pass_test: all passed\n", failures);
-    return failures ? 1 : 0;
+    });
+    return finish("class_pass_test");
 }

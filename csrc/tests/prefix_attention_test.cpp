@@ -1,17 +1,15 @@
 // Tests of prefix_attention without Python, made to run under the sanitizers: every CPU variant against a naive loop.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "cpu/variants.h"
 #include "mergetune/prefix_attention.h"
+#include "tests/harness.h"
 
 namespace {
 
@@ -20,32 +18,12 @@ using mergetune::Heads;
 using mergetune::PrefixAttention;
 using std::int64_t;
 
-int failures = 0;
-
-void expect(bool truth, const std::string& what) {
-    if (truth) return;
-    ++failures;
-    std::printf("FAILED: %s\n", what.c_str());
-}
-
 double real(double x) { return x; }
 double real(BFloat16 x) {
     const std::uint32_t bits = std::uint32_t(x.bits) << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return double(value);
-}
-
-template <class T>
-T value(double x) {
-    return T(x);
-}
-template <>
-BFloat16 value<BFloat16>(double x) {  // cut, not rounded
-    const float single = float(x);
-    std::uint32_t bits;
-    std::memcpy(&bits, &single, sizeof bits);
-    return {std::uint16_t(bits >> 16)};
 }
 
 // Relative error of one rounding.
@@ -73,7 +51,7 @@ struct Tensor {
           memory(rows ? std::size_t(stride_m * (sizes.M - 1) + stride_row * (rows - 1) + stride_h * (sizes.H - 1) +
                                     sizes.d)
                       : 0,
-                 value<T>(double(std::numeric_limits<float>::quiet_NaN()))) {}  // what is not written shows
+                 stored<T>(double(std::numeric_limits<float>::quiet_NaN()))) {}  // what is not written shows
 
     const T* at(int64_t m, int64_t row, int64_t h) const {
         return memory.data() + m * stride_m + row * stride_row + h * stride_h;
@@ -108,7 +86,7 @@ struct Problem {
         std::uniform_real_distribution<double> signed_unit(-1, 1);
         auto all = tensors<T>();
         for (auto& tensor : all) {
-            for (T& x : tensor.memory) x = value<T>(signed_unit(random) * (&tensor == &all.back() ? 1 : size));
+            for (T& x : tensor.memory) x = stored<T>(signed_unit(random) * (&tensor == &all.back() ? 1 : size));
         }
         return all;
     }
@@ -182,12 +160,9 @@ struct Problem {
 };
 
 template <class T>
-bool same_bits(const std::vector<Tensor<T>>& a, const std::vector<Tensor<T>>& b) {
+bool all_same_bits(const std::vector<Tensor<T>>& a, const std::vector<Tensor<T>>& b) {
     for (std::size_t i = 0; i < a.size(); ++i) {
-        if (!a[i].memory.empty() &&
-            std::memcmp(a[i].memory.data(), b[i].memory.data(), a[i].memory.size() * sizeof(T)) != 0) {
-            return false;
-        }
+        if (!same_bits(a[i].memory, b[i].memory)) return false;
     }
     return true;
 }
@@ -219,8 +194,8 @@ void compare(const std::string& variant, const Sizes& sizes, double size = 1) {
         const double arithmetic = sizeof(T) == 8 ? precision<double> : double(precision<float>);
         expect(apart < (precision<T> + 100 * size * size * arithmetic) * most, name + names[t]);
     }
-    expect(same_bits(ours, problem.run(in, 2, variant)), name + "one thread and two differ");
-    expect(same_bits(ours, problem.run(in, 5, variant)), name + "one thread and five differ");
+    expect(all_same_bits(ours, problem.run(in, 2, variant)), name + "one thread and two differ");
+    expect(all_same_bits(ours, problem.run(in, 5, variant)), name + "one thread and five differ");
 }
 
 template <class T>
@@ -242,13 +217,7 @@ void refuses(const std::string& expected, void (*spoil)(Problem<float>&)) {
     Problem<float> problem({1, 1, 1, 4, 0, {2, 3}, false, true});
     const auto in = problem.random(1);
     spoil(problem);
-    try {
-        problem.run(in, 1, "");
-        expect(false, "nothing thrown, expected: " + expected);
-    } catch (const std::invalid_argument& error) {
-        expect(std::string(error.what()).find(expected) != std::string::npos,
-               std::string("got '") + error.what() + "', expected: " + expected);
-    }
+    expect_refusal(expected, [&] { problem.run(in, 1, ""); });
 }
 
 void errors() {
@@ -263,16 +232,10 @@ void errors() {
 
 int main() {
     errors();
-    for (const std::string& variant : mergetune::cpu_variants()) {
-        if (!mergetune::cpu_variant_runs(variant)) {
-            std::printf("skipped: this processor has no %s\n", variant.c_str());
-            continue;
-        }
+    test_each_variant([](const std::string& variant) {
         values<float>(variant);
         values<double>(variant);
         values<BFloat16>(variant);
-        std::printf("tested: %s\n", variant.c_str());
-    }
-    std::printf(failures ? "%d FAILED\n" : "prefix_attention_test: all passed\n", failures);
-    return failures ? 1 : 0;
+    });
+    return finish("prefix_attention_test");
 }

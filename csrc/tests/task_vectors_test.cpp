@@ -3,44 +3,23 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "cpu/variants.h"
 #include "mergetune/task_vectors.h"
+#include "tests/harness.h"
 
 namespace {
 
 using std::int64_t;
 
-int failures = 0;
-
-void expect(bool truth, const std::string& what) {
-    if (truth) return;
-    ++failures;
-    std::printf("FAILED: %s\n", what.c_str());
-}
-
 using mergetune::BFloat16;
 using mergetune::Half;
 using mergetune::Real;
 
-// Numbers that every type holds: eighths below 4.
-template <class Value>
-Value stored(double x) {
-    return Value(x);
-}
-template <>
-BFloat16 stored<BFloat16>(double x) {
-    const float value = float(x);
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return {std::uint16_t(bits >> 16)};
-}
 template <>
 Half stored<Half>(double x) {
     int exponent;
@@ -56,7 +35,7 @@ void test_merge(const std::string& variant, int64_t K, int64_t n, unsigned optio
     const bool based = options & 1, masked = options & 2, limited = options & 4, elected = options & 8,
                by_count = options & 16, divided = options & 32;
     std::mt19937_64 random(std::uint64_t(K * 10007 + n * 101 + options));
-    const auto draw = [&] { return double(int(random() % 63) - 31) / 8; };
+    const auto draw = [&] { return double(int(random() % 63) - 31) / 8; };  // exact in every type
     std::vector<Value> base(n);
     std::vector<std::vector<Value>> experts(K, std::vector<Value>(n));
     std::vector<double> base_truth(n), truths(K * n);
@@ -155,9 +134,8 @@ void test_halves(const std::string& variant) {
 }  // namespace
 
 int main() {
-    const double infinity = std::numeric_limits<double>::infinity();
-    for (const std::string& variant : mergetune::cpu_variants()) {
-        if (!mergetune::cpu_variant_runs(variant)) continue;
+    test_each_variant([](const std::string& variant) {
+        const double infinity = std::numeric_limits<double>::infinity();
         for (const int64_t n : {1, 31, 512, 1100}) {
             for (const int64_t K : {1, 3, 9}) {
                 for (unsigned options = 0; options < 64; ++options) {
@@ -179,8 +157,6 @@ int main() {
             }
         }
         test_halves(variant);
-        std::printf("tested: %s\n", variant.c_str());
-    }
-    std::printf(failures ? "%d FAILED\n" : "task_vectors_test: all passed\n", failures);
-    return failures ? 1 : 0;
+    });
+    return finish("task_vectors_test");
 }

@@ -3,17 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <limits>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #define MT_VARIANT test
-#include "cpu/variants.h"
 #include "mergetune/path_cross_entropy.h"
 #include "mergetune/row_math.h"
+#include "tests/harness.h"
 
 namespace {
 
@@ -22,24 +20,14 @@ using std::int64_t;
 
 const std::string cuda = "cuda on the host";  // among the names of variants
 
-int failures = 0;
-
-void expect(bool truth, const std::string& what) {
-    if (truth) return;
-    ++failures;
-    std::printf("FAILED: %s\n", what.c_str());
-}
-
 template <class T>
 struct Result {
     std::vector<double> loss;
     std::vector<T> d_dots, d_rscale;
 
     bool same_bits(const Result& other) const {
-        const auto same = [](const auto& a, const auto& b) {
-            return a.size() == b.size() && !std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0]));
-        };
-        return same(loss, other.loss) && same(d_dots, other.d_dots) && same(d_rscale, other.d_rscale);
+        return ::same_bits(loss, other.loss) && ::same_bits(d_dots, other.d_dots) &&
+               ::same_bits(d_rscale, other.d_rscale);
     }
 };
 
@@ -177,13 +165,7 @@ void path_cross_entropy_nan(const std::string& variant) {
 void refuses(const std::string& expected, const std::string& variant, void (*spoil)(Problem<float>&)) {
     Problem<float> problem(2, 4, 6, 3, 10, 0);
     spoil(problem);
-    try {
-        problem.run(1, variant);
-        expect(false, "nothing thrown, expected: " + expected);
-    } catch (const std::invalid_argument& error) {
-        expect(std::string(error.what()).find(expected) != std::string::npos,
-               std::string("got '") + error.what() + "', expected: " + expected);
-    }
+    expect_refusal(expected, [&] { problem.run(1, variant); });
 }
 
 void errors() {
@@ -214,22 +196,16 @@ void exponential() {
 int main() {
     exponential();
     errors();
-    for (const std::string& variant : mergetune::cpu_variants()) {
-        if (!mergetune::cpu_variant_runs(variant)) {
-            std::printf("skipped: this processor has no %s\n", variant.c_str());
-            continue;
-        }
+    test_each_variant([](const std::string& variant) {
         path_cross_entropy_values<float>(variant);
         path_cross_entropy_values<double>(variant);
         path_cross_entropy_nan<float>(variant);
         path_cross_entropy_nan<double>(variant);
-        std::printf("tested: %s\n", variant.c_str());
-    }
+    });
     path_cross_entropy_on_cuda<float>();
     path_cross_entropy_on_cuda<double>();
     path_cross_entropy_nan<float>(cuda);
     path_cross_entropy_nan<double>(cuda);
     std::printf("tested: %s\n", cuda.c_str());
-    std::printf(failures ? "%d FAILED\n" : "core_test: all passed\n", failures);
-    return failures ? 1 : 0;
+    return finish("path_cross_entropy_test");
 }
