@@ -59,12 +59,18 @@ def crashes(arguments: LossArguments):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def prints(arguments: LossArguments):
+    """What a compiler may do, without the end of the line."""
+    print('{"end": 1} \x1emergetune', end="", flush=True)
+    return CORE(arguments)
+
+
 def fast(arguments: LossArguments):
     """Right, and the core: faster than the definition."""
     return CORE(arguments)
 
 
-FAKES = (wrong, wrong_now_and_then, wrong_for_odd_widths, not_a_number, slow, raises, hangs, crashes, fast)
+FAKES = (wrong, wrong_now_and_then, wrong_for_odd_widths, not_a_number, slow, raises, hangs, crashes, prints, fast)
 
 
 def register() -> None:

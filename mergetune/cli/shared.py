@@ -43,6 +43,8 @@ def open_images(path: Path, root: Path | None = None) -> Any:
 
     if root is not None:
         return mt.CoOpDataset(str(path), root)
+    if not path.exists():
+        raise FileNotFoundError(f"images must be a folder, a .csv or a .json list, and {path} does not exist")
     if path.is_dir():
         return mt.ImageFolder(path)
     if path.suffix == ".json" and path.name.startswith("split_zhou_"):

@@ -67,7 +67,7 @@ _weight_decay = partial(_option, "float", 5e-4, "Weight decay of SGD.")
 _warmup_epochs = partial(_option, "int", 1, "Epochs at the warm-up learning rate, before the cosine.")
 _warmup_lr = partial(_option, "float", 1e-5, "Learning rate of the warm-up.")
 _backend = partial(
-    _option, "str", None, "Implementation of the loss: cpp, triton, cuda or torch; none chooses.",
+    _option, "str", None, "Implementation of the loss: cpp, triton, cuda, compile or torch; none chooses.",
     none=True, recorded=False,
 )  # fmt: skip
 _cuda_graph = partial(_option, "bool", False, "On a GPU: capture one step and replay it.", recorded=False)

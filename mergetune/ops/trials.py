@@ -1,7 +1,7 @@
 """The child process of the verification: tries implementations one after the other and reports each in a line.
 
-It is killed from outside where an implementation hangs: a spinning GPU kernel cannot be stopped from within. Lines that
-begin with :data:`MARK` are its report, everything else on stdout is somebody else's.
+It is killed from outside where an implementation hangs: a spinning GPU kernel cannot be stopped from within. Its report
+goes through a pipe of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from mergetune.ops.agreement import Difference, compare_with_definition
 from mergetune.ops.backends import OPS
 from mergetune.ops.verdicts import Trial
 
-MARK = "\x1emergetune "
 REPEATS = 3  # comparisons on the first problem: what goes wrong now and then is wrong
 ROUNDS, ROUND_SECONDS = 15, 1.0  # timed calls, and the time after which no further one is made
 
@@ -90,28 +89,29 @@ def _finite(value: float) -> float | None:
     return value if value - value == 0 else None
 
 
-def _report(**line: Any) -> None:
-    sys.stdout.write(f"{MARK}{json.dumps(line)}\n")
-    sys.stdout.flush()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tries implementations of ops and reports each in a line.")
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--import", dest="modules", action="append", default=[], help="registers implementations")
+    parser.add_argument("--report", type=int, required=True, help="file descriptor that the report goes to")
     parser.add_argument("cases", help="a JSON list of cases")
     options = parser.parse_args()
     _end_with_parent()
+    stream = os.fdopen(options.report, "w", buffering=1)  # apart from stdout, where a compiler may print
+
+    def report(**line: Any) -> None:
+        stream.write(json.dumps(line) + "\n")
+
     for module in ("mergetune.ops", *options.modules):
         importlib.import_module(module)
     torch.set_num_threads(options.threads)
     if options.device.type == "cuda":
         torch.cuda.set_device(options.device)
     torch.zeros(1, device=options.device)
-    _report(ready=True)
+    report(ready=True)
     for case in [Case(**case) for case in json.loads(options.cases)]:
-        _report(begin=asdict(case))
+        report(begin=asdict(case))
         fatal = False
         try:
             trial = try_case(case, options.device)
@@ -120,7 +120,7 @@ def main() -> None:
         except Exception as error:
             trial = Trial(backend=case.backend, status="raised", detail=f"{type(error).__name__}: {str(error)[:500]}")
             fatal = options.device.type == "cuda" and not _device_works(options.device)
-        _report(end=asdict(case), trial=trial.model_dump(), fatal=fatal)
+        report(end=asdict(case), trial=trial.model_dump(), fatal=fatal)
         if fatal:  # after a fault on the device nothing works in this process any more
             sys.exit(3)
 

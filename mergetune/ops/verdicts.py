@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mergetune.io import installed_version, write_json
+from mergetune.io import installed_version, open_regular, write_json
 from mergetune.ops import native
 
 FORMAT = 1
@@ -119,11 +119,19 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 def folder() -> Path:
-    """Where verdicts are kept: below MERGETUNE_HOME, else below the user's cache folder."""
+    """Where verdicts are kept: below MERGETUNE_HOME, else below the user's cache folder.
+
+    Raises:
+        OSError: the user has no home, and neither variable names a folder.
+    """
     home = os.environ.get(HOME_VARIABLE)
     if home:
         return Path(home) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mergetune" / "kernels"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a home
+        raise OSError(f"there is no folder for verdicts: {error}; set {HOME_VARIABLE} to one") from error
+    return cache / "mergetune" / "kernels"
 
 
 def verdict_path(facts: DeviceFacts) -> Path:
@@ -138,11 +146,14 @@ def read_verdicts(facts: DeviceFacts) -> VerdictFile | None:
     Raises:
         ValueError: the file is damaged; names it, the field, and how to make it anew.
     """
-    path = verdict_path(facts)
+    path = "the verdict"
     try:
-        if path.stat().st_size > MAX_BYTES:
+        path = verdict_path(facts)
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        found = VerdictFile.model_validate_json(path.read_bytes())
+        found = VerdictFile.model_validate_json(content)
     except OSError:
         return None
     except ValidationError as error:

@@ -21,14 +21,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from mergetune.io import dtype_name
 from mergetune.ops.backends import OPS, SHAPE_CLASSES, missing
-from mergetune.ops.selection import goes_by_verdict, has_verdicts, indexed, take_verdicts
-from mergetune.ops.trials import MARK, Case
+from mergetune.ops.selection import VARIABLE, goes_by_verdict, has_verdicts, indexed, take_verdicts
+from mergetune.ops.trials import Case
 from mergetune.ops.verdicts import (
     Trial,
     Verdict,
@@ -66,7 +68,7 @@ def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
 
             try:
                 found = verify(device, progress=show)
-            except RuntimeError as error:
+            except Exception as error:  # no executable, no temporary folder, a full disk, ...: training goes on
                 warnings.warn(
                     f"kernels could not be verified on {device}: {error}. Plain PyTorch is used.", stacklevel=2
                 )
@@ -175,20 +177,32 @@ class _Child:
     """A process that tries cases, read without ever waiting for longer than is allowed; killed at the end."""
 
     def __init__(self, device: torch.device, cases: Sequence[Case], modules: Sequence[str]) -> None:
-        options = ["--device", str(device), "--threads", str(torch.get_num_threads())]
-        options += [f"--import={module}" for module in modules]
-        # As this process found mergetune, from a folder that has none: inside a clone the sources would be taken.
-        environment = {name: value for name, value in os.environ.items() if name != "MERGETUNE_BACKEND"}
-        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        if not sys.executable:
+            raise RuntimeError("Python does not tell its own program, so no process can be started")
+        reading, writing = os.pipe()
+        self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.place = tempfile.TemporaryDirectory(prefix="mergetune-", ignore_cleanup_errors=True)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mergetune.ops.trials", *options, json.dumps([asdict(case) for case in cases])],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors, cwd=self.place.name,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        self.lines: queue.Queue[dict | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        # As this process found mergetune, from a folder that has none: inside a clone the sources would be taken.
+        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        places = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+        environment["PYTHONPATH"] = os.pathsep.join(places)
+        command = [sys.executable, "-m", "mergetune.ops.trials", f"--device={device}", f"--report={writing}"]
+        command += [f"--threads={torch.get_num_threads()}", *(f"--import={module}" for module in modules)]
+        try:
+            self.process = subprocess.Popen(
+                [*command, json.dumps([asdict(case) for case in cases])],
+                stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors, cwd=self.place.name,
+                env=environment, start_new_session=True, pass_fds=(writing,),
+            )  # fmt: skip
+        except BaseException:
+            os.close(reading)
+            self.errors.close()
+            self.place.cleanup()
+            raise
+        finally:
+            os.close(writing)
+        threading.Thread(target=self._read, args=(reading,), daemon=True).start()
 
     def __enter__(self) -> _Child:
         return self
@@ -216,21 +230,25 @@ class _Child:
         """The trial of the case that has begun."""
         began = time.monotonic()
         line = self._next(seconds)
-        if line is not None and "trial" in line:
-            return Trial(**line["trial"])
-        if time.monotonic() - began >= seconds:
-            return Trial(backend=case.backend, status="hung", detail=f"killed after {seconds:.0f} s")
+        if line is not None and line.get("end") == asdict(case):
+            with suppress(ValidationError, TypeError):
+                return Trial(**line["trial"])
+        if line is None and time.monotonic() - began >= seconds:
+            detail = f"killed after {seconds:.0f} s: it hangs, or is as slow as that here"
+            return Trial(backend=case.backend, status="hung", detail=detail)
         return Trial(backend=case.backend, status="crashed", detail=self._last_error())
 
-    def _read(self) -> None:
-        with suppress(ValueError, OSError):  # closed while it reads
-            for raw in self.process.stdout or ():
-                line = raw.decode(errors="replace")
-                if line.startswith(MARK):
-                    self.lines.put(json.loads(line.removeprefix(MARK)))
+    def _read(self, reading: int) -> None:
+        """Hands on the lines of the report, and None behind the last; what is no line of it ends the report."""
+        with suppress(ValueError), os.fdopen(reading, encoding="utf-8") as stream:
+            for line in stream:
+                found = json.loads(line)
+                if not isinstance(found, dict):
+                    break
+                self.lines.put(found)
         self.lines.put(None)
 
-    def _next(self, seconds: float) -> dict | None:
+    def _next(self, seconds: float) -> dict[str, Any] | None:
         """The next line of the report; None where the process has ended or the time is over."""
         try:
             return self.lines.get(timeout=seconds)
@@ -261,7 +279,7 @@ def kept_verdicts(device: torch.device) -> VerdictFile | None:
     """The verdict that is kept for a device; None where there is none. A damaged one is none: it is replaced."""
     try:
         return read_verdicts(device_facts(device))
-    except ValueError:
+    except (ValueError, OSError):
         return None
 
 

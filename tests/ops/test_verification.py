@@ -379,3 +379,40 @@ def tried() -> list[dict]:
     wrong = Trial(backend="triton", status="wrong", detail="grad is [far] off")
     trials = (Trial(backend="torch", status="agreed", seconds=1.2e-5), wrong)
     return [Verdict(op="lmc_loss", dtype="torch.float32", shape_class="small", trials=trials).model_dump()]
+
+
+# -- odd surroundings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless", "folder"])
+def test_a_verdict_that_is_no_regular_file_is_not_waited_for(kind):
+    path = verdicts.verdict_path(verdicts.device_facts(CPU))
+    path.parent.mkdir(parents=True)
+    {"fifo": lambda: os.mkfifo(path), "endless": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    with pytest.warns(UserWarning, match="plain PyTorch is used"):
+        result = loss_and_gradient()
+    assert torch.equal(result[1], loss_and_gradient("torch")[1])
+
+
+@pytest.mark.parametrize("trouble", ["no executable", "no temporary folder", "no home", "bytes in sys.path"])
+def test_where_nothing_can_be_verified_plain_torch_is_used_and_said(trouble, monkeypatch, tmp_path):
+    if trouble == "no executable":
+        monkeypatch.setattr(sys, "executable", "")
+    elif trouble == "no temporary folder":
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    elif trouble == "no home":
+        monkeypatch.delenv("MERGETUNE_HOME")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        monkeypatch.setattr(sys, "executable", "")
+    else:
+        monkeypatch.setattr(sys, "path", [b"/somewhere", *sys.path])
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.warns(UserWarning, match="kernels could not be verified on cpu: .* Plain PyTorch is used"):
+        ops.ensure_verified(CPU, progress=False)
+    ops.ensure_verified(CPU, progress=False)  # not tried again in this process
+    assert torch.equal(loss_and_gradient()[1], loss_and_gradient("torch")[1])
+
+
+def test_what_a_kernel_prints_does_not_disturb_the_report(found):
+    assert (found["prints"].status, found["prints"].detail) == ("agreed", "")
