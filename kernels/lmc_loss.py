@@ -33,7 +33,7 @@ at this size the host's own launch overhead is of the same order.
 """
 
 # In the kernels below Triton's tensors have operators that its annotations do not name: a reduction "returns" a tuple.
-# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def takes(options: type, *, but: Collection[str] = ()) -> Callable[[Command], Co
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         generated = [_parameter(option) for option in options_of(options) if option.name not in but]
         order = sorted([*own, *generated], key=lambda p: p.default is not p.empty)  # those without a default first
-        command.__signature__ = signature.replace(parameters=order)  # pyright: ignore[reportFunctionMemberAccess]
+        vars(command)["__signature__"] = signature.replace(parameters=order)  # what typer reads
         return command
 
     return generate

@@ -230,7 +230,11 @@ def lora_lego(
         clusters = largest if rank is None else rank
         if not 1 <= clusters <= len(units):
             raise ValueError(f"rank must be from 1 to the experts' ranks together, {len(units)}, got {clusters}")
-        means = KMeans(clusters, n_init=10, random_state=seed)  # pyright: ignore[reportArgumentType] # told: text alone
+        means = KMeans(
+            clusters,
+            n_init=10,  # pyright: ignore[reportArgumentType]  # the stubs know the default "auto" alone, not numbers
+            random_state=seed,
+        )
         labels = torch.from_numpy(means.fit(units.double().numpy()).labels_)
         member = torch.nn.functional.one_hot(labels.long(), clusters).T.float()  # [clusters, sum of r]
         member = member / member.sum(1, keepdim=True).clamp(min=1)
