@@ -61,7 +61,8 @@ def load_clip(
         raise ValueError(
             f"pretrained must name the weights of {name!r}, got None: a tag of open_clip or a local checkpoint"
         )
-    published, cache_dir = {}, None if cache_dir is None else str(cache_dir)
+    published = {}
+    cache_dir = None if cache_dir is None else str(cache_dir)
     if not complete:
         name = name.replace("/", "-")  # as open_clip reads names, but not in its tokenizers
         config = open_clip.get_model_config(name) or {"text_cfg": {}}

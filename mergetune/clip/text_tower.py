@@ -46,7 +46,7 @@ class TextParts:
 
     @property
     def width(self) -> int:
-        """W."""
+        """W, the width of the tower."""
         return self.token_embedding.embedding_dim
 
     @property

@@ -136,11 +136,11 @@ def _operator(at: Span, point: Tensor, features: FeatureCache) -> LinearOperator
     gradient, step = _gradient(at, features), STEP * point.norm().clamp_min(1e-12)
 
     def product(v: np.ndarray) -> np.ndarray:
-        way = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).view(point.shape).to(point.device)
-        length = way.norm()
+        direction = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).view(point.shape).to(point.device)
+        length = direction.norm()
         if length == 0:
             return np.zeros(point.numel())
-        ahead, behind = gradient(torch.stack([point + step / length * way, point - step / length * way]))
+        ahead, behind = gradient(torch.stack([point + step / length * direction, point - step / length * direction]))
         return ((ahead - behind) * (length / (2 * step))).flatten().cpu().numpy()
 
     return _linear_operator(point.numel(), product)
@@ -149,7 +149,7 @@ def _operator(at: Span, point: Tensor, features: FeatureCache) -> LinearOperator
 def _linear_operator(size: int, product: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
     from scipy.sparse.linalg import LinearOperator  # scipy takes a second to import, and only curvature needs it
 
-    # Its __new__ makes an object of another class, which has these arguments.
+    # __new__ returns an object of a subclass, whose __init__ takes these arguments; scipy has no annotations.
     return LinearOperator((size, size), matvec=product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
 
 

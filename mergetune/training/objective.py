@@ -166,7 +166,7 @@ class Objective:
     def _paths(self) -> tuple[Tensor, Tensor]:
         """The anchors and the weights of their paths, where there are paths."""
         if self.anchors is None or self.betas is None:
-            raise ValueError("betas must hold a weight for each anchor's path, got anchors or betas alone")
+            raise ValueError("anchors and betas must be given where there are path points, got None")
         return self.anchors, self.betas
 
     @property

@@ -114,6 +114,15 @@ def test_without_anchors_and_zero_shot_it_is_cross_entropy():
     assert terms.tolist() == [pytest.approx(loss.item()), 0]
 
 
+@pytest.mark.parametrize("space", ["embedding", "parameter"])
+@pytest.mark.parametrize("lacking", ["anchors", "betas"])
+def test_path_points_need_anchors_and_betas(space, lacking):
+    objective, _, parameter = build("prompt", "identity", space, 1, path_points("even", 3))
+    object.__setattr__(objective, lacking, None)
+    with pytest.raises(ValueError, match="anchors and betas must be given where there are path points"):
+        objective(parameter, *batch())
+
+
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_kgcoop_is_cross_entropy_and_a_surrogate(surrogate):
     objective, expected, parameter = build("prompt", surrogate, "embedding", 1, None)
