@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op; installed as mergetune.kernels and reached through mergetune.ops."""
+"""Triton kernels, a launcher per op beside what it launches; installed as mergetune.kernels, used by mergetune.ops."""

@@ -31,8 +31,6 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MOST_LINES = 430
 LONGER = {
-    "kernels/lmc_loss.py": "one launch: its passes share their helpers and the layout of the workspace",
-    "kernels/prefix_attention.py": "forward and backward share their helpers and tile sizes",
     "mergetune/merging/methods.py": "a table with one entry per method",
 }
 

@@ -9,8 +9,9 @@
 
 namespace mergetune {
 namespace MT_VARIANT {
+namespace {
 
-MT_HD int this_thread() {
+inline int this_thread() {
 #ifdef _OPENMP
     return omp_get_thread_num();
 #else
@@ -23,5 +24,6 @@ MT_HD void fill(T* to, std::int64_t count, T value) {
     for (std::int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
+}  // namespace
 }  // namespace MT_VARIANT
 }  // namespace mergetune

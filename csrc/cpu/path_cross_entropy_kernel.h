@@ -7,7 +7,7 @@
 
 namespace mergetune {
 
-constexpr std::int64_t tile_rows = 4;    // most rows that go through the passes together
+constexpr std::int64_t tile_rows = 4;           // most rows that go through the passes together
 constexpr std::int64_t tile_bytes = 24 << 10;  // a larger tile would push itself out of the first-level cache
 
 // In the workspace every row of classes begins on a cache line and is whole vectors long: no loop has a remainder.

@@ -1,6 +1,7 @@
 // What the tests of the core share: expectations, values as they are stored, and the loop over the CPU variants.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -47,6 +48,15 @@ inline mergetune::BFloat16 stored<mergetune::BFloat16>(double x) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return {std::uint16_t(bits >> 16)};
+}
+
+template <>
+inline mergetune::Half stored<mergetune::Half>(double x) {
+    int exponent;
+    const double fraction = std::frexp(std::abs(x), &exponent);  // in [1/2, 1), or 0
+    const std::uint16_t sign = x < 0 ? 0x8000 : 0;
+    if (fraction == 0) return {sign};
+    return {std::uint16_t(sign | (exponent + 14) << 10 | (int(fraction * 2048) & 0x3ff))};
 }
 
 // Calls test(variant) for each CPU variant that this processor can run.

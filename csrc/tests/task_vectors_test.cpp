@@ -20,15 +20,6 @@ using mergetune::BFloat16;
 using mergetune::Half;
 using mergetune::Real;
 
-template <>
-Half stored<Half>(double x) {
-    int exponent;
-    const double fraction = std::frexp(std::abs(x), &exponent);  // in [1/2, 1), or 0
-    const std::uint16_t sign = x < 0 ? 0x8000 : 0;
-    if (fraction == 0) return {sign};
-    return {std::uint16_t(sign | (exponent + 14) << 10 | (int(fraction * 2048) & 0x3ff))};
-}
-
 template <class Value>
 void test_merge(const std::string& variant, int64_t K, int64_t n, unsigned options) {
     using T = Real<Value>;

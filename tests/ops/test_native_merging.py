@@ -169,3 +169,8 @@ def test_refusals() -> None:
         ops.count_around(base, 2, 1)
     with pytest.raises(ValueError, match="backend must be None or one of cpp, torch, got 'triton'"):
         ops.count_around(base, 1, 2, backend="triton")
+    names, at = "dtype must be 'float32', 'float64', 'float16' or 'bfloat16', got 'int8'", base.data_ptr()
+    with pytest.raises(ValueError, match=names):
+        _C.count_around_cpu("int8", at, 0, 10, 0.0, 1.0, at)
+    with pytest.raises(ValueError, match=names):
+        _C.merge_deltas_cpu("int8", (0, [at], 0, 0, at, 0, 0, False, 1.0, 10), at)

@@ -15,6 +15,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are NOT tested")
 
 from mergetune.kernels import prefix_attention as module  # noqa: E402
+from mergetune.kernels.prefix_attention_kernels import ELEMENTS, PARTS  # noqa: E402
 from tower_cases import CONTEXT, FIRST, NAMES, clip_and_tokens, contexts, tower  # noqa: E402
 
 from mergetune import ops  # noqa: E402
@@ -170,7 +171,7 @@ def test_which_tiles_are_chosen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_parts_of_the_prefix_gradient_are_added(dtype):
     """More parts than are added at a time, and more elements than a program adds."""
-    parts, size = 2 * module._PARTS.value + 3, module._ELEMENTS.value + 3
+    parts, size = 2 * PARTS.value + 3, ELEMENTS.value + 3
     given = torch.randn(2, parts, 2, size, generator=torch.Generator().manual_seed(0))
     results = [torch.empty(2, size, dtype=dtype, device=DEVICE) for _ in range(2)]
     module.prefix_gradient_kernel[2, 2, 2](given.to(DEVICE), *results, size, parts)

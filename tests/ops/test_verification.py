@@ -161,7 +161,7 @@ def _runs(process: str) -> bool:
 
 
 def test_a_child_that_does_not_start_is_an_error():
-    with pytest.raises(RuntimeError, match="does not start: it ended with code 1; last line: ModuleNotFoundError"):
+    with pytest.raises(RuntimeError, match="does not start: it .*; last line: ModuleNotFoundError"):
         ops.verify(CPU, **ONE_KIND, modules=("there_is_no_such_module",))
 
 
@@ -394,20 +394,21 @@ def test_a_verdict_that_is_no_regular_file_is_not_waited_for(kind):
     assert torch.equal(result[1], loss_and_gradient("torch")[1])
 
 
-@pytest.mark.parametrize("trouble", ["no executable", "no temporary folder", "no home", "bytes in sys.path"])
+def _homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("trouble", ["no executable", "no temporary folder", "no home"])
 def test_where_nothing_can_be_verified_plain_torch_is_used_and_said(trouble, monkeypatch, tmp_path):
-    if trouble == "no executable":
-        monkeypatch.setattr(sys, "executable", "")
-    elif trouble == "no temporary folder":
+    monkeypatch.setattr(sys, "path", [*sys.path, b"/what is no text is left out"])
+    if trouble == "no temporary folder":
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
-    elif trouble == "no home":
+    else:
+        monkeypatch.setattr(sys, "executable", "")
+    if trouble == "no home":
         monkeypatch.delenv("MERGETUNE_HOME")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-        monkeypatch.setattr(sys, "executable", "")
-    else:
-        monkeypatch.setattr(sys, "path", [b"/somewhere", *sys.path])
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+        monkeypatch.setattr(Path, "home", _homeless)
     with pytest.warns(UserWarning, match="kernels could not be verified on cpu: .* Plain PyTorch is used"):
         ops.ensure_verified(CPU, progress=False)
     ops.ensure_verified(CPU, progress=False)  # not tried again in this process
