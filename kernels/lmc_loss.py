@@ -3,9 +3,6 @@
 How it goes: :mod:`mergetune.kernels.lmc_loss_kernel`. Here a call is split into jobs, and memory is made for them.
 """
 
-# In the kernels below Triton's tensors have operators that its annotations do not name: a reduction "returns" a tuple.
-# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
-
 from __future__ import annotations
 
 from dataclasses import dataclass
