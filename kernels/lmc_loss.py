@@ -3,6 +3,9 @@
 How it goes: :mod:`mergetune.kernels.lmc_loss_kernel`. Here a call is split into jobs, and memory is made for them.
 """
 
+# Triton turns the integers of a launch into its constants.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
