@@ -246,8 +246,8 @@ def parity(stage: Stage) -> None:
     stage.run(
         Part(
             "doctor",
-            python("-m", "mergetune", "doctor", "--kernels", "--json"),
-            60,
+            python("-m", "mergetune", "doctor", "--kernels", "--json", "--limit", "40" if stage.dry else "70"),
+            60 if stage.dry else 90,
             last_json,
             reserve=60 if stage.dry else 120,
         )
@@ -255,9 +255,14 @@ def parity(stage: Stage) -> None:
     record = stage.work / "parity" / "tests" / "record.jsonl"
     workers = [] if "xdist" in missing else ["-n", "2" if stage.dry else str(min(12, os.cpu_count() or 1))]
     patience = [] if "pytest_timeout" in missing else ["--timeout", "90", "--timeout-method", "thread"]
-    which = [str(ROOT / "tests" / "test_gpu.py"), "-k", DRY_TESTS] if stage.dry else [str(ROOT / "tests"), "-m", "gpu"]
+    which = (
+        [str(ROOT / "tests" / "ops" / "test_gpu.py"), "-k", DRY_TESTS]
+        if stage.dry
+        else [str(ROOT / "tests"), "-m", "gpu"]
+    )
     command = python("-m", "pytest", *which, "-q", "-p", "recorder", "-p", "no:cacheprovider", "-c",
-                     str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *workers, *patience)  # fmt: skip
+                     str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-o", "addopts=-ra --benchmark-disable",
+                     *workers, *patience)  # fmt: skip
     tests = {"RECORD": str(record), "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in every worker
     tests |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # cuBLAS promises the same bits in several streams with it alone
     read = lambda folder: read_tests(record)  # noqa: E731

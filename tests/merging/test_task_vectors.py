@@ -122,6 +122,7 @@ def dropped(density: float, seed: int = 0, names: tuple[str, ...] = ("x",), size
     return m.dare(zero, experts, density=density, rescale=None, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [2**-17, 1e-5, 0.1, 1 / 3, 1 - 2**-17])
 def test_dare_keeps_the_density_exactly_on_average(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Densities finer than the 16 random bits that decide most elements."""

@@ -128,6 +128,7 @@ def test_parity_where_a_job_has_several_tiles(one_job, normalize, deterministic)
     assert_close(kernel(arguments, deterministic=deterministic), definition(arguments))
 
 
+@pytest.mark.slow
 @runs_kernel
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("w1", "curvature", "lam"), [(1, 1, 3.0), (1, 0, 3.0), (1, 1, 0.0), (0, 0, 3.0)])
@@ -297,6 +298,7 @@ def test_deterministic_gives_the_same_bits_twice():
     assert_same_bits(kernel(arguments), kernel(arguments))
 
 
+@pytest.mark.slow
 @only_interpreted
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("resident", [2, 5])
@@ -340,6 +342,7 @@ def test_any_number_of_programs_at_once(monkeypatch, resident, deterministic):
 # -- tile sizes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @runs_kernel
 @pytest.mark.parametrize(("dtype", "config"), [(torch.bfloat16, c) for c in module.HALF_CONFIGS]
                          + [(torch.float32, c) for c in module.FLOAT_CONFIGS])  # fmt: skip
@@ -373,6 +376,7 @@ def compiled() -> list[dict]:
     return compile_quick("lmc_loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_ahead_of_time_without_spills(compiled, capability):
     cases = [case for case in compiled if case["capability"] == capability]

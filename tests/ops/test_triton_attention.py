@@ -365,6 +365,7 @@ def compiled() -> list[dict]:
     return compile_quick("prefix_attention")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_ahead_of_time_without_spills(compiled, capability):
     cases = [case for case in compiled if case["capability"] == capability]
