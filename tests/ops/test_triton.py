@@ -128,7 +128,6 @@ def test_parity_where_a_job_has_several_tiles(one_job, normalize, deterministic)
     assert_close(kernel(arguments, deterministic=deterministic), definition(arguments))
 
 
-@pytest.mark.slow
 @runs_kernel
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("w1", "curvature", "lam"), [(1, 1, 3.0), (1, 0, 3.0), (1, 1, 0.0), (0, 0, 3.0)])
@@ -342,7 +341,6 @@ def test_any_number_of_programs_at_once(monkeypatch, resident, deterministic):
 # -- tile sizes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @runs_kernel
 @pytest.mark.parametrize(("dtype", "config"), [(torch.bfloat16, c) for c in module.HALF_CONFIGS]
                          + [(torch.float32, c) for c in module.FLOAT_CONFIGS])  # fmt: skip
