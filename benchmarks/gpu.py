@@ -222,7 +222,7 @@ def install(stage: Stage, wheels: Path) -> None:
 
 def build_info(folder: Path) -> dict[str, Any]:
     site = folder.parent.parent / "site" / "mergetune"
-    cores = [path.name for path in site.glob("_C*")]
+    cores = [path.name for path in site.glob("_C*.so")]
     if not cores:
         raise FileNotFoundError(f"{site} has no native core")
     return {"core": cores[0]}

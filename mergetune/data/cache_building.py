@@ -24,7 +24,6 @@ from mergetune.data.cache_files import (
     PLAN,
     REBUILD,
     cache_lock,
-    compact_json,
     finished_shards,
     read_document,
     record_name,
@@ -38,7 +37,7 @@ from mergetune.data.cache_identity import KEY, image_identity, is_complete, refu
 from mergetune.data.image_files import load_image
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import jsonable, release_locks, torchrun_team, write_atomically
+from mergetune.io import compact_json, jsonable, release_locks, torchrun_team, write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip

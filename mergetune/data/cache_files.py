@@ -147,10 +147,6 @@ def _parse(content: bytes, file: Path) -> Any:
         raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
 
 
-def compact_json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
 def remove_building_files(path: Path) -> None:
     """Remove what only an unfinished cache needs, the plan last: it tells that there is something to tidy."""
     for file in [*path.glob("shard-*.json"), *path.glob(PLAN)]:

@@ -14,7 +14,6 @@ from mergetune.data.cache_files import (
     PLAN,
     REBUILD,
     cache_lock,
-    compact_json,
     file_state,
     image_identities,
     read_document,
@@ -22,7 +21,7 @@ from mergetune.data.cache_files import (
     shard_files,
 )
 from mergetune.data.image_lists import ImageList
-from mergetune.io import open_regular, write_atomically
+from mergetune.io import compact_json, open_regular, write_atomically
 
 # What features depend on, and the words for it. Labels and class names are not among them.
 KEY = {

@@ -7,9 +7,8 @@ import pickle
 import pickletools
 import re
 from pathlib import Path
-from typing import Any
 
-from mergetune.io import read_regular
+from mergetune.io import Inert, Unpickler, read_regular
 
 DATUM = ("dassl.data.datasets.base_dataset", "Datum")  # what CoOp's few-shot files are made of
 DATUM_OPCODES = re.compile(  # what pickle protocols 2 to 5 need for dicts and lists of such records; none calls code
@@ -21,16 +20,6 @@ DATUM_OPCODES = re.compile(  # what pickle protocols 2 to 5 need for dicts and l
 def read_few_shot(path: Path, split: str) -> list[tuple[str, int]]:
     """(path, label) of each record under ``split`` in a pickle {split: [Datum, ...]}, without running anything."""
 
-    class Datum:  # made anew for every file, so that nothing a file does to it stays
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            self.file, self.label = state["_impath"], state["_label"]
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> type:
-            if (module, name) != DATUM:
-                raise pickle.UnpicklingError(f"it holds {module}.{name}, and pickled code is never run")
-            return Datum
-
     content = read_regular(path)
     try:
         for opcode, argument, _ in pickletools.genops(content):
@@ -38,7 +27,8 @@ def read_few_shot(path: Path, split: str) -> list[tuple[str, int]]:
                 raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which such files have no need of")
             if opcode.name == "LONG_BINPUT" and (argument is None or argument > len(content)):
                 raise pickle.UnpicklingError("its memo is larger than the file")  # the reader would allocate it
-        records = [(record.file, record.label) for record in Reader(io.BytesIO(content)).load()[split]]
+        found = Unpickler(io.BytesIO(content), {DATUM: Inert}, others=None).load()[split]
+        records = [(record.state["_impath"], record.state["_label"]) for record in found]
         if not records or not all(isinstance(file, str) and type(label) is int for file, label in records):
             raise TypeError("its records must have a path and a label")
     except Exception as error:  # pickles that are damaged raise whatever they like

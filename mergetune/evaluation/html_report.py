@@ -6,7 +6,6 @@ import platform
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path as FilePath
 from typing import Any
@@ -19,7 +18,7 @@ from mergetune.evaluation.figures import DPI, plot, plot_plane, plot_spectrum
 from mergetune.evaluation.paths import Path
 from mergetune.evaluation.planes import Corner, Plane
 from mergetune.evaluation.spectra import Spectrum
-from mergetune.io import write_atomically
+from mergetune.io import installed_version, write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -162,10 +161,10 @@ which it bends down. They depend on the scale of what is interpolated: compare t
 
 def _settings(settings: Mapping[str, Any]) -> str:
     versions = {
-        "mergetune": version("mergetune"),
+        "mergetune": installed_version(),
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
-        "scipy": version("scipy"),
+        "scipy": installed_version("scipy"),
         "python": platform.python_version(),
     }
     rows = [(name, _setting(value)) for name, value in settings.items()]

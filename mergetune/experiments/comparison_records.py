@@ -21,7 +21,7 @@ from mergetune.evaluation import accuracy, harmonic_mean
 from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates, class_weights
 from mergetune.experiments.comparison_cells import Cell, Task
 from mergetune.facts import CompareOptions
-from mergetune.io import jsonable, read_regular, read_regular_text, write_atomically
+from mergetune.io import jsonable, read_regular, read_regular_text, write_atomically, write_json
 from mergetune.solutions import inputs
 
 Record = dict[str, Any]
@@ -160,10 +160,6 @@ def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, 
         "fit": setup.fit,
         "grids": [setup.grid, MERGE_GRIDS],
     }
-
-
-def write_json(file: Path, record: Any) -> None:
-    write_atomically(file, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def read_record(file: Path) -> Record:

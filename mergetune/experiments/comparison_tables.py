@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mergetune.experiments.comparison_cells import REFERENCE, Cell
-from mergetune.experiments.comparison_records import Record, write_json
-from mergetune.io import jsonable, write_atomically
+from mergetune.experiments.comparison_records import Record
+from mergetune.io import jsonable, write_atomically, write_json
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ CoOp learns 50 base classes from 16 images each; MERGETUNE repairs what it forgo
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from mergetune.evaluation import (
     weight_average,
 )
 from mergetune.evaluation import Path as Walk
+from mergetune.io import write_json
 from mergetune.solutions import Prompt, Solution, interpolate
 from mergetune.training import fit, tune
 
@@ -143,7 +143,7 @@ def run_demo(
         figure=figure,
         milliseconds={name: sum(times) / len(times) for name, times in milliseconds.items()},
     )
-    (folder / "results.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", result.to_json(), indent=2)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset, cache_features
 from mergetune.evaluation import Report, accuracy, classifier, connectivity, logit_ensemble, plot, weight_average
-from mergetune.io import write_atomically
+from mergetune.io import write_json
 from mergetune.solutions import Head, Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
 
@@ -122,5 +121,5 @@ def fit_dataset(
     }
     plot(walks, out / "paths.png")
     found = FolderResult(result, reports, out / "paths.png")
-    write_atomically(out / "report.json", f"{json.dumps(found.to_json(), indent=1)}\n".encode())
+    write_json(out / "report.json", found.to_json())
     return found

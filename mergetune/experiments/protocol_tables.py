@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from mergetune.evaluation import harmonic_mean
 from mergetune.facts.function_options import TUNE_METHODS
-from mergetune.io import write_atomically
+from mergetune.io import write_json
 
 # MERGETUNE (arXiv 2601.10497), ViT-B/16, means over the eleven datasets: (protocol, method, solution) -> column -> %.
 PUBLISHED: dict[tuple[str, str, str], dict[str, float]] = {
@@ -115,7 +114,7 @@ def save_table(records: Sequence[dict[str, Any]], folder: Path) -> list[Line]:
     """Write ``table.json`` and ``figure.png`` of a protocol's records into a folder; returns the table."""
     lines = tabulate(records)
     draw(records, folder / "figure.png")
-    write_atomically(folder / "table.json", f"{json.dumps([line.to_json() for line in lines], indent=1)}\n".encode())
+    write_json(folder / "table.json", [line.to_json() for line in lines])
     return lines
 
 

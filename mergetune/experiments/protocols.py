@@ -23,7 +23,7 @@ from mergetune.clip import FrozenClip
 from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_features, few_shot_path, templates_for
 from mergetune.evaluation import Classifier, accuracy, classifier, logit_ensemble, weight_average
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.io import jsonable, read_regular_text, torchrun_team, write_atomically
+from mergetune.io import jsonable, read_regular_text, torchrun_team, write_json
 from mergetune.solutions import Solution, open_solution
 from mergetune.training import fit, tune
 
@@ -149,7 +149,7 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> dict[str, An
         **({"mixes": mixes} if mixes else {}),
         "seconds": time.perf_counter() - began,
     }
-    write_atomically(folder / "run.json", f"{json.dumps(record, indent=1)}\n".encode())
+    write_json(folder / "run.json", record)
     return jsonable(record)
 
 

@@ -7,7 +7,6 @@ import json
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,15 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.evaluation import accuracy
-from mergetune.io import jsonable, read_regular_text, remove_parts, require_regular, write_atomically
+from mergetune.io import (
+    installed_version,
+    jsonable,
+    read_regular_text,
+    remove_parts,
+    require_regular,
+    write_atomically,
+    write_json,
+)
 from mergetune.solutions import Head, Solution, load_solution
 from mergetune.training.jobs import Job
 from mergetune.training.objective import Batch
@@ -46,7 +53,7 @@ class FitResult:
         """Write the solution and ``result.json`` into the folder ``path``."""
         self.solution.save(path)
         record = {"history": self.history, "settings": self.settings, "timings": self.timings, "versions": _versions()}
-        write_atomically(Path(path) / RESULT, f"{json.dumps(record, indent=2)}\n".encode())
+        write_json(Path(path) / RESULT, record, indent=2)
 
     @classmethod
     def load(cls, path: str | Path) -> FitResult:
@@ -225,13 +232,5 @@ def _short(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "unknown"
-
-    return {
-        "python": platform.python_version(),
-        **{name: of(name) for name in ("mergetune", "torch", "open_clip_torch")},
-    }
+    packages = ("mergetune", "torch", "open_clip_torch")
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}
