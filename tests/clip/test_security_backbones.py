@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from mergetune.clip.backbone_files import TEXT as TEXT_KEYS
 from mergetune.clip.backbone_files import VISION as VISION_KEYS
 from mergetune.clip.backbone_files import check_weights
 from mergetune.io import is_torchscript, load_torch, read_torchscript
+from mergetune.io.pickled_modules import read_module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
@@ -561,6 +563,101 @@ def test_an_archive_that_must_be_run_is_refused(folder, marker, tiny_name, tmp_p
         load_weights(where, tmp_path / "weights.pt", folder, tiny_name, monkeypatch)
     assert "allow_torchscript=True (on the command line --allow-torchscript)" in str(error.value)
     assert not marker.exists()
+
+
+class Repeats(nn.Module):
+    """Tensors that name the same few numbers again and again: each is small, together they would fill the memory."""
+
+    def __init__(self, tensors: int, numbers: int) -> None:
+        super().__init__()
+        for number in range(tensors):
+            self.register_buffer(f"b{number}", torch.zeros(1).expand(numbers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def same_storage(tensors: int, numbers: int) -> dict[str, Tensor]:
+    whole = torch.zeros(1)
+    return {f"b{number}": whole.expand(number + 1, numbers // (number + 1)) for number in range(tensors)}
+
+
+FORMS: dict[str, Callable[[int, int, Path], object]] = {
+    "TorchScript": lambda n, each, file: torch.jit.save(torch.jit.script(Repeats(n, each)), file),
+    "module": lambda n, each, file: torch.save(Repeats(n, each), file),
+    "pickle": lambda n, each, file: file.write_bytes(pickle.dumps(Repeats(n, each), protocol=2)),
+    "zip": lambda n, each, file: torch.save(same_storage(n, each), file),
+    "legacy": lambda n, each, file: torch.save(same_storage(n, each), file, _use_new_zipfile_serialization=False),
+}
+TENSOR_READERS: dict[str, Callable[[Path], Any]] = {
+    "TorchScript": check_weights,
+    "module": read_module,
+    "pickle": read_module,
+    "zip": load_torch,
+    "legacy": load_torch,
+}
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_tensors_together_are_not_larger_than_the_file_by_far(tmp_path, form):
+    """The limit holds for the sum: 17 times 4 MiB of one number are refused, 15 times are read."""
+    file = tmp_path / "weights.pt"
+    FORMS[form](17, 1 << 20, file)
+    assert file.stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"weights\.pt cannot be read .*its tensors have 71,30"):
+            TENSOR_READERS[form](file)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
+    FORMS[form](15, 1 << 20, file)
+    assert len(TENSOR_READERS[form](file)) == 15
+
+
+class Tied(nn.Module):
+    """One weight under three names, larger than what any file may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3000, 3000, bias=False)
+        self.b, self.c = nn.Linear(1, 1, bias=False), self.a
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def test_tied_weights_are_read(tmp_path):
+    tied = Tied()
+    torch.jit.save(torch.jit.script(tied), tmp_path / "script.pt")
+    torch.save(tied, tmp_path / "module.pt")
+    script, module = check_weights(tmp_path / "script.pt"), read_module(tmp_path / "module.pt")
+    assert script.keys() == tied.state_dict().keys() and module.keys() == {"a.weight", "b.weight"}
+    for found in (script, module):
+        assert all(torch.equal(value, tied.a.weight) for value in found.values())
+
+
+def test_a_storage_that_many_tensors_share_is_read_once(tmp_path, monkeypatch):
+    """As the parameters of a flattened model do; else a small file would be read for hours."""
+    whole = torch.arange(1000.0)
+    torch.save({f"p{i}": whole[i : i + 1] for i in range(1000)}, tmp_path / "a.pt")
+    read = zipfile.ZipFile.read
+    names = []
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda self, name: names.append(name) or read(self, name))
+    found = read_module(tmp_path / "a.pt")
+    assert [found[f"p{i}"].item() for i in range(1000)] == whole.tolist()
+    assert sum("/data/" in name for name in names) == 1
+
+
+def test_bytes_in_a_pickle_are_unpacked_once(tmp_path):
+    """A pickle can name one text as often as it likes, and would make it anew each time."""
+    encode = b"c_codecs\nencode\n"
+    text = b"X" + (1_000_000).to_bytes(4, "little") + b"a" * 1_000_000 + b"q\x01"
+    again = encode + b"h\x01" + b"X\x06\x00\x00\x00latin1" + b"\x86R"
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + text + b"0](" + again * 50 + b"e.")
+    with pytest.raises(ValueError, match=r"a\.pkl cannot be read .* used more than once"):
+        read_module(tmp_path / "a.pkl")
 
 
 def test_an_archive_is_run_for_who_allows_it(marker, tmp_path):
