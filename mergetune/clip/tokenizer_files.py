@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergetune.io import read_regular
+from mergetune.io import MAX_SETTINGS, read_regular
 
 
 def word_set(text: str) -> frozenset[str]:
@@ -68,7 +68,7 @@ SCALAR = (str, int, float, bool, type(None))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    text = read_regular(file)
+    text = read_regular(file, limit=MAX_SETTINGS)
     try:
         content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.io.files import open_regular, read_regular, require_regular, write_atomically
+from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular, require_regular, write_atomically
+from mergetune.io.tensor_budgets import require_budget, tensor_views
 from mergetune.io.unpickling import Inert, Unpickler
 
 STORAGES = {
@@ -44,8 +45,6 @@ STORAGES = {
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of torch.save's format before 1.6
 MAX_MODULES = 1 << 16  # of a TorchScript archive, each as often as it is used: modules that share modules can be many
 MAX_CODE = 1 << 28  # bytes of a TorchScript archive's code, which is compressed
-MAX_REPEATED = 4  # bytes of all tensors together, for each byte of the file: tied weights and views repeat a storage
-MAX_EXPANDED = 1 << 26  # bytes that all tensors together may have whatever the file's size is
 
 
 def read_module(file: str | Path, *, only: str | None = None) -> dict[str, Tensor]:
@@ -83,7 +82,7 @@ def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence
     try:
         with torch.serialization.safe_globals(list(allowed)):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
-        _require_budget({str(at): tensor for at, tensor in enumerate(_views(content))}, os.stat(file).st_size)
+        require_budget(list(tensor_views(content)), os.stat(file).st_size)
         return content
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -220,38 +219,9 @@ class _Piece:
         return math.prod(self.size) * self.storage.dtype.itemsize
 
 
-def _require_budget(tensors: Mapping[str, _Piece | Tensor], stored: int) -> None:
-    """Refuse tensors that would fill the memory from a file of ``stored`` bytes, once each has its own numbers."""
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    if needed > max(MAX_REPEATED * stored, MAX_EXPANDED):
-        largest = max(tensors.values(), key=lambda tensor: tensor.nbytes)
-        raise ValueError(
-            f"its tensors have {needed:,} bytes, the largest of them shape {list(largest.shape)}, and the file has "
-            f"{stored:,}: it may hold each number {MAX_REPEATED} times, or tensors of {MAX_EXPANDED:,} bytes in all"
-        )
-
-
-def _views(content: Any) -> Iterator[Tensor]:
-    """The different tensors in dicts and lists: of those that torch ties, which are one, the first."""
-    seen: set[Any] = set()
-    left = [content]
-    while left:
-        value = left.pop()
-        if isinstance(value, Tensor):
-            where = None
-            if value.layout == torch.strided:
-                where = value.data_ptr(), value.dtype, value.shape, value.stride()
-            if where is None or where not in seen:
-                seen.add(where)
-                yield value
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            left += value.values() if isinstance(value, dict) else value
-
-
 def _made(pieces: Mapping[str, _Piece], stored: int) -> dict[str, Tensor]:
     """The tensors of a file of ``stored`` bytes, each with numbers of its own. Each storage is read once."""
-    _require_budget(pieces, stored)
+    require_budget(pieces.values(), stored)
     by_storage: dict[int, list[str]] = {}
     for name, piece in pieces.items():
         by_storage.setdefault(id(piece.storage), []).append(name)
@@ -394,7 +364,7 @@ def _unpickle(file: Path) -> Any:
     with open_regular(file) as stream:
         if zipfile.is_zipfile(stream):
             return _unpickle_zip(file)
-    content = read_regular(file)
+    content = read_regular(file, limit=MAX_WEIGHTS)
     value = TensorUnpickler(io.BytesIO(content)).load()
     return _unpickle_legacy(io.BytesIO(content)) if value == LEGACY_MAGIC else value
 

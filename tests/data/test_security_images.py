@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -38,7 +40,7 @@ from mergetune.cli import app
 from mergetune.data import CoOpDataset, Dataset, ImageList, load_image
 from mergetune.data.image_files import IMAGE_FORMATS, image_extensions
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import read_torchscript
+from mergetune.io import read_json, read_torchscript
 from mergetune.io.pickled_modules import read_module
 from mergetune.merging import TensorFile
 
@@ -237,6 +239,72 @@ def test_a_cache_names_what_became_a_fifo(fifo):
             cache_features(TinyClip(), images, fifo.parent / "cache", workers=workers, progress=False)
 
 
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def sparse(name: str, size: int) -> Callable[[Path], Path]:
+    """A file that has these bytes, and takes no place on the disk."""
+
+    def make(folder: Path) -> Path:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+        os.truncate(folder / name, size)
+        return folder / name
+
+    return make
+
+
+HUGE: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
+    "load_image": (sparse("a.png", 1 << 33), load_image),
+    "image_table csv": (sparse("a.csv", 1 << 33), image_table),
+    "image_table json": (sparse("a.json", 1 << 33), image_table),
+    "coop_split": (sparse("split.json", 1 << 33), lambda file: coop_split(file.parent, file)),
+    "few_shot_file": (
+        sparse("shot_1-seed_1.pkl", 1 << 33),
+        lambda file: Dataset("a", ImageList(file.parent, ("a",), (0,), ("a",))).few_shot_file(file),
+    ),
+    "load_solution": (sparse("solution.json", 1 << 33), lambda file: load_solution(file.parent)),
+    "FitResult": (sparse("result.json", 1 << 33), lambda file: FitResult.load(file.parent)),
+    "FeatureCache": (sparse("manifest.json", 1 << 33), lambda file: FeatureCache.open(file.parent)),
+    "read_json": (sparse("a.json", 1 << 33), read_json),
+    "read_module": (sparse("a.pkl", 1 << 35), read_module),
+    "configuration": (sparse("open_clip_config.json", 1 << 33), lambda file: load_clip(f"local-dir:{file.parent}")),
+}
+
+
+@pytest.mark.parametrize("reader", list(HUGE))
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path, reader):
+    make, read = HUGE[reader]
+    file = make(tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"{re.escape(str(file))}.* must have at most [\d,]+ bytes, got [\d,]+"):
+            read(file)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_cache_does_not_read_huge_images(tmp_path):
+    sparse("a.png", 1 << 42)(tmp_path)
+    images = ImageList(tmp_path, ("a.png",), (0,), ("thing",))
+    with pytest.raises(ValueError, match=r"a\.png must have at most 268,435,456 bytes, got 4,398,046,511,104"):
+        cache_features(TinyClip(), images, tmp_path / "cache", workers=0, progress=False)
+
+
+def test_images_are_told_apart_whatever_their_size(tmp_path):
+    """Split by content: files of one size are read piece by piece."""
+    for name in ("cats/a.png", "cats/b.png", "dogs/a.png", "dogs/b.png"):
+        sparse(name, 1 << 26)(tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            ImageFolder(tmp_path, val=0, test=0.5)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
 # -- size -------------------------------------------------------------------------------------------------------------
 
 SIDE = 13_000  # 169 million pixels
@@ -314,6 +382,38 @@ def test_texts_of_a_png_are_not_unpacked_without_bound(tmp_path, where):
         assert tracemalloc.get_traced_memory()[1] < 1 << 24
     finally:
         tracemalloc.stop()
+
+
+def jpeg(scans: int, before: bytes = b"", behind: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    made = io.BytesIO()
+    picture(size=(32, 32)).save(made, "JPEG", progressive=True)
+    content = made.getvalue()
+    starts = [found.start() for found in re.finditer(rb"\xff\xda", content)]
+    last = content[starts[-1] : -2]
+    return b"\xff\xd8" + before + content[2:-2] + last * (scans - len(starts)) + b"\xff\xd9" + behind
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_jpeg_has_no_scans_without_number(tmp_path, name):
+    """Each takes as long as the whole picture, and has a few bytes."""
+    (tmp_path / name).write_bytes(jpeg(101))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: a JPEG must have at most 100 scans, this one has 101$"):
+        load_image(tmp_path / name)
+    (tmp_path / name).write_bytes(jpeg(100))
+    assert load_image(tmp_path / name).size == (32, 32)
+
+
+def test_what_only_looks_like_scans_is_not_counted(tmp_path):
+    """A preview in a segment, as cameras write it, and what stands behind the picture, such as a film."""
+    many = b"\xff\xda\0\x02" * 1000
+    segment = b"\xff\xe5" + struct.pack(">H", len(many) + 2) + many
+    (tmp_path / "a.jpg").write_bytes(jpeg(20, segment, many))
+    (tmp_path / "b.jpg").write_bytes(jpeg(20))
+    assert load_image(tmp_path / "a.jpg").tobytes() == load_image(tmp_path / "b.jpg").tobytes()
+    (tmp_path / "a.jpg").write_bytes(jpeg(101, segment, many))
+    with pytest.raises(ValueError, match="this one has 101"):
+        load_image(tmp_path / "a.jpg")
 
 
 def test_the_limit_can_be_moved(tmp_path):
