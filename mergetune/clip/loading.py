@@ -120,10 +120,20 @@ def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Callable[..., Tensor]:
     options = {"trust_remote_code": False} if source.huggingface else {}  # transformers would ask at the terminal
     try:
-        return open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)
+        tokenizer = open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)
+        if source.folder is not None:  # of a stranger: what fails, fails here
+            tokenizer(["a photo of a cat, 2 dogs' and  so on.\n", ""])
+        return tokenizer
     except ImportError as error:  # open_clip does not ask for transformers itself
         raise RuntimeError(f"the tokenizer of {name!r} needs a package: pip install transformers ({error})") from error
-    except Exception as error:  # transformers raises many kinds on files that are not a tokenizer's
+    except BaseException as error:  # transformers raises many kinds on files that are not a tokenizer's
+        panic = type(error).__name__ == "PanicException"  # of the library in Rust, and no Exception
+        if not (isinstance(error, Exception) or panic):
+            raise
+        if panic:
+            raise ValueError(
+                f"tokenizer.json of {name!r} must be one that the package tokenizers understands, got: {error}"
+            ) from error
         reason = str(error).replace(str(source.folder), name) if source.folder else error
         raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
 

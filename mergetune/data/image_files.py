@@ -25,7 +25,7 @@ from mergetune.io import MAX_IMAGE, MAX_LIST, read_regular
 #   EPS, and WMF on Windows, which hand the file to another program or to the system (Ghostscript runs PostScript);
 #   BUFR, GRIB, HDF5, MPEG, FITS and others of science and film, which need a handler from elsewhere or are no photos;
 #   ICO, ICNS, CUR, DCX, FLI, PSD, FPX, MIC, IPTC and MCIDAS: containers of several pictures, layers or other files;
-#   AVIF, whose container may name a size of 8 x 8 for a picture of 16,000 x 16,000, which is decoded whole all the same;
+#   AVIF, whose container may name 8 x 8 pixels for a picture of 16,000 x 16,000, which is decoded whole all the same;
 #   BLP, DDS, FTEX, GBR, IM, IMT, MSP, PCD, PCX, PIXAR, QOI, SGI, SPIDER, SUN, XBM, XPM, XV and TGA: old or rare formats
 #   with seldom tested decoders, some of which recognise a file by almost nothing.
 IMAGE_FORMATS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import os
@@ -31,6 +32,7 @@ from mergetune.cli import app
 from mergetune.clip.backbone_files import TEXT as TEXT_KEYS
 from mergetune.clip.backbone_files import VISION as VISION_KEYS
 from mergetune.clip.backbone_files import check_weights
+from mergetune.clip.tokenizer_json import check_tokenizer_json
 from mergetune.io import is_torchscript, load_torch, read_torchscript
 from mergetune.io.pickled_modules import read_module
 
@@ -286,6 +288,138 @@ def test_what_is_lacking_is_said(folder, tmp_path):
         load_clip(f"local-dir:{folder}")
     (folder / OPEN_CLIP).unlink()
     with pytest.raises(FileNotFoundError, match=OPEN_CLIP):
+        load_clip(f"local-dir:{folder}")
+
+
+# -- tokenizer.json ---------------------------------------------------------------------------------------------------
+
+_GROW = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}
+_SEQUENCE = {"type": "Sequence", "normalizers": []}
+_TEMPLATE = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+
+
+def charsmap(texts: bytes) -> str:
+    return base64.b64encode((4).to_bytes(4, "little") + bytes(4) + texts).decode()
+
+
+JSON_REFUSED: list[tuple[str, Any, str]] = [
+    ("normalizer", {"type": "Sequence", "normalizers": [_GROW] * 8}, "normalizer must make a text at most 16 times"),
+    (
+        "normalizer",
+        {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [_GROW] * 2}] * 2},
+        "normalizer must make a text at most 16 times",
+    ),
+    ("normalizer", {**_GROW, "content": "a" * 65}, "normalizer.content must have at most 64 bytes"),
+    ("normalizer", {**_GROW, "pattern": {"String": ""}}, "normalizer.pattern must be a text"),
+    ("normalizer", {**_GROW, "pattern": {"Regex": "(a|a|aa)+$"}}, "normalizer.pattern must be a text"),
+    ("normalizer", {"type": "Prepend", "prepend": "a" * 1000}, "normalizer.prepend must have at most 64 bytes"),
+    ("normalizer", {"type": "Python"}, "normalizer must be one of BertNormalizer"),
+    ("normalizer", [], "normalizer must be one of BertNormalizer"),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2}, "normalizer must have NFC once"),
+    ("normalizer", {"type": "Sequence", "normalizers": [_SEQUENCE] * 33}, "normalizer.normalizers must be a list"),
+    (
+        "normalizer",
+        functools.reduce(lambda inner, _: {"type": "Sequence", "normalizers": [inner]}, range(9), _SEQUENCE),
+        "must be a list",
+    ),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap(b"a" * 65)}, "at most 64 bytes of a char"),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AA"}, "must be a table of characters"),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap(b"\xff")}, "must be a table of characters"),
+    (
+        "pre_tokenizer",
+        {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer.pattern must be a text",
+    ),
+    ("pre_tokenizer", {"type": "UnicodeScripts"}, "pre_tokenizer must be one of"),
+    ("post_processor", {**_TEMPLATE, "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 33}, "at most 32 entries"),
+    ("post_processor", {"type": "Sequence", "processors": [_TEMPLATE] * 2}, "TemplateProcessing once"),
+    (
+        "post_processor",
+        {**_TEMPLATE, "special_tokens": {"a": {"id": "a", "ids": [1] * 33, "tokens": ["a"] * 33}}},
+        "at most 32 entries",
+    ),
+    ("decoder", {"type": "Sequence", "decoders": [_GROW] * 8}, "decoder must make a text at most 16 times"),
+    ("decoder", {"type": "CTC"}, "decoder must be one of"),
+    ("model", None, "model must be one of BPE"),
+    ("model", {"type": "Python"}, "model must be one of BPE"),
+    ("model", {"type": "BPE", "vocab": {}, "merges": [], "dropout": 0.5}, "model.dropout must be absent"),
+    ("model", {"type": "BPE", "vocab": {}, "merges": [], "path": "/etc/hostname"}, "model.path is not a setting"),
+    ("padding", {"strategy": {"Fixed": 10**9}}, "padding.Fixed must be at most"),
+    (
+        "padding",
+        {"strategy": "BatchLongest", "pad_to_multiple_of": 10**9},
+        "padding.pad_to_multiple_of must be at most",
+    ),
+    ("truncation", [], "truncation must be an object"),
+]
+
+
+@HOW
+@pytest.mark.parametrize(("part", "value", "reason"), JSON_REFUSED)
+def test_steps_that_published_tokenizers_do_not_have_are_refused(folder, how, part, value, reason):
+    edit(folder / "tokenizer.json", part, value)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: {part}.*{re.escape(reason.removeprefix(part))}"):
+        load(folder, how)
+
+
+def metaspace(text: str = "▁") -> Any:
+    return tokenizers.pre_tokenizers.Metaspace(text)
+
+
+N, P, D = tokenizers.normalizers, tokenizers.pre_tokenizers, tokenizers.decoders
+CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+PIPELINES: dict[str, tuple[Any, Any, Any]] = {  # as the tokenizers of open_clip's configurations have them
+    "CLIP": (
+        N.Sequence([N.NFC(), N.Replace(tokenizers.Regex(r"\s+"), " "), N.Lowercase()]),
+        P.Sequence([P.Split(tokenizers.Regex(CLIP_WORDS), "removed", True), P.ByteLevel(add_prefix_space=False)]),
+        D.ByteLevel(),
+    ),
+    "SigLIP": (
+        N.Sequence([N.Strip(left=False), N.Replace(tokenizers.Regex(" {2,}"), "▁")]),
+        P.Sequence([P.WhitespaceSplit(), metaspace()]),
+        D.Metaspace(),
+    ),
+    "SigLIP 2": (
+        N.Replace(" ", "▁"),
+        P.Split(" ", "merged_with_previous"),
+        D.Sequence([D.Replace("▁", " "), D.ByteFallback(), D.Fuse()]),
+    ),
+    "BERT": (N.BertNormalizer(), P.BertPreTokenizer(), D.WordPiece()),
+    "RoBERTa": (None, P.ByteLevel(), D.ByteLevel()),
+    "XLM-V": (
+        N.Sequence([N.Replace("``", '"'), N.NFKD(), N.StripAccents(), N.Replace(tokenizers.Regex(" {2,}"), " ")]),
+        metaspace(),
+        D.Metaspace(),
+    ),
+    "Llama": (N.Sequence([N.Prepend("▁"), N.Replace(" ", "▁")]), None, D.Sequence([D.Strip(" ", 1, 0)])),
+}
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_the_steps_of_published_tokenizers_are_kept(folder, name):
+    words = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    normalizer, pre_tokenizer, decoder = PIPELINES[name]
+    if normalizer is not None:
+        words.normalizer = normalizer
+    if pre_tokenizer is not None:
+        words.pre_tokenizer = pre_tokenizer
+    words.decoder = decoder
+    words.save(str(folder / "tokenizer.json"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert check_tokenizer_json(content, folder) == json.loads((folder / "tokenizer.json").read_text())
+    expected = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    assert torch.equal(load_clip(f"local-dir:{folder}").tokenizer(TEXTS), expected)
+
+
+def test_a_panic_of_the_library_is_an_error_that_names_the_file(folder):
+    """A table of characters whose search tree points into nothing: the library in Rust panics over it."""
+    tree = b"".join(number.to_bytes(4, "little") for number in (0xFFFFFFFF,) * 4)
+    table = base64.b64encode(len(tree).to_bytes(4, "little") + tree + b"a\0").decode()
+    edit(folder / "tokenizer.json", "normalizer", {"type": "Precompiled", "precompiled_charsmap": table})
+    with pytest.raises(BaseException) as theirs:
+        open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    assert not isinstance(theirs.value, Exception)
+    with pytest.raises(ValueError, match=r"tokenizer\.json of 'local-dir:.*' must be one that"):
         load_clip(f"local-dir:{folder}")
 
 
