@@ -14,7 +14,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
 from mergetune.clip.backbone import FrozenClip
-from mergetune.clip.backbone_files import Backbone, check_weights, checked_backbone
+from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import refused_model, refused_tower, understood
 from mergetune.io import is_torchscript
@@ -47,7 +47,7 @@ def load_clip(
 
     Raises:
         ValueError: unknown precision; no weights named; weights given twice; files that ask for more than a network, a
-            vocabulary and tensors, naming the file and the key.
+            vocabulary and tensors, naming the file and the key; settings of which no network can be made.
         RuntimeError: open_clip does not know the model or the tag; weights of another model; a package for its
             tokenizer is missing.
         TypeError: a model without a text tower that mergetune understands.
@@ -88,6 +88,12 @@ def load_clip(
             )
         except AssertionError as error:  # from open_clip's resizing of position embeddings
             raise RuntimeError(f"the weights {pretrained or name} are not those of {name!r}: {error}") from error
+        except Exception as error:  # open_clip and torch raise many kinds on settings that do not fit together
+            others = isinstance(error, torch.OutOfMemoryError) or "state_dict" in str(error)  # weights of another model
+            if source.folder is None or others:
+                raise
+            reason = f"{type(error).__name__}: {str(error).replace(str(source.folder), name)}"
+            raise ValueError(f"{CONFIG} of {name!r} must describe a network that can be made, got {reason}") from error
         if state is not None:
             _load_archive(model, state)
         tokenizer = _load_tokenizer(name, source, cache_dir)

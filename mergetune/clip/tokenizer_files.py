@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ def read_json(file: Path, *, limit: int = MAX_SETTINGS) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold an object, got {type(content).__name__}")
     return content
+
+
+def brief(value: Any) -> str:
+    return reprlib.repr(value)  # of any depth and length
 
 
 def check_tokenizer_setting(key: str, value: Any, where: str) -> None:

@@ -108,7 +108,7 @@ def check_tokenizer_json(content: dict[str, Any], file: Path) -> dict[str, Any]:
         for name, count in Counter(step["type"] for _, step in steps).items():
             if count > 1 and name not in SEVERAL:
                 raise ValueError(f"{file}: {part} must have {name} once, got it {count} times")
-    model = content.get("model")
+    model = content.get("model") or {}
     where = f"{file}: model"
     _check_step(model, MODELS, where, free=("vocab", "merges"))
     if model.get("dropout"):

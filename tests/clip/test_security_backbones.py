@@ -29,9 +29,9 @@ from typer.testing import CliRunner
 
 from mergetune import FrozenClip, load_clip
 from mergetune.cli import app
+from mergetune.clip.backbone_files import BOUNDS, check_weights
 from mergetune.clip.backbone_files import TEXT as TEXT_KEYS
 from mergetune.clip.backbone_files import VISION as VISION_KEYS
-from mergetune.clip.backbone_files import check_weights
 from mergetune.clip.tokenizer_json import check_tokenizer_json
 from mergetune.io import is_torchscript, load_torch, read_torchscript
 from mergetune.io.pickled_modules import read_module
@@ -288,6 +288,90 @@ def test_what_is_lacking_is_said(folder, tmp_path):
         load_clip(f"local-dir:{folder}")
     (folder / OPEN_CLIP).unlink()
     with pytest.raises(FileNotFoundError, match=OPEN_CLIP):
+        load_clip(f"local-dir:{folder}")
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", list(BOUNDS))
+def test_each_size_has_a_bound(folder, key):
+    places = {"embed_dim": "model_cfg.embed_dim", "size": "preprocess_cfg.size"}
+    section = "text_cfg" if key in TEXT_KEYS else "vision_cfg"
+    place = places.get(key, f"model_cfg.{section}.{key}")
+    original = (folder / OPEN_CLIP).read_text()
+    least, most = BOUNDS[key]
+    for value in (most + 1, 10**12, 1e300, least - 1, "1", True, [1, most + 1], [1] * 5, [], float("inf")):
+        (folder / OPEN_CLIP).write_text(original)
+        edit(folder / OPEN_CLIP, place, value)
+        with pytest.raises(ValueError, match=rf"{OPEN_CLIP}: {re.escape(place)} must be from {least} to {most:,}, got"):
+            load_clip(f"local-dir:{folder}")
+
+
+def test_every_size_of_open_clips_configurations_has_room():
+    """The most that is published is at most half of each bound."""
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        for section in (config, config["vision_cfg"], config["text_cfg"]):
+            for key in (key for key in BOUNDS if section.get(key) is not None):
+                values = section[key] if isinstance(section[key], list) else [section[key]]
+                assert all(BOUNDS[key][0] <= value <= BOUNDS[key][1] / 2 for value in values), (name, key)
+
+
+LARGE = {
+    "text": {"text_cfg.layers": 256, "text_cfg.width": 1 << 14},
+    "words": {"text_cfg.vocab_size": 1 << 22, "text_cfg.width": 1 << 10},
+    "vision": {"vision_cfg.layers": 256, "vision_cfg.width": 1 << 14},
+    "ResNet": {"vision_cfg.layers": [256] * 4, "vision_cfg.width": 1 << 13},
+    "places": {"vision_cfg.image_size": 4096, "vision_cfg.patch_size": 1},
+}
+
+
+@HOW
+@pytest.mark.parametrize("name", list(LARGE))
+def test_a_network_is_not_far_larger_than_its_weights(folder, monkeypatch, how, name):
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("room was made for it"))
+    for place, value in LARGE[name].items():
+        edit(folder / OPEN_CLIP, f"model_cfg.{place}", value)
+    with pytest.raises(ValueError, match=rf"{OPEN_CLIP} of .*: model_cfg must be the network of its weights, got one"):
+        load(folder, how)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("text_cfg.heads", 3),
+        ("text_cfg.pool_type", "nowhere"),
+        ("text_cfg.mlp_ratio", 0.001),
+        ("text_cfg.norm_kwargs", {"eps": "a"}),
+        ("text_cfg.act_kwargs", {"inplace": 1}),
+        ("vision_cfg.pos_embed_type", "nowhere"),
+        ("vision_cfg.patch_size", 99),
+        ("vision_cfg.layers", [1, 1]),
+        ("vision_cfg.head_width", 1000),
+        ("vision_cfg.pool_type", 7),
+        ("vision_cfg.patch_dropout", 7),
+        ("embed_dim", None),
+        ("init_logit_scale", "a"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_error(folder, place, value):
+    """Or weights of another model, which is the other documented error; or the setting changes nothing."""
+    edit(folder / OPEN_CLIP, f"model_cfg.{place}", value)
+    try:
+        load_clip(f"local-dir:{folder}")
+    except ValueError as error:
+        assert OPEN_CLIP in str(error) and str(folder) in str(error)
+    except RuntimeError as error:
+        assert "state_dict" in str(error) or "are not those of" in str(error)
+
+
+@pytest.mark.parametrize(("key", "value"), [("device", "meta"), ("dtype", "float64"), ("out", 1)])
+@pytest.mark.parametrize("section", ["vision_cfg", "text_cfg"])
+@pytest.mark.parametrize("kwargs", ["norm_kwargs", "act_kwargs"])
+def test_settings_of_layers_are_those_of_layers(folder, section, kwargs, key, value):
+    edit(folder / OPEN_CLIP, f"model_cfg.{section}.{kwargs}", {key: value})
+    with pytest.raises(ValueError, match=f"{OPEN_CLIP}: model_cfg.{section}.{kwargs} must have .* alone, got {key}"):
         load_clip(f"local-dir:{folder}")
 
 
