@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from mergetune.clip.backbone import FrozenClip
 from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import refused_model, refused_tower, understood
-from mergetune.io import is_torchscript
+from mergetune.io import is_torchscript, require_regular
 
 
 def load_clip(
@@ -112,6 +113,8 @@ def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: 
             weights = open_clip.download_pretrained(tag, cache_dir=cache_dir)
         except Exception as error:  # whatever a download raises
             raise RuntimeError(f"the weights {pretrained!r} of {name!r} could not be downloaded: {error}") from error
+    elif os.path.exists(pretrained):
+        require_regular(pretrained)
     huggingface = bool(config["text_cfg"].get("hf_tokenizer_name"))
     return Backbone(name, Path(weights) if weights else None, huggingface)
 

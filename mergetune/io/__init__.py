@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         read_regular,
         read_regular_text,
         remove_parts,
+        require_file,
         require_regular,
         sha256_regular,
         write_atomically,
@@ -63,6 +64,7 @@ __all__ = [
     "read_torchscript",
     "release_locks",
     "remove_parts",
+    "require_file",
     "require_regular",
     "sha256_regular",
     "torchrun_team",
@@ -78,7 +80,7 @@ make_lazy(
         "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
         "mergetune.io.files": (
             "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "
-            "read_regular_text remove_parts require_regular sha256_regular write_atomically "
+            "read_regular_text remove_parts require_file require_regular sha256_regular write_atomically "
             "writing_atomically"
         ),
         "mergetune.io.locks": "locked release_locks",

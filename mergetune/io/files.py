@@ -129,6 +129,19 @@ def require_regular(path: str | Path) -> None:
     open_regular(path).close()
 
 
+def require_file(path: str | Path, message: str) -> None:
+    """Refuse what is no regular file: by its kind if it is there, or else with this message.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: a folder, a FIFO, a device or a socket.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(message)
+    if not os.path.isfile(path):
+        require_regular(path)
+
+
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> None:
     """Fill a buffer with the bytes of an open file from a place on. Several threads may read one file at once.
 

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular, require_regular, write_atomically
+from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular, require_file, require_regular, write_atomically
 from mergetune.io.tensor_budgets import require_budget, tensor_views
 from mergetune.io.unpickling import Inert, Unpickler
 
@@ -155,8 +155,7 @@ def convert_module(file: str | Path, out: str | Path, *, only: str | None = None
 
 
 def _read(file: Path, only: str | None) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    if not file.is_file():
-        raise FileNotFoundError(f"file must be a pickled module, got {file}, where there is no file")
+    require_file(file, f"file must be a pickled module, got {file}, where there is no file")
     inside = "" if only is None else f"{only}."
     try:
         found = dict(_walk(_unpickle(file), set()))

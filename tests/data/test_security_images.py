@@ -159,6 +159,11 @@ def link(fifo: Path, name: str) -> Path:
     return path
 
 
+def save_features(file: Path) -> Path:
+    np.save(file, np.eye(2, dtype=np.float32))
+    return file
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "load_image": lambda fifo: load_image(link(fifo, "a.png")),
     "image_table csv": lambda fifo: image_table(link(fifo, "a.csv")),
@@ -179,14 +184,33 @@ READERS: dict[str, Callable[[Path], object]] = {
     "read_torchscript": lambda fifo: read_torchscript(fifo),
     "TensorFile": lambda fifo: TensorFile(link(fifo, "a.safetensors")),
     "backbone's configuration": lambda fifo: load_clip(f"local-dir:{link(fifo, 'open_clip_config.json').parent}"),
+    "Prompt's file": lambda fifo: Prompt.from_checkpoint(link(fifo, "a.pt")),
+    "labels": lambda fifo: read_features(save_features(fifo.parent / "a.npy"), labels=link(fifo, "labels.npy")),
     "backbone's weights": lambda fifo: load_clip("ViT-B-32", str(link(fifo, "a.pt"))),
 }
+
+
+WHOLE = ("load_solution", "FitResult", "FeatureCache", "CoOpDataset", "TensorFile")  # which say what must be there
+NAMED = [reader for reader in READERS if reader not in WHOLE]
+
+
+@pytest.mark.parametrize("reader", NAMED)
+def test_who_names_a_fifo_is_told_that_it_is_one(fifo, reader):
+    with pytest.raises(ValueError, match="must be a regular file, got a FIFO"):
+        READERS[reader](fifo)
+
+
+@pytest.mark.parametrize("reader", ["Head .pt", "Head .npz", "Head .safetensors", "read_module", "backbone's weights"])
+def test_who_names_a_folder_is_told_that_it_is_one(tmp_path, reader):
+    (tmp_path / "fifo").mkdir()
+    with pytest.raises(ValueError, match="must be a regular file, got a folder"):
+        READERS[reader](tmp_path / "fifo")
 
 
 @pytest.mark.parametrize("reader", list(READERS))
 def test_a_fifo_is_refused_and_not_waited_for(fifo, reader):
     refused = "must be a regular file, got a FIFO|must be a folder with|must be a safetensors file"
-    not_there = "there is no file|does not exist|is not complete|without manifest|not a known tag or valid file"
+    not_there = "is not complete|without manifest"
     with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=f"{refused}|{not_there}"):
         READERS[reader](fifo)
 
