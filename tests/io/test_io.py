@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -26,6 +27,7 @@ from mergetune.io import (
     locked,
     read_at,
     read_json,
+    read_npz,
     read_regular,
     read_regular_text,
     release_locks,
@@ -90,6 +92,16 @@ def test_a_file_that_grows_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fstat", growing)
     with pytest.raises(ValueError, match="a must not change while it is read"):
         read_regular(tmp_path / "a")
+
+
+def test_packed_arrays_are_not_larger_than_the_file_by_far(tmp_path):
+    """A .npz file may be packed, and zeros shrink a thousand times."""
+    np.savez_compressed(tmp_path / "bomb.npz", **{f"a{i}": np.zeros(1 << 23, np.uint8) for i in range(9)})
+    with pytest.raises(ValueError, match=r"bomb\.npz cannot be read as \.npz: .*its arrays have 75,4"):
+        read_npz(tmp_path / "bomb.npz")
+    numbers = np.random.default_rng(0).normal(size=(1000, 512)).astype(np.float32)
+    np.savez_compressed(tmp_path / "a.npz", weight=numbers, empty=np.zeros(1 << 23, np.uint8))
+    assert np.array_equal(read_npz(tmp_path / "a.npz")["weight"], numbers)
 
 
 def test_compact_json_has_no_spaces():
