@@ -140,6 +140,8 @@ def test_pickles_without_tensors_are_refused(tmp_path, content):
     with pytest.raises(ValueError, match="must hold tensors, got none"):
         read_module(tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="where there is no file"):
+        read_module(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="must be a regular file, got a folder"):
         read_module(tmp_path)
     with pytest.raises(ValueError, match="out must be a .safetensors file"):
         convert_module(tmp_path / "file", tmp_path / "out.pt")
