@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +23,13 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
 from mergetune.clip.tokenizer_files import (
     TOKENIZER_FILES,
     TOKENIZER_MODES,
+    brief,
     check_plain,
     check_tokenizer_setting,
     copy_tokenizer,
@@ -68,6 +70,27 @@ TEXT = TOWER | word_set(
     "tokenizer_mode tokenizer_kwargs hf_model_name hf_model_pretrained hf_proj_type hf_pooler_type"
 )
 PREPROCESS = word_set("size mode mean std interpolation resize_mode fill_color")
+KWARGS = {"act_kwargs": word_set("approximate inplace"), "norm_kwargs": word_set("eps elementwise_affine bias")}
+BOUNDS = {  # {setting: (least, most)}; behind it the most that open_clip's own configurations have
+    "embed_dim": (1, 1 << 13),  # 1536
+    "layers": (1, 256),  # 56; a ResNet has one number per stage
+    "width": (1, 1 << 14),  # 1792
+    "mlp_ratio": (0, 64),  # 8.6
+    "head_width": (1, 1 << 12),  # 112
+    "patch_size": (1, 512),  # 32
+    "image_size": (1, 1 << 12),  # 512
+    "size": (1, 1 << 12),  # 512
+    "attn_pooler_queries": (1, 1 << 14),  # 256
+    "attn_pooler_heads": (1, 512),  # 8
+    "context_length": (1, 1 << 13),  # 77
+    "vocab_size": (1, 1 << 22),  # 901,629
+    "heads": (1, 512),  # 20
+    "pad_id": (-1, 1 << 22),  # 1
+    "eos_id": (-1, 1 << 22),  # 2
+}
+LISTS = {"layers": (4,), "image_size": (1, 2), "size": (1, 2)}  # {setting: how many numbers it may have instead of one}
+MAX_NUMBERS = 1 << 34  # of a model: 5 billion
+FREE_NUMBERS = 1 << 24  # of a model whatever its weights' size is
 
 
 @dataclass(frozen=True)
@@ -120,6 +143,7 @@ def checked_backbone(name: str, *, cache_dir: str | Path | None = None) -> Itera
         if named:  # checked before the weights are downloaded
             copy_tokenizer(find_tokenizer(named), folder)
         weights = find_weights()
+        _check_size(config["model_cfg"], weights, name)
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         os.symlink(weights.absolute(), folder / HUB_WEIGHTS[weights.suffix != ".safetensors"])
         yield Backbone(f"{FOLDER}{folder}", weights, bool(named), folder)
@@ -190,7 +214,7 @@ def _check_config(file: Path) -> dict[str, Any]:
     for name, section in (("model_cfg", model), ("model_cfg.vision_cfg", vision), ("model_cfg.text_cfg", text)):
         for key, value in section.items():
             if key not in ("vision_cfg", "text_cfg", "tokenizer_kwargs"):
-                check_plain(value, f"{file}: {name}.{key}", nested=key in ("act_kwargs", "norm_kwargs"))
+                _check_setting(key, value, f"{file}: {name}.{key}")
     text["tokenizer_kwargs"] = kwargs or {}
     checked = {"model_cfg": {**model, "vision_cfg": vision, "text_cfg": text}}
     if "preprocess_cfg" in content:
@@ -199,8 +223,52 @@ def _check_config(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: preprocess_cfg must be an object, got {preprocess!r}")
         checked["preprocess_cfg"] = {key: value for key, value in preprocess.items() if key in PREPROCESS}
         for key, value in checked["preprocess_cfg"].items():
-            check_plain(value, f"{file}: preprocess_cfg.{key}")
+            _check_setting(key, value, f"{file}: preprocess_cfg.{key}")
     return checked
+
+
+def _check_setting(key: str, value: Any, where: str) -> None:
+    check_plain(value, where, nested=key in KWARGS)
+    if key in KWARGS and isinstance(value, dict) and not value.keys() <= KWARGS[key]:
+        raise ValueError(f"{where} must have {', '.join(sorted(KWARGS[key]))} alone, got {', '.join(value)}")
+    if key in BOUNDS and value is not None:
+        least, most = BOUNDS[key]
+        numbers: list[Any] = value if isinstance(value, list) and len(value) in LISTS.get(key, ()) else [value]
+        kinds = (int, float) if key == "mlp_ratio" else (int,)
+        if any(type(number) not in kinds for number in numbers) or not least <= min(numbers) <= max(numbers) <= most:
+            raise ValueError(f"{where} must be from {least} to {most:,}, got {brief(value)}")
+
+
+def _check_size(model: dict[str, Any], weights: Path, name: str) -> None:
+    """Refuse a network that is far larger than its weights, before room is made for it."""
+    text, vision = CLIPTextCfg(**_known(model["text_cfg"])), CLIPVisionCfg(**_known(model["vision_cfg"]))
+    numbers = text.width * (text.vocab_size + text.context_length + (model.get("embed_dim") or 0))
+    numbers += _block_numbers(text.layers, text.width, text.mlp_ratio)
+    if not vision.timm_model_name:  # timm's own networks have the sizes that they have
+        sides: Any = vision.image_size if isinstance(vision.image_size, list) else [vision.image_size]
+        if isinstance(vision.layers, int):
+            places = (sides[0] // vision.patch_size) * (sides[-1] // vision.patch_size)
+            numbers += vision.width * (places + 3 * vision.patch_size**2)
+        else:
+            numbers += (sides[0] // 32) * (sides[-1] // 32) * vision.width * 32
+        numbers += _block_numbers(vision.layers, vision.width, vision.mlp_ratio)
+    stored = weights.stat().st_size
+    if numbers > min(MAX_NUMBERS, max(4 * stored, FREE_NUMBERS)):
+        raise ValueError(
+            f"{CONFIG} of {name!r}: model_cfg must be the network of its weights, got one of at least {numbers:,.0f} "
+            f"numbers for {weights.name} of {stored:,} bytes"
+        )
+
+
+def _known(section: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def _block_numbers(layers: int | Sequence[int], width: int, mlp_ratio: float) -> float:
+    """At least that many numbers have a transformer's blocks, or a ResNet's."""
+    if isinstance(layers, int):
+        return layers * width**2 * (4 + 2 * mlp_ratio)
+    return sum(count * (width << stage) ** 2 * 9 for stage, count in enumerate(layers))
 
 
 def _section(parent: Mapping[str, Any], name: str, allowed: frozenset[str], file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,10 +15,10 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
 from mergetune.clip.backbone import FrozenClip
-from mergetune.clip.backbone_files import Backbone, check_weights, checked_backbone
+from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import refused_model, refused_tower, understood
-from mergetune.io import is_torchscript
+from mergetune.io import is_torchscript, require_regular
 
 
 def load_clip(
@@ -47,7 +48,7 @@ def load_clip(
 
     Raises:
         ValueError: unknown precision; no weights named; weights given twice; files that ask for more than a network, a
-            vocabulary and tensors, naming the file and the key.
+            vocabulary and tensors, naming the file and the key; settings of which no network can be made.
         RuntimeError: open_clip does not know the model or the tag; weights of another model; a package for its
             tokenizer is missing.
         TypeError: a model without a text tower that mergetune understands.
@@ -89,6 +90,12 @@ def load_clip(
             )
         except AssertionError as error:  # from open_clip's resizing of position embeddings
             raise RuntimeError(f"the weights {pretrained or name} are not those of {name!r}: {error}") from error
+        except Exception as error:  # open_clip and torch raise many kinds on settings that do not fit together
+            others = isinstance(error, torch.OutOfMemoryError) or "state_dict" in str(error)  # weights of another model
+            if source.folder is None or others:
+                raise
+            reason = f"{type(error).__name__}: {str(error).replace(str(source.folder), name)}"
+            raise ValueError(f"{CONFIG} of {name!r} must describe a network that can be made, got {reason}") from error
         if state is not None:
             _load_archive(model, state)
         tokenizer = _load_tokenizer(name, source, cache_dir)
@@ -107,6 +114,8 @@ def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: 
             weights = open_clip.download_pretrained(tag, cache_dir=cache_dir)
         except Exception as error:  # whatever a download raises
             raise RuntimeError(f"the weights {pretrained!r} of {name!r} could not be downloaded: {error}") from error
+    elif os.path.exists(pretrained):
+        require_regular(pretrained)
     huggingface = bool(config["text_cfg"].get("hf_tokenizer_name"))
     return Backbone(name, Path(weights) if weights else None, huggingface)
 
@@ -121,10 +130,20 @@ def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Callable[..., Tensor]:
     options = {"trust_remote_code": False} if source.huggingface else {}  # transformers would ask at the terminal
     try:
-        return open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)
+        tokenizer = open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)
+        if source.folder is not None:  # of a stranger: what fails, fails here
+            tokenizer(["a photo of a cat, 2 dogs' and  so on.\n", ""])
+        return tokenizer
     except ImportError as error:  # open_clip does not ask for transformers itself
         raise RuntimeError(f"the tokenizer of {name!r} needs a package: pip install transformers ({error})") from error
-    except Exception as error:  # transformers raises many kinds on files that are not a tokenizer's
+    except BaseException as error:  # transformers raises many kinds on files that are not a tokenizer's
+        panic = type(error).__name__ == "PanicException"  # of the library in Rust, and no Exception
+        if not (isinstance(error, Exception) or panic):
+            raise
+        if panic:
+            raise ValueError(
+                f"tokenizer.json of {name!r} must be one that the package tokenizers understands, got: {error}"
+            ) from error
         reason = str(error).replace(str(source.folder), name) if source.folder else error
         raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergetune.io import read_regular
+from mergetune.clip.tokenizer_json import check_tokenizer_json
+from mergetune.io import MAX_SETTINGS, MAX_VOCABULARY, read_regular
 
 
 def word_set(text: str) -> frozenset[str]:
@@ -67,8 +69,8 @@ NAMED = ("added_tokens_decoder", "extra_special_tokens", "model_specific_special
 SCALAR = (str, int, float, bool, type(None))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    text = read_regular(file)
+def read_json(file: Path, *, limit: int = MAX_SETTINGS) -> dict[str, Any]:
+    text = read_regular(file, limit=limit)
     try:
         content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -76,6 +78,10 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold an object, got {type(content).__name__}")
     return content
+
+
+def brief(value: Any) -> str:
+    return reprlib.repr(value)  # of any depth and length
 
 
 def check_tokenizer_setting(key: str, value: Any, where: str) -> None:
@@ -103,11 +109,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         "special_tokens_map.json": _check_special_tokens,
         "added_tokens.json": _check_added_tokens,
         "config.json": _check_transformers_config,
+        "tokenizer.json": check_tokenizer_json,
     }
     for name in TOKENIZER_FILES:
         file = source / name
         try:
-            content = json.dumps(checks[name](read_json(file), file)).encode() if name in checks else read_regular(file)
+            if name in checks:
+                settings = read_json(file, limit=MAX_VOCABULARY if name == "tokenizer.json" else MAX_SETTINGS)
+                content = json.dumps(checks[name](settings, file)).encode()
+            else:
+                content = read_regular(file, limit=MAX_VOCABULARY)
         except FileNotFoundError:
             continue
         (folder / name).write_bytes(content)

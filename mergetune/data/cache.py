@@ -37,6 +37,7 @@ from mergetune.data.cache_files import (
 from mergetune.data.cache_identity import file_sha256, refuse_changed
 from mergetune.data.image_lists import ImageList
 from mergetune.data.row_reading import OpenFiles, RowReader, may_open
+from mergetune.io import MAX_WEIGHTS
 
 UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 MAX_MAPPED = 1 << 28  # bytes of features that may become resident
@@ -308,7 +309,7 @@ class FeatureCache:
         shards = tqdm(manifest["shards"], desc="verify shards", unit="shard", disable=None if progress else True)
         for number, shard in enumerate(shards):
             file = self.path / shard_name(number)
-            if file_sha256(file) != shard["sha256"]:
+            if file_sha256(file, limit=MAX_WEIGHTS) != shard["sha256"]:
                 raise ValueError(f"{file} is damaged: its checksum is not the manifest's; {REBUILD}")
         if images is not None:
             refuse_changed(self.path, manifest, images, image_identities(self.path, manifest), trust_mtime=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from mergetune.data.cache_files import (
     shard_files,
 )
 from mergetune.data.image_lists import ImageList
-from mergetune.io import compact_json, open_regular, write_atomically
+from mergetune.io import MAX_IMAGE, compact_json, sha256_regular, write_atomically
 
 # What features depend on, and the words for it. Labels and class names are not among them.
 KEY = {
@@ -124,12 +123,8 @@ def image_identity(path: Path) -> list[Any]:
     return [file_sha256(path), *stat]
 
 
-def file_sha256(path: Path) -> str | None:
-    digest = hashlib.sha256()
+def file_sha256(path: Path, *, limit: int = MAX_IMAGE) -> str | None:
     try:
-        with open_regular(path) as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return sha256_regular(path, limit=limit)
     except (OSError, ValueError):
         return None
-    return digest.hexdigest()

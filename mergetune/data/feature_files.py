@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mergetune.data.cache import FeatureCache
-from mergetune.io import load_torch, read_npz, read_regular_text, read_safetensors, require_regular
+from mergetune.io import load_torch, read_npz, read_regular_text, read_safetensors, require_file, require_regular
 
 FEATURES = ("feature_list", "features", "image_features")  # lpclip's name first
 LABELS = ("label_list", "labels", "targets")
@@ -66,10 +66,10 @@ def read_features(
     """
     path = Path(path)
     files: tuple[str, ...] = ()
+    if not path.is_dir():
+        require_file(path, f"path must be a file or folder of features, got {path}, which does not exist")
     if path.is_dir():
         parts, found, files = _clip_retrieval(path, labels)
-    elif not path.is_file():
-        raise FileNotFoundError(f"path must be a file or folder of features, got {path}, which does not exist")
     elif path.suffix == ".npy":
         parts, found = [_floats(path, _map_npy(path))], labels
     else:
@@ -142,8 +142,7 @@ def _numbers(labels: Any, classnames: Sequence[str] | None) -> tuple[Tensor, tup
 
 
 def _read_labels(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"labels must be there, got {file}, where there is no file")
+    require_file(file, f"labels must be there, got {file}, where there is no file")
     if file.suffix == ".npy":
         return _map_npy(file)
     if file.suffix == ".txt":
@@ -244,8 +243,7 @@ def _read_parquet(file: Path, columns: list[str]) -> dict[str, list[Any]]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError(f"{file} needs pyarrow: pip install pyarrow, or give the labels yourself") from error
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} must be there, with the labels; or give them")
+    require_file(file, f"{file} must be there, with the labels; or give them")
     try:
         found = parquet.ParquetFile(file)
         if missing := [name for name in columns if name not in found.schema_arrow.names]:

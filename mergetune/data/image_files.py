@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import posixpath
@@ -12,25 +13,25 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import open_regular, read_regular
+from mergetune.io import MAX_IMAGE, MAX_LIST, read_regular
 
 # The formats that are read, whatever a file's name says. Pillow decodes each of them within this process, with its own
 # code or a codec library, from one picture's pixels. Left out of what Pillow knows are
 #   EPS, and WMF on Windows, which hand the file to another program or to the system (Ghostscript runs PostScript);
 #   BUFR, GRIB, HDF5, MPEG, FITS and others of science and film, which need a handler from elsewhere or are no photos;
 #   ICO, ICNS, CUR, DCX, FLI, PSD, FPX, MIC, IPTC and MCIDAS: containers of several pictures, layers or other files;
+#   AVIF, whose container may name 8 x 8 pixels for a picture of 16,000 x 16,000, which is decoded whole all the same;
 #   BLP, DDS, FTEX, GBR, IM, IMT, MSP, PCD, PCX, PIXAR, QOI, SGI, SPIDER, SUN, XBM, XPM, XV and TGA: old or rare formats
 #   with seldom tested decoders, some of which recognise a file by almost nothing.
 IMAGE_FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
-    "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
     "TIFF": (".tif", ".tiff"),
     "GIF": (".gif",),
@@ -39,6 +40,9 @@ IMAGE_FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
+# Of a JPEG. A scan of a few bytes can go over the whole picture. Progressive ones have about 10; libtiff allows 100.
+MAX_SCANS = 100
+_MARKER, _SCAN, _END = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]"), 0xDA, 0xD9
 
 
 def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -53,10 +57,12 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
             memory. The size is read from the header, and so are the sizes of TIFF's tiles and GIF's frames.
 
     Raises:
-        ValueError: the file is missing, truncated, not a regular file, not an image, or too large; names it.
+        ValueError: the file is missing, truncated, not a regular file, not an image, or too large (256 MiB, whatever
+            its pixels are); a JPEG has more than 100 scans; names it.
     """
     try:
-        with open_regular(path) as file, _open_image(file, max_pixels) as image:
+        content = read_regular(path, limit=MAX_IMAGE)
+        with _open_image(content, max_pixels) as image:
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
         found = re.search(r"\((\d+) pixels\)", str(error))
@@ -142,12 +148,12 @@ _PILLOWS_LIMIT = threading.Lock()
 
 
 @contextmanager
-def _open_image(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
-    """The image in a file, its header read, nothing decoded. Raises DecompressionBombError above max_pixels."""
+def _open_image(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An image, its header read, nothing decoded. Raises DecompressionBombError above max_pixels."""
     with _PILLOWS_LIMIT:  # it is one for the whole process
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, _Limit(max_pixels)
         try:
-            image = Image.open(file, formats=_formats())
+            image = Image.open(io.BytesIO(content), formats=_formats())
         finally:
             Image.MAX_IMAGE_PIXELS = usual
     with image:
@@ -155,11 +161,28 @@ def _open_image(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
         tile = tags.get(TILE_WIDTH, 1) * tags.get(TILE_LENGTH, 1)
         if tile > max_pixels:
             raise Image.DecompressionBombError(f"a tile is too large ({tile} pixels)")
+        if image.format in ("JPEG", "MPO") and (scans := _jpeg_scans(content)) > MAX_SCANS:
+            raise ValueError(f"a JPEG must have at most {MAX_SCANS} scans, this one has {scans:,}")
         yield image
 
 
+def _jpeg_scans(content: bytes) -> int:
+    """How many scans a decoder goes through, up to the end of the first picture.
+
+    Within a scan 0xFF begins a marker unless zero or a restart's number follows; other segments have a length.
+    """
+    scans, at = 0, 2
+    while found := _MARKER.search(content, at):
+        marker, at = found[0][1], found.end()
+        if marker == _END:
+            break
+        scans += marker == _SCAN
+        at += int.from_bytes(content[at : at + 2], "big")
+    return scans
+
+
 def read_json(path: Path) -> Any:
-    content = read_regular(path)
+    content = read_regular(path, limit=MAX_LIST)
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

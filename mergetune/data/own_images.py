@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import operator
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 from mergetune.data.image_files import brief, image_names, prettify, read_json, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
-from mergetune.io import read_regular, read_regular_text
+from mergetune.io import read_regular_text, sha256_regular
 
 VAL_SHARE, TEST_SHARE = 0.2, 0.3  # CoOp's shares for data without an official split
 
@@ -219,7 +218,7 @@ def _identify(root: Path, files: Iterable[str]) -> dict[str, str]:
     contents = {}
     for same_size in by_size.values():
         for file in same_size:
-            contents[file] = file if len(same_size) == 1 else hashlib.sha256(read_regular(root / file)).hexdigest()
+            contents[file] = file if len(same_size) == 1 else sha256_regular(root / file)
     return contents
 
 

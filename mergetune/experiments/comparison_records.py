@@ -21,7 +21,7 @@ from mergetune.evaluation import accuracy, harmonic_mean
 from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates, class_weights
 from mergetune.experiments.comparison_cells import Cell, Task
 from mergetune.facts import CompareOptions
-from mergetune.io import jsonable, read_regular, read_regular_text, write_atomically, write_json
+from mergetune.io import MAX_WEIGHTS, jsonable, read_regular, read_regular_text, write_atomically, write_json
 from mergetune.solutions import inputs
 
 Record = dict[str, Any]
@@ -121,7 +121,7 @@ def measure(task: Task, record: Record, chosen: Mapping[str, int], folder: Path)
     """Test the chosen candidates of a cell, or take their results from disk."""
     if record.get("chosen") == chosen:
         return record
-    weights = deserialize(read_regular(folder / WEIGHTS))
+    weights = deserialize(read_regular(folder / WEIGHTS, limit=MAX_WEIGHTS))
     halves = task.halves(record["cell"]["partition"])
     results: dict[str, dict[str, list[int]]] = {row: {} for row in chosen}
     images = {}

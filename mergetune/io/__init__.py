@@ -8,12 +8,20 @@ if TYPE_CHECKING:
     from mergetune.io.documents import compact_json, jsonable, read_json, write_json
     from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name
     from mergetune.io.files import (
+        MAX_IMAGE,
+        MAX_LIST,
+        MAX_SETTINGS,
+        MAX_TABLE,
+        MAX_VOCABULARY,
+        MAX_WEIGHTS,
         open_regular,
         read_at,
         read_regular,
         read_regular_text,
         remove_parts,
+        require_file,
         require_regular,
+        sha256_regular,
         write_atomically,
         writing_atomically,
     )
@@ -26,6 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOAT_DTYPES",
+    "MAX_IMAGE",
+    "MAX_LIST",
+    "MAX_SETTINGS",
+    "MAX_TABLE",
+    "MAX_VOCABULARY",
+    "MAX_WEIGHTS",
     "STORED_DTYPES",
     "STORED_NAMES",
     "Inert",
@@ -50,7 +64,9 @@ __all__ = [
     "read_torchscript",
     "release_locks",
     "remove_parts",
+    "require_file",
     "require_regular",
+    "sha256_regular",
     "torchrun_team",
     "write_atomically",
     "write_json",
@@ -63,7 +79,8 @@ make_lazy(
         "mergetune.io.documents": "compact_json jsonable read_json write_json",
         "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
         "mergetune.io.files": (
-            "open_regular read_at read_regular read_regular_text remove_parts require_regular write_atomically "
+            "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "
+            "read_regular_text remove_parts require_file require_regular sha256_regular write_atomically "
             "writing_atomically"
         ),
         "mergetune.io.locks": "locked release_locks",

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mergetune.io.files import read_regular_text, write_atomically
+from mergetune.io.files import MAX_SETTINGS, read_regular_text, write_atomically
 
 
 def jsonable(value: Any) -> Any:
@@ -29,14 +29,18 @@ def write_json(file: Path, value: Any, *, indent: int = 1) -> None:
     write_atomically(file, f"{json.dumps(value, indent=indent)}\n".encode())
 
 
-def read_json(file: str | Path) -> Any:
+def read_json(file: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
     """The value of a JSON document in UTF-8, with a byte order mark or without.
+
+    Args:
+        file: the document.
+        limit: bytes that it may have.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: the file is not a regular one, or it is not JSON; says which file.
+        ValueError: the file is not a regular one, it is too large, or it is not JSON; says which file.
     """
     try:
-        return json.loads(read_regular_text(file))
+        return json.loads(read_regular_text(file, limit=limit))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON: {error}") from error

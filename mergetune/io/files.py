@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and files that are read only if they are regular ones."""
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -40,6 +41,14 @@ def remove_parts(folder: Path, name: str) -> None:
         part.unlink(missing_ok=True)
 
 
+# Bytes that files may have which are read whole. Each limit is far above what there is.
+MAX_SETTINGS = 1 << 26  # a JSON document with settings, of a backbone or a solution: 0.1 MB
+MAX_VOCABULARY = 1 << 28  # a tokenizer's vocabulary: 34 MB for 256,000 words
+MAX_IMAGE = 1 << 28  # a photo: 50 MB
+MAX_LIST = 1 << 28  # a JSON document that lists images: ImageNet's 1.3 million have 0.1 GB
+MAX_TABLE = 1 << 30  # a table or a cache's manifest
+MAX_WEIGHTS = 1 << 34  # weights that cannot be mapped into memory: 10 GB
+
 # O_NONBLOCK: to open a FIFO waits for its writer otherwise. O_NOCTTY: a terminal must not become this process's own.
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
 _KINDS = {
@@ -73,24 +82,64 @@ def open_regular(path: str | Path) -> BinaryIO:
     raise ValueError(f"{path} must be a regular file, got {_KINDS.get(kind, 'something else')}")
 
 
-def read_regular(path: str | Path) -> bytes:
-    """All bytes of a regular file; raises as :func:`open_regular`."""
+def read_regular(path: str | Path, *, limit: int = MAX_TABLE) -> bytes:
+    """All bytes of a regular file; raises as :func:`open_regular`.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have. A file can say that it has terabytes and use no place on the disk.
+
+    Raises:
+        ValueError: it is larger, which is seen before anything is read, or it grows meanwhile.
+    """
     with open_regular(path) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{path} must have at most {limit:,} bytes, got {size:,}")
+        content = file.read(size + 1)
+    if len(content) > size:
+        raise ValueError(f"{path} must not change while it is read, got more than its {size:,} bytes")
+    return content
 
 
-def read_regular_text(path: str | Path) -> str:
-    """A regular file's text in UTF-8, without a byte order mark; raises as :func:`open_regular`.
+def read_regular_text(path: str | Path, *, limit: int = MAX_TABLE) -> str:
+    """A regular file's text in UTF-8, without a byte order mark; raises as :func:`read_regular`.
 
     Raises:
         UnicodeDecodeError: the file is not UTF-8.
     """
-    return read_regular(path).decode("utf-8-sig")
+    return read_regular(path, limit=limit).decode("utf-8-sig")
+
+
+def sha256_regular(path: str | Path, *, limit: int = MAX_IMAGE) -> str:
+    """The SHA-256 of a regular file, read piece by piece; raises as :func:`read_regular`."""
+    digest, left = hashlib.sha256(), limit
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        while size <= limit and left >= 0 and (chunk := file.read(1 << 20)):
+            digest.update(chunk)
+            left -= len(chunk)
+    if size > limit or left < 0:
+        raise ValueError(f"{path} must have at most {limit:,} bytes, got {max(size, limit - left):,}")
+    return digest.hexdigest()
 
 
 def require_regular(path: str | Path) -> None:
     """Refuse what :func:`open_regular` refuses, before a library opens the path itself."""
     open_regular(path).close()
+
+
+def require_file(path: str | Path, message: str) -> None:
+    """Refuse what is no regular file: by its kind if it is there, or else with this message.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: a folder, a FIFO, a device or a socket.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(message)
+    if not os.path.isfile(path):
+        require_regular(path)
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -25,7 +26,8 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.io.files import open_regular, read_regular, require_regular, write_atomically
+from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular, require_file, require_regular, write_atomically
+from mergetune.io.tensor_budgets import require_budget, tensor_views
 from mergetune.io.unpickling import Inert, Unpickler
 
 STORAGES = {
@@ -43,7 +45,6 @@ STORAGES = {
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of torch.save's format before 1.6
 MAX_MODULES = 1 << 16  # of a TorchScript archive, each as often as it is used: modules that share modules can be many
 MAX_CODE = 1 << 28  # bytes of a TorchScript archive's code, which is compressed
-MAX_EXPANDED = 1 << 24  # numbers of a tensor that repeats its storage: beyond, it is there to fill the memory
 
 
 def read_module(file: str | Path, *, only: str | None = None) -> dict[str, Tensor]:
@@ -55,7 +56,8 @@ def read_module(file: str | Path, *, only: str | None = None) -> dict[str, Tenso
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file; no tensors in it, or none of ``only``.
+        ValueError: not such a file; no tensors in it, or none of ``only``; tensors that repeat the numbers of the file
+            more than a few times.
     """
     return _read(Path(file), only)[0]
 
@@ -71,14 +73,17 @@ def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no regular file, damaged, or holds more than tensors and plain values.
+        ValueError: it is no regular file, damaged, or holds more than tensors and plain values; tensors that repeat the
+            numbers of the file more than a few times.
     """
     require_regular(file)
     if is_torchscript(file):
         return read_torchscript(file)
     try:
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+        require_budget(list(tensor_views(content)), os.stat(file).st_size)
+        return content
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         detail = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))  # not the advice to run it
@@ -110,7 +115,8 @@ def read_torchscript(file: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such an archive; one with modules that bring themselves back by code of their own.
+        ValueError: not such an archive; one with modules that bring themselves back by code of their own; tensors that
+            repeat the numbers of the file more than a few times.
     """
     with open_regular(file) as stream:
         return _read_script(stream, file)
@@ -124,7 +130,7 @@ def _read_script(stream: BinaryIO, file: str | Path) -> dict[str, Tensor]:
             root = _ScriptUnpickler(io.BytesIO(content(pickled)), _storages(content, pickled)).load()
             classes = _script_classes(archive, pickled.removesuffix("data.pkl") + "code/")
             leaves = dict(_walk_script(root, classes, (), iter(range(MAX_MODULES))))
-            return {name: piece.tensor() for name, piece in leaves.items()}
+            return _made(leaves, os.fstat(stream.fileno()).st_size)
     except Exception as error:  # a damaged file raises many kinds
         raise ValueError(
             f"{file} cannot be read as a TorchScript archive without running it: {type(error).__name__}: {error}"
@@ -149,20 +155,17 @@ def convert_module(file: str | Path, out: str | Path, *, only: str | None = None
 
 
 def _read(file: Path, only: str | None) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    if not file.is_file():
-        raise FileNotFoundError(f"file must be a pickled module, got {file}, where there is no file")
+    require_file(file, f"file must be a pickled module, got {file}, where there is no file")
     inside = "" if only is None else f"{only}."
     try:
         found = dict(_walk(_unpickle(file), set()))
-        tensors = {
-            name: leaf.tensor() for name, leaf in found.items() if isinstance(leaf, _Piece) and _in(name, inside)
-        }
+        pieces = {name: leaf for name, leaf in found.items() if isinstance(leaf, _Piece)}
+        tensors = _made({name: leaf for name, leaf in pieces.items() if _in(name, inside)}, file.stat().st_size)
     except Exception as error:  # a damaged file raises many kinds
         raise ValueError(f"{file} cannot be read as a pickled module: {type(error).__name__}: {error}") from error
     if not tensors:
-        pieces = [name for name, leaf in found.items() if isinstance(leaf, _Piece)]
         raise ValueError(
-            f"{file} must hold tensors{f' of {only}' if only else ''}, got {', '.join(pieces[:5]) or 'none'}"
+            f"{file} must hold tensors{f' of {only}' if only else ''}, got {', '.join(list(pieces)[:5]) or 'none'}"
         )
     return tensors, {name: leaf for name, leaf in found.items() if isinstance(leaf, bool) and _in(name, inside)}
 
@@ -206,14 +209,30 @@ class _Piece:
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def tensor(self) -> Tensor:
-        if math.prod(self.size) > max(self.storage.count, MAX_EXPANDED):
-            raise ValueError(f"a tensor of shape {list(self.size)} in a storage of {self.storage.count} numbers")
-        content = bytearray(self.storage.content())
-        numbers = (
-            torch.frombuffer(content, dtype=self.storage.dtype) if content else torch.empty(0, dtype=torch.float32)
-        )
-        return numbers.to(self.storage.dtype).as_strided(self.size, self.stride, self.offset).contiguous().clone()
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.size) * self.storage.dtype.itemsize
+
+
+def _made(pieces: Mapping[str, _Piece], stored: int) -> dict[str, Tensor]:
+    """The tensors of a file of ``stored`` bytes, each with numbers of its own. Each storage is read once."""
+    require_budget(pieces.values(), stored)
+    by_storage: dict[int, list[str]] = {}
+    for name, piece in pieces.items():
+        by_storage.setdefault(id(piece.storage), []).append(name)
+    tensors = {}
+    for names in by_storage.values():
+        storage = pieces[names[0]].storage
+        content = bytearray(storage.content())
+        numbers = torch.frombuffer(content, dtype=storage.dtype) if content else torch.empty(0, dtype=storage.dtype)
+        for name in names:
+            piece = pieces[name]
+            tensors[name] = numbers.as_strided(piece.size, piece.stride, piece.offset).contiguous().clone()
+    return {name: tensors[name] for name in pieces}
 
 
 class TensorUnpickler(Unpickler):
@@ -230,6 +249,10 @@ class TensorUnpickler(Unpickler):
         }
         super().__init__(stream, known | {("torch", name): dtype for name, dtype in STORAGES.items()})
         self.load_storage = load
+        self.storages: dict[Any, _Storage] = {}
+        self.left = (
+            2 * stream.getbuffer().nbytes
+        )  # bytes unpacked inside, as text and as storages: each stands there once
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) < 2:
@@ -241,7 +264,9 @@ class TensorUnpickler(Unpickler):
             raise pickle.UnpicklingError(f"a storage of a kind that is not understood: {pid!r}")
         if self.load_storage is None or not isinstance(key, str) or type(count) is not int or count < 0:
             raise pickle.UnpicklingError(f"a storage that is not there: {pid!r}")
-        return _Storage(dtype, count, self.load_storage(key))
+        if (key, dtype, count) not in self.storages:
+            self.storages[key, dtype, count] = _Storage(dtype, count, self.load_storage(key))
+        return self.storages[key, dtype, count]
 
     @staticmethod
     def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Piece:
@@ -254,19 +279,26 @@ class TensorUnpickler(Unpickler):
     def rebuild_parameter(data: Any, *_: Any) -> Any:
         return data
 
-    @staticmethod
-    def storage_from_bytes(content: Any) -> _Storage:
+    def unpacks(self, content: bytes | str) -> None:
+        self.left -= len(content)
+        if self.left < 0:
+            raise pickle.UnpicklingError("bytes that are used more than once")
+
+    def storage_from_bytes(self, content: Any) -> _Storage:
         """Plain pickles keep each storage as a torch.save file inside."""
+        if not isinstance(content, bytes):
+            raise pickle.UnpicklingError("a storage that is not understood")
+        self.unpacks(content)
         storage = _unpickle_legacy(io.BytesIO(content))
         if not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("a storage that is not understood")
         return storage
 
-    @staticmethod
-    def encode(text: Any, encoding: Any) -> bytes:
+    def encode(self, text: Any, encoding: Any) -> bytes:
         """Bytes in the older pickle protocols."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("bytes that are not understood")
+        self.unpacks(text)
         return text.encode("latin1")
 
 
@@ -331,7 +363,7 @@ def _unpickle(file: Path) -> Any:
     with open_regular(file) as stream:
         if zipfile.is_zipfile(stream):
             return _unpickle_zip(file)
-    content = read_regular(file)
+    content = read_regular(file, limit=MAX_WEIGHTS)
     value = TensorUnpickler(io.BytesIO(content)).load()
     return _unpickle_legacy(io.BytesIO(content)) if value == LEGACY_MAGIC else value
 

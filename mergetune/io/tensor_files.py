@@ -16,6 +16,10 @@ from mergetune.io.unpickling import Inert
 EXTRAS = ("classes_", "classnames", "scale", "normalize", "logit_scale")  # beside a head's weight and bias
 
 
+MAX_UNPACKED = 16  # bytes of all arrays of a .npz file, for each byte of the file: weights hardly shrink
+FREE_UNPACKED = 1 << 26  # bytes of all arrays whatever the file's size is
+
+
 class _Forgetful(Inert):
     """Drops its state: an optimiser's is as large as the model."""
 
@@ -68,10 +72,16 @@ def read_safetensors(file: Path) -> dict[str, Any]:
 
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file; objects, which are pickles, are refused."""
+    """The arrays of a .npz file; refused are objects, which are pickles, and what is packed to fill the memory."""
     require_regular(file)
     try:
         with np.load(file, allow_pickle=False) as opened:
+            unpacked, stored = sum(entry.file_size for entry in opened.zip.infolist()), file.stat().st_size
+            if unpacked > max(MAX_UNPACKED * stored, FREE_UNPACKED):
+                raise ValueError(
+                    f"its arrays have {unpacked:,} bytes and the file has {stored:,}: they must have at most "
+                    f"{MAX_UNPACKED} times as many, or {FREE_UNPACKED:,}"
+                )
             return {name: opened[name] for name in opened.files}
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files
         raise ValueError(f"{file} cannot be read as .npz: {type(error).__name__}: {error}") from error

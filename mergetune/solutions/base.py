@@ -15,7 +15,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.io import read_regular, read_regular_text, write_atomically
+from mergetune.io import MAX_SETTINGS, MAX_WEIGHTS, read_regular, read_regular_text, write_atomically
 
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
 FORMAT_VERSION = 1
@@ -90,7 +90,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} must be a folder with {CONFIG}, as save() writes it")
     try:
-        config = json.loads(read_regular_text(path / CONFIG))
+        config = json.loads(read_regular_text(path / CONFIG, limit=MAX_SETTINGS))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path / CONFIG} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != "mergetune-solution":
@@ -129,7 +129,7 @@ def read_solution(
         if name not in config or not isinstance(config[name], expected):
             raise ValueError(f"{path / CONFIG}: {name} must be there and right, got {config.get(name)!r}")
     try:
-        weights = read_regular(path / WEIGHTS)
+        weights = read_regular(path / WEIGHTS, limit=MAX_WEIGHTS)
         tensors = deserialize(weights)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path / WEIGHTS} cannot be read: {error}") from error

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergetune.io import load_tensors, load_torch, read_npz, read_regular, read_safetensors
+from mergetune.io import load_tensors, load_torch, read_npz, read_regular, read_safetensors, require_file
 from mergetune.io.tensor_files import EXTRAS
 
 CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # of one set of class names: rebuilt, never read
@@ -131,8 +131,7 @@ def read_head(path: str | Path, *, name: str | None = None, logit_scale: float |
             are not scaled to unit norm (WiSE-FT's attribute ``normalize``).
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"path must be a head's file, got {file}, where there is no file")
+    require_file(file, f"path must be a head's file, got {file}, where there is no file")
     content = {str(key).removeprefix("module."): value for key, value in _read_dict(file).items()}
     known = ("weight", "coef_", *(f"{layer}.weight" for layer in HEADS))
     found = [key for key in ([name] if name else known) if key in content]
@@ -242,7 +241,7 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"path must be a checkpoint or its folder, got {path}, which does not exist")
+        require_file(path, f"path must be a checkpoint or its folder, got {path}, which does not exist")
     for learner in ("prompt_mid_learner", "prompt_learner"):
         if (path / learner).is_dir():
             path = path / learner

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import os
 import pickle
 import re
 import shutil
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -27,10 +29,12 @@ from typer.testing import CliRunner
 
 from mergetune import FrozenClip, load_clip
 from mergetune.cli import app
+from mergetune.clip.backbone_files import BOUNDS, check_weights
 from mergetune.clip.backbone_files import TEXT as TEXT_KEYS
 from mergetune.clip.backbone_files import VISION as VISION_KEYS
-from mergetune.clip.backbone_files import check_weights
+from mergetune.clip.tokenizer_json import check_tokenizer_json
 from mergetune.io import is_torchscript, load_torch, read_torchscript
+from mergetune.io.pickled_modules import read_module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
@@ -284,6 +288,222 @@ def test_what_is_lacking_is_said(folder, tmp_path):
         load_clip(f"local-dir:{folder}")
     (folder / OPEN_CLIP).unlink()
     with pytest.raises(FileNotFoundError, match=OPEN_CLIP):
+        load_clip(f"local-dir:{folder}")
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", list(BOUNDS))
+def test_each_size_has_a_bound(folder, key):
+    places = {"embed_dim": "model_cfg.embed_dim", "size": "preprocess_cfg.size"}
+    section = "text_cfg" if key in TEXT_KEYS else "vision_cfg"
+    place = places.get(key, f"model_cfg.{section}.{key}")
+    original = (folder / OPEN_CLIP).read_text()
+    least, most = BOUNDS[key]
+    for value in (most + 1, 10**12, 1e300, least - 1, "1", True, [1, most + 1], [1] * 5, [], float("inf")):
+        (folder / OPEN_CLIP).write_text(original)
+        edit(folder / OPEN_CLIP, place, value)
+        with pytest.raises(ValueError, match=rf"{OPEN_CLIP}: {re.escape(place)} must be from {least} to {most:,}, got"):
+            load_clip(f"local-dir:{folder}")
+
+
+def test_every_size_of_open_clips_configurations_has_room():
+    """The most that is published is at most half of each bound."""
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        for section in (config, config["vision_cfg"], config["text_cfg"]):
+            for key in (key for key in BOUNDS if section.get(key) is not None):
+                values = section[key] if isinstance(section[key], list) else [section[key]]
+                assert all(BOUNDS[key][0] <= value <= BOUNDS[key][1] / 2 for value in values), (name, key)
+
+
+LARGE = {
+    "text": {"text_cfg.layers": 256, "text_cfg.width": 1 << 14},
+    "words": {"text_cfg.vocab_size": 1 << 22, "text_cfg.width": 1 << 10},
+    "vision": {"vision_cfg.layers": 256, "vision_cfg.width": 1 << 14},
+    "ResNet": {"vision_cfg.layers": [256] * 4, "vision_cfg.width": 1 << 13},
+    "places": {"vision_cfg.image_size": 4096, "vision_cfg.patch_size": 1},
+}
+
+
+@HOW
+@pytest.mark.parametrize("name", list(LARGE))
+def test_a_network_is_not_far_larger_than_its_weights(folder, monkeypatch, how, name):
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("room was made for it"))
+    for place, value in LARGE[name].items():
+        edit(folder / OPEN_CLIP, f"model_cfg.{place}", value)
+    with pytest.raises(ValueError, match=rf"{OPEN_CLIP} of .*: model_cfg must be the network of its weights, got one"):
+        load(folder, how)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("text_cfg.heads", 3),
+        ("text_cfg.pool_type", "nowhere"),
+        ("text_cfg.mlp_ratio", 0.001),
+        ("text_cfg.norm_kwargs", {"eps": "a"}),
+        ("text_cfg.act_kwargs", {"inplace": 1}),
+        ("vision_cfg.pos_embed_type", "nowhere"),
+        ("vision_cfg.patch_size", 99),
+        ("vision_cfg.layers", [1, 1]),
+        ("vision_cfg.head_width", 1000),
+        ("vision_cfg.pool_type", 7),
+        ("vision_cfg.patch_dropout", 7),
+        ("embed_dim", None),
+        ("init_logit_scale", "a"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_error(folder, place, value):
+    """Or weights of another model, which is the other documented error; or the setting changes nothing."""
+    edit(folder / OPEN_CLIP, f"model_cfg.{place}", value)
+    try:
+        load_clip(f"local-dir:{folder}")
+    except ValueError as error:
+        assert OPEN_CLIP in str(error) and str(folder) in str(error)
+    except RuntimeError as error:
+        assert "state_dict" in str(error) or "are not those of" in str(error)
+
+
+@pytest.mark.parametrize(("key", "value"), [("device", "meta"), ("dtype", "float64"), ("out", 1)])
+@pytest.mark.parametrize("section", ["vision_cfg", "text_cfg"])
+@pytest.mark.parametrize("kwargs", ["norm_kwargs", "act_kwargs"])
+def test_settings_of_layers_are_those_of_layers(folder, section, kwargs, key, value):
+    edit(folder / OPEN_CLIP, f"model_cfg.{section}.{kwargs}", {key: value})
+    with pytest.raises(ValueError, match=f"{OPEN_CLIP}: model_cfg.{section}.{kwargs} must have .* alone, got {key}"):
+        load_clip(f"local-dir:{folder}")
+
+
+# -- tokenizer.json ---------------------------------------------------------------------------------------------------
+
+_GROW = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}
+_SEQUENCE = {"type": "Sequence", "normalizers": []}
+_TEMPLATE = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+
+
+def charsmap(texts: bytes) -> str:
+    return base64.b64encode((4).to_bytes(4, "little") + bytes(4) + texts).decode()
+
+
+JSON_REFUSED: list[tuple[str, Any, str]] = [
+    ("normalizer", {"type": "Sequence", "normalizers": [_GROW] * 8}, "normalizer must make a text at most 16 times"),
+    (
+        "normalizer",
+        {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [_GROW] * 2}] * 2},
+        "normalizer must make a text at most 16 times",
+    ),
+    ("normalizer", {**_GROW, "content": "a" * 65}, "normalizer.content must have at most 64 bytes"),
+    ("normalizer", {**_GROW, "pattern": {"String": ""}}, "normalizer.pattern must be a text"),
+    ("normalizer", {**_GROW, "pattern": {"Regex": "(a|a|aa)+$"}}, "normalizer.pattern must be a text"),
+    ("normalizer", {"type": "Prepend", "prepend": "a" * 1000}, "normalizer.prepend must have at most 64 bytes"),
+    ("normalizer", {"type": "Python"}, "normalizer must be one of BertNormalizer"),
+    ("normalizer", [], "normalizer must be one of BertNormalizer"),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2}, "normalizer must have NFC once"),
+    ("normalizer", {"type": "Sequence", "normalizers": [_SEQUENCE] * 33}, "normalizer.normalizers must be a list"),
+    (
+        "normalizer",
+        functools.reduce(lambda inner, _: {"type": "Sequence", "normalizers": [inner]}, range(9), _SEQUENCE),
+        "must be a list",
+    ),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap(b"a" * 65)}, "at most 64 bytes of a char"),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AA"}, "must be a table of characters"),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap(b"\xff")}, "must be a table of characters"),
+    (
+        "pre_tokenizer",
+        {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer.pattern must be a text",
+    ),
+    ("pre_tokenizer", {"type": "UnicodeScripts"}, "pre_tokenizer must be one of"),
+    ("post_processor", {**_TEMPLATE, "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 33}, "at most 32 entries"),
+    ("post_processor", {"type": "Sequence", "processors": [_TEMPLATE] * 2}, "TemplateProcessing once"),
+    (
+        "post_processor",
+        {**_TEMPLATE, "special_tokens": {"a": {"id": "a", "ids": [1] * 33, "tokens": ["a"] * 33}}},
+        "at most 32 entries",
+    ),
+    ("decoder", {"type": "Sequence", "decoders": [_GROW] * 8}, "decoder must make a text at most 16 times"),
+    ("decoder", {"type": "CTC"}, "decoder must be one of"),
+    ("model", None, "model must be one of BPE"),
+    ("model", {"type": "Python"}, "model must be one of BPE"),
+    ("model", {"type": "BPE", "vocab": {}, "merges": [], "dropout": 0.5}, "model.dropout must be absent"),
+    ("model", {"type": "BPE", "vocab": {}, "merges": [], "path": "/etc/hostname"}, "model.path is not a setting"),
+    ("padding", {"strategy": {"Fixed": 10**9}}, "padding.Fixed must be at most"),
+    (
+        "padding",
+        {"strategy": "BatchLongest", "pad_to_multiple_of": 10**9},
+        "padding.pad_to_multiple_of must be at most",
+    ),
+    ("truncation", [], "truncation must be an object"),
+]
+
+
+@HOW
+@pytest.mark.parametrize(("part", "value", "reason"), JSON_REFUSED)
+def test_steps_that_published_tokenizers_do_not_have_are_refused(folder, how, part, value, reason):
+    edit(folder / "tokenizer.json", part, value)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: {part}.*{re.escape(reason.removeprefix(part))}"):
+        load(folder, how)
+
+
+def metaspace(text: str = "▁") -> Any:
+    return tokenizers.pre_tokenizers.Metaspace(text)
+
+
+N, P, D = tokenizers.normalizers, tokenizers.pre_tokenizers, tokenizers.decoders
+CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+PIPELINES: dict[str, tuple[Any, Any, Any]] = {  # as the tokenizers of open_clip's configurations have them
+    "CLIP": (
+        N.Sequence([N.NFC(), N.Replace(tokenizers.Regex(r"\s+"), " "), N.Lowercase()]),
+        P.Sequence([P.Split(tokenizers.Regex(CLIP_WORDS), "removed", True), P.ByteLevel(add_prefix_space=False)]),
+        D.ByteLevel(),
+    ),
+    "SigLIP": (
+        N.Sequence([N.Strip(left=False), N.Replace(tokenizers.Regex(" {2,}"), "▁")]),
+        P.Sequence([P.WhitespaceSplit(), metaspace()]),
+        D.Metaspace(),
+    ),
+    "SigLIP 2": (
+        N.Replace(" ", "▁"),
+        P.Split(" ", "merged_with_previous"),
+        D.Sequence([D.Replace("▁", " "), D.ByteFallback(), D.Fuse()]),
+    ),
+    "BERT": (N.BertNormalizer(), P.BertPreTokenizer(), D.WordPiece()),
+    "RoBERTa": (None, P.ByteLevel(), D.ByteLevel()),
+    "XLM-V": (
+        N.Sequence([N.Replace("``", '"'), N.NFKD(), N.StripAccents(), N.Replace(tokenizers.Regex(" {2,}"), " ")]),
+        metaspace(),
+        D.Metaspace(),
+    ),
+    "Llama": (N.Sequence([N.Prepend("▁"), N.Replace(" ", "▁")]), None, D.Sequence([D.Strip(" ", 1, 0)])),
+}
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_the_steps_of_published_tokenizers_are_kept(folder, name):
+    words = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    normalizer, pre_tokenizer, decoder = PIPELINES[name]
+    if normalizer is not None:
+        words.normalizer = normalizer
+    if pre_tokenizer is not None:
+        words.pre_tokenizer = pre_tokenizer
+    words.decoder = decoder
+    words.save(str(folder / "tokenizer.json"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert check_tokenizer_json(content, folder) == json.loads((folder / "tokenizer.json").read_text())
+    expected = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    assert torch.equal(load_clip(f"local-dir:{folder}").tokenizer(TEXTS), expected)
+
+
+def test_a_panic_of_the_library_is_an_error_that_names_the_file(folder):
+    """A table of characters whose search tree points into nothing: the library in Rust panics over it."""
+    tree = b"".join(number.to_bytes(4, "little") for number in (0xFFFFFFFF,) * 4)
+    table = base64.b64encode(len(tree).to_bytes(4, "little") + tree + b"a\0").decode()
+    edit(folder / "tokenizer.json", "normalizer", {"type": "Precompiled", "precompiled_charsmap": table})
+    with pytest.raises(BaseException) as theirs:
+        open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    assert not isinstance(theirs.value, Exception)
+    with pytest.raises(ValueError, match=r"tokenizer\.json of 'local-dir:.*' must be one that"):
         load_clip(f"local-dir:{folder}")
 
 
@@ -561,6 +781,101 @@ def test_an_archive_that_must_be_run_is_refused(folder, marker, tiny_name, tmp_p
         load_weights(where, tmp_path / "weights.pt", folder, tiny_name, monkeypatch)
     assert "allow_torchscript=True (on the command line --allow-torchscript)" in str(error.value)
     assert not marker.exists()
+
+
+class Repeats(nn.Module):
+    """Tensors that name the same few numbers again and again: each is small, together they would fill the memory."""
+
+    def __init__(self, tensors: int, numbers: int) -> None:
+        super().__init__()
+        for number in range(tensors):
+            self.register_buffer(f"b{number}", torch.zeros(1).expand(numbers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def same_storage(tensors: int, numbers: int) -> dict[str, Tensor]:
+    whole = torch.zeros(1)
+    return {f"b{number}": whole.expand(number + 1, numbers // (number + 1)) for number in range(tensors)}
+
+
+FORMS: dict[str, Callable[[int, int, Path], object]] = {
+    "TorchScript": lambda n, each, file: torch.jit.save(torch.jit.script(Repeats(n, each)), file),
+    "module": lambda n, each, file: torch.save(Repeats(n, each), file),
+    "pickle": lambda n, each, file: file.write_bytes(pickle.dumps(Repeats(n, each), protocol=2)),
+    "zip": lambda n, each, file: torch.save(same_storage(n, each), file),
+    "legacy": lambda n, each, file: torch.save(same_storage(n, each), file, _use_new_zipfile_serialization=False),
+}
+TENSOR_READERS: dict[str, Callable[[Path], Any]] = {
+    "TorchScript": check_weights,
+    "module": read_module,
+    "pickle": read_module,
+    "zip": load_torch,
+    "legacy": load_torch,
+}
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_tensors_together_are_not_larger_than_the_file_by_far(tmp_path, form):
+    """The limit holds for the sum: 17 times 4 MiB of one number are refused, 15 times are read."""
+    file = tmp_path / "weights.pt"
+    FORMS[form](17, 1 << 20, file)
+    assert file.stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"weights\.pt cannot be read .*its tensors have 71,30"):
+            TENSOR_READERS[form](file)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
+    FORMS[form](15, 1 << 20, file)
+    assert len(TENSOR_READERS[form](file)) == 15
+
+
+class Tied(nn.Module):
+    """One weight under three names, larger than what any file may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3000, 3000, bias=False)
+        self.b, self.c = nn.Linear(1, 1, bias=False), self.a
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def test_tied_weights_are_read(tmp_path):
+    tied = Tied()
+    torch.jit.save(torch.jit.script(tied), tmp_path / "script.pt")
+    torch.save(tied, tmp_path / "module.pt")
+    script, module = check_weights(tmp_path / "script.pt"), read_module(tmp_path / "module.pt")
+    assert script.keys() == tied.state_dict().keys() and module.keys() == {"a.weight", "b.weight"}
+    for found in (script, module):
+        assert all(torch.equal(value, tied.a.weight) for value in found.values())
+
+
+def test_a_storage_that_many_tensors_share_is_read_once(tmp_path, monkeypatch):
+    """As the parameters of a flattened model do; else a small file would be read for hours."""
+    whole = torch.arange(1000.0)
+    torch.save({f"p{i}": whole[i : i + 1] for i in range(1000)}, tmp_path / "a.pt")
+    read = zipfile.ZipFile.read
+    names = []
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda self, name: names.append(name) or read(self, name))
+    found = read_module(tmp_path / "a.pt")
+    assert [found[f"p{i}"].item() for i in range(1000)] == whole.tolist()
+    assert sum("/data/" in name for name in names) == 1
+
+
+def test_bytes_in_a_pickle_are_unpacked_once(tmp_path):
+    """A pickle can name one text as often as it likes, and would make it anew each time."""
+    encode = b"c_codecs\nencode\n"
+    text = b"X" + (1_000_000).to_bytes(4, "little") + b"a" * 1_000_000 + b"q\x01"
+    again = encode + b"h\x01" + b"X\x06\x00\x00\x00latin1" + b"\x86R"
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + text + b"0](" + again * 50 + b"e.")
+    with pytest.raises(ValueError, match=r"a\.pkl cannot be read .* used more than once"):
+        read_module(tmp_path / "a.pkl")
 
 
 def test_an_archive_is_run_for_who_allows_it(marker, tmp_path):

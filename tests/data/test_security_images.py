@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -38,7 +40,7 @@ from mergetune.cli import app
 from mergetune.data import CoOpDataset, Dataset, ImageList, load_image
 from mergetune.data.image_files import IMAGE_FORMATS, image_extensions
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import read_torchscript
+from mergetune.io import read_json, read_torchscript
 from mergetune.io.pickled_modules import read_module
 from mergetune.merging import TensorFile
 
@@ -110,9 +112,11 @@ def test_a_format_that_is_read_gives_pillows_pixels(tmp_path, name):
     assert load_image(tmp_path / "image.png").tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("name", ["ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "MSP", "XBM"])
+@pytest.mark.parametrize("name", ["AVIF", "ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "MSP", "XBM"])
 def test_other_formats_are_refused_whatever_their_extension(tmp_path, name):
     Image.init()
+    if name not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {name}")
     mode = {"MSP": "1", "XBM": "1", "ICNS": "RGBA"}.get(name, "RGB")
     picture(size=(32, 32)).convert(mode).save(tmp_path / "image.png", format=name)
     with pytest.raises(ValueError, match=r"image\.png: its content must be JPEG, PNG, .*PPM$"):
@@ -155,6 +159,11 @@ def link(fifo: Path, name: str) -> Path:
     return path
 
 
+def save_features(file: Path) -> Path:
+    np.save(file, np.eye(2, dtype=np.float32))
+    return file
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "load_image": lambda fifo: load_image(link(fifo, "a.png")),
     "image_table csv": lambda fifo: image_table(link(fifo, "a.csv")),
@@ -175,14 +184,33 @@ READERS: dict[str, Callable[[Path], object]] = {
     "read_torchscript": lambda fifo: read_torchscript(fifo),
     "TensorFile": lambda fifo: TensorFile(link(fifo, "a.safetensors")),
     "backbone's configuration": lambda fifo: load_clip(f"local-dir:{link(fifo, 'open_clip_config.json').parent}"),
+    "Prompt's file": lambda fifo: Prompt.from_checkpoint(link(fifo, "a.pt")),
+    "labels": lambda fifo: read_features(save_features(fifo.parent / "a.npy"), labels=link(fifo, "labels.npy")),
     "backbone's weights": lambda fifo: load_clip("ViT-B-32", str(link(fifo, "a.pt"))),
 }
+
+
+WHOLE = ("load_solution", "FitResult", "FeatureCache", "CoOpDataset", "TensorFile")  # which say what must be there
+NAMED = [reader for reader in READERS if reader not in WHOLE]
+
+
+@pytest.mark.parametrize("reader", NAMED)
+def test_who_names_a_fifo_is_told_that_it_is_one(fifo, reader):
+    with pytest.raises(ValueError, match="must be a regular file, got a FIFO"):
+        READERS[reader](fifo)
+
+
+@pytest.mark.parametrize("reader", ["Head .pt", "Head .npz", "Head .safetensors", "read_module", "backbone's weights"])
+def test_who_names_a_folder_is_told_that_it_is_one(tmp_path, reader):
+    (tmp_path / "fifo").mkdir()
+    with pytest.raises(ValueError, match="must be a regular file, got a folder"):
+        READERS[reader](tmp_path / "fifo")
 
 
 @pytest.mark.parametrize("reader", list(READERS))
 def test_a_fifo_is_refused_and_not_waited_for(fifo, reader):
     refused = "must be a regular file, got a FIFO|must be a folder with|must be a safetensors file"
-    not_there = "there is no file|does not exist|is not complete|without manifest|not a known tag or valid file"
+    not_there = "is not complete|without manifest"
     with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=f"{refused}|{not_there}"):
         READERS[reader](fifo)
 
@@ -235,6 +263,72 @@ def test_a_cache_names_what_became_a_fifo(fifo):
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"a\.png must be a regular file, got a FIFO"):
             cache_features(TinyClip(), images, fifo.parent / "cache", workers=workers, progress=False)
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def sparse(name: str, size: int) -> Callable[[Path], Path]:
+    """A file that has these bytes, and takes no place on the disk."""
+
+    def make(folder: Path) -> Path:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+        os.truncate(folder / name, size)
+        return folder / name
+
+    return make
+
+
+HUGE: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
+    "load_image": (sparse("a.png", 1 << 33), load_image),
+    "image_table csv": (sparse("a.csv", 1 << 33), image_table),
+    "image_table json": (sparse("a.json", 1 << 33), image_table),
+    "coop_split": (sparse("split.json", 1 << 33), lambda file: coop_split(file.parent, file)),
+    "few_shot_file": (
+        sparse("shot_1-seed_1.pkl", 1 << 33),
+        lambda file: Dataset("a", ImageList(file.parent, ("a",), (0,), ("a",))).few_shot_file(file),
+    ),
+    "load_solution": (sparse("solution.json", 1 << 33), lambda file: load_solution(file.parent)),
+    "FitResult": (sparse("result.json", 1 << 33), lambda file: FitResult.load(file.parent)),
+    "FeatureCache": (sparse("manifest.json", 1 << 33), lambda file: FeatureCache.open(file.parent)),
+    "read_json": (sparse("a.json", 1 << 33), read_json),
+    "read_module": (sparse("a.pkl", 1 << 35), read_module),
+    "configuration": (sparse("open_clip_config.json", 1 << 33), lambda file: load_clip(f"local-dir:{file.parent}")),
+}
+
+
+@pytest.mark.parametrize("reader", list(HUGE))
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path, reader):
+    make, read = HUGE[reader]
+    file = make(tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"{re.escape(str(file))}.* must have at most [\d,]+ bytes, got [\d,]+"):
+            read(file)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_cache_does_not_read_huge_images(tmp_path):
+    sparse("a.png", 1 << 42)(tmp_path)
+    images = ImageList(tmp_path, ("a.png",), (0,), ("thing",))
+    with pytest.raises(ValueError, match=r"a\.png must have at most 268,435,456 bytes, got 4,398,046,511,104"):
+        cache_features(TinyClip(), images, tmp_path / "cache", workers=0, progress=False)
+
+
+def test_images_are_told_apart_whatever_their_size(tmp_path):
+    """Split by content: files of one size are read piece by piece."""
+    for name in ("cats/a.png", "cats/b.png", "dogs/a.png", "dogs/b.png"):
+        sparse(name, 1 << 26)(tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            ImageFolder(tmp_path, val=0, test=0.5)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
 
 
 # -- size -------------------------------------------------------------------------------------------------------------
@@ -314,6 +408,38 @@ def test_texts_of_a_png_are_not_unpacked_without_bound(tmp_path, where):
         assert tracemalloc.get_traced_memory()[1] < 1 << 24
     finally:
         tracemalloc.stop()
+
+
+def jpeg(scans: int, before: bytes = b"", behind: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    made = io.BytesIO()
+    picture(size=(32, 32)).save(made, "JPEG", progressive=True)
+    content = made.getvalue()
+    starts = [found.start() for found in re.finditer(rb"\xff\xda", content)]
+    last = content[starts[-1] : -2]
+    return b"\xff\xd8" + before + content[2:-2] + last * (scans - len(starts)) + b"\xff\xd9" + behind
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_jpeg_has_no_scans_without_number(tmp_path, name):
+    """Each takes as long as the whole picture, and has a few bytes."""
+    (tmp_path / name).write_bytes(jpeg(101))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: a JPEG must have at most 100 scans, this one has 101$"):
+        load_image(tmp_path / name)
+    (tmp_path / name).write_bytes(jpeg(100))
+    assert load_image(tmp_path / name).size == (32, 32)
+
+
+def test_what_only_looks_like_scans_is_not_counted(tmp_path):
+    """A preview in a segment, as cameras write it, and what stands behind the picture, such as a film."""
+    many = b"\xff\xda\0\x02" * 1000
+    segment = b"\xff\xe5" + struct.pack(">H", len(many) + 2) + many
+    (tmp_path / "a.jpg").write_bytes(jpeg(20, segment, many))
+    (tmp_path / "b.jpg").write_bytes(jpeg(20))
+    assert load_image(tmp_path / "a.jpg").tobytes() == load_image(tmp_path / "b.jpg").tobytes()
+    (tmp_path / "a.jpg").write_bytes(jpeg(101, segment, many))
+    with pytest.raises(ValueError, match="this one has 101"):
+        load_image(tmp_path / "a.jpg")
 
 
 def test_the_limit_can_be_moved(tmp_path):

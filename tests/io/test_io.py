@@ -1,12 +1,14 @@
 """What the rooms above build on: documents, dtypes, places in files, locks, versions and the unpickler."""
 
 import collections
+import hashlib
 import io
 import os
 import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -25,7 +27,11 @@ from mergetune.io import (
     locked,
     read_at,
     read_json,
+    read_npz,
+    read_regular,
+    read_regular_text,
     release_locks,
+    sha256_regular,
     write_json,
 )
 
@@ -60,6 +66,42 @@ def test_a_byte_order_mark_and_a_missing_document(tmp_path):
     assert read_json(str(tmp_path / "a.json")) == [1]
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "b.json")
+
+
+def test_a_file_is_read_whole_within_its_limit(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_regular(tmp_path / "a", limit=5) == b"12345" and read_regular_text(tmp_path / "a", limit=5) == "12345"
+    assert read_json(tmp_path / "a", limit=5) == 12345
+    for reader in (read_regular, read_regular_text, read_json, sha256_regular):
+        with pytest.raises(ValueError, match="a must have at most 4 bytes, got 5"):
+            reader(tmp_path / "a", limit=4)
+    assert sha256_regular(tmp_path / "a") == hashlib.sha256(b"12345").hexdigest()
+
+
+def test_a_file_that_grows_is_refused(tmp_path, monkeypatch):
+    """The limit holds for what is read, and not for what the file said before."""
+    (tmp_path / "a").write_bytes(b"12345")
+    stat = os.fstat
+
+    def growing(descriptor):
+        found = stat(descriptor)
+        with (tmp_path / "a").open("ab") as file:
+            file.write(b"6" * 100)
+        return found
+
+    monkeypatch.setattr(os, "fstat", growing)
+    with pytest.raises(ValueError, match="a must not change while it is read"):
+        read_regular(tmp_path / "a")
+
+
+def test_packed_arrays_are_not_larger_than_the_file_by_far(tmp_path):
+    """A .npz file may be packed, and zeros shrink a thousand times."""
+    np.savez_compressed(tmp_path / "bomb.npz", **{f"a{i}": np.zeros(1 << 23, np.uint8) for i in range(9)})
+    with pytest.raises(ValueError, match=r"bomb\.npz cannot be read as \.npz: .*its arrays have 75,4"):
+        read_npz(tmp_path / "bomb.npz")
+    numbers = np.random.default_rng(0).normal(size=(1000, 512)).astype(np.float32)
+    np.savez_compressed(tmp_path / "a.npz", weight=numbers, empty=np.zeros(1 << 23, np.uint8))
+    assert np.array_equal(read_npz(tmp_path / "a.npz")["weight"], numbers)
 
 
 def test_compact_json_has_no_spaces():
