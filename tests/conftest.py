@@ -1,11 +1,11 @@
-"""Before anything is imported: no network, no display, the Triton interpreter, few threads. Then shared fixtures."""
+"""Before anything is imported: no network, no display, the Triton interpreter, one thread. Then shared fixtures."""
 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process per core
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
