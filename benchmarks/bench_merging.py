@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mergetune import merging
 from mergetune.io import writing_atomically
+from mergetune.merging.methods import find
 
 WIDTH, BLOCKS, VOCABULARY = 768, 10, 49408
 METHODS = {
@@ -65,7 +66,7 @@ def read_and_write(inputs: list[Path], out: Path) -> None:
 def test_merge_files(benchmark, checkpoints: list[Path], title: str) -> None:
     """A base and two experts, one expert for slerp, three experts without a base for the average."""
     method, options = getattr(merging, title.split(",")[0]), METHODS[title]
-    base = checkpoints[0] if method.base or title == "slerp" else None
+    base = checkpoints[0] if find(title.split(",")[0]).base or title == "slerp" else None
     experts = {"average": checkpoints, "slerp": checkpoints[1:2]}.get(title, checkpoints[1:])
     inputs, out = list(experts) if base is None else [base, *experts], checkpoints[0].with_name("out")
     size = checkpoints[0].stat().st_size

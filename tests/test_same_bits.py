@@ -73,6 +73,16 @@ def test_tensors_differ_by_the_last_bit(compared, name, write):
     assert "on one side" in found
 
 
+def test_the_order_of_metadata_is_safetensors_own(compared):
+    def write(file, metadata):
+        header = json.dumps({"__metadata__": metadata, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+        file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+
+    assert not compared("a.safetensors", write, {"kind": "head", "scale": "1"}, {"scale": "1", "kind": "head"})
+    (found,) = compared("a.safetensors", write, {"kind": "head", "scale": "1"}, {"scale": "2", "kind": "head"})
+    assert "scale" in found
+
+
 def test_tables_differ_in_everything_but_their_seconds(compared):
     def table(accuracy, seconds):
         return f"|  | HM | s | chosen |\n| --- | --- | --- | --- |\n| zero-shot | {accuracy} | {seconds} | |\n"

@@ -434,6 +434,8 @@ def difference(old: Path, new: Path) -> str | None:
     if old.suffix == ".md":
         return _text_difference(*(_without_seconds(content.decode()) for content in contents))
     if old.suffix == ".safetensors":
+        if _cut_safetensors(contents[0]) == _cut_safetensors(contents[1]):
+            return None
         return _tensor_difference(*(_read_safetensors(content) for content in contents))
     if old.suffix in (".pt", ".npz") or old.name.startswith("model.pth"):
         return _tensor_difference(*(_read_arrays(file) for file in (old, new)))
@@ -505,11 +507,22 @@ def _text_difference(old: str, new: str) -> str | None:
 
 
 def _read_safetensors(content: bytes) -> tuple[dict[str, Any], Any]:
-    """Tensors, and what else the header says, in its order."""
+    """Tensors, and what else the header says."""
     from safetensors.torch import load
 
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return load(content), header
+    return load(content), json.loads(_cut_safetensors(content)[0])
+
+
+def _cut_safetensors(content: bytes) -> tuple[str, bytes]:
+    """The header in its order, but for the metadata, and the numbers.
+
+    safetensors writes the metadata in the order of its hashes, which differ from process to process.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    return json.dumps(header), content[end:]
 
 
 def _read_arrays(file: Path) -> tuple[dict[str, Any], Any]:
