@@ -80,8 +80,9 @@ def run_verified(op: str, tensor: Tensor, arguments: Any, *, d_out: Tensor | Non
         found = OPS[op].implementations[_compared_choice(key, arguments)]
         return found.run(arguments) if d_out is None else found.run_backward(d_out, arguments)
 
-    known = key in _compared and key not in _refused
-    return run() if known else _outside_of_dispatch(run, tensor.device)
+    # These two, and the comparison of the others, differentiate inside.
+    direct = key in _compared and chosen(key) not in ("torch", "compile")
+    return run() if direct else _outside_of_dispatch(run, tensor.device)
 
 
 def _outside_of_dispatch(run: Callable[[], Any], device: torch.device) -> Any:

@@ -247,6 +247,17 @@ def test_the_choice_survives_every_mode_of_autograd():
     assert not ops.refusals()
 
 
+def test_a_choice_that_differentiates_inside_runs_in_a_compiled_graph(monkeypatch):
+    """As torch.compile of the definition does: within an op autograd is off, at the second call as at the first."""
+    stand_in = ops.Implementation("compile", fake_kernels.DEFINITION)
+    monkeypatch.setitem(ops.OPS["lmc_loss"].implementations, "compile", stand_in)
+    take("compile")
+    compiled = torch.compile(lambda **given: ops.lmc_loss(**given)[0], fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.allclose(compiled(**arguments()), loss_and_gradient("torch")[0])
+    assert not ops.refusals()
+
+
 def test_plain_torch_by_the_environment(monkeypatch):
     take("wrong")
     monkeypatch.setenv("MERGETUNE_BACKEND", "torch")
