@@ -111,11 +111,7 @@ def fit_dataset(
         "MERGETUNE": classifier(clip, result.solution),
     }
     reports = {
-        part: {
-            name: accuracy(classify(images.classnames), images, images=classify.images)
-            for name, classify in table.items()
-        }
-        for part, images in tests.items()
+        part: {name: accuracy(classify, images) for name, classify in table.items()} for part, images in tests.items()
     }
     start = zero_shot_like(clip, result.solution, template)
     walks = {
