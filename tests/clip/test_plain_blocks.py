@@ -131,18 +131,24 @@ def test_second_derivatives_in_the_weights():
     assert gradcheck(slope, tuple(weights.values()), fast_mode=True)
 
 
+class Blocks(nn.ModuleList):
+    """The blocks as one module, so that functional_call can put other weights in."""
+
+    def __init__(self, blocks: tuple[nn.Module, ...], layout: Layout, backend: str | None = None) -> None:
+        super().__init__(blocks)
+        self.layout, self.backend = layout, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_blocks(tuple(self), x, self.layout, backend=self.backend)
+
+
 def test_stacked_weights_by_functional_call_and_vmap():
     """Weights of several settings, each a tensor with a leading dimension, run as one call each would."""
     clip, tokens = exact_tower()
     lengths = (2, 3, 3)
     layout = Layout(4, lengths, torch.tensor(lengths).cumsum(0) - 1, clip.text.heads, causal=True)
     x = torch.randn(1, 4 + sum(lengths), clip.text.width, dtype=torch.float64)
-
-    class Blocks(nn.ModuleList):
-        def forward(self, x: Tensor) -> Tensor:
-            return run_blocks(tuple(self), x, layout, backend="torch")
-
-    blocks = Blocks(clip.text.blocks)
+    blocks = Blocks(clip.text.blocks, layout, backend="torch")
     states = {name: torch.stack([w, w + 0.1 * torch.randn_like(w)]) for name, w in blocks.named_parameters()}
     states = {name: stacked.requires_grad_() for name, stacked in states.items()}
     run = lambda state: torch.func.functional_call(blocks, state, x)  # noqa: E731
@@ -152,16 +158,7 @@ def test_stacked_weights_by_functional_call_and_vmap():
     gradients = [torch.autograd.grad(out.square().sum(), list(states.values())) for out in (together, alone)]
     assert all(close(*pair) for pair in zip(*gradients, strict=True))
     with pytest.raises(ValueError, match="blocks must be frozen unless backend is 'torch'"):
-        torch.func.functional_call(Frozen(clip.text.blocks, layout), {n: s[0] for n, s in states.items()}, x)
-
-
-class Frozen(nn.ModuleList):
-    def __init__(self, blocks: tuple[nn.Module, ...], layout: Layout) -> None:
-        super().__init__(blocks)
-        self.layout = layout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run_blocks(tuple(self), x, self.layout)
+        torch.func.functional_call(Blocks(clip.text.blocks, layout), {n: s[0] for n, s in states.items()}, x)
 
 
 def test_weights_that_are_not_frozen_need_the_plain_tower():
