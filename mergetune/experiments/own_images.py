@@ -72,6 +72,8 @@ def fit_dataset(
     """
     if classes not in ("all", "base"):
         raise ValueError(f"classes must be all or base, got {classes!r}")
+    if "prompt" in ({solution.kind for solution in tuned} or {"head" if method == "head" else "prompt"}):
+        _ = clip.text  # a CLIP that takes no prompts is refused here, before any image is encoded
     out = Path(out)
     parts: dict[str, Dataset] = {"all": data}
     if classes == "base":

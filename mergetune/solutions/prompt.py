@@ -73,12 +73,17 @@ class Prompt:
 
         Its class embeddings are those of ``clip.class_embeddings(classnames, template)``. With the class name at
         another position they are not: that is CoOp's start from words, no zero-shot solution.
+
+        Raises:
+            TypeError: a CLIP that takes no prompts, naming its text tower.
+            ValueError: a template without words before the class name.
         """
         check_templates(template)
+        embedding = clip.text.token_embedding.weight
         words = _words_before_name(clip, template)
         if not len(words):
             raise ValueError(f"template must hold at least one word before {{}}, got {template!r}")
-        ctx = clip.text.token_embedding.weight[words].detach().float().clone()
+        ctx = embedding[words].detach().float().clone()
         return cls(ctx=ctx, template=template, backbone=clip.name, fingerprint=clip.text_fingerprint, position=position)
 
     @classmethod
@@ -198,6 +203,7 @@ class Prompt:
         """A plain zero-shot classifier for any class names: [C, D] float32, unit norm.
 
         Raises:
+            TypeError: a CLIP that takes no prompts, naming its text tower.
             ValueError: class-specific contexts and other class names; a text that does not fit the tower; another CLIP.
         """
         return F.normalize(self.class_weights(clip, classnames), dim=-1)
@@ -238,6 +244,6 @@ def _words_before_name(clip: FrozenClip, template: str) -> Tensor:
 def _name_ends(clip: FrozenClip, template: str, classnames: Sequence[str]) -> Tensor:
     """Where each class name ends in the template's texts: the position of the first token behind it, [C]."""
     texts = [template.split("{}")[0] + name for name in classnames]
-    room = 2 * clip.text.context_length  # the texts themselves fit; a further word need not
+    room = 2 * clip.context_length  # the texts themselves fit; a further word need not
     alone, followed = (clip.tokenizer([text + more for text in texts], context_length=room) for more in ("", " x"))
     return (alone != followed).int().argmax(1).to(clip.device)
