@@ -21,7 +21,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.coca_model import MultimodalCfg
@@ -56,7 +56,7 @@ FOLDER_WEIGHTS = (  # of several files in a folder, in open_clip's order; then a
 
 MODEL = word_set(
     "embed_dim vision_cfg text_cfg multimodal_cfg custom_text quick_gelu init_logit_scale init_logit_bias "
-    "nonscalar_logit_scale output_dict pad_id"
+    "nonscalar_logit_scale output_dict"
 )
 TOWER = word_set(
     "layers width mlp_ratio ls_init_value final_ln_after_pool pool_type output_tokens act_kwargs norm_kwargs "
@@ -237,8 +237,10 @@ def _check_config(file: Path) -> dict[str, Any]:
     where = f"{file}: model_cfg"
     if "multimodal_cfg" in model:
         sections["model_cfg.multimodal_cfg"] = _section(model, "model_cfg.multimodal_cfg", DECODER, file)
-    if text.get("hf_model_name") is not None:
+    if text.get("hf_model_name"):
         _check_repository(text["hf_model_name"], f"{where}.text_cfg.hf_model_name")
+    else:
+        text.pop("hf_model_name", None)  # its place alone would make open_clip build another class
     trunk = vision.get("timm_model_name")
     if trunk is not None and not (
         isinstance(trunk, str) and re.fullmatch(r"\w+(\.\w+)?", trunk) and timm.is_model(trunk)
@@ -362,7 +364,9 @@ def _download(repo: str, *names: str, revision: str | None = None, cache_dir: st
             reason = error
         except (OSError, HFValidationError) as error:
             raise RuntimeError(f"{name} of {HUB}{repo} could not be downloaded: {error}") from error
-    raise RuntimeError(f"{HUB}{repo} must have {' or '.join(names)}, got neither: {reason}") from reason
+    if isinstance(reason, LocalEntryNotFoundError):  # without a network nobody knows what the repository has
+        raise RuntimeError(f"{' or '.join(names)} of {HUB}{repo} could not be downloaded: {reason}") from reason
+    raise RuntimeError(f"{HUB}{repo} must have {' or '.join(names)}, got none: {reason}") from reason
 
 
 def _download_tokenizer(

@@ -136,9 +136,9 @@ def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Calla
     options = {"trust_remote_code": False} if source.huggingface else {}  # transformers would ask at the terminal
     try:
         tokenizer = open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)
-        if source.folder is not None:  # of a stranger: what fails, fails here
-            tokenizer(["a photo of a cat, 2 dogs' and  so on.\n", ""])
-        return tokenizer
+        _, _, cat, dog = tokenizer(
+            ["a photo of a cat, 2 dogs' and  so on.\n", "", "cat", "dog"]
+        )  # what fails, fails here
     except ImportError as error:  # open_clip does not ask for transformers itself
         raise RuntimeError(f"the tokenizer of {name!r} needs a package: pip install transformers ({error})") from error
     except BaseException as error:  # transformers raises many kinds on files that are not a tokenizer's
@@ -151,6 +151,12 @@ def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Calla
             ) from error
         reason = str(error).replace(str(source.folder), name) if source.folder else " ".join(str(error).split())
         raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+    if torch.equal(cat, dog):  # transformers makes one without a word where it finds no vocabulary
+        raise RuntimeError(
+            f"the tokenizer of {name!r} must have a vocabulary, got one that does not tell 'cat' from 'dog': fetch its "
+            "files while there is a network"
+        )
+    return tokenizer
 
 
 def warn_quickgelu(name: str, pretrained: str) -> None:

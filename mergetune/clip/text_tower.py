@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
+import open_clip
 import torch
 from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
@@ -129,6 +130,10 @@ def obstacle(model: ClipModel) -> str | None:
     tower = text_tower(model)
     kind = type(tower).__name__
     blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", ())
+    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa):  # it may add to its tower
+        return (
+            f"text tower must be that of open_clip's CLIP, CustomTextCLIP or CoCa, got {kind} of {type(model).__name__}"
+        )
     if not isinstance(getattr(tower, "transformer", None), Transformer) or not len(blocks):
         return f"text tower must be open_clip's TextTransformer, got {kind}"
     for block in blocks:
