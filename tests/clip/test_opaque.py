@@ -226,7 +226,7 @@ WAYS = {
     ),
     "compare": lambda clip, folder: experiments.compare(
         clip, experiments.Task("tiny", cache(60, files=[f"{i}.png" for i in range(60)]), cache(seed=1)), folder,
-        setup=CompareOptions(experts=("head:1", "coop:1"), shots=4), partitions=(None,), progress=False,
+        setup=CompareOptions(experts=("kgcoop:1", "coop:1"), shots=4), partitions=(None,), progress=False,
     ),
     "the paper's": lambda clip, folder: experiments.reproduce(
         experiments.plan("few-shot", datasets=["DTD"], seeds=[1], shots=[1]),
