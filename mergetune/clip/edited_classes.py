@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip.backbone import FrozenClip
+from mergetune.clip.edited_texts import edited_text_tower
+from mergetune.clip.edited_towers import check_edit
 from mergetune.clip.edits import ClassRows, Context, Edit
 from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
 from mergetune.clip.texts import check_classnames, fill
@@ -38,6 +40,7 @@ def prepare_classes(
         ValueError: class names, texts or rows that do not fit together, or to the CLIP.
     """
     names = check_classnames(classnames)
+    check_edit(clip, edit)
     texts = _prepare_texts(clip, edit, names, precision)
     places = [_places(rows, names) for rows in edit.rows]
     if texts is None:
@@ -62,6 +65,8 @@ def _prepare_texts(
     clip: FrozenClip, edit: Edit, names: tuple[str, ...], precision: torch.dtype
 ) -> Callable[[Edit], Tensor] | None:
     """A function for the class features before any rows; None where the edit has no texts."""
+    if edit.touches("text"):
+        return _from_edited_tower(clip, edit, names, precision)
     if edit.context is not None:
         encode, first = context_encoder(clip, edit.context, names, precision=precision), edit.context
         known: list[Tensor] = []
@@ -83,6 +88,22 @@ def _prepare_texts(
     return None
 
 
+def _from_edited_tower(
+    clip: FrozenClip, edit: Edit, names: tuple[str, ...], precision: torch.dtype
+) -> Callable[[Edit], Tensor] | None:
+    """Of an edited text tower. Class embeddings from templates are what :meth:`FrozenClip.class_embeddings` gives."""
+    tower = edited_text_tower(clip, edit, precision=precision)
+    if edit.context is not None:
+        return tower.prepare(*context_texts(clip, edit.context, names))
+    if not edit.templates:
+        return None
+    texts = [clip.tokenize([fill(template, name) for name in names]) for template in edit.templates]
+    features = [tower.prepare(tokens) for tokens in texts]
+    return lambda edit: F.normalize(
+        torch.stack([F.normalize(encode(edit), dim=-1) for encode in features]).mean(0), dim=-1
+    )
+
+
 def context_encoder(
     clip: FrozenClip, context: Context, classnames: Sequence[str], *, precision: torch.dtype = torch.float32
 ) -> TextEncoder:
@@ -94,6 +115,21 @@ def context_encoder(
         classnames: C names.
         precision: of the text tower.
     """
+    tokens, places = context_texts(clip, context, classnames)
+    text, where = clip.text_as(precision), {"first": clip.first_token, "context": context.vectors.shape[-2]}
+    places = None if context.position == "end" else places
+    return text_encoder(text, tokens, places=places, shared=context.classnames is None, **where)
+
+
+def context_texts(clip: FrozenClip, context: Context, classnames: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The texts of a soft prompt, with stand-ins where its context vectors go.
+
+    Returns:
+        Token ids, [C, L], and the places of the context vectors in each text, ascending, [C, n].
+
+    Raises:
+        ValueError: a template without one token for each context vector.
+    """
     template, first, count = context.template, clip.first_token, context.vectors.shape[-2]
     words = words_before_name(clip, template)
     if len(words) != count and set(template.split("{}")[0].split()) == {"X"}:
@@ -104,12 +140,10 @@ def context_encoder(
         raise ValueError(
             f"template must hold {count} tokens before {{}}, one for each context vector, got {context.template!r}"
         )
-    text, where = clip.text_as(precision), {"first": first, "context": count}
-    places = None
     if context.position != "end":
         ends = _name_ends(clip, template, classnames)
-        tokens, places = arrange(tokens, ends, position=context.position, **where)
-    return text_encoder(text, tokens, places=places, shared=context.classnames is None, **where)
+        return arrange(tokens, ends, first=first, context=count, position=context.position)
+    return tokens, torch.arange(first, first + count, device=tokens.device).expand(len(tokens), -1)
 
 
 def words_before_name(clip: FrozenClip, template: str) -> Tensor:
@@ -167,7 +201,9 @@ def _with_rows(
         if found is None:  # a later part has the others
             found = values.new_zeros(len(values), classes, values.shape[-1])
         found, values = _same_width(found, values)
-        return _broadcast(found, values).index_copy(1, _index(places[0], values), values.expand(_m(found, values), -1, -1))
+        return _broadcast(found, values).index_copy(
+            1, _index(places[0], values), values.expand(_m(found, values), -1, -1)
+        )
     assert found is not None  # checked: there are rows that are not added
     found = F.normalize(found, dim=-1) if unit else found
     found, values = _same_width(found, values)
