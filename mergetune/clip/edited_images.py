@@ -166,14 +166,16 @@ def _transformer(visual: VisionTransformer, edit: Edit, image_input: ImageInput,
         return part_of(_Function(visual, function), taken)
 
     embed, pool, project = part(-1, _embed), part(count, _pool), part(count + 1, _project)
+    dtype = visual.conv1.weight.dtype
     blocks = blocks_of("image", tuple(visual.transformer.resblocks), edit, BLOCKS)
 
     def tower(edit: Edit, x: Tensor) -> Tensor:
-        if start < 0:
-            x = embed(edit, x)
+        if start > count + 1:
+            return x
+        x = embed(edit, x) if start < 0 else x.to(dtype)
         if start < count:
             x = pool(edit, blocks(edit, x, start=max(start, 0)))
-        return project(edit, x) if start <= count + 1 else x
+        return project(edit, x)
 
     return tower
 
@@ -237,7 +239,7 @@ def _pool(visual: VisionTransformer, tokens: Tensor) -> Tensor:
 
 
 def _project(visual: VisionTransformer, rows: Tensor) -> Tensor:
-    return rows if visual.proj is None else rows.to(visual.proj.dtype) @ visual.proj
+    return rows if visual.proj is None else rows @ visual.proj
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -42,10 +42,12 @@ def check_edit(clip: FrozenClip, edit: Edit) -> None:
             raise ValueError(f"weights must not hold {name}: the factor on the logits is the edit's scale")
         if name not in known:
             raise ValueError(f"weights must name parameters of the model {clip.name}, got {name!r}")
-        if not known[name].dtype.is_floating_point or weight.shape[1:] != known[name].shape or not len(weight):
+        if not known[name].dtype.is_floating_point:
+            raise ValueError(f"weights must be of floating point in the model, got {name!r} of {known[name].dtype}")
+        if weight.ndim != known[name].ndim + 1 or weight.shape[1:] != known[name].shape or not len(weight):
             expected = ", ".join(map(str, ("M", *known[name].shape)))
             raise ValueError(f"weights[{name!r}] must have shape [{expected}], got {list(weight.shape)}")
-        if 1 not in (settings, len(weight)) and settings != len(weight):
+        if settings > 1 and len(weight) not in (1, settings):
             raise ValueError(f"weights must all be of {settings} settings or of one, got {len(weight)} for {name!r}")
         settings = max(settings, len(weight))
     for argument in ("before", "beside"):
@@ -87,10 +89,16 @@ class Part:
     names: tuple[tuple[str, str, torch.dtype], ...] = ()
 
     def __call__(self, edit: Edit, x: Tensor, **options: Any) -> Tensor:
-        """The part's result for every setting, [m, B, ...] -> [m, B, ...]; the options are those of the module."""
+        """The part's result for every setting, [m, B, ...] -> [m, B, ...]; the options are those of the module.
+
+        Raises:
+            ValueError: a leading size that is not that of the weights.
+        """
         weights = {own: edit.weights[name].to(dtype) for name, own, dtype in self.names}
         stacked = {own: weight for own, weight in weights.items() if len(weight) > 1}
         same = {own: weight[0] for own, weight in weights.items() if own not in stacked}
+        if len(x) > 1 and (other := [len(weight) for weight in stacked.values() if len(weight) != len(x)]):
+            raise ValueError(f"an edit must be of one number of settings, got hooks of {len(x)}, weights of {other[0]}")
 
         def call(stacked: Mapping[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self.module, {**same, **stacked}, (x,), options)
