@@ -125,8 +125,8 @@ class Lora(Kind):
         return Edit(weights=weights, templates=(TEMPLATE,))
 
     def zero_shot(self, clip: FrozenClip) -> Lora:
-        """B = 0, with the same A."""
-        return self.with_state({name: t * 0 if name.endswith("B") else t for name, t in self.values.items()})
+        """Of rank 0, so that a point on the line from it to a LoRA has the rank of that."""
+        return self.with_state({n: t[:, :0] if n.endswith("B") else t[:0] for n, t in self.values.items()})
 
     def between(self, a: State, b: State, t: float | Tensor) -> State:
         """The straight line of B A, which does not depend on how it is factored: a LoRA of both ranks together."""
@@ -155,7 +155,8 @@ class Adapter(Kind):
     """MMA's adapter of one block (CVPR 2024), in both towers: s up(relu(shared(relu(down(ln_1 x))))) beside it.
 
     State: "text.down.weight" [h, W], "text.down.bias", "text.up.weight" [W, h], "text.up.bias", the same for "image",
-    "shared.weight" [h, h] and "shared.bias".
+    "shared.weight" [h, h] and "shared.bias", each times the square root of s. The published block scales gradients by
+    1 / s: in this unit plain SGD with the published rate and weight decay takes the same steps.
     """
 
     block: int = 1
@@ -171,9 +172,16 @@ class Adapter(Kind):
             width = blocks_of(clip, tower)[0].attn.embed_dim
             shapes |= {f"{tower}.down.weight": (hidden, width), f"{tower}.down.bias": (hidden,)}
             shapes |= {f"{tower}.up.weight": (width, hidden), f"{tower}.up.bias": (width,)}
-        return cls(random(shapes, seed, std=1.0), **fields)
+        scale = fields.get("scale", cls.scale)
+        return cls(random(shapes, seed, std=scale**0.5), **fields)
+
+    def published(self, states: State) -> State:
+        """In the published unit."""
+        return {name: values / self.scale**0.5 for name, values in states.items()}
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
+        states = self.published(states)
+
         def linear(x: Tensor, layer: str) -> Tensor:
             return x @ states[f"{layer}.weight"].mT[:, None] + states[f"{layer}.bias"][:, None, None]
 
