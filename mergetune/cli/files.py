@@ -42,16 +42,14 @@ def export(
             solutions.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
             if push:
                 out.print(solutions.push_to_hub(found, push, license=license), highlight=False, markup=False)
-        elif form == "head" and (clip is not None or found.kind != "prompt"):
+        elif form == "head" and (clip is not None or found.plain_head() is not None):
             solutions.to_head(found, target, clip=clip, classnames=names)
         elif clip is None:
             raise ValueError(f"--backbone is needed for {form}: it encodes the class names")
         elif form == "classifier":
             solutions.zero_shot_classifier(found, clip, names, file=target)
-        elif isinstance(found, mt.Prompt):
-            solutions.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
         else:
-            raise TypeError(f"--to coop needs a prompt, got a {found.kind}: CoOp has no other")
+            solutions.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
     tell(f"{form}: {target}")
 
 

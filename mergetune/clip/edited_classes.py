@@ -6,6 +6,7 @@ Shapes: M settings computed together, C classes, D embedding width, W width of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,33 @@ from mergetune.clip.edited_texts import edited_text_tower
 from mergetune.clip.edited_towers import check_edit
 from mergetune.clip.edits import ClassRows, Context, Edit
 from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
-from mergetune.clip.texts import check_classnames, fill
+from mergetune.clip.texts import check_classnames, check_same_classes, fill
 
-ClassFeatures = Callable[[Edit], Tensor]
-"""An edit -> class features [M, C, D] or [M, C, D + 1], float32, not normalised."""
+
+@dataclass(frozen=True, eq=False)
+class ClassFeatures:
+    """Class features of edits of one form, for fixed class names. Make one with :func:`prepare_classes`.
+
+    Attributes:
+        classnames: C names.
+        texts: an edit -> its class features before any rows; None where classes have no texts.
+        places: for each part of ``rows``: which classes have a row, and which rows these are; None where the rows are
+            the classes, in their order.
+        encoder: the packed text tower, where every call runs it.
+    """
+
+    classnames: tuple[str, ...]
+    texts: Callable[[Edit], Tensor] | None
+    places: tuple[tuple[list[int], list[int]] | None, ...]
+    encoder: TextEncoder | None
+
+    def __call__(self, edit: Edit) -> Tensor:
+        """Class features [M, C, D], or [M, C, D + 1] with a bias, float32, not normalised."""
+        found = None if self.texts is None else self.texts(edit)
+        for rows, place in zip(edit.rows, self.places, strict=True):
+            found = _with_rows(found, rows, place, len(self.classnames), unit=edit.normalize)
+        assert found is not None  # there are texts or rows
+        return found
 
 
 def prepare_classes(
@@ -41,51 +65,42 @@ def prepare_classes(
     """
     names = check_classnames(classnames)
     check_edit(clip, edit)
-    texts = _prepare_texts(clip, edit, names, precision)
-    places = [_places(rows, names) for rows in edit.rows]
+    encoder = None
+    if edit.touches("text"):
+        texts = _from_edited_tower(clip, edit, names, precision)
+    else:
+        encoder = None if edit.context is None else context_encoder(clip, edit.context, names, precision=precision)
+        texts = _prepare_texts(clip, edit, names, encoder)
     if texts is None:
         _check_all_have_rows(edit, names)
-    if texts is None and len(places) == 1 and places[0] is None:
-        return lambda edit: edit.rows[0].values  # a head: the rows are the class features, nothing is copied
-
-    def features(edit: Edit) -> Tensor:
-        found = None if texts is None else texts(edit)
-        for rows, place in zip(edit.rows, places, strict=True):
-            found = _with_rows(found, rows, place, len(names), unit=edit.normalize)
-        assert found is not None  # there are texts or rows
-        return found
-
-    return features
+    return ClassFeatures(names, texts, tuple(_places(rows, names) for rows in edit.rows), encoder)
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
 def _prepare_texts(
-    clip: FrozenClip, edit: Edit, names: tuple[str, ...], precision: torch.dtype
+    clip: FrozenClip, edit: Edit, names: tuple[str, ...], encoder: TextEncoder | None
 ) -> Callable[[Edit], Tensor] | None:
     """A function for the class features before any rows; None where the edit has no texts."""
-    if edit.touches("text"):
-        return _from_edited_tower(clip, edit, names, precision)
-    if edit.context is not None:
-        encode, first = context_encoder(clip, edit.context, names, precision=precision), edit.context
-        known: list[Tensor] = []
-
-        def from_context(edit: Edit) -> Tensor:
-            context = edit.context
-            assert context is not None  # the form has one
-            if context is not first or context.vectors.requires_grad:
-                return encode(context.vectors)
-            if not known:  # the part of a stack that is not trained
-                with torch.no_grad():
-                    known.append(encode(context.vectors))
-            return known[0]
-
-        return from_context
-    if edit.templates:
+    if encoder is None:
+        if not edit.templates:
+            return None
         embeddings = clip.class_embeddings(names, edit.templates)[None]
         return lambda edit: embeddings
-    return None
+    first, known = edit.context, []
+
+    def from_context(edit: Edit) -> Tensor:
+        context = edit.context
+        assert context is not None  # the form has one
+        if context is not first or context.vectors.requires_grad:
+            return encoder(context.vectors)
+        if not known:  # the part of a stack that is not trained
+            with torch.no_grad():
+                known.append(encoder(context.vectors))
+        return known[0]
+
+    return from_context
 
 
 def _from_edited_tower(
@@ -128,8 +143,10 @@ def context_texts(clip: FrozenClip, context: Context, classnames: Sequence[str])
         Token ids, [C, L], and the places of the context vectors in each text, ascending, [C, n].
 
     Raises:
-        ValueError: a template without one token for each context vector.
+        ValueError: a template without one token for each context vector; class names that are not the context's.
     """
+    if context.classnames is not None:
+        check_same_classes("classnames", classnames, context.classnames)
     template, first, count = context.template, clip.first_token, context.vectors.shape[-2]
     words = words_before_name(clip, template)
     if len(words) != count and set(template.split("{}")[0].split()) == {"X"}:
@@ -201,23 +218,18 @@ def _with_rows(
         if found is None:  # a later part has the others
             found = values.new_zeros(len(values), classes, values.shape[-1])
         found, values = _same_width(found, values)
-        return _broadcast(found, values).index_copy(
-            1, _index(places[0], values), values.expand(_m(found, values), -1, -1)
-        )
+        return _spread(found, values).index_copy(1, _index(places[0], values), _spread(values, found))
     assert found is not None  # checked: there are rows that are not added
     found = F.normalize(found, dim=-1) if unit else found
     found, values = _same_width(found, values)
     if places is None:
         return found + values
-    return _broadcast(found, values).index_add(1, _index(places[0], values), values.expand(_m(found, values), -1, -1))
+    return _spread(found, values).index_add(1, _index(places[0], values), _spread(values, found))
 
 
-def _m(a: Tensor, b: Tensor) -> int:
-    return max(len(a), len(b))
-
-
-def _broadcast(found: Tensor, values: Tensor) -> Tensor:
-    return found.expand(_m(found, values), -1, -1)
+def _spread(a: Tensor, b: Tensor) -> Tensor:
+    """``a`` with as many settings as ``b``, if it has one for all."""
+    return a.expand(max(len(a), len(b)), -1, -1)
 
 
 def _index(classes: list[int], like: Tensor) -> Tensor:

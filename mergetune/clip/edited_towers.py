@@ -35,7 +35,7 @@ def check_edit(clip: FrozenClip, edit: Edit) -> None:
         ValueError: an unknown parameter or block, a shape that differs, different numbers of settings.
         TypeError: hooks in a tower that is not made of transformer blocks.
     """
-    known = clip.model.state_dict(keep_vars=True)
+    known = clip.model.state_dict(keep_vars=True) if edit.weights else {}
     settings = 1
     for name, weight in edit.weights.items():
         if name in ("logit_scale", "logit_bias"):

@@ -81,6 +81,11 @@ class FeatureCache:
     opened: OpenFiles | None = field(default=None, repr=False)
     checksums: tuple[str, ...] = field(default=(), repr=False)
 
+    @property
+    def holds(self) -> str:
+        """What is read of each image, see :class:`mergetune.data.Batches`: "feature"."""
+        return "feature"
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -339,9 +344,13 @@ class FeatureCache:
         rows = (F.pad(x, (0, self.dim % 2)) for x, _, _ in self.batches(ROWS))
         return torch.cat([(x.view(torch.int64) * factors).sum(1) for x in rows])
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 of the features, their order and their labels: what a training run depends on."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for tensor in (self.labels, self.stored):
             digest.update(tensor.numpy().data)

@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from mergetune.clip import FrozenClip
-from mergetune.data import FeatureCache
-from mergetune.evaluation.spans import measure, span
-from mergetune.solutions import Solution
+from mergetune.data import Batches
+from mergetune.solutions import Solution, measure, span
+from mergetune.solutions.space import SHARES
 
 
 class Corner(NamedTuple):
@@ -54,7 +54,7 @@ class Plane:
 def plane(
     clip: FrozenClip,
     solutions: Mapping[str, Solution],
-    features: FeatureCache,
+    features: Batches,
     *,
     points: int = 21,
     margin: float = 0.25,
@@ -81,8 +81,9 @@ def plane(
         raise ValueError(f"points must be at least 2 a side, got {points}")
     if not 0 <= margin < float("inf"):
         raise ValueError(f"margin must be at least 0 and finite, got {margin}")
-    at = span(clip, tuple(solutions.values()), features, space=space)
-    first, second = ((end.double() - at.ends[0].double()).flatten() for end in at.ends[1:])
+    at = span(clip, tuple(solutions.values()), features.classnames, space=space)
+    ends = torch.cat([end.double().flatten(1) for name, end in at.ends.items() if name != SHARES], 1)
+    first, second = ends[1:] - ends[0]
     d = first.norm().item()
     share = (first @ second).item() / d**2 if d else 0.0
     x, y = share * d, (second - share * first).norm().item()

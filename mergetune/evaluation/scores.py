@@ -10,17 +10,17 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergetune.data import FeatureCache
+from mergetune.data import Batches, FeatureCache
 from mergetune.solutions import inputs
 
-Classifier = Callable[[Sequence[str]], Tensor]
-"""Class names -> class weights [C, D], or [C, D + 1] with a bias, whose products with the features are the logits."""
+if TYPE_CHECKING:
+    from mergetune.evaluation.classifiers import Classifier
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,33 @@ class Report:
 
 
 @torch.no_grad()
-def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False, batch_size: int = 2048) -> Report:
+def accuracy(
+    weights: Tensor,
+    features: Batches,
+    *,
+    normalize: bool = False,
+    images: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 2048,
+) -> Report:
     """Accuracy of class weights on cached features.
 
     Args:
-        weights: one row a class of ``features``, [C, D], or [C, D + 1] with a bias.
+        weights: one row per class of ``features``, [C, D], or [C, D + 1] with a bias.
         features: image features with labels.
         normalize: make the rows unit norm first, as for class features of a prompt.
+        images: applied to the features first, see :class:`Classifier`.
         batch_size: rows at a time.
     """
-    if weights.ndim != 2 or len(weights) != len(features.classnames) or weights.shape[1] - features.dim not in (0, 1):
+    dim = weights.shape[-1] if images is not None else getattr(features, "dim", weights.shape[-1])
+    if weights.ndim != 2 or len(weights) != len(features.classnames) or weights.shape[1] - dim not in (0, 1):
         raise ValueError(
-            f"weights must have shape [C, D] = [{len(features.classnames)}, {features.dim}], got {list(weights.shape)}"
+            f"weights must have shape [C, D] = [{len(features.classnames)}, {dim}], got {list(weights.shape)}"
         )
     weights = F.normalize(weights, dim=-1) if normalize else weights
     right = torch.cat(
         [
-            (inputs(x.to(weights), weights) @ weights.T).argmax(-1).cpu() == labels
+            (inputs(x.to(weights) if images is None else images(x.to(weights)), weights) @ weights.T).argmax(-1).cpu()
+            == labels
             for x, labels, _ in features.batches(batch_size)
         ]
     ).double()
@@ -125,7 +135,7 @@ class Row:
 
 def base_to_novel(classify: Classifier, base: FeatureCache, novel: FeatureCache) -> BaseNovel:
     """Test a classifier on base and on novel classes."""
-    return BaseNovel(*(accuracy(classify(part.classnames), part) for part in (base, novel)))
+    return BaseNovel(*(accuracy(classify(part.classnames), part, images=classify.images) for part in (base, novel)))
 
 
 def summarise(name: str, runs: Sequence[BaseNovel]) -> Row:

@@ -21,7 +21,7 @@ from mergetune.facts import CompareOptions, FitOptions
 from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import METHODS
-from mergetune.solutions import Head, Prompt, Solution, zero_shot_like
+from mergetune.solutions import Solution, space_of, stack_states, zero_shot_like
 from mergetune.training import FitResult, Job, fit_job, train_together, tune_job
 from mergetune.training.runs import RESULT
 
@@ -103,10 +103,10 @@ def candidates(
     train(clip, {folder: fold}, setup, progress=progress)
     experts, seconds = _experts(setup, fold, folder)
     first = next(iter(experts.values()))
-    zero_shot, head = zero_shot_like(clip, first, fold.templates), isinstance(first, Head)
+    zero_shot, head = zero_shot_like(clip, first, fold.templates), first.plain_head() is not None
     found = [Candidate(ZERO_SHOT, {}, 0, zero_shot if head else lambda zero, _: zero)]
     found += [
-        Candidate(title, {}, 1, solution, "training images, labelled", solution.parameter.numel(), seconds[title])
+        Candidate(title, {}, 1, solution, "training images, labelled", solution.numbers, seconds[title])
         for title, solution in experts.items()
     ]
     left_out: dict[str, str] = {}
@@ -184,7 +184,7 @@ def _merged(
 ) -> list[Candidate]:
     """Merges of what was trained: context vectors, or head weights."""
     found, count = [], len(group)
-    what = "context vectors" if isinstance(group[0], Prompt) else "weights"
+    what = "context vectors" if "ctx" in group[0].state() else "weights"
     for method, facts in METHODS.items():
         reason = LEFT_OUT.get(method)
         if count == 1 and method in SAME_AS_WISE_FT:
@@ -202,7 +202,7 @@ def _merged(
                     began = time.perf_counter()
                     made = merge_solutions(method, group, base=base, clip=clip, features=features, options=options)
                     spent = time.perf_counter() - began
-                    found.append(Candidate(row, options, count, made, used, made.parameter.numel(), spent))
+                    found.append(Candidate(row, options, count, made, used, made.numbers, spent))
             except (ValueError, ImportError) as error:
                 left_out[f"{method} [{count}]"] = str(error)
     return found
@@ -222,7 +222,7 @@ def _bases(method: str, zero_shot: Solution, count: int) -> list[Solution | None
 def _mixed(group: list[Solution]) -> list[Candidate]:
     """Merges of class embeddings, and averages of logits."""
     count = len(group)
-    size = sum(solution.parameter.numel() for solution in group)
+    size = sum(solution.numbers for solution in group)
     found = []
     for method, fixed in EMBEDDING_METHODS.items():
         facts = METHODS[method]
@@ -253,7 +253,7 @@ def _mergetuned(setup: CompareOptions, folder: Path, group: list[Solution]) -> l
     for options, _, run in _tries(setup, folder, count):
         result = FitResult.load(run)
         row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
-        size, spent = result.solution.parameter.numel(), result.timings["seconds"]
+        size, spent = result.solution.numbers, result.timings["seconds"]
         found.append(Candidate(row, options, count, result.solution, "training images, labelled", size, spent))
     return found
 
@@ -307,12 +307,12 @@ def _encode(clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequenc
     found: dict[int, Tensor] = {}
     groups: dict[Any, list[int]] = {}
     for i, solution in enumerate(solutions):
-        if isinstance(solution, Head):
-            found[i] = solution.logit_scale * solution.class_weights(clip, classnames)
+        if (head := solution.plain_head()) is not None:
+            found[i] = head.logit_scale * head.class_weights(clip, classnames)
         else:
             groups.setdefault(solution.form, []).append(i)
     for members in groups.values():
-        encode = solutions[members[0]].encoder(clip, classnames)
-        weights = encode(torch.stack([solutions[i].parameter.to(clip.device) for i in members]))
-        found |= dict(zip(members, clip.logit_scale * F.normalize(weights, dim=-1), strict=True))
+        space = space_of(clip, solutions[members[0]], classnames)
+        weights = space.classes(stack_states([solutions[i].state() for i in members], clip.device))
+        found |= dict(zip(members, space.scale * space.unit(weights), strict=True))
     return [found[i] for i in range(len(solutions))]

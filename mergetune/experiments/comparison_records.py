@@ -22,7 +22,7 @@ from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates,
 from mergetune.experiments.comparison_cells import Cell, Task
 from mergetune.facts import CompareOptions
 from mergetune.io import MAX_WEIGHTS, jsonable, read_regular, read_regular_text, write_atomically, write_json
-from mergetune.solutions import inputs
+from mergetune.solutions import Solution, inputs
 
 Record = dict[str, Any]
 WEIGHTS = "class-weights.safetensors"
@@ -146,10 +146,7 @@ def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, 
     """What a cell's result depends on beside the cell."""
     experts = setup.experts
     if isinstance(experts, Mapping):
-        experts = {
-            name: [s.kind, hashlib.sha256(s.parameter.cpu().contiguous().numpy().data).hexdigest()]
-            for name, s in experts.items()
-        }
+        experts = {name: [s.kind, _digest(s)] for name, s in experts.items()}
     return {
         "clip": clip.fingerprint,
         "templates": task.templates,
@@ -160,6 +157,13 @@ def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, 
         "fit": setup.fit,
         "grids": [setup.grid, MERGE_GRIDS],
     }
+
+
+def _digest(solution: Solution) -> str:
+    digest = hashlib.sha256()
+    for tensor in solution.state().values():
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def read_record(file: Path) -> Record:

@@ -11,7 +11,7 @@ from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset, cache_features
 from mergetune.evaluation import Report, accuracy, classifier, connectivity, logit_ensemble, plot, weight_average
 from mergetune.io import write_json
-from mergetune.solutions import Head, Solution, zero_shot_like
+from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
 
 
@@ -100,7 +100,7 @@ def fit_dataset(
     result.save(out)
 
     tests = {part: test.select(half.test) for part, half in parts.items()}
-    if isinstance(result.solution, Head):  # it knows the classes that it learned, no others
+    if result.solution.classnames is not None:  # it knows the classes that it learned, no others
         tests = {classes: tests[classes]}
     zero_shot, w2 = classifier(clip, template), classifier(clip, solutions[0])
     table = {
@@ -111,7 +111,10 @@ def fit_dataset(
         "MERGETUNE": classifier(clip, result.solution),
     }
     reports = {
-        part: {name: accuracy(classify(images.classnames), images) for name, classify in table.items()}
+        part: {
+            name: accuracy(classify(images.classnames), images, images=classify.images)
+            for name, classify in table.items()
+        }
         for part, images in tests.items()
     }
     start = zero_shot_like(clip, result.solution, template)

@@ -166,7 +166,7 @@ def _solutions(clip: FrozenClip, zero_shot: Classifier, tuned: Solution, merged:
 
 
 def _report(classify: Classifier, test: FeatureCache) -> dict[str, float]:
-    report = accuracy(classify(test.classnames), test)
+    report = accuracy(classify(test.classnames), test, images=classify.images)
     return {"accuracy": report.accuracy, "images": report.images, "standard_error": report.standard_error}
 
 

@@ -20,6 +20,23 @@ if TYPE_CHECKING:
 Solution = Any  # a prompt or a head: facts stand below them
 
 TUNE_METHODS = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}  # of stage 1, and their titles
+TOP_METHODS = {"residual": "residual", "map": "map"}  # put on a solution, and their titles in "CoOp + residual"
+OPTIMIZERS = ("sgd", "adam")
+COOP_SETTINGS: Mapping[str, Any] = {
+    "epochs": 50, "batch_size": 32, "lr": 2e-3, "momentum": 0.9, "weight_decay": 5e-4, "warmup_epochs": 1,
+    "warmup_lr": 1e-5, "optimizer": "sgd", "lam": None,
+}  # fmt: skip
+TUNE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(TUNE_METHODS, COOP_SETTINGS),
+    **{
+        method: COOP_SETTINGS | {
+            "epochs": 300, "batch_size": None, "lr": 1e-3, "weight_decay": 0.0, "warmup_epochs": 0, "optimizer": "adam",
+            "lam": lam,
+        }
+        for method, lam in (("residual", 8.0), ("map", 0.5))
+    },
+}  # fmt: skip
+"""The settings of each method of tune where an option is None. batch_size None: all images in each step."""
 POSITIONS = ("end", "middle", "front")  # of the class name in a prompt
 PATH_GRIDS = ("even", "official", "random")
 SURROGATES = ("identity", "fisher", "cosine", "l2")
@@ -60,12 +77,6 @@ _precision = partial(
     _option, "str", "auto", "Precision of the text tower; auto is the faster one on this machine.",
     choices=("auto", "float32", "bfloat16"),
 )  # fmt: skip
-_epochs = partial(_option, "int", 50, "Passes over the training images.")
-_lr = partial(_option, "float", 2e-3, "Learning rate of SGD.")
-_momentum = partial(_option, "float", 0.9, "Momentum of SGD.")
-_weight_decay = partial(_option, "float", 5e-4, "Weight decay of SGD.")
-_warmup_epochs = partial(_option, "int", 1, "Epochs at the warm-up learning rate, before the cosine.")
-_warmup_lr = partial(_option, "float", 1e-5, "Learning rate of the warm-up.")
 _backend = partial(
     _option, "str", None, "Implementation of the loss: cpp, triton, cuda, compile or torch; none chooses.",
     none=True, recorded=False,
@@ -77,7 +88,10 @@ _cuda_graph = partial(_option, "bool", False, "On a GPU: capture one step and re
 class TuneOptions:
     """The options of :func:`mergetune.tune`."""
 
-    method: str = _option("str", "coop", "coop, kgcoop or head.", choices=tuple(TUNE_METHODS))
+    method: str = _option(
+        "str", "coop", "coop, kgcoop or head; or residual or map, which are put on a base.",
+        choices=(*TUNE_METHODS, *TOP_METHODS),
+    )  # fmt: skip
     template: str = _option("str", "a photo of a {}.", "Text with {} whose words the context starts from.")
     n_ctx: int | None = _option("int", None, "Random start with so many context tokens.", none=True, least=1)
     class_specific: bool = _option("bool", False, "Train context vectors of every class by themselves.")
@@ -86,14 +100,30 @@ class TuneOptions:
         "strs", None, "Templates that KgCoOp stays near and a head starts from; the template if not given.", none=True
     )
     kg_weight: float = _option("float", 8.0, "Weight of KgCoOp's distance to zero-shot.")
+    lam: float | None = _option(
+        "float", None, "Weight of the distance to the base: 8 for a residual, 0.5 for a map if not given.", none=True
+    )
     precision: str = _precision()
-    epochs: int = _epochs()
-    batch_size: int = _option("int", 32, "Images per step.")
-    lr: float = _lr()
-    momentum: float = _momentum()
-    weight_decay: float = _weight_decay()
-    warmup_epochs: int = _warmup_epochs()
-    warmup_lr: float = _warmup_lr()
+    epochs: int | None = _option(
+        "int", None, "Passes over the training images; 50, for a residual or a map 300, if not given.", none=True
+    )
+    batch_size: int | None = _option(
+        "int", None, "Images per step; 32, for a residual or a map all, if not given.", none=True
+    )
+    lr: float | None = _option(
+        "float", None, "Learning rate; 0.002, for a residual or a map 0.001, if not given.", none=True
+    )
+    optimizer: str | None = _option(
+        "str", None, "sgd or adam; sgd, for a residual or a map adam, if not given.", none=True
+    )
+    momentum: float | None = _option("float", None, "Momentum of SGD; 0.9 if not given.", none=True)
+    weight_decay: float | None = _option(
+        "float", None, "Weight decay; 0.0005, for a residual or a map 0, if not given.", none=True
+    )
+    warmup_epochs: int | None = _option(
+        "int", None, "Epochs at the warm-up learning rate; 1, for a residual or a map 0, if not given.", none=True
+    )
+    warmup_lr: float | None = _option("float", None, "Learning rate of the warm-up; 0.00001 if not given.", none=True)
     seed: int = _option("int", 1, "Seed of the random start and the order of the batches.")
     backend: str | None = _backend()
     cuda_graph: bool = _cuda_graph()
@@ -118,13 +148,14 @@ class FitOptions:
     surrogate: str = _option("str", "identity", "identity, fisher, cosine or l2.", choices=SURROGATES)
     space: str = _option("str", "embedding", "embedding or parameter.", choices=SPACES)
     precision: str = _precision()
-    epochs: int = _epochs()
+    epochs: int = _option("int", 50, "Passes over the training images.")
     batch_size: int = _option("int", 128, "Images per step.")
-    lr: float = _lr()
-    momentum: float = _momentum()
-    weight_decay: float = _weight_decay()
-    warmup_epochs: int = _warmup_epochs()
-    warmup_lr: float = _warmup_lr()
+    lr: float = _option("float", 2e-3, "Learning rate.")
+    optimizer: str = _option("str", "sgd", "sgd or adam.", choices=OPTIMIZERS)
+    momentum: float = _option("float", 0.9, "Momentum of SGD.")
+    weight_decay: float = _option("float", 5e-4, "Weight decay.")
+    warmup_epochs: int = _option("int", 1, "Epochs at the warm-up learning rate, before the cosine.")
+    warmup_lr: float = _option("float", 1e-5, "Learning rate of the warm-up.")
     seed: int = _option("int", 1, "Seed of the order of the batches, the views and the random grid.")
     backend: str | None = _backend()
     cuda_graph: bool = _cuda_graph()
