@@ -76,7 +76,7 @@ def change_for_student(model: nn.Module, solution: Student, state: dict[str, Ten
 
     def projector(visual, args, out):
         x = F.linear(out, state["0.weight"], state["0.bias"])
-        x = F.batch_norm(x, solution.mean, solution.var, state["1.weight"], state["1.bias"])
+        x = F.batch_norm(x, solution.running_mean, solution.running_var, state["1.weight"], state["1.bias"])
         return F.linear(F.relu(x), state["3.weight"], state["3.bias"])
 
     visual.register_forward_hook(projector)
@@ -86,12 +86,18 @@ CHANGES = {Lora: change_for_lora, Adapter: change_for_adapter, DeepPrompt: chang
 CHANGES[Student] = change_for_student
 
 
-def slow(clip: FrozenClip, solution: Kind, state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit image features [B, D'] and unit class features [C, D'] of one setting."""
+def slow(
+    clip: FrozenClip, solution: Kind, state: dict[str, Tensor], x: Tensor, *, raw_texts: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Image features [B, D'] and class features [C, D'] of one setting, unit norm.
+
+    With ``raw_texts`` class features are as they are interpolated: those of context vectors are not of unit norm.
+    """
     model = deepcopy(clip.model)
     CHANGES[type(solution)](model, solution, state)
     with sdpa_kernel(SDPBackend.MATH):  # torch's other attention has no second derivative
         images = model.encode_image(x)
         texts = model.encode_text(clip.tokenize([TEMPLATE.format(name) for name in NAMES]))
     texts = solution.rows if isinstance(solution, Student) else texts
-    return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
+    raw = raw_texts and isinstance(solution, DeepPrompt)
+    return F.normalize(images, dim=-1), texts if raw else F.normalize(texts, dim=-1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import open_clip
 import torch
@@ -19,9 +19,9 @@ from tiny import NAMES, TEXT, VISION
 from torch import Tensor, nn
 
 from mergetune import FrozenClip
-from mergetune.clip import ClassRows, Context, Edit, TokensBefore, prepare_classes
+from mergetune.clip import ClassRows, Context, Edit, ImageInput, TokensBefore, prepare_classes
+from mergetune.solutions import Solution, State
 
-State = dict[str, Tensor]
 BLOCKS = 3
 TEMPLATE = "a photo of a {}."
 
@@ -58,27 +58,25 @@ def with_tokens(tokens: Tensor, values: Tensor, at: int, *, replaced: int) -> Te
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
-    """What the four have in common: a state of any names."""
+class Kind(Solution):
+    """What the four have in common: a state of any names, and no files."""
 
     values: State
+    classnames: tuple[str, ...] | None = None
+    backbone: str | None = None
+    fingerprint: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
-    kind: ClassVar[str]
-    image_input: ClassVar[str | TokensBefore] = "pixels"
+    tensors: ClassVar[tuple[str, ...]] = ()
+    image_input: ClassVar[ImageInput] = "pixels"
 
     def state(self) -> State:
         return dict(self.values)
 
-    def with_state(self, state: State):
-        return replace(self, values=dict(state))
-
-    def between(self, a: State, b: State, t: float | Tensor) -> State:
-        return {name: weighted(a[name], 1 - t) + weighted(b[name], t) for name in b}
-
-
-def weighted(values: Tensor, share: float | Tensor) -> Tensor:
-    """Stacked values times a number, or times [M] of them."""
-    return values * (share.view(-1, *(1,) * (values.ndim - 1)) if isinstance(share, Tensor) else share)
+    def with_state(self, state: State, **changes: Any):
+        return replace(
+            self, values={name: tensor.detach().float().clone() for name, tensor in state.items()}, **changes
+        )
 
 
 def random(shapes: dict[str, tuple[int, ...]], seed: int, std: float = 0.3) -> State:
@@ -124,27 +122,55 @@ class Lora(Kind):
                 weights[name + "out_proj.weight"] = block.attn.out_proj.weight + self.delta(states, own + "o")
         return Edit(weights=weights, templates=(TEMPLATE,))
 
-    def zero_shot(self, clip: FrozenClip) -> Lora:
+    def zero_shot_points(self, clip: FrozenClip, classnames, templates) -> list[Lora]:
         """Of rank 0, so that a point on the line from it to a LoRA has the rank of that."""
-        return self.with_state({n: t[:, :0] if n.endswith("B") else t[:0] for n, t in self.values.items()})
+        return [replace(self, values={n: t[:, :0] if n.endswith("B") else t[:0] for n, t in self.values.items()})]
+
+    def starts_at(self, point: Solution) -> bool:
+        return True
+
+    def check_line(self, other: Solution, *, space: str = "parameter") -> None:
+        """LoRAs of any two ranks have one."""
+
+    def in_form_of(self, like: Solution) -> Lora:
+        """With zeros up to the rank of another."""
+
+        def padded(values: Tensor, there: Tensor) -> Tensor:
+            missing = [max(0, there.shape[d] - values.shape[d]) for d in (1, 0)]
+            return F.pad(values, (0, missing[0], 0, missing[1]))
+
+        return replace(self, values={name: padded(t, like.state()[name]) for name, t in self.values.items()})
 
     def between(self, a: State, b: State, t: float | Tensor) -> State:
         """The straight line of B A, which does not depend on how it is factored: a LoRA of both ranks together."""
+        share = t.to(b["text.0.q.B"]).view(-1, 1, 1) if isinstance(t, Tensor) else t
+        scaled = {name: ((1 - share) * a[name], share * b[name]) for name in b if name.endswith("B")}
         found = {}
         for name in b:
-            if name.endswith("A"):
-                settings = max(len(a[name]), len(b[name]), len(t) if isinstance(t, Tensor) else 1)
-                found[name] = torch.cat([end[name].expand(settings, -1, -1) for end in (a, b)], 1)
-            else:
-                ends = weighted(a[name], 1 - t), weighted(b[name], t)
-                settings = max(map(len, ends))
-                found[name] = torch.cat([end.expand(settings, -1, -1) for end in ends], 2)
+            ends = scaled.get(name, (a[name], b[name]))
+            settings = max(len(end) for end in (*ends, scaled["text.0.q.B"][1]))
+            found[name] = torch.cat([end.expand(settings, -1, -1) for end in ends], 2 if name in scaled else 1)
         return found
+
+    def mixture(self, ends: State, shares: Tensor) -> State:
+        """The same of any number of ends."""
+        points, found = len(shares), {}
+        for name, tensors in ends.items():
+            if name.endswith("B"):
+                found[name] = torch.cat((shares.to(tensors)[:, :, None, None] * tensors).unbind(1), 2)
+            else:
+                found[name] = torch.cat(tensors.unbind(0), 0).expand(points, -1, -1)
+        return found
+
+    def mean_of(self, ends: State) -> State:
+        count = len(ends["text.0.q.B"])
+        return self.mixture(ends, torch.full((1, count), 1 / count))
 
     def distance(self, states: State, to: State) -> Tensor:
         """Half the squared distance of B A, [M]."""
-        places = {name.removesuffix(".A") for name in states if name.endswith("A")}
-        return sum(0.5 * (self.delta(states, p) - self.delta(to, p)).square().sum((1, 2)) for p in sorted(places))
+        places = [name.removesuffix(".A") for name in states if name.endswith("A")]
+        squares = [(self.delta(states, place) - self.delta(to, place)).square().sum((1, 2)) for place in places]
+        return 0.5 * torch.stack(squares).sum(0)
 
 
 # -- MMA ---------------------------------------------------------------------------------------------------------------
@@ -163,7 +189,7 @@ class Adapter(Kind):
     scale: float = 0.001
 
     kind: ClassVar[str] = "adapter"
-    image_input: ClassVar[TokensBefore] = TokensBefore(1)
+    image_input: ClassVar[ImageInput] = TokensBefore(1)
 
     @classmethod
     def drawn(cls, clip: FrozenClip, seed: int = 0, hidden: int = 4, **fields) -> Adapter:
@@ -183,7 +209,8 @@ class Adapter(Kind):
         states = self.published(states)
 
         def linear(x: Tensor, layer: str) -> Tensor:
-            return x @ states[f"{layer}.weight"].mT[:, None] + states[f"{layer}.bias"][:, None, None]
+            weight = states[f"{layer}.weight"].mT[:, None]
+            return x.to(weight) @ weight + states[f"{layer}.bias"][:, None, None]
 
         def beside(tower: str) -> Callable[[Tensor], Tensor]:
             norm = blocks_of(clip, tower)[self.block].ln_1
@@ -197,9 +224,9 @@ class Adapter(Kind):
         places = {(tower, self.block): beside(tower) for tower in ("text", "image")}
         return Edit(beside=places, templates=(TEMPLATE,))
 
-    def zero_shot(self, clip: FrozenClip) -> Adapter:
+    def zero_shot_points(self, clip: FrozenClip, classnames, templates) -> list[Adapter]:
         """up = 0: on the way there the edit is linear."""
-        return self.with_state({name: t * 0 if ".up." in name else t for name, t in self.values.items()})
+        return [replace(self, values={name: t * 0 if ".up." in name else t for name, t in self.values.items()})]
 
 
 # -- deep text prompts -------------------------------------------------------------------------------------------------
@@ -213,7 +240,8 @@ class DeepPrompt(Kind):
     """
 
     kind: ClassVar[str] = "deep-prompt"
-    image_input: ClassVar[str] = "feature"
+    image_input: ClassVar[ImageInput] = "feature"
+    surrogate_on: ClassVar[str] = "classes"
 
     @classmethod
     def drawn(cls, clip: FrozenClip, seed: int = 0, tokens: int = 4) -> DeepPrompt:
@@ -229,7 +257,9 @@ class DeepPrompt(Kind):
         deep = {("text", k): before(states[f"block.{k}"]) for k in range(1, BLOCKS)}
         return Edit(context=Context(states["context"], TEMPLATE), before=deep)
 
-    def zero_shot(self, clip: FrozenClip) -> DeepPrompt:
+    def zero_shot_points(
+        self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]
+    ) -> list[DeepPrompt]:
         """The frozen tower's tokens before each block: "a photo of a" sees no class name, so they are exact."""
         first, seen = clip.first_token, {}
         words = clip.tokenize([TEMPLATE.format("cat")])[:, first : first + 4]
@@ -240,7 +270,7 @@ class DeepPrompt(Kind):
         seen["context"] = clip.text.token_embedding.weight[words]
         edit = Edit(context=Context(seen["context"], TEMPLATE), before={("text", k): keep(k) for k in range(1, BLOCKS)})
         prepare_classes(clip, edit, ["cat"], precision=clip.dtype)(edit)
-        return self.with_state({name: values[0] for name, values in seen.items()})
+        return [replace(self, values={name: values[0] for name, values in seen.items()})]
 
 
 # -- PromptKD's student ------------------------------------------------------------------------------------------------
@@ -254,15 +284,13 @@ class Student(Kind):
     projector "0.weight" [H, D], "0.bias", "1.weight" [H], "1.bias" (BatchNorm), "3.weight" [D', H], "3.bias".
 
     Attributes:
-        classnames: the teacher's classes.
-        rows: their embeddings, [C, D'].
-        mean, var: running statistics of the BatchNorm, [H]; they are no part of the search.
+        rows: the teacher's class embeddings, [C, D'].
+        running_mean, running_var: statistics of the BatchNorm, [H]; they are no part of the search.
     """
 
-    classnames: tuple[str, ...]
-    rows: Tensor
-    mean: Tensor
-    var: Tensor
+    rows: Tensor = field(kw_only=True)
+    running_mean: Tensor = field(kw_only=True)
+    running_var: Tensor = field(kw_only=True)
 
     kind: ClassVar[str] = "student"
 
@@ -273,7 +301,8 @@ class Student(Kind):
         shapes |= {"0.weight": (hidden, clip.embed_dim), "0.bias": (hidden,), "1.weight": (hidden,)}
         shapes |= {"1.bias": (hidden,), "3.weight": (width, hidden), "3.bias": (width,)}
         fixed = random({"rows": (len(NAMES), width), "mean": (hidden,), "var": (hidden,)}, 7)
-        return cls(random(shapes, seed), NAMES, fixed["rows"], fixed["mean"], 1 + fixed["var"].abs())
+        var = 1 + fixed["var"].abs()
+        return cls(random(shapes, seed), NAMES, rows=fixed["rows"], running_mean=fixed["mean"], running_var=var)
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
         visual, count = clip.model.visual, states["prompt"].shape[1]
@@ -282,12 +311,12 @@ class Student(Kind):
             return lambda x: with_tokens(x, values, x.shape[2] - replaced, replaced=replaced)
 
         # In the published model the prompt stands before the first layer norm, which takes each token alone.
-        deep = {("image", 0): before(visual.ln_pre(states["prompt"]), 0)}
+        deep = {("image", 0): before(visual.ln_pre(states["prompt"].to(visual.ln_pre.weight)), 0)}
         deep |= {("image", k): before(states[f"block.{k}"], count) for k in range(1, BLOCKS)}
 
         def projector(x: Tensor) -> Tensor:
-            hidden = x @ states["0.weight"].mT + states["0.bias"][:, None]
-            normed = (hidden - self.mean.to(x)) / (self.var.to(x) + 1e-5).sqrt()
+            hidden = x.to(states["0.weight"]) @ states["0.weight"].mT + states["0.bias"][:, None]
+            normed = (hidden - self.running_mean.to(hidden)) / (self.running_var.to(hidden) + 1e-5).sqrt()
             hidden = (normed * states["1.weight"][:, None] + states["1.bias"][:, None]).relu()
             return hidden @ states["3.weight"].mT + states["3.bias"][:, None]
 
@@ -298,8 +327,9 @@ class Student(Kind):
             rows=(ClassRows(self.classnames, F.normalize(self.rows, dim=-1).to(states["prompt"])[None]),),
         )
 
-    def zero_shot(self, clip: FrozenClip) -> None:
+    def zero_shot_points(self, clip: FrozenClip, classnames, templates) -> list[Student]:
         """None: a vision transformer sees its prompts in every token, and the teacher's space is another one."""
+        return []
 
 
 KINDS = (Lora, Adapter, DeepPrompt, Student)

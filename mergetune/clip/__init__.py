@@ -7,7 +7,14 @@ from mergetune.facts.lazy import make_lazy
 if TYPE_CHECKING:
     from mergetune.clip.backbone import FrozenClip
     from mergetune.clip.edited_classes import ClassFeatures, prepare_classes, words_before_name
-    from mergetune.clip.edited_images import ImageFeatures, ImageInput, TokensBefore, image_tokens, prepare_images
+    from mergetune.clip.edited_images import (
+        ImageFeatures,
+        ImageInput,
+        TokensBefore,
+        earliest_input,
+        image_tokens,
+        prepare_images,
+    )
     from mergetune.clip.edits import ClassRows, Context, Edit, TokenMap
     from mergetune.clip.loading import load_clip
     from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
@@ -40,6 +47,7 @@ __all__ = [
     "check_classnames",
     "check_same_classes",
     "check_templates",
+    "earliest_input",
     "fill",
     "image_tokens",
     "load_clip",
@@ -55,7 +63,9 @@ make_lazy(
     {
         "mergetune.clip.backbone": "FrozenClip",
         "mergetune.clip.edited_classes": "ClassFeatures prepare_classes words_before_name",
-        "mergetune.clip.edited_images": "ImageFeatures ImageInput TokensBefore image_tokens prepare_images",
+        "mergetune.clip.edited_images": (
+            "ImageFeatures ImageInput TokensBefore earliest_input image_tokens prepare_images"
+        ),
         "mergetune.clip.edits": "ClassRows Context Edit TokenMap",
         "mergetune.clip.loading": "load_clip",
         "mergetune.clip.packed_texts": "TextEncoder arrange text_encoder",

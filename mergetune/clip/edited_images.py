@@ -6,7 +6,7 @@ image tower, D embedding width, D' width after the image maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -57,6 +57,23 @@ ImageInput = str | TokensBefore
 - ``TokensBefore(k)``: tokens that enter block k, [B, L, W];
 - "pixels": [B, 3, H, W].
 """
+
+
+def earliest_input(inputs: Iterable[ImageInput]) -> ImageInput:
+    """The earliest of what is read of images: the others are made of it.
+
+    Example:
+        >>> earliest_input(["feature", TokensBefore(6), TokensBefore(4)])
+        TokensBefore(block=4)
+    """
+    late = ("pre-projection", *reversed(FEATURES))
+
+    def order(image_input: ImageInput) -> tuple[int, int]:
+        if isinstance(image_input, TokensBefore):
+            return 0, image_input.block
+        return (1, late.index(image_input)) if image_input in late else (0, -1)
+
+    return min(inputs, key=order)
 
 
 def prepare_images(clip: FrozenClip, edit: Edit, image_input: ImageInput) -> ImageFeatures | None:

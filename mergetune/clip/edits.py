@@ -17,7 +17,8 @@ TokenMap = Callable[[Tensor], Tensor]
 """Tokens of one block, [M, B, L, W] (for texts [M, C, L, W]) -> tokens of the same shape.
 
 As long as the tokens are the same for all settings, they come as [1, B, L, W]. The result may have a leading M then.
-Before a block of the image tower it may have another number of tokens.
+Before a block of the image tower it may have another number of tokens. Tokens come in the precision of the tower, and
+the result is brought to it.
 """
 
 

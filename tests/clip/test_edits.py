@@ -132,7 +132,7 @@ def test_zero_shot_points_are_the_frozen_clip(kind):
     """Also beside another setting in one call, where they have its shapes."""
     clip = clip_of()
     a, b = drawn(kind, clip, 2)
-    zero_shot = b.zero_shot(clip)
+    (zero_shot,) = b.zero_shot_points(clip, NAMES, (TEMPLATE,))
     for solutions in [[zero_shot]] if kind is Lora else [[zero_shot], [a, zero_shot]]:
         images, classes = fast(clip, zero_shot, stack(solutions), pixels(clip))
         expected = F.normalize(clip.model.encode_image(pixels(clip)), dim=-1)
@@ -221,20 +221,21 @@ def test_edited_towers_take_soft_prompts_in_every_place():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_precisions(dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_precisions(kind, dtype):
     """A tower works in its own precision, and what is trained stays in another; features are float32."""
-    clip = clip_of(dtype=dtype)
-    solution = Lora.drawn(clip_of())
-    states = {name: values.float().requires_grad_() for name, values in stack([solution] * 2).items()}
-    edit = solution.edit(clip, states)
+    clip, solutions = clip_of(dtype=dtype), drawn(kind, clip_of(), 2)
+    states = {name: values.float().requires_grad_() for name, values in stack(solutions).items()}
+    edit = solutions[0].edit(clip, states)
     images = prepare_images(clip, edit, "pixels")(edit, pixels(clip))
-    classes = prepare_classes(clip, edit, NAMES, precision=dtype)(edit)
-    expected = slow(clip_of(), solution, solution.state(), pixels(clip).double())
-    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.05}
+    classes = F.normalize(prepare_classes(clip, edit, NAMES, precision=dtype)(edit), dim=-1)
+    expected = zip(*(slow(clip_of(), s, s.state(), pixels(clip).double()) for s in solutions), strict=True)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
     for found, wanted in zip((images, classes), expected, strict=True):
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found, wanted.float().expand(2, -1, -1), **close)
-    assert all(g.isfinite().all() for g in torch.autograd.grad(score(images, classes).sum(), list(states.values())))
+        torch.testing.assert_close(found.expand(2, -1, -1), torch.stack(wanted).float(), **close)
+    gradients = torch.autograd.grad(score(images, classes).sum(), list(states.values()))
+    assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients)
 
 
 # -- what is read of images --------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_other_precisions(dtype):
 def test_tokens_before_a_block_serve_for_what_is_changed_from_there_on(block):
     clip = clip_of()
     adapter = Adapter.drawn(clip, block=block, **SHARPER)
-    edit = adapter.edit(clip, stack([adapter, adapter.zero_shot(clip)]))
+    edit = adapter.edit(clip, stack([adapter, *adapter.zero_shot_points(clip, NAMES, (TEMPLATE,))]))
     expected = prepare_images(clip, edit, "pixels")(edit, pixels(clip))
     for earlier in range(block + 1):
         tokens = image_tokens(clip, pixels(clip), earlier)
