@@ -97,6 +97,7 @@ class Lora(Kind):
     scaling: float = 0.7
 
     kind: ClassVar[str] = "lora"
+    tower: ClassVar[str] = "both"
 
     @classmethod
     def drawn(cls, clip: FrozenClip, seed: int = 0, rank: int = 2) -> Lora:
@@ -189,6 +190,7 @@ class Adapter(Kind):
     scale: float = 0.001
 
     kind: ClassVar[str] = "adapter"
+    tower: ClassVar[str] = "both"
     image_input: ClassVar[ImageInput] = TokensBefore(1)
 
     @classmethod
@@ -240,6 +242,7 @@ class DeepPrompt(Kind):
     """
 
     kind: ClassVar[str] = "deep-prompt"
+    tower: ClassVar[str] = "text"
     image_input: ClassVar[ImageInput] = "feature"
     surrogate_on: ClassVar[str] = "classes"
 

@@ -45,7 +45,7 @@ class Solution:
     tensors: ClassVar[tuple[str, ...]]
     """Names of the fields that are the state; a field that is None is not in it."""
     tower: ClassVar[str] = "image"
-    """The tower whose weights it depends on, "image" or "text": their fingerprint is kept with it."""
+    """The tower whose weights it depends on, "image", "text" or "both": their fingerprint is kept with it."""
     image_input: ClassVar[ImageInput] = "feature"
     """What is read of each image, see :func:`mergetune.clip.prepare_images`."""
     surrogate_on: ClassVar[str] = "state"
@@ -212,7 +212,11 @@ class Solution:
 
     def origin(self, clip: FrozenClip) -> dict[str, Any]:
         """The fields that say which CLIP a solution was made for."""
-        return {"backbone": clip.name, "fingerprint": getattr(clip, f"{self.tower}_fingerprint")}
+        return {"backbone": clip.name, "fingerprint": self._fingerprint_of(clip)}
+
+    def _fingerprint_of(self, clip: FrozenClip) -> str:
+        """Of the weights that the solution depends on."""
+        return clip.fingerprint if self.tower == "both" else getattr(clip, f"{self.tower}_fingerprint")
 
     def check(self, clip: FrozenClip) -> None:
         """Refuse a CLIP that the solution was not made for.
@@ -223,10 +227,11 @@ class Solution:
         self.check_width(clip)
         if self.fingerprint is None:
             return
-        there = getattr(clip, f"{self.tower}_fingerprint")
+        there = self._fingerprint_of(clip)
         if self.fingerprint != there:
+            what = "fingerprint of both towers" if self.tower == "both" else f"{self.tower} fingerprint"
             raise ValueError(
-                f"clip must be the one that the {self.kind} was made for ({self.backbone}, {self.tower} fingerprint "
+                f"clip must be the one that the {self.kind} was made for ({self.backbone}, {what} "
                 f"{self.fingerprint[:12]}), got {clip.name} ({there[:12]})"
             )
 
@@ -247,7 +252,8 @@ class Solution:
 
     def class_embeddings(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
         """Unit-norm class embeddings, [C, D] float32: of a head the directions of its rows."""
-        return F.normalize(self.class_weights(clip, classnames)[:, : clip.embed_dim], dim=-1)
+        weights = self.class_weights(clip, classnames)  # a bias stands only in rows that are taken as they are
+        return F.normalize(weights if self.normalize else weights[:, : clip.embed_dim], dim=-1)
 
     def save(self, path: str | Path) -> None:
         """Write ``solution.safetensors`` and ``solution.json`` into the folder ``path``."""

@@ -5,6 +5,7 @@ What is expected is written down anew: open_clip's own model, changed in place f
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -242,6 +243,26 @@ def test_a_class_residual_stands_on_each_kind(kind):
     images, classes = slow(clip_of(), base, base.state(), pixels())
     expected = clip.logit_scale * images @ F.normalize(classes + rows, dim=-1).T
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_belongs_to_the_weights_that_it_changes(kind):
+    """Of one tower or both; its class embeddings may be of another width than the CLIP's."""
+    clip, solution = clip_of(dtype=torch.float32), drawn(kind, 1)
+    solution = solution.with_state(solution.state())
+    solution = replace(solution, **solution.origin(clip))
+    classes = solution.class_embeddings(clip, NAMES)
+    _, expected = slow(clip_of(), solution, {n: t.double() for n, t in solution.state().items()}, pixels())
+    torch.testing.assert_close(classes.double(), expected, rtol=1e-4, atol=1e-5)
+    for tower, name in {"text": "ln_final.bias", "image": "visual.ln_post.bias"}.items():
+        model = deepcopy(clip.model)
+        model.get_parameter(name).add_(1)
+        other = FrozenClip(model, clip.tokenizer, "other")
+        if kind.tower in (tower, "both"):
+            with pytest.raises(ValueError, match=f"clip must be the one that the {kind.kind} was made for"):
+                solution.check(other)
+        else:
+            solution.check(other)
 
 
 # -- MMA's unit --------------------------------------------------------------------------------------------------------
