@@ -1,4 +1,4 @@
-"""A frozen CLIP: loading it, texts and templates, and the text tower on packed tokens."""
+"""A frozen CLIP: loading it, texts and templates, the text tower on packed tokens, and what edits change in a CLIP."""
 
 from typing import TYPE_CHECKING
 
@@ -7,8 +7,15 @@ from mergetune.facts.lazy import make_lazy
 if TYPE_CHECKING:
     from mergetune.clip.backbone import FrozenClip
     from mergetune.clip.edited_classes import ClassFeatures, prepare_classes, words_before_name
-    from mergetune.clip.edited_towers import prepare_images
-    from mergetune.clip.edits import ClassRows, Context, Edit
+    from mergetune.clip.edited_images import (
+        ImageFeatures,
+        ImageInput,
+        TokensBefore,
+        earliest_input,
+        image_tokens,
+        prepare_images,
+    )
+    from mergetune.clip.edits import ClassRows, Context, Edit, TokenMap
     from mergetune.clip.loading import load_clip
     from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
     from mergetune.clip.precisions import PRECISIONS
@@ -30,13 +37,19 @@ __all__ = [
     "Context",
     "Edit",
     "FrozenClip",
+    "ImageFeatures",
+    "ImageInput",
     "TextEncoder",
     "TextParts",
+    "TokenMap",
+    "TokensBefore",
     "arrange",
     "check_classnames",
     "check_same_classes",
     "check_templates",
+    "earliest_input",
     "fill",
+    "image_tokens",
     "load_clip",
     "prepare_classes",
     "prepare_images",
@@ -50,8 +63,10 @@ make_lazy(
     {
         "mergetune.clip.backbone": "FrozenClip",
         "mergetune.clip.edited_classes": "ClassFeatures prepare_classes words_before_name",
-        "mergetune.clip.edited_towers": "prepare_images",
-        "mergetune.clip.edits": "ClassRows Context Edit",
+        "mergetune.clip.edited_images": (
+            "ImageFeatures ImageInput TokensBefore earliest_input image_tokens prepare_images"
+        ),
+        "mergetune.clip.edits": "ClassRows Context Edit TokenMap",
         "mergetune.clip.loading": "load_clip",
         "mergetune.clip.packed_texts": "TextEncoder arrange text_encoder",
         "mergetune.clip.precisions": "PRECISIONS",

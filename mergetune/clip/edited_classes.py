@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip.backbone import FrozenClip
+from mergetune.clip.edited_texts import edited_text_tower
+from mergetune.clip.edited_towers import check_edit
 from mergetune.clip.edits import ClassRows, Context, Edit
 from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
 from mergetune.clip.texts import check_classnames, check_same_classes, fill
@@ -68,9 +70,15 @@ def prepare_classes(
         ValueError: class names, texts or rows that do not fit together, or to the CLIP.
     """
     names = check_classnames(classnames)
-    encoder = None if edit.context is None else context_encoder(clip, edit.context, names, precision=precision)
-    encoder = encoder and replace(encoder, backend=backend)
-    texts = _prepare_texts(clip, edit, names, encoder)
+    check_edit(clip, edit)
+    encoder = None
+    if edit.touches("text"):
+        texts = _from_edited_tower(clip, edit, names, precision)
+    else:
+        if edit.context is not None:
+            encoder = context_encoder(clip, edit.context, names, precision=precision)
+            encoder = replace(encoder, backend=backend)
+        texts = _prepare_texts(clip, edit, names, encoder)
     if texts is None:
         _check_all_have_rows(edit, names)
     return ClassFeatures(names, texts, tuple(_places(rows, names) for rows in edit.rows), encoder)
@@ -103,6 +111,22 @@ def _prepare_texts(
     return from_context
 
 
+def _from_edited_tower(
+    clip: FrozenClip, edit: Edit, names: tuple[str, ...], precision: torch.dtype
+) -> Callable[[Edit], Tensor] | None:
+    """Of an edited text tower. Class embeddings from templates are what :meth:`FrozenClip.class_embeddings` gives."""
+    tower = edited_text_tower(clip, edit, precision=precision)
+    if edit.context is not None:
+        return tower.prepare(*context_texts(clip, edit.context, names))
+    if not edit.templates:
+        return None
+    texts = [clip.tokenize([fill(template, name) for name in names]) for template in edit.templates]
+    features = [tower.prepare(tokens) for tokens in texts]
+    return lambda edit: F.normalize(
+        torch.stack([F.normalize(encode(edit), dim=-1) for encode in features]).mean(0), dim=-1
+    )
+
+
 def context_encoder(
     clip: FrozenClip, context: Context, classnames: Sequence[str], *, precision: torch.dtype = torch.float32
 ) -> TextEncoder:
@@ -113,6 +137,21 @@ def context_encoder(
         context: its ``vectors`` say only how many they are.
         classnames: C names.
         precision: of the text tower.
+    """
+    tokens, places = context_texts(clip, context, classnames)
+    text, where = clip.text_as(precision), {"first": clip.first_token, "context": context.vectors.shape[-2]}
+    places = None if context.position == "end" else places
+    return text_encoder(text, tokens, places=places, shared=context.classnames is None, **where)
+
+
+def context_texts(clip: FrozenClip, context: Context, classnames: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The texts of a soft prompt, with stand-ins where its context vectors go.
+
+    Returns:
+        Token ids, [C, L], and the places of the context vectors in each text, ascending, [C, n].
+
+    Raises:
+        ValueError: a template without one token for each context vector; class names that are not the context's.
     """
     if context.classnames is not None:
         check_same_classes("classnames", classnames, context.classnames)
@@ -126,12 +165,10 @@ def context_encoder(
         raise ValueError(
             f"template must hold {count} tokens before {{}}, one for each context vector, got {context.template!r}"
         )
-    text, where = clip.text_as(precision), {"first": first, "context": count}
-    places = None
     if context.position != "end":
         ends = _name_ends(clip, template, classnames)
-        tokens, places = arrange(tokens, ends, position=context.position, **where)
-    return text_encoder(text, tokens, places=places, shared=context.classnames is None, **where)
+        return arrange(tokens, ends, first=first, context=count, position=context.position)
+    return tokens, torch.arange(first, first + count, device=tokens.device).expand(len(tokens), -1)
 
 
 def words_before_name(clip: FrozenClip, template: str) -> Tensor:

@@ -14,7 +14,12 @@ from torch import Tensor
 TOWERS = ("text", "image")
 
 TokenMap = Callable[[Tensor], Tensor]
-"""Tokens of one block, [M, B, L, W] (for texts [M, C, L, W]) -> tokens of the same shape."""
+"""Tokens of one block, [M, B, L, W] (for texts [M, C, L, W]) -> tokens of the same shape.
+
+As long as the tokens are the same for all settings, they come as [1, B, L, W]. The result may have a leading M then.
+Before a block of the image tower it may have another number of tokens. Tokens come in the precision of the tower, and
+the result is brought to it.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +66,9 @@ class Edit:
         templates: texts of the class embeddings where there is no context; several are averaged as unit embeddings.
             Empty: classes have no text, their embeddings are in ``rows``.
         context: a soft prompt; the class embeddings come from it instead of ``templates``.
-        image_maps: functions of image features, [M, B, D] or [B, D] -> [M, B, D'], one after the other. Each takes unit
-            norm features, and the result is made unit norm.
+        image_maps: functions of image features, [M, B, D] or [1, B, D] -> [M, B, D'], one after the other. Each takes
+            unit norm features, and the result is made unit norm.
+        raw_image_map: whether the first image map takes the features as they leave the tower instead.
         rows: class rows, one after the other.
         normalize: whether class embeddings are made unit norm before the product with image features.
         scale: factor on the logits; None is the CLIP's.
@@ -74,6 +80,7 @@ class Edit:
     templates: tuple[str, ...] = ()
     context: Context | None = None
     image_maps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    raw_image_map: bool = False
     rows: tuple[ClassRows, ...] = ()
     normalize: bool = True
     scale: float | None = None
@@ -87,13 +94,16 @@ class Edit:
         """This edit with ``top`` applied after it.
 
         Raises:
-            ValueError: both change the same weights or blocks, or both hold texts: one of them would be lost.
+            ValueError: both change the same weights or blocks, or both hold texts: one of them would be lost. A map of
+                raw features above another map.
         """
         for what in ("weights", "before", "beside"):
             if both := getattr(self, what).keys() & getattr(top, what).keys():
                 raise ValueError(f"solutions of a stack must not change the same {what}, got {sorted(both)[0]!r} twice")
         if top.templates or top.context is not None:
             raise ValueError("only the base of a stack may hold class texts, got a prompt or templates above it")
+        if self.image_maps and top.raw_image_map:
+            raise ValueError("only the first image map of a stack may take raw features, got one above another map")
         return Edit(
             weights={**self.weights, **top.weights},
             before={**self.before, **top.before},
@@ -101,6 +111,7 @@ class Edit:
             templates=self.templates,
             context=self.context,
             image_maps=self.image_maps + top.image_maps,
+            raw_image_map=self.raw_image_map or top.raw_image_map,
             rows=self.rows + top.rows,
             normalize=self.normalize and top.normalize,
             scale=self.scale if top.scale is None else top.scale,

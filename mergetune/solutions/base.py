@@ -20,7 +20,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.clip import Edit, FrozenClip, check_same_classes, prepare_classes
+from mergetune.clip import Edit, FrozenClip, ImageInput, check_same_classes, prepare_classes
 from mergetune.io import MAX_SETTINGS, MAX_WEIGHTS, read_regular, read_regular_text, write_atomically
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ class Solution:
     tensors: ClassVar[tuple[str, ...]]
     """Names of the fields that are the state; a field that is None is not in it."""
     tower: ClassVar[str] = "image"
-    """The tower whose weights it depends on, "image" or "text": their fingerprint is kept with it."""
-    image_input: ClassVar[str] = "feature"
+    """The tower whose weights it depends on, "image", "text" or "both": their fingerprint is kept with it."""
+    image_input: ClassVar[ImageInput] = "feature"
     """What is read of each image, see :func:`mergetune.clip.prepare_images`."""
     surrogate_on: ClassVar[str] = "state"
     """What the second-order surrogate is taken on: "classes", the class embeddings, or "state", the state itself."""
@@ -113,6 +113,24 @@ class Solution:
     def straight(a: State, b: State, t: float | Tensor) -> State:
         """``(1 - t) a + t b``."""
         return {name: mix(a[name], b[name], t) for name in b}
+
+    def mixture(self, ends: State, shares: Tensor) -> State:
+        """Points at mixtures of some solutions, a weighted sum unless a kind says otherwise.
+
+        Args:
+            ends: K of them, as one stacked state.
+            shares: each point's shares of the ends, which sum to 1, [M, K] float64.
+        """
+        return weighted_sums(ends, shares)
+
+    def mean_of(self, ends: State) -> State:
+        """The mean of some solutions, as a stacked state of one setting."""
+        return {name: end.mean(0, keepdim=True) for name, end in ends.items()}
+
+    def starts_at(self, point: Solution) -> bool:
+        """Whether a line leads from a zero-shot point to this solution, on which training may start."""
+        shapes = [[tensor.shape for tensor in solution.state().values()] for solution in (point, self)]
+        return shapes[0] == shapes[1]
 
     def distance(self, states: State, to: State) -> Tensor:
         """What the surrogate "identity" on the state penalises, [M]: half the squared distance."""
@@ -194,7 +212,11 @@ class Solution:
 
     def origin(self, clip: FrozenClip) -> dict[str, Any]:
         """The fields that say which CLIP a solution was made for."""
-        return {"backbone": clip.name, "fingerprint": getattr(clip, f"{self.tower}_fingerprint")}
+        return {"backbone": clip.name, "fingerprint": self._fingerprint_of(clip)}
+
+    def _fingerprint_of(self, clip: FrozenClip) -> str:
+        """Of the weights that the solution depends on."""
+        return clip.fingerprint if self.tower == "both" else getattr(clip, f"{self.tower}_fingerprint")
 
     def check(self, clip: FrozenClip) -> None:
         """Refuse a CLIP that the solution was not made for.
@@ -205,10 +227,11 @@ class Solution:
         self.check_width(clip)
         if self.fingerprint is None:
             return
-        there = getattr(clip, f"{self.tower}_fingerprint")
+        there = self._fingerprint_of(clip)
         if self.fingerprint != there:
+            what = "fingerprint of both towers" if self.tower == "both" else f"{self.tower} fingerprint"
             raise ValueError(
-                f"clip must be the one that the {self.kind} was made for ({self.backbone}, {self.tower} fingerprint "
+                f"clip must be the one that the {self.kind} was made for ({self.backbone}, {what} "
                 f"{self.fingerprint[:12]}), got {clip.name} ({there[:12]})"
             )
 
@@ -229,7 +252,8 @@ class Solution:
 
     def class_embeddings(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
         """Unit-norm class embeddings, [C, D] float32: of a head the directions of its rows."""
-        return F.normalize(self.class_weights(clip, classnames)[:, : clip.embed_dim], dim=-1)
+        weights = self.class_weights(clip, classnames)  # a bias stands only in rows that are taken as they are
+        return F.normalize(weights if self.normalize else weights[:, : clip.embed_dim], dim=-1)
 
     def save(self, path: str | Path) -> None:
         """Write ``solution.safetensors`` and ``solution.json`` into the folder ``path``."""
@@ -256,6 +280,11 @@ def mix(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
     if isinstance(t, Tensor):
         t = t.to(b).view(-1, *(1,) * (b.ndim - 1))
     return (1 - t) * a + t * b
+
+
+def weighted_sums(ends: State, shares: Tensor) -> State:
+    """Sums of K stacked states with the weights [M, K], in float64: far outside the ends shares are large."""
+    return {name: torch.tensordot(shares, end.double(), 1).to(end) for name, end in ends.items()}
 
 
 def stacked(

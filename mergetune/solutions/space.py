@@ -15,7 +15,7 @@ from torch import Tensor
 from mergetune.clip import FrozenClip, TextEncoder, prepare_classes, prepare_images
 from mergetune.data import Batches
 from mergetune.facts.function_options import SPACES
-from mergetune.solutions.base import Solution, State, inputs, stack_states
+from mergetune.solutions.base import Solution, State, inputs, stack_states, weighted_sums
 from mergetune.solutions.kinds import check_compatible
 
 CHUNK = 1 << 25  # numbers of class weights that are made at once: 128 MB in float32
@@ -35,6 +35,7 @@ class Space:
         images: states and the inputs of B images -> unit-norm image features [M, B, D]; None where features do not
             depend on the state: then they are the inputs, [B, D].
         between: points on the line from one stacked state to another, see :meth:`Solution.between`.
+        mixture: points at mixtures of some states, see :meth:`Solution.mixture`.
         scale: factor on the logits.
         normalize: whether class features are made unit norm before the product.
         width: D.
@@ -44,6 +45,7 @@ class Space:
     classes: Callable[[State], Tensor]
     images: Callable[[State, Tensor], Tensor] | None
     between: Callable[[State, State, float | Tensor], State]
+    mixture: Callable[[State, Tensor], State]
     scale: float
     normalize: bool
     width: int
@@ -92,6 +94,7 @@ def space_of(
         classes=lambda states: classes(form.edit(clip, states)),
         images=None if images is None else lambda states, x: images(form.edit(clip, states), x),
         between=form.between,
+        mixture=form.mixture,
         scale=clip.logit_scale if edit.scale is None else edit.scale,
         normalize=edit.normalize,
         width=clip.embed_dim,
@@ -120,9 +123,7 @@ class Span:
         Args:
             mixtures: each point's shares of the ends, which sum to 1, [M, K] float64.
         """
-        # In float64: far outside the ends shares are large.
-        shares = mixtures.to(next(iter(self.ends.values())).device)
-        return {name: torch.tensordot(shares, end.double(), 1).to(end) for name, end in self.ends.items()}
+        return self.space.mixture(self.ends, mixtures.to(next(iter(self.ends.values())).device))
 
     @property
     def size(self) -> int:
@@ -186,6 +187,7 @@ def _embedded(
         lambda states: states["classes"],
         images if change else None,
         last.straight,
+        weighted_sums,
         scale,
         edit.normalize,
         clip.embed_dim,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mergetune.clip import Edit, FrozenClip
+from mergetune.clip import Edit, FrozenClip, ImageInput, earliest_input
 from mergetune.solutions.base import COMMON, Solution, State, check_fields, common_fields, stacked
 
 
@@ -75,8 +75,9 @@ class Stack(Solution):
         return self.parts[0].tower
 
     @property
-    def image_input(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return next((part.image_input for part in self.parts if part.image_input != "feature"), "feature")
+    def image_input(self) -> ImageInput:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The earliest of those that its parts read: the others are made of it."""
+        return earliest_input([part.image_input for part in self.parts])
 
     @property
     def surrogate_on(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -132,6 +133,15 @@ class Stack(Solution):
     def between(self, a: State, b: State, t: float | Tensor) -> State:
         """The line of the top."""
         return self._named(len(self.parts) - 1, self.top.between(self._of_top(a), self._of_top(b), t))
+
+    def mixture(self, ends: State, shares: Tensor) -> State:
+        return self._named(len(self.parts) - 1, self.top.mixture(self._of_top(ends), shares))
+
+    def mean_of(self, ends: State) -> State:
+        return self._named(len(self.parts) - 1, self.top.mean_of(self._of_top(ends)))
+
+    def starts_at(self, point: Solution) -> bool:
+        return isinstance(point, Stack) and self.top.starts_at(point.top)
 
     def distance(self, states: State, to: State) -> Tensor:
         return self.top.distance(self._of_top(states), self._of_top(to))

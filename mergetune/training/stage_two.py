@@ -147,11 +147,10 @@ def fit_job(
     space = space_of(clip, solution, classnames, precision=PRECISIONS[precision])
     near, w1, start_at = _zero_shot(clip, features, options, solution, space)
     states = stack_states([anchor.state() for anchor in anchors], clip.device)
-    middle = {name: tensor.mean(0) for name, tensor in states.items()}
-    start = middle
+    start = solution.mean_of(states)
     if start_at is not None:
-        ends = (stacked(start_at.state(), clip.device), {name: tensor[None] for name, tensor in middle.items()})
-        start = {name: tensor[0] for name, tensor in solution.between(*ends, options.tau).items()}
+        start = solution.between(stacked(start_at.state(), clip.device), start, options.tau)
+    start = {name: tensor[0] for name, tensor in start.items()}
     paths = Anchors(
         classes=torch.stack([anchor.class_weights(clip, classnames).float() for anchor in anchors]),
         betas=torch.tensor(betas, device=clip.device),
@@ -243,7 +242,7 @@ def _zero_shot(
 def _start_at(points: Sequence[Solution], tuned: Solution) -> Solution:
     """The first zero-shot point that has the shapes of tuned."""
     for point in points:
-        if [t.shape for t in point.state().values()] == [t.shape for t in tuned.state().values()]:
+        if tuned.starts_at(point):
             return point
     theirs, own = ([list(t.shape) for t in s.state().values()][0] for s in (points[0], tuned))
     raise ValueError(
