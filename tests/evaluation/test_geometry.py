@@ -514,4 +514,4 @@ def test_path_alone_makes_neither(command, tmp_path):
     assert result.exit_code == 0 and len(json.loads(result.stdout)) == 3
     assert [file.name for file in tmp_path.iterdir()] == ["paths.png"]
     refused = command("--report", tmp_path / "r.html", "--curvature", 1)
-    assert refused.exit_code == 2 and "curvature must be 0, or at least 2" in " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "--curvature must be 0 or at least 2" in " ".join(refused.stderr.split())
