@@ -318,11 +318,11 @@ def edit_text(file: str, old: str, new: str) -> Callable[[Path], None]:
         ("imagenet", edit_text("classnames.txt", "tench", ""), "line 1 of .* a new folder and its class name"),
         ("imagenet", edit_text("classnames.txt", "n01443537", "n01440764"), "line 2 of .* a new folder and its"),
         ("imagenet", edit_text("classnames.txt", "n01440764", "n1"), "must name every class folder in .*'n01440764'"),
-        ("imagenet", lambda f: shutil.rmtree(f / "images/val/n01440764"), "must have the class folders of train, but l"),
+        ("imagenet", lambda f: shutil.rmtree(f / "images/val/n01440764"), "have the class folders of train, but l"),
         ("imagenet", lambda f: (f / "images/val/extra").mkdir(), "class folders of train, but has 'extra' in addition"),
         ("imagenet_a", lambda f: (f / "imagenet-a/extra").mkdir(), "must name every class folder in .*'extra'"),
         ("imagenetv2", lambda f: (f / "imagenetv2-matched-frequency-format-val/5").mkdir(), "but has '5' in addition"),
-        ("imagenetv2", edit_text("classnames.txt", "n01440764 tench\n", ""), "one folder per line of .*'4' in addition"),
+        ("imagenetv2", edit_text("classnames.txt", "n01440764 tench\n", ""), "folder per line of .*'4' in addition"),
     ],
 )  # fmt: skip
 def test_damage_is_refused(copy, name, damage, message):

@@ -326,7 +326,7 @@ def test_a_folder_that_cannot_be_written_costs_the_verdict_only(monkeypatch, tmp
     (tmp_path / "kernels").write_text("a file, where the folder would be")
     take("fast")
     found = VerdictFile(facts=verdicts.device_facts(CPU), verdicts=(), seconds=1.0)
-    with pytest.warns(UserWarning, match="could not be kept, and is made again next time"):
+    with pytest.warns(UserWarning, match="could not be stored, so the next process verifies again"):
         ops.keep(CPU, found)
 
 
