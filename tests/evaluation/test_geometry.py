@@ -269,8 +269,8 @@ def test_planes_and_paths_do_not_depend_on_the_chunks(clip, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"solutions": {"a": prompt(1), "b": prompt(2)}}, ValueError, "solutions must be three, got 2"),
-        ({"points": 1}, ValueError, "points must be at least 2 a side, got 1"),
+        ({"solutions": {"a": prompt(1), "b": prompt(2)}}, ValueError, "solutions must hold three solutions, got 2"),
+        ({"points": 1}, ValueError, "points must be at least 2 per side, got 1"),
         ({"margin": -0.1}, ValueError, "margin must be at least 0 and finite, got -0.1"),
         ({"margin": float("nan")}, ValueError, "margin must be at least 0 and finite, got nan"),
         ({"solutions": {"a": prompt(1), "b": prompt(2), "c": head()}}, TypeError, "one kind, got prompt and head"),
