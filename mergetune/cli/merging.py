@@ -73,7 +73,7 @@ def merge(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge trained solutions, or state dicts in files, with TIES, DARE, WiSE-FT or another method.
+    """Merge trained solutions, or state dicts in files, with TIES, DARE, WiSE-FT or another method. Example:
 
     mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." --backbone ... -o density=0.3
     """
@@ -185,7 +185,7 @@ def compare(
     tau: Annotated[list[float], typer.Option(help="Values of tau to try for MERGETUNE.")] = list(MERGETUNE_GRID["tau"]),
     choose: Annotated[str, said(CompareOptions, "choose")] = CompareOptions.choose,
     reference: Annotated[
-        str, typer.Option(help="Row of the table from which the differences are taken.")
+        str, typer.Option(help="Row of the table with which all rows are compared.")
     ] = "MERGETUNE, chosen [1]",
     as_json: Json = False,
 ) -> None:

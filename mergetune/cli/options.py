@@ -14,7 +14,7 @@ from mergetune.facts import FitOptions, Option, TuneOptions, options_of, read_op
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-_BACKBONE = typer.Option("--backbone", help='open_clip model name, "hf-hub:org/repo" or "local-dir:path".')
+_BACKBONE = typer.Option("--backbone", help='Model: an open_clip name, "hf-hub:org/repo" or "local-dir:path".')
 _CACHE = typer.Option("--cache", help="Feature cache: a folder train, val or test that `mergetune cache` wrote.")
 
 # Models and data.
@@ -38,10 +38,11 @@ Root = Annotated[
         "--root", help="Folder of benchmark datasets in CoOp's layout; IMAGES is then a dataset name such as dtd."
     ),
 ]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images.")]
-MaxPixels = Annotated[
-    int, typer.Option("--max-pixels", min=1, help="Largest width times height of an image that is decoded.")
+Workers = Annotated[
+    int,
+    typer.Option("--workers", min=0, help="Number of processes that decode images; 0 decodes in the main process."),
 ]
+MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest allowed width times height of an image.")]
 AllowTorchscript = Annotated[
     bool,
     typer.Option(

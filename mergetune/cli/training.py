@@ -100,7 +100,9 @@ def fit(
     ] = [],
     folder: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the solution and the report. With images it defaults to out/IMAGES."),
+        typer.Option(
+            "--out", help="Folder for the solution and the report. Default with images: out/ and the name of IMAGES."
+        ),
     ] = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,

@@ -106,7 +106,7 @@ class FeatureCache:
                 plan = read_document(path / PLAN)
                 done, total = len(finished_shards(path, plan)), shard_count(plan)
                 raise ValueError(
-                    f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again to go on"
+                    f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again"
                 )
             raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
         manifest = read_document(path / MANIFEST, images=False)

@@ -28,7 +28,7 @@ def read_few_shot(path: Path, split: str) -> list[tuple[str, int]]:
     try:
         for opcode, argument, _ in pickletools.genops(content):
             if not DATUM_OPCODES.fullmatch(opcode.name):
-                raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which such files have no need of")
+                raise pickle.UnpicklingError(f"it has the opcode {opcode.name}, which such files do not need")
             if opcode.name == "LONG_BINPUT" and (argument is None or argument > len(content)):
                 raise pickle.UnpicklingError(
                     "its memo is larger than the file"

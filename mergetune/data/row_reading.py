@@ -17,7 +17,10 @@ from mergetune.io import read_at
 
 
 class OpenFiles:
-    """Open files of shards. They stay open while a cache object uses them, so it keeps its data after a rebuild."""
+    """The open files of a cache's shards, closed when no cache object uses them any more.
+
+    If a cache is rebuilt, objects that opened the cache before still read the old files.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths, self.files = tuple(paths), []

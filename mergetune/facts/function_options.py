@@ -165,7 +165,7 @@ class CacheOptions:
     seed: int = _option("int", 0, "Seed of the augmented views.")
     batch_size: int = _option("int", 64, "Images per call of the image tower.", least=1, recorded=False)
     shard_size: int | None = _option(
-        "int", None, "Images per file; an interrupted build loses at most so many. Default: 1,024 or more.",
+        "int", None, "Images per file; an interrupted build loses at most one file. Default: 1,024 or more.",
         none=True, least=1, recorded=False,
     )  # fmt: skip
     workers: int = _option(
@@ -207,7 +207,7 @@ class CompareOptions:
     grid: dict[str, tuple] = _option("object", MERGETUNE_GRID, "Values of fit's options to try for MERGETUNE.")
     choose: str = _option(
         "str", "validation",
-        "Validation images that choose hyper-parameters: the cell's (validation) or other datasets' (others).",
+        "Validation images on which hyper-parameters are chosen: the cell's (validation), or other datasets' (others).",
         choices=("validation", "others"),
     )  # fmt: skip
 

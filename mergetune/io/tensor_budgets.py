@@ -13,7 +13,7 @@ MAX_EXPANDED = 1 << 26  # bytes of all tensors that are always allowed
 
 
 class Sized(Protocol):
-    """A tensor, or the description of a tensor that is not created yet."""
+    """An object with a shape and a size in bytes: a tensor, or the description of a tensor that is not created yet."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -185,10 +185,10 @@ def fisher_average(
         fishers: F_k, one state dict per expert with the expert's names and shapes; values must not be negative.
         weights: lambda of the paper, one number per expert, not negative; None is 1 for all.
         floor: smaller Fisher values are raised to this value before ``normalize`` applies (authors' code: 1e-6).
-        favor_first: True raises only the Fisher values of the first expert to ``floor`` (authors' code). Elements with
-            zero Fisher information in all experts then keep the first expert's value. False raises the values of all
-            experts, and such elements take the average by ``weights``. With True they take it too if the first weight
-            is 0.
+        favor_first: True raises only the Fisher values of the first expert to ``floor`` (authors' code). Elements
+            without Fisher information in any expert then take the first expert's value, or the average by ``weights``
+            if the first weight is 0. False raises the values of all experts; such elements take the average by
+            ``weights``.
         normalize: "norm" divides each weight by the L2 norm of F_k over all tensors, so that no expert dominates
             through the scale of its gradients; this reads the Fisher diagonals once more. It is the default of the
             authors' script. None is the paper's formula.

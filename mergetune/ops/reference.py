@@ -28,10 +28,11 @@ def lmc_loss(
     """The LMC objective (arXiv 2601.10497): loss of w, surrogate loss to w1, and loss on the paths to the anchors.
 
     ``loss = CE(w) + lam * S(w; w1) + sum_k betas[k] * mean_n CE(anchors[k] + alphas[n] * (w - anchors[k]))``. CE(t) is
-    the cross-entropy of the logits ``scale * x @ t.T``. With ``normalize``, the rows of t are scaled to unit norm
-    *after* the interpolation (official code: trainers/kgcoop_coop_LMC.py). The surrogate is
-    ``S = 1/2 mean_c sum_d curvature[c,d] (t - t1)[c,d]^2`` with w and w1, normalised likewise, as t and t1. With unit
-    norm and without a curvature, S is the official ``mean_c (1 - cos)``.
+    the cross-entropy of the logits ``scale * x @ unit(t).T``. With ``normalize``, ``unit`` scales every row to unit
+    norm, so points on a path are normalised *after* the interpolation (official code: trainers/kgcoop_coop_LMC.py);
+    otherwise ``unit`` changes nothing. The surrogate is
+    ``S(w; w1) = 1/2 mean_c sum_d curvature[c,d] (unit(w) - unit(w1))[c,d]^2``, which is the official
+    ``mean_c (1 - cos)`` with ``normalize`` and without a curvature.
 
     Args:
         x: image features, [B, D].
