@@ -503,7 +503,7 @@ def test_the_report_of_a_weight_average_goes_without_the_plane(command, monkeypa
     monkeypatch.setattr(measuring, "read_solution", lambda name, *args: {"coop": prompt(1), "merged": average}[name])
     arguments = ["--report", tmp_path / "r.html", "--space", "parameter", "--curvature", 0]
     result = command(*arguments)
-    assert result.exit_code == 0 and "without the plane" in result.stderr and "Report: " in result.stdout
+    assert result.exit_code == 0 and "the report has no plane" in result.stderr and "Report: " in result.stdout
     assert len(read(tmp_path / "r.html").all("img")) == 1
     refused = command(*arguments, "--plane", tmp_path / "plane.png")
     assert refused.exit_code == 2 and "three on one line" in " ".join(refused.stderr.split())

@@ -161,7 +161,7 @@ def _runs(process: str) -> bool:
 
 
 def test_a_child_that_does_not_start_is_an_error():
-    with pytest.raises(RuntimeError, match="does not start: it .*; last line: ModuleNotFoundError"):
+    with pytest.raises(RuntimeError, match="does not start: the process .*; last line: ModuleNotFoundError"):
         ops.verify(CPU, **ONE_KIND, modules=("there_is_no_such_module",))
 
 
