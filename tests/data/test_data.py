@@ -297,11 +297,11 @@ def test_split_folders_refuse(tmp_path):
         ValueError, match="test must have the classes of train in .*lacks 'dog' and has 'fox' in addition"
     ):
         ImageFolder(tmp_path)
-    with pytest.raises(ValueError, match="val and test must be None for data that is split already"):
+    with pytest.raises(ValueError, match="val and test must be None for data that is already split"):
         ImageFolder(tmp_path, val=0.1)
     draw_classes(tmp_path / "validation", {"cat": 2})
     with pytest.raises(
-        ValueError, match="must hold only train, val and test, or only classes, got 'validation' besides"
+        ValueError, match="must hold only train, val and test, or only classes, got 'validation' in addition"
     ):
         ImageFolder(tmp_path)
 

@@ -204,7 +204,9 @@ def test_metadata_that_does_not_fit_is_refused(retrieval):
         read_features(retrieval)
     with pytest.raises(ValueError, match="must have column 'klass', got image_path, mixed"):
         read_features(retrieval, labels="klass")
-    with pytest.raises(ValueError, match="the column 'mixed' must hold whole numbers or names alone"):
+    with pytest.raises(
+        ValueError, match="labels must name a column of whole numbers only or of names only, got 'mixed'"
+    ):
         read_features(retrieval, labels="mixed", classnames=NAMES)
     file = retrieval / "metadata" / "metadata_2.parquet"
     whole = file.read_bytes()
