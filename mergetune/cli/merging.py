@@ -112,7 +112,7 @@ def merge(
                 else None
             )
             if clip is None and (needed or data is not None):
-                raise ValueError("--backbone is needed for --cache and to encode the template of --base")
+                raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
             if clip is not None and needed:
                 start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
             merged = experiments.merge_solutions(

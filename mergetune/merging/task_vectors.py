@@ -209,10 +209,7 @@ def lines(
     names = floating(base)
     depths = {name: (layer or _depth_of(names))(name) for name in names}
     if not any(depths.values()):
-        raise ValueError(
-            f"base must have tensor names with block numbers, such as 'resblocks.3.', got {', '.join(names[:3])}: "
-            "LiNeS scales by block"
-        )
+        raise ValueError(f"lines needs names with block numbers such as 'resblocks.3.', got {', '.join(names[:3])}")
     if beta is None and len(experts) > 1:
         raise ValueError(f"beta must be given for {len(experts)} experts, got None: the paper searches it in (0, 1]")
     alpha = (1 / len(experts) if len(experts) > 1 else 0.5) if alpha is None else alpha

@@ -392,7 +392,7 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (
             lambda b, e: m.lines({"ctx": b["scale"]}, [{"ctx": b["scale"]}]),
             ValueError,
-            "base must have tensor names with",
+            "lines needs names with block",
         ),
         (lambda b, e: m.compeft(b, e), ValueError, "compeft needs 1 expert"),
         (lambda b, e: m.widen(b, e, normalize=True, calibration=0), ValueError, "calibration must be positive with"),
