@@ -57,18 +57,26 @@ def tune(
     device: Device = "cpu",
     classes: Classes = "all",
     shots: Shots = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="Solution that a residual or a map is put on; zero-shot if not given."),
+    ] = None,
     val: Val = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Stage 1: fine-tune a prompt (CoOp, KgCoOp) or a linear head on cached features."""
+    """Stage 1: fine-tune a prompt (CoOp, KgCoOp), a linear head, a class residual or an image map on cached features.
+
+    A residual or a map is put on a solution, which stays as it is: mergetune tune --method residual --base out/fit ...
+    """
     import mergetune as mt
 
     with errors():
         clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         data = open_cache(features, classes, shots=shots, seed=options["seed"])
         chosen_on = None if val is None else open_cache(val, classes)
-        result = mt.tune(clip, data, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
+        below = None if base is None else read_solution(str(base), data)
+        result = mt.tune(clip, data, base=below, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
         result.save(folder)
     _finish(as_json, result, folder)
 

@@ -6,7 +6,7 @@ Shapes: M settings computed together, C classes, D embedding width, W width of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,12 @@ class ClassFeatures:
 
 
 def prepare_classes(
-    clip: FrozenClip, edit: Edit, classnames: Sequence[str], *, precision: torch.dtype = torch.float32
+    clip: FrozenClip,
+    edit: Edit,
+    classnames: Sequence[str],
+    *,
+    precision: torch.dtype = torch.float32,
+    backend: str | None = None,
 ) -> ClassFeatures:
     """A function for the class features of edits that have the form of ``edit``: same texts, same names, other tensors.
 
@@ -59,6 +64,7 @@ def prepare_classes(
         edit: an edit of the form.
         classnames: C names.
         precision: of the text tower.
+        backend: "torch": plain autograd in the text tower, differentiable any number of times.
 
     Raises:
         ValueError: class names, texts or rows that do not fit together, or to the CLIP.
@@ -70,6 +76,7 @@ def prepare_classes(
         texts = _from_edited_tower(clip, edit, names, precision)
     else:
         encoder = None if edit.context is None else context_encoder(clip, edit.context, names, precision=precision)
+        encoder = encoder and replace(encoder, backend=backend)
         texts = _prepare_texts(clip, edit, names, encoder)
     if texts is None:
         _check_all_have_rows(edit, names)

@@ -11,7 +11,7 @@ import torch
 from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 
-from mergetune.clip.packed_blocks import ACTIVATIONS, mlp_of
+from mergetune.clip.packed_blocks import ACTIVATIONS, layer_norm, mlp_of
 
 ClipModel = open_clip.CLIP | open_clip.CustomTextCLIP
 
@@ -61,13 +61,12 @@ class TextParts:
 
     def astype(self, dtype: torch.dtype) -> TextParts:
         """A copy in another precision."""
-        norm = torch.float32 if isinstance(self.ln_final, LayerNormFp32) else dtype  # the former works in float32 alone
         return replace(
             self,
             token_embedding=deepcopy(self.token_embedding).to(dtype),
             positional_embedding=self.positional_embedding.to(dtype),
             blocks=tuple(deepcopy(block).to(dtype) for block in self.blocks),
-            ln_final=deepcopy(self.ln_final).to(norm),
+            ln_final=_norm_as(self.ln_final, dtype),
             projection=None if self.projection is None else deepcopy(self.projection).to(dtype),
         )
 
@@ -78,14 +77,35 @@ class TextParts:
         found = tokens.argmax(-1) if self.pool == "argmax" else (tokens == self.eos_id).int().argmax(-1)
         return found
 
-    def project(self, x: Tensor) -> Tensor:
-        """Class features of the pooled rows: [..., W] -> [..., D] float32, not normalised."""
-        x = self.ln_final(x)
+    def project(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """Class features of the pooled rows, not normalised.
+
+        Args:
+            x: [..., W].
+            backend: "torch" as in :func:`mergetune.clip.packed_blocks.run_blocks`.
+
+        Returns:
+            [..., D], float64 from float64 and else float32.
+        """
+        norm = self.ln_final
+        x = layer_norm(norm, x) if backend == "torch" and isinstance(norm, nn.LayerNorm) else norm(x)
         if isinstance(self.projection, nn.Linear):
             x = self.projection(x)
         elif self.projection is not None:
             x = x @ self.projection
-        return x.float()
+        return x if x.dtype == torch.float64 else x.float()
+
+
+def _norm_as(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the last layer norm for a tower in another precision; LayerNormFp32 works in float32 alone."""
+    if not isinstance(norm, LayerNormFp32):
+        return deepcopy(norm).to(dtype)
+    if dtype != torch.float64:
+        return deepcopy(norm).to(torch.float32)
+    affine, bias = norm.elementwise_affine, norm.bias is not None
+    plain = nn.LayerNorm(list(norm.normalized_shape), norm.eps, affine, bias).to(norm.weight.device, dtype)
+    plain.load_state_dict(norm.state_dict())
+    return plain.requires_grad_(False)
 
 
 def pooled(features: Tensor | tuple[Tensor, ...]) -> Tensor:

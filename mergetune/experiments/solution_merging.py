@@ -59,7 +59,7 @@ def merge_solutions(
     first = experts[0]
     solutions = [solution.in_form_of(first) for solution in [*experts, *([] if base is None else [base])]]
     for other in solutions[1:]:
-        check_compatible(other, first)
+        check_compatible(first, other)
     if base is None and needs_base(method, len(experts), options):
         raise ValueError(f"{method} of {len(experts)} expert(s) needs a base, the zero-shot solution, got None")
     states = [solution.state() for solution in solutions]

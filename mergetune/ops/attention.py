@@ -40,12 +40,12 @@ def prefix_attention(
     """Attention of packed sequences behind a shared prefix.
 
     :func:`mergetune.ops.reference.prefix_attention` defines it and describes the other arguments. Arithmetic of half
-    types is float32; differentiable once.
+    types is float32; differentiable once, with backend "torch" any number of times.
 
     Args:
         backend: "cpp" (float32, float64, bfloat16), "triton" (float32, bfloat16, float16), "compile" (the definition
-            through torch.compile) or "torch" (the definition itself, differentiable as often as one likes). None takes
-            the native core on a CPU, and on a GPU the fastest one that was verified there.
+            through torch.compile) or "torch" (the definition itself). None takes the native core on a CPU, and on a GPU
+            the fastest one that was verified there.
 
     Returns:
         Same shape as q.

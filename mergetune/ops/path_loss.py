@@ -50,19 +50,19 @@ def lmc_loss(
             itself). None takes the native core on a CPU, and on a GPU the fastest one that was verified there.
 
     Returns:
-        The loss, differentiable once and in ``w`` alone, and its unweighted terms [2 + K].
+        The loss, differentiable once and in ``w`` alone, and its unweighted terms [2 + K]. With backend "torch" the
+        loss is differentiable any number of times, in ``w`` and also in ``x``, ``anchors``, ``alphas``, ``betas``,
+        ``w1`` and ``curvature``.
     """
-    detached = (None if t is None else t.detach() for t in (w1, curvature, anchor_dots))
-    w1, curvature, anchor_dots = detached
-    arguments = LossArguments(
-        x.detach(), labels, w, anchors.detach(), alphas.detach(), betas.detach(),
-        scale, w1, curvature, lam, normalize, anchor_dots,
-    )  # fmt: skip
+    if backend != "torch":
+        x, anchors, alphas, betas = x.detach(), anchors.detach(), alphas.detach(), betas.detach()
+        w1, curvature, anchor_dots = (None if t is None else t.detach() for t in (w1, curvature, anchor_dots))
+    arguments = LossArguments(x, labels, w, anchors, alphas, betas, scale, w1, curvature, lam, normalize, anchor_dots)
     arguments.check()
-    backend = choose("lmc_loss", "w", w, arguments, backend)
-    if backend in ("torch", "compile"):
-        return _defined_loss(arguments, reference.lmc_loss if backend == "torch" else _compiled_loss())
-    loss, terms, _ = torch.ops.mergetune.lmc_loss(*arguments, backend)
+    taken = choose("lmc_loss", "w", w, arguments, backend)
+    if taken in ("torch", "compile"):
+        return _defined_loss(arguments, reference.lmc_loss if taken == "torch" else _compiled_loss())
+    loss, terms, _ = torch.ops.mergetune.lmc_loss(*arguments, taken)
     return loss, terms
 
 
@@ -91,7 +91,7 @@ def path_cross_entropy(
 
 
 def _defined_loss(arguments: LossArguments, definition: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The definition, or a compiled copy of it, in :func:`real_dtype`; differentiable in w."""
+    """The definition, or a compiled copy of it, in :func:`real_dtype`."""
     real, labels, classes = real_dtype(arguments.w), arguments.labels, len(arguments.w)
     # On a GPU and in a compiled graph torch's own assertion looks at the labels, without waiting for them.
     looked_at = labels.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -109,4 +109,4 @@ def check_compatible(a: Solution, b: Solution, *, space: str = "parameter") -> N
     """
     if type(a) is not type(b):
         raise TypeError(f"solutions on one path must be of one kind, got {a.kind} and {b.kind}")
-    b.check_line(a, space=space)
+    a.check_line(b, space=space)

@@ -66,7 +66,12 @@ class Space:
 
 
 def space_of(
-    clip: FrozenClip, form: Solution, classnames: Sequence[str], *, precision: torch.dtype = torch.float32
+    clip: FrozenClip,
+    form: Solution,
+    classnames: Sequence[str],
+    *,
+    precision: torch.dtype = torch.float32,
+    backend: str | None = None,
 ) -> Space:
     """The space of solutions like ``form``: its points are stacked states.
 
@@ -74,7 +79,8 @@ def space_of(
         clip: the CLIP that they were made for.
         form: one of them.
         classnames: C names; for a solution with classes of its own those, in its order.
-        precision: of the text tower.
+        precision: of the towers.
+        backend: "torch": plain autograd in the text tower, differentiable any number of times.
 
     Raises:
         ValueError: a CLIP or class names that do not belong to the solution.
@@ -82,8 +88,8 @@ def space_of(
     form.check(clip)
     form.check_classes(classnames)
     edit = form.edit(clip, stack_states([form.state()], clip.device))
-    classes = prepare_classes(clip, edit, classnames, precision=precision)
-    images = prepare_images(clip, edit, form.image_input)
+    classes = prepare_classes(clip, edit, classnames, precision=precision, backend=backend)
+    images = prepare_images(clip, edit, form.image_input, precision=precision)
     return Space(
         classes=lambda states: classes(form.edit(clip, states)),
         images=None if images is None else lambda states, x: images(form.edit(clip, states), x),
@@ -132,6 +138,7 @@ def span(
     *,
     space: str = "embedding",
     precision: torch.dtype = torch.float32,
+    backend: str | None = None,
 ) -> Span:
     """Put solutions of one kind into one space; the last one's text, scale and classes are those of all.
 
@@ -141,7 +148,8 @@ def span(
         classnames: C names.
         space: "embedding" interpolates class features before their normalisation, and image features where solutions
             change them; "parameter" interpolates what was trained.
-        precision: of the points and of the text tower.
+        precision: of the points and of the towers.
+        backend: see :func:`space_of`.
     """
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
@@ -152,7 +160,7 @@ def span(
     for solution in solutions[:-1]:
         check_compatible(solution, last, space=space)
     if space == "parameter":
-        found = space_of(clip, last, classnames, precision=precision)
+        found = space_of(clip, last, classnames, precision=precision, backend=backend)
         return Span(found, _to(precision, stack_states([solution.state() for solution in solutions], clip.device)))
     return _embedded(clip, solutions, classnames, precision)
 

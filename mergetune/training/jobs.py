@@ -114,6 +114,11 @@ def training_of(options: Any) -> Training:
     return Training(**{field.name: getattr(options, field.name) for field in fields(Training)})
 
 
+def without_sgd(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, without its optimiser if that is SGD: files of version 0.1, which had no other, agree."""
+    return {name: value for name, value in settings.items() if (name, value) != ("optimizer", "sgd")}
+
+
 def check_features(clip: FrozenClip, solution: Solution, features: Batches, val: Batches | None) -> None:
     """Refuse images that do not belong to the CLIP, to the solution, or to each other.
 

@@ -163,7 +163,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _val_accuracy(self, val: Batches) -> float:
-        space, states = self.job.objective.space, {name: tensor[None] for name, tensor in self.state.items()}
+        space, states = self.job.objective.space, {name: tensor.detach()[None] for name, tensor in self.state.items()}
         images = None if space.images is None else lambda x: space.features(states, x)[0]
         return accuracy(space.classes(states)[0], val, normalize=space.normalize, images=images).accuracy
 
@@ -200,7 +200,8 @@ class TrainingRun:
             if short_digest(*(tensors[name] for name in sorted(tensors))) != record["digest"]:
                 raise ValueError("its checksum is wrong")
             tensors = _renamed(tensors, list(self.state))
-            states = {part: {name: tensors[f"{part}.{name}"] for name in self.state} for part in ("state", "best")}
+            if not {"state", "best"} <= {name.split(".")[0] for name in tensors}:
+                raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: {path} cannot be read ({error}): delete it to start anew") from error
         for name in {**settings, **self.settings}:
@@ -211,9 +212,9 @@ class TrainingRun:
                 )
         self.history, self.best_epoch = history, best_epoch
         for name, tensor in self.state.items():
-            self.best[name] = states["best"][name].to(tensor)
+            self.best[name] = tensors[f"best.{name}"].to(tensor)
             with torch.no_grad():
-                tensor.copy_(states["state"][name])
+                tensor.copy_(tensors[f"state.{name}"])
             for key, value in tensors.items():
                 slot = key.removeprefix("optimizer.").removesuffix(f".{name}")
                 if key == f"optimizer.{slot}.{name}":

@@ -14,7 +14,7 @@ from mergetune.data import Batches
 from mergetune.facts import TuneOptions, recorded
 from mergetune.facts.function_options import TOP_METHODS, TUNE_SETTINGS
 from mergetune.solutions import Head, LinearMap, Prompt, Residual, Solution, Stack, Templates, space_of, stacked
-from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of
+from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Near, Objective
 from mergetune.training.runs import FitResult, short_digest
@@ -138,13 +138,17 @@ def tune_job(
         backend=options.backend,
     )
     with_texts = options.method != "coop" and base is None
-    record = {"stage": "tune", "base": None if base is None else short_digest(*base.identity)} | recorded(
+    record = {"stage": "tune"} | recorded(
         options,
         zero_shot=list(texts) if with_texts else None,
         kg_weight=options.kg_weight if options.method == "kgcoop" else None,
-        optimizer=None if options.optimizer == "sgd" else options.optimizer,  # version 0.1 had one
         precision=precision,
     )
+    record = without_sgd(record)
+    if on_base:
+        record["base"] = None if base is None else short_digest(*base.identity)
+    else:
+        del record["lam"]
     return Job(
         clip, objective, start, features, training, record, cuda_graph=options.cuda_graph, val=val, resume=resume,
         progress=progress,

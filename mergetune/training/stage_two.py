@@ -27,7 +27,7 @@ from mergetune.solutions import (
     stacked,
 )
 from mergetune.training.curvature import fisher_diagonal
-from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of
+from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Anchors, Near, Objective, path_points
 from mergetune.training.runs import FitResult, short_digest
@@ -166,12 +166,11 @@ def fit_job(
         beta=betas,
         points=options.points if alphas is None else len(alphas),
         grid=options.grid if isinstance(options.grid, str) else [float(t) for t in options.grid],
-        optimizer=None if options.optimizer == "sgd" else options.optimizer,  # version 0.1 had one
         precision=precision,
     )
     return Job(
-        clip, Objective(space, paths, near, options.backend), solution.with_state(start), features, training, settings,
-        cuda_graph=options.cuda_graph, val=val, resume=resume, progress=progress,
+        clip, Objective(space, paths, near, options.backend), solution.with_state(start), features, training,
+        without_sgd(settings), cuda_graph=options.cuda_graph, val=val, resume=resume, progress=progress,
     )  # fmt: skip
 
 

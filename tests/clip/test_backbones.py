@@ -18,6 +18,7 @@ from open_clip.tokenizer import get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import encoder
 from torch import Tensor, nn
 
 from mergetune import FeatureCache, FrozenClip, Prompt, evaluate, fit, load_clip, tune
@@ -188,7 +189,7 @@ def assert_same_features_and_gradient(clip: FrozenClip, first: int, shared: bool
     ctx = torch.randn(shape, generator=generator).requires_grad_()
     prompt = Prompt(ctx.detach(), TEMPLATE, classnames=None if shared else NAMES)
     double = SimpleNamespace(model=copy.deepcopy(clip.model).double(), tokenizer=clip.tokenizer)
-    ours, plain = prompt.encoder(clip, NAMES)(ctx[None])[0], encode_text(clip, ctx, first)
+    ours, plain = encoder(clip, prompt, NAMES)(ctx[None])[0], encode_text(clip, ctx, first)
     true = encode_text(double, ctx.double(), first)
     pull = torch.randn(plain.shape, generator=generator)
     gradients = [torch.autograd.grad((pull * features).sum(), ctx)[0] for features in (ours, plain, true)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import SIGLIP, TEXT, VISION
+from tiny import SIGLIP, TEXT, VISION, encoder
 
 import mergetune
 from mergetune import FrozenClip, Prompt, load_clip
@@ -293,7 +293,7 @@ def test_models_that_open_clip_made_in_a_half_type(vision, precision, tmp_path):
     torch.testing.assert_close(half.class_embeddings(NAMES), expected, atol=3e-2, rtol=0)
     prompt = Prompt.from_template(half)
     for dtype in (torch.float32, torch.bfloat16):
-        features = prompt.encoder(half, NAMES, precision=dtype)(prompt.ctx[None])[0]
+        features = encoder(half, prompt, NAMES, precision=dtype)(prompt.ctx[None])[0]
         torch.testing.assert_close(F.normalize(features, dim=-1), expected, atol=5e-2, rtol=0)
 
 

@@ -3,6 +3,7 @@
 import open_clip
 import pytest
 import torch
+from tiny import encoder
 from torch import Tensor, nn
 from tower_cases import CONTEXT, EOS, FIRST, LENGTH, NAMES, PAD, Words, clip_and_tokens, contexts, tower
 
@@ -157,7 +158,7 @@ def test_positions_are_coops(position, shared, name):
     ctx = contexts(clip, 2, None if shared else len(NAMES))
     words = "x x x {}" if name == "eos" else "x x x {} z"
     prompt = Prompt(ctx[0].detach(), words, None if shared else NAMES, position=position)
-    got = prompt.encoder(clip, NAMES)(ctx)
+    got = encoder(clip, prompt, NAMES)(ctx)
     expected = coop_features(model, clip.tokenize([words.format(name) for name in NAMES]), ctx, position)
     assert_relative(got.detach(), expected.detach())
     pull = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
@@ -170,7 +171,7 @@ def test_positions_without_a_start_token(position, causal):
     model = tower(open_clip.CustomTextCLIP, pool_type="last", no_causal_mask=not causal)
     clip = FrozenClip(model, Words(start=False, end=EOS), "tiny")
     ctx = contexts(clip, 1)
-    got = Prompt(ctx[0].detach(), "x x x {} z", position=position).encoder(clip, NAMES)(ctx)
+    got = encoder(clip, Prompt(ctx[0].detach(), "x x x {} z", position=position))(ctx)
     tokens = clip.tokenize([f"x x x {name} z" for name in NAMES])
     expected = coop_features(model, tokens, ctx, position, first=0)
     assert_relative(got.detach(), expected.detach())
@@ -197,7 +198,7 @@ def test_what_stands_before_the_name_is_shared():
     clip, _ = clip_and_tokens(tower())
     own = sum(len(name.split()) + 2 for name in NAMES)  # with "z" and the end
     ctx = contexts(clip, 1)[0].detach()
-    packed = {p: rows(Prompt(ctx, "x x x {} z", position=p).encoder(clip, NAMES)) for p in ("end", "middle", "front")}
+    packed = {p: rows(encoder(clip, Prompt(ctx, "x x x {} z", position=p))) for p in ("end", "middle", "front")}
     assert packed == {"end": own, "middle": own + 2 * len(NAMES), "front": own + 3 * len(NAMES)}
 
 

@@ -18,9 +18,11 @@ from objective_cases import (
     batch,
     draw,
     fisher_by_hand,
+    objective_of,
     unit,
 )
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from tiny import parameter, with_parameter
 from torch import Tensor
 
 from mergetune import FeatureCache, FrozenClip, Head, Prompt
@@ -80,8 +82,8 @@ def test_real_prompt_encoder_in_float64(clip, surrogate, space):
     curvature = draw(CLASSES, WIDTH, seed=62).abs() if surrogate == "fisher" else None
     alphas = path_points("official", 3)
     shared = {"scale": 5.0, "normalize": True, "w1": w1, "lam": 2.0, "surrogate": surrogate, "space": space}
-    objective = Objective(
-        encode=encode,
+    objective = objective_of(
+        encode,
         anchors=encode(anchors) if space == "embedding" else anchors,
         betas=torch.tensor([0.5, 2.0], dtype=DOUBLE),
         alphas=alphas,
@@ -149,8 +151,8 @@ def test_fit_of_prompts(clip, built, features, k, surrogate, space):
         curvature=fisher_by_hand(x, w1, scale, True) if surrogate == "fisher" else None,
     )
     middle = sum(prompt.ctx for prompt in tuned) / k
-    assert torch.allclose(start.parameter, 0.7 * zero_shot.ctx + 0.3 * middle, atol=1e-7)
-    assert_agree(objective, expected, start.parameter, x.float(), labels, 1e-5)
+    assert torch.allclose(parameter(start), 0.7 * zero_shot.ctx + 0.3 * middle, atol=1e-7)
+    assert_agree(objective, expected, parameter(start), x.float(), labels, 1e-5, like=start)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -191,9 +193,9 @@ def test_fit_of_heads(clip, built, features, logit_scale, bias, surrogate, space
         space=space,
         curvature=fisher_by_hand(x, w1, scale, False) if surrogate == "fisher" else None,
     )
-    assert torch.allclose(start.parameter.double(), 0.7 * w1 + 0.3 * sum(anchors) / 2, atol=1e-6)
-    assert_agree(objective, expected, start.parameter, x.float(), labels, 1e-5)
-    logits = start.with_parameter(anchors[0])
+    assert torch.allclose(parameter(start).double(), 0.7 * w1 + 0.3 * sum(anchors) / 2, atol=1e-6)
+    assert_agree(objective, expected, parameter(start), x.float(), labels, 1e-5, like=start)
+    logits = with_parameter(start, anchors[0])
     got = logits.logit_scale * (x.float() @ logits.weight.T + (logits.bias if bias else 0))
     own = logit_scale * (x.float() @ heads[0].weight.T + (heads[0].bias if bias else 0))
     assert torch.allclose(got, own, rtol=1e-4, atol=1e-4)
@@ -204,4 +206,4 @@ def test_fit_starts_where_tau_says(clip, built, features, tau):
     zero_shot = Prompt.from_template(clip)
     tuned = Prompt(draw(*zero_shot.ctx.shape, seed=95).float(), zero_shot.template)
     _, start = built(tuned, features, tau=tau)
-    assert torch.equal(start.parameter, tuned.ctx if tau else zero_shot.ctx)
+    assert torch.equal(parameter(start), tuned.ctx if tau else zero_shot.ctx)
