@@ -53,7 +53,7 @@ def evaluate(
                 found = mt.base_to_novel(classify, test, novel)
                 report[name] = {"base": found.base.to_json(), "novel": found.novel.to_json(), "hm": found.hm}
             else:
-                report[name] = mt.accuracy(classify(test.classnames), test).to_json()
+                report[name] = mt.accuracy(classify, test).to_json()
     if as_json:
         print_json(report)
         return

@@ -180,7 +180,7 @@ def words_before_name(clip: FrozenClip, template: str) -> Tensor:
 def _name_ends(clip: FrozenClip, template: str, classnames: Sequence[str]) -> Tensor:
     """Where each class name ends in the template's texts: the position of the first token behind it, [C]."""
     texts = [template.split("{}")[0] + name for name in classnames]
-    room = 2 * clip.text.context_length  # the texts themselves fit; a further word need not
+    room = 2 * clip.context_length  # the texts themselves fit; a further word need not
     alone, followed = (clip.tokenizer([text + more for text in texts], context_length=room) for more in ("", " x"))
     return (alone != followed).int().argmax(1).to(clip.device)
 

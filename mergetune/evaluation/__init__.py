@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.evaluation.classifiers import Classifier, classifier, evaluate, logit_ensemble, weight_average
+    from mergetune.evaluation.classifiers import classifier, evaluate, logit_ensemble, weight_average
     from mergetune.evaluation.figures import plot, plot_plane, plot_spectrum
     from mergetune.evaluation.html_report import report
     from mergetune.evaluation.paths import Path, connectivity, cross_entropy, path
     from mergetune.evaluation.planes import plane
     from mergetune.evaluation.scores import (
         BaseNovel,
+        Classifier,
         Report,
         Row,
         accuracy,
@@ -49,12 +50,12 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.evaluation.classifiers": "Classifier classifier evaluate logit_ensemble weight_average",
+        "mergetune.evaluation.classifiers": "classifier evaluate logit_ensemble weight_average",
         "mergetune.evaluation.figures": "plot plot_plane plot_spectrum",
         "mergetune.evaluation.html_report": "report",
         "mergetune.evaluation.paths": "Path connectivity cross_entropy path",
         "mergetune.evaluation.planes": "plane",
-        "mergetune.evaluation.scores": "BaseNovel Report Row accuracy base_to_novel harmonic_mean summarise",
+        "mergetune.evaluation.scores": "BaseNovel Classifier Report Row accuracy base_to_novel harmonic_mean summarise",
         "mergetune.evaluation.spectra": "spectrum",
     },
 )

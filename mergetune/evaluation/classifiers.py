@@ -5,8 +5,7 @@ Shapes: C classes, D embedding width, B images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,33 +13,8 @@ from torch import Tensor
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
-from mergetune.evaluation.scores import Report, accuracy
-from mergetune.solutions import Solution, image_features, inputs, span, stacked
-
-
-@dataclass(frozen=True, eq=False)
-class Classifier:
-    """Class weights by class names, and what is done with image features before their product. It is called with names.
-
-    Attributes:
-        weights: class names -> class weights with the logit scale, [C, D], or [C, D + 1] with a bias.
-        images: what is read of images [B, ...] -> image features [B, D]; None takes cached features as they are.
-        bias: whether the weights hold a bias.
-    """
-
-    weights: Callable[[Sequence[str]], Tensor]
-    images: Callable[[Tensor], Tensor] | None = None
-    bias: bool = False
-
-    def __call__(self, classnames: Sequence[str]) -> Tensor:
-        """Class weights with the logit scale, [C, D], or [C, D + 1] with a bias."""
-        return self.weights(classnames)
-
-    def logits(self, classnames: Sequence[str], x: Tensor) -> Tensor:
-        """[B, C] for what is read of B images."""
-        weights = self.weights(classnames)
-        x = x.to(weights)
-        return inputs(x if self.images is None else self.images(x), weights) @ weights.T
+from mergetune.evaluation.scores import Classifier, Report, accuracy
+from mergetune.solutions import Solution, image_features, span, stacked
 
 
 def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Classifier:
@@ -118,8 +92,7 @@ def evaluate(clip: FrozenClip, solution: Solution | str | Sequence[str], feature
         features: images with labels.
     """
     _check_clip(clip, features)
-    found = classifier(clip, solution)
-    return accuracy(found(features.classnames), features, images=found.images)
+    return accuracy(classifier(clip, solution), features)
 
 
 def _check_clip(clip: FrozenClip, features: Batches) -> None:

@@ -10,7 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,30 @@ from torch import Tensor
 from mergetune.data import Batches, FeatureCache
 from mergetune.solutions import inputs
 
-if TYPE_CHECKING:
-    from mergetune.evaluation.classifiers import Classifier
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """Class weights by class names, and what is done with image features before their product. It is called with names.
+
+    Attributes:
+        weights: class names -> class weights with the logit scale, [C, D], or [C, D + 1] with a bias.
+        images: what is read of images [B, ...] -> image features [B, D]; None takes cached features as they are.
+        bias: whether the weights hold a bias.
+    """
+
+    weights: Callable[[Sequence[str]], Tensor]
+    images: Callable[[Tensor], Tensor] | None = None
+    bias: bool = False
+
+    def __call__(self, classnames: Sequence[str]) -> Tensor:
+        """Class weights with the logit scale, [C, D], or [C, D + 1] with a bias."""
+        return self.weights(classnames)
+
+    def logits(self, classnames: Sequence[str], x: Tensor) -> Tensor:
+        """[B, C] for what is read of B images."""
+        weights = self.weights(classnames)
+        x = x.to(weights)
+        return inputs(x if self.images is None else self.images(x), weights) @ weights.T
 
 
 @dataclass(frozen=True)
@@ -55,22 +77,24 @@ class Report:
 
 @torch.no_grad()
 def accuracy(
-    weights: Tensor,
+    weights: Tensor | Classifier,
     features: Batches,
     *,
     normalize: bool = False,
     images: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 2048,
 ) -> Report:
-    """Accuracy of class weights on cached features.
+    """Accuracy of a classifier, or of class weights, on cached features.
 
     Args:
-        weights: one row per class of ``features``, [C, D], or [C, D + 1] with a bias.
+        weights: a classifier; or one row per class of ``features``, [C, D], or [C, D + 1] with a bias.
         features: image features with labels.
         normalize: make the rows unit norm first, as for class features of a prompt.
-        images: applied to the features first, see :class:`Classifier`.
+        images: applied to the features first; a classifier has its own.
         batch_size: rows at a time.
     """
+    if isinstance(weights, Classifier):
+        weights, images = weights(features.classnames), weights.images
     dim = weights.shape[-1] if images is not None else getattr(features, "dim", weights.shape[-1])
     if weights.ndim != 2 or len(weights) != len(features.classnames) or weights.shape[1] - dim not in (0, 1):
         raise ValueError(
@@ -135,7 +159,7 @@ class Row:
 
 def base_to_novel(classify: Classifier, base: FeatureCache, novel: FeatureCache) -> BaseNovel:
     """Test a classifier on base and on novel classes."""
-    return BaseNovel(*(accuracy(classify(part.classnames), part, images=classify.images) for part in (base, novel)))
+    return BaseNovel(*(accuracy(classify, part) for part in (base, novel)))
 
 
 def summarise(name: str, runs: Sequence[BaseNovel]) -> Row:

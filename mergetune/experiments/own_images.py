@@ -72,6 +72,10 @@ def fit_dataset(
     """
     if classes not in ("all", "base"):
         raise ValueError(f"classes must be all or base, got {classes!r}")
+    for solution in tuned:  # what does not belong to the CLIP is refused here, before any image is encoded
+        solution.check(clip)
+    if not tuned and method != "head":
+        _ = clip.text  # likewise a CLIP that takes no prompts
     out = Path(out)
     parts: dict[str, Dataset] = {"all": data}
     if classes == "base":
@@ -111,11 +115,7 @@ def fit_dataset(
         "MERGETUNE": classifier(clip, result.solution),
     }
     reports = {
-        part: {
-            name: accuracy(classify(images.classnames), images, images=classify.images)
-            for name, classify in table.items()
-        }
-        for part, images in tests.items()
+        part: {name: accuracy(classify, images) for name, classify in table.items()} for part, images in tests.items()
     }
     start = zero_shot_like(clip, result.solution, template)
     walks = {

@@ -166,7 +166,7 @@ def _solutions(clip: FrozenClip, zero_shot: Classifier, tuned: Solution, merged:
 
 
 def _report(classify: Classifier, test: FeatureCache) -> dict[str, float]:
-    report = accuracy(classify(test.classnames), test, images=classify.images)
+    report = accuracy(classify, test)
     return {"accuracy": report.accuracy, "images": report.images, "standard_error": report.standard_error}
 
 
@@ -207,6 +207,8 @@ def reproduce(
         raise ValueError(f"processes must be at least 1, got {processes}")
     check_data(runs, experiment.root)
     caches = Caches(load(), experiment)
+    if any(run.method != "head" for run in runs):
+        _ = caches.clip.text  # a CLIP that takes no prompts is refused here, before any image is encoded
     for key in caches.needed(runs):
         caches.build(*key)
     with torchrun_team() as team:

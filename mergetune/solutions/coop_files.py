@@ -44,13 +44,14 @@ def to_coop(
         The checkpoint's path.
 
     Raises:
-        TypeError: a head.
+        TypeError: another kind of solution; a CLIP that takes no prompts.
         ValueError: a text or a CLIP that CoOp does not have; class names that do not fit.
     """
     if not isinstance(solution, Prompt):
         raise TypeError(f"solution must be a prompt, got a {solution.kind}: CoOp has no other")
     if solution.template.split("{}")[1] != ".":
         raise ValueError(f"solution must have '.' behind the class name, as CoOp has, got {solution.template!r}")
+    embedding = clip.text.token_embedding.weight
     if clip.first_token != 1:
         raise ValueError(f"clip must have one start token before a text, as CoOp's has, got {clip.first_token}")
     if dtype not in ("float32", "float16"):
@@ -60,7 +61,7 @@ def to_coop(
     classnames = classnames_of(solution, classnames)
     space_of(clip, solution, classnames)  # checks that all of them belong together
     texts = [fill(solution.template, name.replace("_", " ")) for name in classnames]
-    embedded = clip.text.token_embedding.weight[clip.tokenize(texts)]
+    embedded = embedding[clip.tokenize(texts)]
     tensors = {
         "ctx": solution.ctx,
         "token_prefix": embedded[:, :1],

@@ -76,12 +76,17 @@ class Prompt(Solution):
 
         Its class embeddings are those of ``clip.class_embeddings(classnames, template)``. With the class name at
         another position they are not: that is CoOp's start from words, no zero-shot solution.
+
+        Raises:
+            TypeError: a CLIP that takes no prompts, naming its text tower.
+            ValueError: a template without words before the class name.
         """
         check_templates(template)
+        embedding = clip.text.token_embedding.weight
         words = words_before_name(clip, template)
         if not len(words):
             raise ValueError(f"template must hold at least one word before {{}}, got {template!r}")
-        ctx = clip.text.token_embedding.weight[words].detach().float().clone()
+        ctx = embedding[words].detach().float().clone()
         return cls(ctx=ctx, template=template, backbone=clip.name, fingerprint=clip.text_fingerprint, position=position)
 
     @classmethod

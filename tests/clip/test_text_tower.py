@@ -3,6 +3,7 @@
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import encoder
 from torch import Tensor, nn
 from tower_cases import CONTEXT, EOS, FIRST, LENGTH, NAMES, PAD, Words, clip_and_tokens, contexts, tower
@@ -386,16 +387,7 @@ def test_under_autocast(backward_inside):
     assert_relative(got, expected, 0.1)
 
 
-# -- refused towers ----------------------------------------------------------------------------------------------------
-
-
-def hugging_face() -> nn.Module:
-    """open_clip's HFTextEncoder needs transformers; its type is what is looked at."""
-    model = tower(open_clip.CustomTextCLIP)
-    text = type("HFTextEncoder", (nn.Module,), {})()
-    text.transformer = nn.Linear(2, 2)
-    model.text = text
-    return model
+# -- opaque towers -----------------------------------------------------------------------------------------------------
 
 
 def padding_mask() -> nn.Module:
@@ -405,27 +397,55 @@ def padding_mask() -> nn.Module:
     return model
 
 
-REFUSED = {
-    "hugging face": (hugging_face, "TextTransformer, got HFTextEncoder"),
+OPAQUE = {
     "class token": (lambda: tower(open_clip.CustomTextCLIP, embed_cls=True), r"class token \(CoCa\)"),
     "padding mask": (padding_mask, "padding mask"),
     "pools first": (lambda: tower(pool_type="first"), "must pool by argmax, eos or last, got 'first'"),
-    "pools none": (lambda: tower(open_clip.CustomTextCLIP, pool_type="none"), "must pool by .* got 'none'"),
     "custom block": (lambda: tower(block_type="custom"), "ResidualAttentionBlock, got CustomResidualAttentionBlock"),
     "query norm": (lambda: tower(qk_norm=True), "ResidualAttentionBlock, got CustomResidualAttentionBlock"),
-    "another model": (lambda: nn.Linear(2, 2), "open_clip's CLIP or CustomTextCLIP, got Linear"),
+    "no projection": (lambda: tower(qk_norm=True, proj_type="none"), "got CustomResidualAttentionBlock"),
 }
 
 
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_towers_that_are_not_understood_are_refused_by_name(name):
-    make, message = REFUSED[name]
-    with pytest.raises(TypeError, match=message):
-        FrozenClip(make(), Words(), "tiny")
+@pytest.mark.parametrize("name", list(OPAQUE))
+def test_towers_that_cannot_be_taken_apart_encode_texts_and_are_named_to_prompts(name):
+    make, message = OPAQUE[name]
+    model = make()
+    clip = FrozenClip(model, Words(), "tiny")
+    expected = F.normalize(model.encode_text(clip.tokenizer([f"x {name}" for name in NAMES])), dim=-1)
+    assert_relative(clip.class_embeddings(NAMES, "x {}"), expected)
+    assert (clip.embed_dim, clip.context_length) == (expected.shape[1], LENGTH)
+    with pytest.raises(TypeError, match=f"{message}.*: this CLIP takes no prompts"):
+        Prompt.from_template(clip, "x x x {}")
 
 
-def test_coca_is_refused():
-    model = open_clip.CoCa.__new__(open_clip.CoCa)
-    nn.Module.__init__(model)
-    with pytest.raises(TypeError, match="got CoCa"):
-        FrozenClip(model, Words(), "tiny")
+def test_a_model_that_adds_to_its_tower_is_opaque():
+    """Whatever its tower looks like: only the model itself knows what it makes of a text."""
+
+    class Adapted(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.visual, self.text, self.logit_scale = model.visual, model.text, model.logit_scale
+            self.adapter = nn.Linear(8, 8)
+            self.encode_image = model.encode_image
+
+        def encode_text(self, text: Tensor) -> Tensor:
+            return self.adapter(self.text(text))
+
+    model = Adapted(tower(open_clip.CustomTextCLIP))
+    clip = FrozenClip(model, Words(), "tiny")
+    expected = F.normalize(model.encode_text(clip.tokenize([f"x {name}" for name in NAMES])), dim=-1)
+    assert_relative(clip.class_embeddings(NAMES, "x {}"), expected)
+    with pytest.raises(TypeError, match="got TextTransformer of Adapted: this CLIP takes no prompts"):
+        _ = clip.text
+
+
+def test_a_model_that_gives_more_than_a_row_a_text_is_refused_by_name():
+    clip = FrozenClip(tower(open_clip.CustomTextCLIP, pool_type="none"), Words(), "tiny")
+    with pytest.raises(TypeError, match=r"encode_text must give \[n, D\] for 5 texts, got .* from CustomTextCLIP"):
+        clip.class_embeddings(NAMES, "x {}")
+
+
+def test_a_model_that_is_no_clip_is_refused_by_name():
+    with pytest.raises(TypeError, match="model must have encode_image, .* got Linear without encode_image"):
+        FrozenClip(nn.Linear(2, 2), Words(), "tiny")

@@ -26,7 +26,7 @@ from tiny import parameter, with_parameter
 from torch import Tensor
 
 from mergetune import FeatureCache, FrozenClip, Head, Prompt
-from mergetune.clip import TextParts, text_encoder
+from mergetune.clip import text_encoder
 from mergetune.facts.function_options import SPACES, SURROGATES
 from mergetune.training import fit_job
 from mergetune.training.objective import Objective, path_points
@@ -44,13 +44,6 @@ def clip() -> FrozenClip:
         for parameter in (*model.transformer.parameters(), model.positional_embedding, model.text_projection):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "tiny")
-
-
-class DoubleParts(TextParts):
-    """A text tower in float64 whose features stay in float64."""
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.ln_final(x) @ self.projection
 
 
 def open_clip_encode(clip: FrozenClip, tokens: Tensor, first: int) -> Callable[[Tensor], Tensor]:
@@ -76,8 +69,7 @@ def open_clip_encode(clip: FrozenClip, tokens: Tensor, first: int) -> Callable[[
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_real_prompt_encoder_in_float64(clip, surrogate, space):
     tokens = clip.tokenize([f"X X X {name}." for name in NAMES])
-    parts = clip.text.astype(DOUBLE)
-    encode = text_encoder(DoubleParts(**vars(parts)), tokens, first=1, context=3)
+    encode = text_encoder(clip.text.astype(DOUBLE), tokens, first=1, context=3)
     anchors, w1 = draw(2, 3, clip.text.width, seed=60), draw(CLASSES, WIDTH, seed=61)
     curvature = draw(CLASSES, WIDTH, seed=62).abs() if surrogate == "fisher" else None
     alphas = path_points("official", 3)

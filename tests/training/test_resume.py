@@ -186,7 +186,7 @@ def test_a_damaged_state_is_refused(clip, finished, tmp_path, damage):
 def test_a_state_that_lacks_something_is_refused(clip, finished, tmp_path, missing):
     with safe_open(finished / STATE, "pt") as file:
         record = json.loads(file.metadata()["run"])
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name != missing}
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != missing}  # noqa: SIM118
     record.pop(missing, None)
     save_file(tensors, tmp_path / STATE, metadata={"run": json.dumps(record)})
     with pytest.raises(ValueError, match="cannot be read"):
