@@ -35,21 +35,21 @@ class Space:
         images: states and the inputs of B images -> unit-norm image features [M, B, D]; None where features do not
             depend on the state: then they are the inputs, [B, D].
         between: points on the line from one stacked state to another, see :meth:`Solution.between`.
-        mixture: points at mixtures of some states, see :meth:`Solution.mixture`.
         scale: factor on the logits.
         normalize: whether class features are made unit norm before the product.
         width: D.
         encoder: the packed text tower, where class features come from context vectors.
+        mixture: points at mixtures of some states, see :meth:`Solution.mixture`.
     """
 
     classes: Callable[[State], Tensor]
     images: Callable[[State, Tensor], Tensor] | None
     between: Callable[[State, State, float | Tensor], State]
-    mixture: Callable[[State, Tensor], State]
     scale: float
     normalize: bool
     width: int
     encoder: TextEncoder | None = None
+    mixture: Callable[[State, Tensor], State] = weighted_sums
 
     def unit(self, weights: Tensor) -> Tensor:
         """Class features as they meet image features."""
@@ -187,7 +187,6 @@ def _embedded(
         lambda states: states["classes"],
         images if change else None,
         last.straight,
-        weighted_sums,
         scale,
         edit.normalize,
         clip.embed_dim,

@@ -54,19 +54,19 @@ def score(images: Tensor, classes: Tensor) -> Tensor:
     return (images @ classes.mT).mul(3).softmax(-1)[..., 0].sum(-1)
 
 
-def drawn(kind: type[Kind], clip: FrozenClip, count: int) -> list[Kind]:
-    extra = SHARPER if kind is Adapter else {}
-    return [kind.drawn(clip, seed=seed, **extra) for seed in range(1, count + 1)]
+def drawn(kind: type[Kind], clip: FrozenClip, count: int, **fields) -> list[Kind]:
+    fields = {**(SHARPER if kind is Adapter else {}), **fields}
+    return [kind.drawn(clip, seed=seed, **fields) for seed in range(1, count + 1)]
 
 
 # -- the four kinds ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_features_and_gradients_of_stacked_settings(kind, settings):
+@pytest.mark.parametrize(("kind", "fields"), [*((kind, {}) for kind in KINDS), (Adapter, {"scale": 0.001})])
+def test_features_and_gradients_of_stacked_settings(kind, fields, settings):
     clip = clip_of()
-    solutions, x = drawn(kind, clip, settings), pixels(clip)
+    solutions, x = drawn(kind, clip, settings, **fields), pixels(clip)
     states = {name: values.requires_grad_() for name, values in stack(solutions).items()}
     images, classes = fast(clip, solutions[0], states, x)
     expected = [slow(clip, s, {name: values[i] for name, values in states.items()}, x) for i, s in enumerate(solutions)]
