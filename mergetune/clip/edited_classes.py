@@ -75,8 +75,9 @@ def prepare_classes(
     if edit.touches("text"):
         texts = _from_edited_tower(clip, edit, names, precision)
     else:
-        encoder = None if edit.context is None else context_encoder(clip, edit.context, names, precision=precision)
-        encoder = encoder and replace(encoder, backend=backend)
+        if edit.context is not None:
+            encoder = context_encoder(clip, edit.context, names, precision=precision)
+            encoder = replace(encoder, backend=backend)
         texts = _prepare_texts(clip, edit, names, encoder)
     if texts is None:
         _check_all_have_rows(edit, names)

@@ -264,8 +264,8 @@ def test_planes_and_paths_do_not_depend_on_the_chunks(clip, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"solutions": {"a": prompt(1), "b": prompt(2)}}, ValueError, "solutions must be three, got 2"),
-        ({"points": 1}, ValueError, "points must be at least 2 a side, got 1"),
+        ({"solutions": {"a": prompt(1), "b": prompt(2)}}, ValueError, "solutions must hold three solutions, got 2"),
+        ({"points": 1}, ValueError, "points must be at least 2 per side, got 1"),
         ({"margin": -0.1}, ValueError, "margin must be at least 0 and finite, got -0.1"),
         ({"margin": float("nan")}, ValueError, "margin must be at least 0 and finite, got nan"),
         ({"solutions": {"a": prompt(1), "b": prompt(2), "c": head()}}, TypeError, "one kind, got prompt and head"),
@@ -498,7 +498,7 @@ def test_the_report_of_a_weight_average_goes_without_the_plane(command, monkeypa
     monkeypatch.setattr(measuring, "read_solution", lambda name, *args: {"coop": prompt(1), "merged": average}[name])
     arguments = ["--report", tmp_path / "r.html", "--space", "parameter", "--curvature", 0]
     result = command(*arguments)
-    assert result.exit_code == 0 and "without the plane" in result.stderr and "Report: " in result.stdout
+    assert result.exit_code == 0 and "the report has no plane" in result.stderr and "Report: " in result.stdout
     assert len(read(tmp_path / "r.html").all("img")) == 1
     refused = command(*arguments, "--plane", tmp_path / "plane.png")
     assert refused.exit_code == 2 and "three on one line" in " ".join(refused.stderr.split())
@@ -509,4 +509,4 @@ def test_path_alone_makes_neither(command, tmp_path):
     assert result.exit_code == 0 and len(json.loads(result.stdout)) == 3
     assert [file.name for file in tmp_path.iterdir()] == ["paths.png"]
     refused = command("--report", tmp_path / "r.html", "--curvature", 1)
-    assert refused.exit_code == 2 and "curvature must be 0, or at least 2" in " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "--curvature must be 0 or at least 2" in " ".join(refused.stderr.split())
