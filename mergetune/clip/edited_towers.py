@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import LayerNorm, LayerNormFp32, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -121,14 +121,30 @@ def part_of(module: nn.Module, names: Mapping[str, str]) -> Part:
     return Part(module, tuple((name, own, tensors[own].dtype) for name, own in names.items()))
 
 
-def privately(module: Module) -> Module:
-    """A copy of a frozen module that shares its tensors: a call with other weights changes no one else's module."""
-    copied = deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
-    for part in copied.modules():
+def privately(module: Module, dtype: torch.dtype | None = None) -> Module:
+    """A copy of a frozen module: a call with other weights changes no one else's module.
+
+    Args:
+        module: a module of the model.
+        dtype: precision of the copy; None is the module's own, as the model's mixed precision has it.
+
+    Returns:
+        A copy that shares the tensors, unless they have another precision.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if dtype is not None and any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors):
+        copied = deepcopy(module).to(dtype)
+    else:
+        copied = deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for name, part in list(copied.named_modules()):
         if isinstance(part, nn.MultiheadAttention):
             # Its kernel for inference knows no vmap and has no derivative. In training mode it is not taken, and
             # without dropout nothing else is different.
             part.training, part.dropout = True, 0.0
+        elif name and isinstance(part, LayerNormFp32) and part.weight.dtype != torch.float32:
+            plain = LayerNorm(list(part.normalized_shape), part.eps)  # in the precision of the tower
+            plain.weight, plain.bias = part.weight, part.bias
+            copied.set_submodule(name, plain)
     return copied
 
 

@@ -35,21 +35,21 @@ class Space:
         images: states and the inputs of B images -> unit-norm image features [M, B, D]; None where features do not
             depend on the state: then they are the inputs, [B, D].
         between: points on the line from one stacked state to another, see :meth:`Solution.between`.
-        mixture: points at mixtures of some states, see :meth:`Solution.mixture`.
         scale: factor on the logits.
         normalize: whether class features are made unit norm before the product.
         width: D.
         encoder: the packed text tower, where class features come from context vectors.
+        mixture: points at mixtures of some states, see :meth:`Solution.mixture`.
     """
 
     classes: Callable[[State], Tensor]
     images: Callable[[State, Tensor], Tensor] | None
     between: Callable[[State, State, float | Tensor], State]
-    mixture: Callable[[State, Tensor], State]
     scale: float
     normalize: bool
     width: int
     encoder: TextEncoder | None = None
+    mixture: Callable[[State, Tensor], State] = weighted_sums
 
     def unit(self, weights: Tensor) -> Tensor:
         """Class features as they meet image features."""
@@ -79,7 +79,7 @@ def space_of(
         clip: the CLIP that they were made for.
         form: one of them.
         classnames: C names; for a solution with classes of its own those, in its order.
-        precision: of the text tower.
+        precision: of the towers.
         backend: "torch": plain autograd in the text tower, differentiable any number of times.
 
     Raises:
@@ -89,7 +89,7 @@ def space_of(
     form.check_classes(classnames)
     edit = form.edit(clip, stack_states([form.state()], clip.device))
     classes = prepare_classes(clip, edit, classnames, precision=precision, backend=backend)
-    images = prepare_images(clip, edit, form.image_input)
+    images = prepare_images(clip, edit, form.image_input, precision=precision)
     return Space(
         classes=lambda states: classes(form.edit(clip, states)),
         images=None if images is None else lambda states, x: images(form.edit(clip, states), x),
@@ -148,7 +148,7 @@ def span(
         classnames: C names.
         space: "embedding" interpolates class features before their normalisation, and image features where solutions
             change them; "parameter" interpolates what was trained.
-        precision: of the points and of the text tower.
+        precision: of the points and of the towers.
         backend: see :func:`space_of`.
     """
     if space not in SPACES:
@@ -187,7 +187,6 @@ def _embedded(
         lambda states: states["classes"],
         images if change else None,
         last.straight,
-        weighted_sums,
         scale,
         edit.normalize,
         clip.embed_dim,
