@@ -30,16 +30,18 @@ def demo(
     if as_json:
         print_json(result.to_json())
         return
-    table = new_table("", "base", "novel", "HM")
+    columns = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
+    table = new_table("", *columns)
     table.title = f"Accuracy on tilted icons, mean ± deviation over {len(seeds)} seeds (%)"
     for row in result.rows:
         style = "bold" if row.name == "MERGETUNE" else None
-        cells = ((row.base, row.base_std), (row.novel, row.novel_std), (row.hm, row.hm_std))
+        cells = ((getattr(row, name), getattr(row, f"{name}_std")) for name in columns.values())
         table.add_row(row.name, *(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in cells), style=style)
     out.print(table)
     tell(
         f"Standard error from the number of test images: {result.rows[0].base_error:.1f} (base), "
-        f"{result.rows[0].novel_error:.1f} (novel). Figure: {result.figure}. Everything: {folder / 'results.json'}."
+        f"{result.rows[0].novel_error:.1f} (novel). "
+        f"Seen and unseen are the same images among all classes. Figure: {result.figure}. Everything: {folder / 'results.json'}."
     )
 
 

@@ -33,7 +33,9 @@ def evaluate(
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     classes: Classes = "all",
-    base_novel: Annotated[bool, typer.Option("--base-novel", help="Base and novel classes apart, and HM.")] = False,
+    base_novel: Annotated[
+        bool, typer.Option("--base-novel", help="Base and novel classes, apart and joint, and HM.")
+    ] = False,
     template: Templates = ["a photo of a {}."],
     position: Position = "end",
     as_json: Json = False,
@@ -50,17 +52,17 @@ def evaluate(
         report: dict[str, Any] = {}
         for name, classify in entries.items():
             if novel is not None:
-                found = mt.base_to_novel(classify, test, novel)
-                report[name] = {"base": found.base.to_json(), "novel": found.novel.to_json(), "hm": found.hm}
+                report[name] = mt.base_to_novel(classify, test, novel).to_json()
             else:
                 report[name] = mt.accuracy(classify(test.classnames), test).to_json()
     if as_json:
         print_json(report)
         return
-    table = new_table("", *(("base", "novel", "HM") if base_novel else ("accuracy", "mean of classes", "images")))
+    halves = ("base", "novel", "HM", "seen", "unseen", "joint HM")
+    table = new_table("", *(halves if base_novel else ("accuracy", "mean of classes", "images")))
     for name, found in report.items():
         if base_novel:
-            cells = [f"{v:.2f}" for v in (found["base"]["accuracy"], found["novel"]["accuracy"], found["hm"])]
+            cells = [f"{v['accuracy'] if isinstance(v, dict) else v:.2f}" for v in found.values()]
         else:
             cells = [f"{found['accuracy']:.2f}", f"{found['mean_per_class']:.2f}", str(found["images"])]
         table.add_row(escape(name), *cells)

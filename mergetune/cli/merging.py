@@ -223,11 +223,11 @@ def _task(caches: Path, templates: list[str]) -> Any:
 
 
 def _print_comparison(found: Any) -> None:
-    """Every line with its differences to the reference in the last column's measure."""
+    """Every line with its difference to the reference in the main column."""
     columns = list(found.lines[0].values)
-    table = new_table("", *columns, f"{columns[-1]} difference")
+    table = new_table("", *columns, f"{found.main} difference")
     for line in found.lines:
-        difference = line.differences.get(columns[-1])
+        difference = line.differences.get(found.main)
         about = ""
         if difference:
             about = "{:+.1f} ({:+.1f} to {:+.1f})".format(difference.mean, *difference.classes)

@@ -46,11 +46,15 @@ class Report:
     @property
     def standard_error(self) -> float:
         """Of the accuracy, from the number of test images alone, percent."""
-        p = self.accuracy / 100
-        return 100 * math.sqrt(p * (1 - p) / self.images)
+        return _standard_error(self.accuracy, self.images)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"mean_per_class": self.mean_per_class, "standard_error": self.standard_error}
+
+
+def _standard_error(accuracy: float, images: int) -> float:
+    p = accuracy / 100
+    return 100 * math.sqrt(p * (1 - p) / images)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,14 @@ class Hits:
     def accuracy(self) -> float:
         """Correct share of all images, percent."""
         return 100 * (sum(self.right) / sum(self.images))
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, from the number of images alone, percent."""
+        return _standard_error(self.accuracy, sum(self.images))
+
+    def to_json(self) -> dict[str, float]:
+        return {"accuracy": self.accuracy, "images": sum(self.images), "standard_error": self.standard_error}
 
     def report(self, classnames: Sequence[str]) -> Report:
         """The accuracies of the classes, by name, and of all images."""
@@ -156,8 +168,9 @@ class BaseNovel:
     @property
     def joint_hm(self) -> float | None:
         """Of seen and unseen."""
-        tested = self.seen and self.unseen
-        return harmonic_mean(self.seen.accuracy, self.unseen.accuracy) if tested else None
+        if self.seen is None or self.unseen is None:
+            return None
+        return harmonic_mean(self.seen.accuracy, self.unseen.accuracy)
 
     def to_json(self) -> dict[str, Any]:
         parts = {"base": self.base, "novel": self.novel, "hm": self.hm}

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
-from mergetune.experiments.comparison_cells import ZERO_SHOT, Fold
+from mergetune.evaluation import Classifier
+from mergetune.experiments.candidates import Candidate, Together
+from mergetune.experiments.cells import Fold
 from mergetune.experiments.solution_merging import merge_solutions
 from mergetune.facts import CompareOptions, FitOptions
 from mergetune.facts.function_options import TUNE_METHODS
@@ -50,31 +52,8 @@ LEFT_OUT = {
     "negate": "it makes a model forget its experts",
     "layerwise": "it takes coefficients as they are; adamerging and expert_merging learn them",
 }
+LABELLED = "training images, labelled"
 SAME_AS_WISE_FT = ("average", "task_arithmetic")  # with one expert and the zero-shot solution
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A method with one choice of hyper-parameters.
-
-    Attributes:
-        row: the line that it competes for.
-        options: its hyper-parameters, JSON-able.
-        experts: K.
-        made: what is evaluated; or how class weights [C, D] come from unit class embeddings, of zero-shot [C, D] and of
-            the experts [K, C, D].
-        data: what it was made with, beside its experts.
-        parameters: numbers that must be kept to classify new class names.
-        seconds: to make it, without its experts.
-    """
-
-    row: str
-    options: dict[str, Any]
-    experts: int
-    made: Solution | Callable[[Tensor, Tensor], Tensor]
-    data: str = "none"
-    parameters: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +61,24 @@ class Candidates:
     """All of a cell.
 
     Attributes:
-        experts: by name, what is merged.
         found: the candidates, row by row, a method's default first.
+        together: what encodes them.
         left_out: method and number of experts -> why it is not compared.
     """
 
-    experts: dict[str, Solution]
     found: list[Candidate]
+    together: Together
     left_out: dict[str, str]
+
+    def class_weights(self, classnames: Sequence[str]) -> tuple[Tensor, list[float]]:
+        """Class weights of all candidates, [candidates, C, D], and the seconds that each took beside the encoding."""
+        self.together.encode(classnames)
+        weights, seconds = [], []
+        for candidate in self.found:
+            began = time.perf_counter()
+            weights.append(candidate.classify(classnames))
+            seconds.append(time.perf_counter() - began)
+        return torch.stack(weights).cpu(), seconds
 
 
 def candidates(
@@ -103,18 +92,23 @@ def candidates(
     train(clip, {folder: fold}, setup, progress=progress)
     experts, seconds = _experts(setup, fold, folder)
     first = next(iter(experts.values()))
-    zero_shot, head = zero_shot_like(clip, first, fold.templates), isinstance(first, Head)
-    found = [Candidate(ZERO_SHOT, {}, 0, zero_shot if head else lambda zero, _: zero)]
-    found += [
-        Candidate(title, {}, 1, solution, "training images, labelled", solution.parameter.numel(), seconds[title])
-        for title, solution in experts.items()
-    ]
+    together, head = Together(clip), isinstance(first, Head)
+    zero_shot = zero_shot_like(clip, first, fold.templates)
+    zero = together.classifier(partial(clip.class_embeddings, templates=fold.templates))
+    own = {title: together.classifier(solution) for title, solution in experts.items()}
+    scaled = together.classifier(zero_shot) if head else lambda names: clip.logit_scale * zero(names)
+    found = [Candidate("zero-shot", scaled, experts=0)]
+    for title, classify in own.items():
+        size = experts[title].parameter.numel()
+        found.append(Candidate(title, classify, data=LABELLED, parameters=size, seconds=seconds[title]))
     left_out: dict[str, str] = {}
     for group in _groups(experts):
-        found += _merged(clip, fold, zero_shot, group, left_out)
-        found += [] if head else _mixed(group)
-        found += _mergetuned(setup, folder, group)
-    return Candidates(experts, found, left_out)
+        found += _merged(clip, together, fold, zero_shot, group, left_out)
+        if not head:
+            mixing = _Mixing(clip.logit_scale, zero, list(own.values())[: len(group)])
+            found += _mixed(mixing, sum(solution.parameter.numel() for solution in group))
+        found += _mergetuned(together, setup, folder, group)
+    return Candidates(found, together, left_out)
 
 
 def train(clip: FrozenClip, folds: Mapping[Path, Fold], setup: CompareOptions, *, progress: bool = False) -> None:
@@ -180,7 +174,12 @@ def _groups(experts: Mapping[str, Solution]) -> list[list[Solution]]:
 
 
 def _merged(
-    clip: FrozenClip, fold: Fold, zero_shot: Solution, group: list[Solution], left_out: dict[str, str]
+    clip: FrozenClip,
+    together: Together,
+    fold: Fold,
+    zero_shot: Solution,
+    group: list[Solution],
+    left_out: dict[str, str],
 ) -> list[Candidate]:
     """Merges of what was trained: context vectors, or head weights."""
     found, count = [], len(group)
@@ -202,7 +201,8 @@ def _merged(
                     began = time.perf_counter()
                     made = merge_solutions(method, group, base=base, clip=clip, features=features, options=options)
                     spent = time.perf_counter() - began
-                    found.append(Candidate(row, options, count, made, used, made.parameter.numel(), spent))
+                    classify, size = together.classifier(made), made.parameter.numel()
+                    found.append(Candidate(row, classify, options, count, used, size, spent))
             except (ValueError, ImportError) as error:
                 left_out[f"{method} [{count}]"] = str(error)
     return found
@@ -219,22 +219,37 @@ def _bases(method: str, zero_shot: Solution, count: int) -> list[Solution | None
     return [None if method == "slerp" else zero_shot]
 
 
-def _mixed(group: list[Solution]) -> list[Candidate]:
+@dataclass(frozen=True, eq=False)
+class _Mixing:
+    """What mixtures of class embeddings are made of: zero-shot [C, D] and experts [K, C, D], at unit norm."""
+
+    scale: float
+    zero_shot: Classifier
+    experts: list[Classifier]
+
+    def classifier(self, mix: Callable[[Tensor, Tensor], Tensor]) -> Classifier:
+        def classify(names: Sequence[str]) -> Tensor:
+            zero = self.zero_shot(names)
+            own = torch.stack([expert(names) for expert in self.experts])
+            return self.scale * mix(zero, F.normalize(own[..., : zero.shape[1]], dim=-1))
+
+        return classify
+
+
+def _mixed(mixing: _Mixing, size: int) -> list[Candidate]:
     """Merges of class embeddings, and averages of logits."""
-    count = len(group)
-    size = sum(solution.parameter.numel() for solution in group)
-    found = []
+    found, count = [], len(mixing.experts)
     for method, fixed in EMBEDDING_METHODS.items():
         facts = METHODS[method]
         fits = facts.least <= count <= (facts.most or count)
         if fits and not (count > 1 and method == "slerp") and not (count == 1 and method in SAME_AS_WISE_FT):
             for options in grid_of(method, count):
-                mix = partial(_by_class, facts.load(), fixed | options)
+                mix = mixing.classifier(partial(_by_class, facts.load(), fixed | options))
                 row = f"{facts.title}, class embeddings [{count}]"
-                found.append(Candidate(row, options, count, mix, parameters=size))
+                found.append(Candidate(row, mix, options, count, parameters=size))
     for t in MIX:
-        mix = partial(_logit_average, t)
-        found.append(Candidate(f"logit ensemble with zero-shot [{count}]", {"t": t}, count, mix, parameters=size))
+        mix = mixing.classifier(partial(_logit_average, t))
+        found.append(Candidate(f"logit ensemble with zero-shot [{count}]", mix, {"t": t}, count, parameters=size))
     return found
 
 
@@ -248,13 +263,13 @@ def _logit_average(t: float, zero: Tensor, own: Tensor) -> Tensor:
     return (1 - t) * zero + t * own.mean(0)
 
 
-def _mergetuned(setup: CompareOptions, folder: Path, group: list[Solution]) -> list[Candidate]:
+def _mergetuned(together: Together, setup: CompareOptions, folder: Path, group: list[Solution]) -> list[Candidate]:
     found, count = [], len(group)
     for options, _, run in _tries(setup, folder, count):
         result = FitResult.load(run)
         row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
-        size, spent = result.solution.parameter.numel(), result.timings["seconds"]
-        found.append(Candidate(row, options, count, result.solution, "training images, labelled", size, spent))
+        classify, size = together.classifier(result.solution), result.solution.parameter.numel()
+        found.append(Candidate(row, classify, options, count, LABELLED, size, result.timings["seconds"]))
     return found
 
 
@@ -277,42 +292,3 @@ def grid_of(method: str, experts: int) -> list[dict[str, Any]]:
 
 def _product(grid: Mapping[str, Sequence]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def class_weights(
-    clip: FrozenClip, made: Candidates, templates: Sequence[str], classnames: Sequence[str]
-) -> tuple[Tensor, list[float]]:
-    """Class weights of all candidates with the logit scale, [candidates, C, D], and the seconds that mixtures took.
-
-    All prompts of one form share calls of the text tower.
-    """
-    solutions = [*made.experts.values(), *(c.made for c in made.found if not callable(c.made))]
-    encoded = _encode(clip, solutions, classnames)
-    zero, own = clip.class_embeddings(classnames, templates), torch.stack(encoded[: len(made.experts)])
-    own, rest = F.normalize(own[..., : zero.shape[1]], dim=-1), iter(encoded[len(made.experts) :])
-    weights, seconds = [], []
-    for candidate in made.found:
-        began = time.perf_counter()
-        if callable(candidate.made):
-            weights.append(clip.logit_scale * candidate.made(zero, own[: max(candidate.experts, 1)]))
-        else:
-            weights.append(next(rest))
-        seconds.append(time.perf_counter() - began)
-    return torch.stack(weights).cpu(), seconds
-
-
-@torch.no_grad()
-def _encode(clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequence[str]) -> list[Tensor]:
-    """Class weights of prompts and heads, [C, D] each."""
-    found: dict[int, Tensor] = {}
-    groups: dict[Any, list[int]] = {}
-    for i, solution in enumerate(solutions):
-        if isinstance(solution, Head):
-            found[i] = solution.logit_scale * solution.class_weights(clip, classnames)
-        else:
-            groups.setdefault(solution.form, []).append(i)
-    for members in groups.values():
-        encode = solutions[members[0]].encoder(clip, classnames)
-        weights = encode(torch.stack([solutions[i].parameter.to(clip.device) for i in members]))
-        found |= dict(zip(members, clip.logit_scale * F.normalize(weights, dim=-1), strict=True))
-    return [found[i] for i in range(len(solutions))]

@@ -9,7 +9,9 @@ from typing import Any
 
 from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset, cache_features
-from mergetune.evaluation import Report, accuracy, classifier, connectivity, logit_ensemble, plot, weight_average
+from mergetune.evaluation import Report, connectivity, plot
+from mergetune.experiments.candidates import Together, usual
+from mergetune.experiments.records import HOME, tested
 from mergetune.io import write_json
 from mergetune.solutions import Head, Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
@@ -21,7 +23,8 @@ class FolderResult:
 
     Attributes:
         result: of :func:`mergetune.fit`.
-        reports: the classes tested, "all" or "base" and "novel" -> what was tested -> how it did on the test images.
+        reports: the classes tested, "all" or "base" and "novel" -> what was tested -> how it did on the test images;
+            "seen" and "unseen" are the base and novel images among all classes.
         figure: loss and accuracy on the paths between zero-shot, tuned and merged solution.
     """
 
@@ -102,17 +105,12 @@ def fit_dataset(
     tests = {part: test.select(half.test) for part, half in parts.items()}
     if isinstance(result.solution, Head):  # it knows the classes that it learned, no others
         tests = {classes: tests[classes]}
-    zero_shot, w2 = classifier(clip, template), classifier(clip, solutions[0])
-    table = {
-        "zero-shot": zero_shot,
-        "fine-tuned": w2,
-        "weight average": weight_average(zero_shot, w2),
-        "logit ensemble": logit_ensemble(zero_shot, w2),
-        "MERGETUNE": classifier(clip, result.solution),
-    }
+    together = Together(clip)
+    table = usual(*map(together.classifier, (template, solutions[0], result.solution)), name="fine-tuned")
+    found = tested(table, tests)
     reports = {
-        part: {name: accuracy(classify(images.classnames), images) for name, classify in table.items()}
-        for part, images in tests.items()
+        part: {row: hits[part].report(tests[HOME.get(part, part)].classnames) for row, hits in found.items()}
+        for part in found["zero-shot"]
     }
     start = zero_shot_like(clip, result.solution, template)
     walks = {
@@ -120,6 +118,6 @@ def fit_dataset(
         for part, images in tests.items()
     }
     plot(walks, out / "paths.png")
-    found = FolderResult(result, reports, out / "paths.png")
-    write_json(out / "report.json", found.to_json())
-    return found
+    made = FolderResult(result, reports, out / "paths.png")
+    write_json(out / "report.json", made.to_json())
+    return made

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache, templates_for
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.experiments.protocols import Caches, finished_record
+from mergetune.experiments.protocols import RECORD, Caches
+from mergetune.experiments.records import read_record
 from mergetune.training import fit, tune
 
 
@@ -52,7 +53,7 @@ def forecast(runs: Sequence[Run], experiment: Experiment, clip: FrozenClip) -> F
         images[path.relative_to(experiment.out / "cache").as_posix()] = (
             0 if (path / "manifest.json").is_file() else len(wanted)
         )
-    left = [run for run in runs if finished_record(experiment.out / run.folder) is None]
+    left = [run for run in runs if read_record(experiment.out / run.folder / RECORD, ["results"]) is None]
     steps = {(run.source, run.method, run.protocol): 0.0 for run in left}
     for key in steps:
         steps[key] = _seconds_a_run(next(r for r in left if (r.source, r.method, r.protocol) == key), caches)

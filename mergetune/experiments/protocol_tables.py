@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergetune.evaluation import harmonic_mean
+from mergetune.experiments.records import HOME, Record
+from mergetune.experiments.tables import Difference, Table
 from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.io import write_json
 
@@ -35,6 +36,7 @@ class Line:
         values: column -> percent.
         spread: column -> standard deviation over seeds, percent; 0 for one seed; empty for means over datasets.
         seeds: number of runs.
+        differences: column -> this line minus MERGETUNE, paired, with intervals over runs and over classes.
     """
 
     protocol: str
@@ -44,6 +46,7 @@ class Line:
     values: dict[str, float]
     spread: dict[str, float]
     seeds: int
+    differences: dict[str, Difference]
 
     @property
     def published(self) -> dict[str, float]:
@@ -59,66 +62,71 @@ class Line:
         return asdict(self) | ({"published": self.published} if self.published else {})
 
 
-def tabulate(records: Sequence[dict[str, Any]]) -> list[Line]:
-    """The table of a protocol from its records: means over seeds, and over datasets where there are several."""
-    groups: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
-    for record in records:
+def tabulate(records: Sequence[Record]) -> list[Line]:
+    """The table of a protocol from its records: means over seeds, and over datasets where there are several.
+
+    Harmonic means are of the mean accuracies, as published.
+    """
+    cells, protocol = _cells(records), records[0]["run"]["protocol"]
+    groups = [(dataset, method, [(dataset, cell) for cell in found]) for (dataset, method), found in cells.items()]
+    if len({dataset for dataset, _ in cells}) > 1:
+        for name in dict.fromkeys(method for _, method in cells):
+            own = [pair for _, method, pairs in groups if method == name for pair in pairs]
+            groups.append(("mean", name, own))
+    lines = []
+    for dataset, method, pairs in groups:
+        datasets, own = zip(*pairs, strict=True)
+        table, seeds = Table(own, datasets), len(pairs) // len(set(datasets))
+        for row in table.rows:
+            spread = {} if dataset == "mean" else table.spread(row)
+            differences = table.differences(row, "MERGETUNE")
+            values = table.means(row, published=True)
+            lines.append(Line(protocol, dataset, method, row, values, spread, seeds, differences))
+    return lines
+
+
+def _cells(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """(dataset, method) -> the counts of each seed. Numbers of shots are parts of one cell."""
+    found: dict[tuple[str, str], dict[int, Record]] = {}
+    counts = [record if "right" in record else _of_version_0_1(record) for record in records]
+    joint = all(HOME.keys() <= parts.keys() for record in counts for parts in record["right"].values())
+    for record in counts:
         run = record["run"]
-        by_seed = groups.setdefault((run["source"], run["method"]), {})
-        by_solution = by_seed.setdefault(run["seed"], {})
-        for target, solutions in record["results"].items():
-            column = f"{run['shots']} shots" if run["protocol"] == "few-shot" else target
-            for solution, report in solutions.items():
-                by_solution.setdefault(solution, {})[column] = report["accuracy"]
-    protocol = records[0]["run"]["protocol"]
-    lines = [
-        _line(protocol, dataset, method, solution, [found[solution] for found in by_seed.values()])
-        for (dataset, method), by_seed in groups.items()
-        for solution in next(iter(by_seed.values()))
-    ]
-    several = len({line.dataset for line in lines}) > 1
-    return lines + (_means(lines) if several else [])
+        by_seed = found.setdefault((run["source"], run["method"]), {})
+        cell = by_seed.setdefault(run["seed"], {"classes": {}, "images": {}, "right": {}})
+        name = f"{run['shots']} shots" if run["protocol"] == "few-shot" else None
+        if record["classes"] is None or cell["classes"] is None:
+            cell["classes"] = None
+        else:
+            cell["classes"] |= {name or part: classes for part, classes in record["classes"].items()}
+        cell["images"] |= {name or part: images for part, images in record["images"].items()}
+        for row, parts in record["right"].items():
+            kept = {name or part: right for part, right in parts.items() if joint or part not in HOME}
+            cell["right"].setdefault(row, {}).update(kept)
+    return {key: list(by_seed.values()) for key, by_seed in found.items()}
 
 
-def _line(protocol: str, dataset: str, method: str, solution: str, runs: list[dict[str, float]]) -> Line:
-    values = {column: statistics.fmean(run[column] for run in runs) for column in runs[0]}
-    every = [run | _summary(protocol, run) for run in runs]
-    values |= _summary(protocol, values)  # HM of the mean accuracies, as published
-    spread = {column: statistics.stdev(run[column] for run in every) if len(every) > 1 else 0.0 for column in values}
-    return Line(protocol, dataset, method, solution, values, spread, len(runs))
+def _of_version_0_1(record: Record) -> Record:
+    """A record that has accuracies only: as counts of all classes together."""
+    right: dict[str, dict[str, list[int]]] = {}
+    images = {}
+    for part, reports in record["results"].items():
+        for row, report in reports.items():
+            images[part] = [report["images"]]
+            right.setdefault(row, {})[part] = [round(report["accuracy"] * report["images"] / 100)]
+    return record | {"classes": None, "images": images, "right": right}
 
 
-def _summary(protocol: str, values: dict[str, float]) -> dict[str, float]:
-    """The columns that are made of others."""
-    if protocol == "base-to-novel":
-        return {"HM": harmonic_mean(values["base"], values["novel"])}
-    others = [value for column, value in values.items() if column != "imagenet"]
-    return {} if protocol == "few-shot" or not others else {"mean of the others": statistics.fmean(others)}
-
-
-def _means(lines: Sequence[Line]) -> list[Line]:
-    """Means over the datasets; HM is that of the mean accuracies, as published."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        groups.setdefault((line.method, line.solution), []).append(line)
-    means = []
-    for (method, solution), found in groups.items():
-        values = {column: statistics.fmean(line.values[column] for line in found) for column in found[0].values}
-        if "HM" in values:
-            values["HM"] = harmonic_mean(values["base"], values["novel"])
-        means.append(Line(found[0].protocol, "mean", method, solution, values, {}, found[0].seeds))
-    return means
-
-
-def save_table(records: Sequence[dict[str, Any]], folder: Path) -> list[Line]:
+def save_table(records: Sequence[Record], folder: Path) -> list[Line]:
     """Write ``table.json`` and ``figure.png`` of a protocol's records into a folder; returns the table."""
     lines = tabulate(records)
-    draw(records, folder / "figure.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(lines, records, folder / "figure.png")
     write_json(folder / "table.json", [line.to_json() for line in lines])
     return lines
 
 
-def draw(records: Sequence[dict[str, Any]], file: str | Path) -> None:
+def draw(lines: Sequence[Line], records: Sequence[Record], file: Path) -> None:
     """The figure of a protocol.
 
     base-to-novel: base against novel accuracy, an arrow from tuned to MERGETUNE for each dataset. few-shot: accuracy
@@ -126,7 +134,7 @@ def draw(records: Sequence[dict[str, Any]], file: str | Path) -> None:
     """
     from matplotlib.figure import Figure  # here, and without pyplot: no display is needed and no state is shared
 
-    lines, protocol = tabulate(records), records[0]["run"]["protocol"]
+    protocol = lines[0].protocol
     methods = list(dict.fromkeys(line.method for line in lines))
     figure = Figure(figsize=(5.2 * len(methods), 4.6), layout="constrained")
     for axis, method in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
@@ -139,7 +147,6 @@ def draw(records: Sequence[dict[str, Any]], file: str | Path) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 
 

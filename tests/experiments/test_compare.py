@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 from mergetune import FeatureCache, Prompt, load_solution
 from mergetune.cli import app
 from mergetune.experiments import Task, compare, merge_solutions
-from mergetune.experiments.comparison_candidates import candidates, class_weights
-from mergetune.experiments.comparison_cells import Cell, Fold
-from mergetune.experiments.comparison_records import WEIGHTS, choose, prepare
-from mergetune.experiments.comparison_tables import summarise, t_interval
+from mergetune.experiments.cells import Cell, Fold
+from mergetune.experiments.comparison import WEIGHTS, choose, prepare
+from mergetune.experiments.comparison_candidates import candidates
+from mergetune.experiments.comparison_tables import summarise
+from mergetune.experiments.tables import t_interval
 from mergetune.facts import CompareOptions
 from mergetune.merging.methods import METHODS
 
@@ -179,20 +180,21 @@ def test_choices_do_not_depend_on_test_images(clip, tmp_path):
 
 def test_one_call_of_the_tower_gives_each_candidates_own_weights(clip, tmp_path):
     fold = task().fold(0, 4, 1)
-    made = candidates(clip, fold, quick(), tmp_path)
-    made = replace(made, experts={"far": prompt(1), "away": prompt(2)})  # one epoch leaves experts near zero-shot
+    experts = {"far": prompt(1), "away": prompt(2)}
+    made = candidates(clip, fold, quick(experts=experts), tmp_path)
     names = fold.val["novel"].classnames
-    weights, _ = class_weights(clip, made, fold.templates, names)
+    weights, _ = made.class_weights(names)
     zero = clip.class_embeddings(names)
-    own = [solution.class_embeddings(clip, names) for solution in made.experts.values()]
+    own = [solution.class_embeddings(clip, names) for solution in experts.values()]
     by_row = {}
     for candidate, w in zip(made.found, weights, strict=True):
         by_row.setdefault(candidate.row, []).append(w / clip.logit_scale)
-        if isinstance(candidate.made, Prompt):
-            expected = candidate.made.class_embeddings(clip, names)
-            torch.testing.assert_close(w / clip.logit_scale, expected, atol=1e-5, rtol=1e-5)
     close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
     close(by_row["zero-shot"][0], zero)
+    for row, expected in zip(experts, own, strict=True):
+        close(by_row[row][0], expected)
+    merged = load_solution(tmp_path / "mergetune-2" / "lam-8").class_embeddings(clip, names)
+    close(by_row["MERGETUNE, chosen [2]"][0], merged)
     close(by_row["WiSE-FT, class embeddings [1]"][0], F.normalize(zero + own[0], dim=-1))
     close(by_row["logit ensemble with zero-shot [2]"][1], 0.75 * zero + 0.25 * (own[0] + own[1]) / 2)
     close(by_row["Weight average, class embeddings [2]"][0], F.normalize(own[0] + own[1], dim=-1))
@@ -230,7 +232,7 @@ def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monk
     for job in ("tune_job", "fit_job"):
         monkeypatch.setattr(comparison_candidates, job, no_training)
     assert compare(clip, task(), tmp_path, **arguments).to_json() == found.to_json()
-    with pytest.raises(ValueError, match="other settings: choose another --out"):
+    with pytest.raises(ValueError, match="holds results with other shots: choose another --out"):
         compare(clip, task(), tmp_path, **arguments | {"setup": quick(shots=3)})
 
 
@@ -262,7 +264,7 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("moment", ["experts", "runs", "cells"])
 def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
     """While experts are trained, or before MERGETUNE is, or with one of two cells done."""
-    from mergetune.experiments import comparison_candidates, comparison_records
+    from mergetune.experiments import comparison, comparison_candidates
     from mergetune.training import runs
 
     longer = QUICK | {"epochs": 2}
@@ -270,7 +272,7 @@ def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
     module, name, number = {
         "experts": (runs, "write_atomically", 3),
         "runs": (comparison_candidates, "fit_job", 1),
-        "cells": (comparison_records, "score", 2),
+        "cells": (comparison, "validated", 2),
     }[moment]
     calls, real = [], getattr(module, name)
 
@@ -424,5 +426,6 @@ def test_from_images_to_a_merge_with_data_and_a_table(tmp_path):
             "--classes", "base", "-o", "steps=2", "--out", tmp_path / "merged", *backbone,
         )  # fmt: skip
         assert merged.exit_code == 0, merged.stderr
-    assert found["lines"][0]["row"] == "zero-shot" and found["lines"][0]["values"].keys() == {"base", "novel", "HM"}
+    columns = ["base", "novel", "HM", "seen", "unseen", "joint HM"]
+    assert found["lines"][0]["row"] == "zero-shot" and list(found["lines"][0]["values"]) == columns
     assert load_solution(tmp_path / "merged").notes["data"] == "images without labels"

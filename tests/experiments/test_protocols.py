@@ -24,6 +24,7 @@ from mergetune.experiments.protocol_plans import ELEVEN, SHIFTED
 from mergetune.experiments.protocol_tables import PUBLISHED, tabulate
 
 QUICK = {"tune": {"epochs": 1}, "fit": {"epochs": 1}}
+HALVES = ["base", "novel", "HM", "seen", "unseen", "joint HM"]
 SOLUTIONS = ["zero-shot", "tuned", "weight average", "logit ensemble", "MERGETUNE"]
 
 
@@ -110,7 +111,11 @@ def test_everything_that_is_missing_is_said_before_any_work(root: Path, tmp_path
 @pytest.mark.parametrize(
     ("protocol", "settings", "columns"),
     [
-        ("base-to-novel", {"shots": [2], "methods": ["coop", "kgcoop"], "seeds": [1]}, ["base", "novel", "HM"]),
+        (
+            "base-to-novel",
+            {"shots": [2], "methods": ["coop", "kgcoop"], "seeds": [1]},
+            ["base", "novel", "HM", "seen", "unseen", "joint HM"],
+        ),
         ("cross-dataset", {"shots": [2], "seeds": [1]}, ["imagenet", *ELEVEN[1:], "mean of the others"]),
         ("domain", {"shots": [2], "seeds": [1, 2]}, ["imagenet", *SHIFTED, "mean of the others"]),
         (
@@ -178,7 +183,7 @@ def test_a_second_call_trains_nothing_and_other_settings_are_refused(
     first = reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
     assert reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False) == first
-    with pytest.raises(ValueError, match="holds a run with other settings or targets: choose another --out"):
+    with pytest.raises(ValueError, match="holds results with other fit: choose another --out"):
         reproduce(runs, experiment(root, tmp_path, fit={"epochs": 2}), tiny_clip, progress=False)
     (tmp_path / runs[0].folder / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json cannot be read .*delete it to run it again"):
@@ -241,16 +246,17 @@ def test_a_forecast_counts_and_does_nothing(root: Path, tmp_path: Path) -> None:
 
 def test_the_table_is_means_and_spreads_with_the_published_figures() -> None:
     def record(source: str, seed: int, base: float, novel: float) -> dict:
-        report = {name: {"accuracy": v} for name, v in (("base", base), ("novel", novel))}
-        results = {target: {"tuned": value} for target, value in report.items()}
+        report = {name: {"accuracy": v, "images": 10} for name, v in (("base", base), ("novel", novel))}
+        results = {target: {"tuned": value, "MERGETUNE": value} for target, value in report.items()}
         return {
             "run": {"protocol": "base-to-novel", "source": source, "method": "coop", "shots": 16, "seed": seed},
             "results": results,
         }
 
-    a, b, mean = tabulate(
+    lines = tabulate(
         [record("dtd", 1, 60, 40), record("dtd", 2, 70, 50), record("eurosat", 1, 90, 50), record("eurosat", 2, 80, 70)]
     )
+    a, b, mean = (line for line in lines if line.solution == "tuned")
     assert a.values == pytest.approx({"base": 65, "novel": 45, "HM": 2 * 65 * 45 / 110})
     assert a.spread["base"] == pytest.approx(7.0710678) and a.show("base") == "65.00 ± 7.07"
     assert b.values["novel"] == 60 and not b.published
