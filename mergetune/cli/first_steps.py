@@ -41,7 +41,8 @@ def demo(
     tell(
         f"Standard error from the number of test images: {result.rows[0].base_error:.1f} (base), "
         f"{result.rows[0].novel_error:.1f} (novel). "
-        f"Seen and unseen are the same images among all classes. Figure: {result.figure}. Everything: {folder / 'results.json'}."
+        f"Seen and unseen are the same images among all classes. Figure: {result.figure}. "
+        f"Everything: {folder / 'results.json'}."
     )
 
 

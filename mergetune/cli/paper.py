@@ -98,8 +98,8 @@ def _print_lines(lines: list[Any]) -> None:
     columns = list(lines[0].values)
     table = new_table("dataset, stage 1, solution", *columns)
     for line in lines:
-        style = "bold" if line.solution == "MERGETUNE" else None
-        table.add_row(f"{line.dataset}, {line.method}, {line.solution}", *map(line.show, columns), style=style)
+        style = "bold" if line.row == "MERGETUNE" else None
+        table.add_row(f"{line.dataset}, {line.method}, {line.row}", *map(line.show, columns), style=style)
         if line.published:
             apart = {c: f"{p:.2f} ({line.values[c] - p:+.2f})" for c, p in line.published.items()}
             table.add_row("  published, eleven datasets", *(apart.get(c, "") for c in columns), style="dim")

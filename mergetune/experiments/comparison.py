@@ -27,9 +27,9 @@ from mergetune.evaluation import accuracy, harmonic_mean, score
 from mergetune.experiments.cells import Cell, Task
 from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates, train
 from mergetune.experiments.comparison_tables import REFERENCE, Comparison, summarise
-from mergetune.experiments.records import Record, counted, held
+from mergetune.experiments.engine import Record, begun, counted, finish
 from mergetune.facts import CompareOptions
-from mergetune.io import MAX_WEIGHTS, jsonable, read_regular, write_atomically, write_json
+from mergetune.io import MAX_WEIGHTS, read_regular, write_atomically
 
 RECORD, WEIGHTS = "cell.json", "class-weights.safetensors"
 
@@ -94,16 +94,8 @@ def compare(
 
 
 def begin(clip: FrozenClip, task: Task, cell: Cell, setup: CompareOptions, folder: Path) -> Record:
-    """What a cell's file holds: the result of :func:`prepare` if it is there, or the settings alone, which are kept.
-
-    Raises:
-        ValueError: the folder holds a cell with other settings.
-    """
-    record = held(folder / RECORD, {"cell": asdict(cell), "settings": _settings(clip, task, setup)})
-    if not (folder / RECORD).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECORD, record)
-    return record
+    """What a cell's file holds: the result of :func:`prepare` if it is there, or the settings alone."""
+    return begun(folder / RECORD, {"cell": asdict(cell), "settings": _settings(clip, task, setup)})
 
 
 def prepare(
@@ -116,9 +108,9 @@ def prepare(
     Raises:
         ValueError: the folder holds a cell with other settings.
     """
-    begun = begin(clip, task, cell, setup, folder)
-    if "candidates" in begun:
-        return begun
+    record = begin(clip, task, cell, setup, folder)
+    if "candidates" in record:
+        return record
     fold = task.fold(cell.partition, setup.shots, cell.seed)
     made = candidates(clip, fold, setup, folder, progress=progress)
     weights, mixing = {}, [0.0] * len(made.found)
@@ -134,9 +126,7 @@ def prepare(
         }
         for c, spent, value in zip(made.found, mixing, scores, strict=True)
     ]  # fmt: skip
-    record = begun | {"candidates": entries, "left_out": made.left_out}
-    write_json(folder / RECORD, record)
-    return jsonable(record)
+    return finish(folder / RECORD, record, {"candidates": entries, "left_out": made.left_out})
 
 
 def validated(weights: Mapping[str, Tensor], val: Mapping[str, FeatureCache]) -> list[float]:
@@ -185,9 +175,7 @@ def measure(task: Task, record: Record, chosen: Mapping[str, int], folder: Path)
     weights = deserialize(read_regular(kept, limit=MAX_WEIGHTS))
     tests = {part: task.test.select_classes(classes) for part, classes in halves.items()}
     found = {row: score({part: weights[part][number] for part in tests}, tests) for row, number in chosen.items()}
-    record = record | {"chosen": dict(chosen)} | counted(found, halves)
-    write_json(folder / RECORD, record)
-    return jsonable(record)
+    return finish(folder / RECORD, record, {"chosen": dict(chosen)} | counted(found, halves))
 
 
 def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, Any]:

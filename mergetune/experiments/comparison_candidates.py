@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mergetune.clip import FrozenClip
 from mergetune.evaluation import Classifier
-from mergetune.experiments.candidates import Candidate, Together
 from mergetune.experiments.cells import Fold
+from mergetune.experiments.engine import Candidate, Together
 from mergetune.experiments.solution_merging import merge_solutions
 from mergetune.facts import CompareOptions, FitOptions
 from mergetune.facts.function_options import TUNE_METHODS
@@ -105,8 +105,8 @@ def candidates(
     for group in _groups(experts):
         found += _merged(clip, together, fold, zero_shot, group, left_out)
         if not head:
-            mixing = _Mixing(clip.logit_scale, zero, list(own.values())[: len(group)])
-            found += _mixed(mixing, sum(solution.parameter.numel() for solution in group))
+            size = sum(solution.parameter.numel() for solution in group)
+            found += _mixed(clip.logit_scale, zero, list(own.values())[: len(group)], size)
         found += _mergetuned(together, setup, folder, group)
     return Candidates(found, together, left_out)
 
@@ -219,36 +219,29 @@ def _bases(method: str, zero_shot: Solution, count: int) -> list[Solution | None
     return [None if method == "slerp" else zero_shot]
 
 
-@dataclass(frozen=True, eq=False)
-class _Mixing:
-    """What mixtures of class embeddings are made of: zero-shot [C, D] and experts [K, C, D], at unit norm."""
+def _mixed(scale: float, zero_shot: Classifier, experts: list[Classifier], size: int) -> list[Candidate]:
+    """Merges of class embeddings, and averages of logits."""
 
-    scale: float
-    zero_shot: Classifier
-    experts: list[Classifier]
+    def mixture(mix: Callable[[Tensor, Tensor], Tensor]) -> Classifier:
+        """``mix`` takes unit class embeddings, of zero-shot [C, D] and of the experts [K, C, D]."""
 
-    def classifier(self, mix: Callable[[Tensor, Tensor], Tensor]) -> Classifier:
         def classify(names: Sequence[str]) -> Tensor:
-            zero = self.zero_shot(names)
-            own = torch.stack([expert(names) for expert in self.experts])
-            return self.scale * mix(zero, F.normalize(own[..., : zero.shape[1]], dim=-1))
+            zero, own = zero_shot(names), torch.stack([expert(names) for expert in experts])
+            return scale * mix(zero, F.normalize(own[..., : zero.shape[1]], dim=-1))
 
         return classify
 
-
-def _mixed(mixing: _Mixing, size: int) -> list[Candidate]:
-    """Merges of class embeddings, and averages of logits."""
-    found, count = [], len(mixing.experts)
+    found, count = [], len(experts)
     for method, fixed in EMBEDDING_METHODS.items():
         facts = METHODS[method]
         fits = facts.least <= count <= (facts.most or count)
         if fits and not (count > 1 and method == "slerp") and not (count == 1 and method in SAME_AS_WISE_FT):
             for options in grid_of(method, count):
-                mix = mixing.classifier(partial(_by_class, facts.load(), fixed | options))
+                mix = mixture(partial(_by_class, facts.load(), fixed | options))
                 row = f"{facts.title}, class embeddings [{count}]"
                 found.append(Candidate(row, mix, options, count, parameters=size))
     for t in MIX:
-        mix = mixing.classifier(partial(_logit_average, t))
+        mix = mixture(partial(_logit_average, t))
         found.append(Candidate(f"logit ensemble with zero-shot [{count}]", mix, {"t": t}, count, parameters=size))
     return found
 

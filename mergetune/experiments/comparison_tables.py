@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.experiments.cells import Cell
-from mergetune.experiments.records import Record
-from mergetune.experiments.tables import RESAMPLES, Difference, Table
+from mergetune.experiments.engine import Record
+from mergetune.experiments.tables import RESAMPLES, Interval, Line, Table
 from mergetune.io import jsonable, write_atomically, write_json
 
 REFERENCE = "MERGETUNE, chosen [1]"
 
 
 @dataclass(frozen=True)
-class ComparedLine:
-    """A line of the table.
+class ComparedLine(Line):
+    """A line of the table: "base", "novel", "HM", "seen", "unseen" and "joint HM", or "all"; and what it takes.
 
     Attributes:
-        row: method, what it merges, [number of experts].
-        values: "base", "novel" and "HM", "seen", "unseen" and "joint HM", or "all" -> percent, mean over cells.
-        spread: standard deviation over cells; 0 for one.
-        errors: standard error from the classes, by bootstrap: what other classes would have changed.
-        differences: to the reference; empty for itself.
         data: what is needed beside the experts.
         parameters: numbers that must be kept to classify new class names.
         seconds: to make one candidate, without its experts; mean.
@@ -34,11 +29,6 @@ class ComparedLine:
         options: the chosen hyper-parameters -> in how many cells.
     """
 
-    row: str
-    values: dict[str, float]
-    spread: dict[str, float]
-    errors: dict[str, float]
-    differences: dict[str, Difference]
     data: str
     parameters: int
     seconds: float
@@ -95,7 +85,7 @@ class Comparison:
         plot(self, folder / "comparison.png")
 
 
-def _interval(ends: tuple[float, float] | None) -> str:
+def _interval(ends: Interval | None) -> str:
     return "" if ends is None else f"{ends[0]:+.2f} to {ends[1]:+.2f}"
 
 
@@ -105,17 +95,13 @@ def summarise(
     """The table of measured cells. Lines that some cell lacks are left out."""
     table = Table(records, [record["cell"]["task"] for record in records], resamples)
     lines = []
-    for row in table.rows:
-        entries = [entry for record in records for entry in record["candidates"] if entry["row"] == row]
-        won = [record["candidates"][record["chosen"][row]] for record in records]
+    for line in table.lines(reference):
+        entries = [entry for record in records for entry in record["candidates"] if entry["row"] == line.row]
+        won = [record["candidates"][record["chosen"][line.row]] for record in records]
         options = [", ".join(f"{k} {_short(v)}" for k, v in entry["options"].items()) for entry in won]
         lines.append(
             ComparedLine(
-                row=row,
-                values=table.means(row),
-                spread=table.spread(row),
-                errors=table.errors(row),
-                differences=table.differences(row, reference),
+                **vars(line),
                 data=won[0]["data"],
                 parameters=won[0]["parameters"],
                 seconds=statistics.fmean(entry["seconds"] for entry in entries),

@@ -1,17 +1,30 @@
-"""The embedded CLIP and its icons: a dataset of 100 classes that needs no download."""
+"""The demonstration: from image files to table and figure on the embedded CLIP and icons, through the ordinary path.
+
+CoOp learns 50 base classes from 16 images each; MERGETUNE repairs what it forgot of the 50 novel ones.
+"""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 from mergetune.clip import FrozenClip, load_clip
 from mergetune.data import Dataset, ImageFolder, cache_features
-from mergetune.experiments.cells import Task
+from mergetune.evaluation import BaseNovel, Row, connectivity, logit_ensemble, plot, summarise, weight_average
+from mergetune.evaluation import Path as Walk
+from mergetune.experiments.cells import Cell, Task
+from mergetune.experiments.engine import HOME, Candidate, Record, Together, begun, counted, finish, hits, tested
+from mergetune.io import write_json
+from mergetune.solutions import Prompt, Solution, interpolate
+from mergetune.training import fit, tune
 
 TEMPLATE = "an icon of a {}"
+SHOTS = 16
+PARTITION = 0  # CoOp's: the first half of the classes is base
 STAGE_1 = {"epochs": 50, "batch_size": 64, "lr": 0.01}
 PRECISION = "float32"  # so that the figures do not depend on what the machine is fastest at
 
@@ -39,3 +52,135 @@ def icons_task(
         for part, images in (("train", data.train), ("test", data.test))
     }
     return clip, [Task("icons", **caches, templates=(TEMPLATE,))]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration measured.
+
+    Attributes:
+        rows: one a method, in the order of the table.
+        runs: method -> its result with each seed.
+        paths: the first seed's paths, "base" and "novel" test images -> name -> path.
+        figure: where the figure is.
+        milliseconds: mean time of a training step, by method.
+    """
+
+    rows: tuple[Row, ...]
+    runs: dict[str, tuple[BaseNovel, ...]]
+    paths: dict[str, dict[str, Walk]]
+    figure: Path
+    milliseconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "runs": {name: [run.to_json() for run in runs] for name, runs in self.runs.items()},
+            "paths": {
+                part: {name: walk.to_json() for name, walk in paths.items()} for part, paths in self.paths.items()
+            },
+            "milliseconds_per_step": self.milliseconds,
+            "settings": {"template": TEMPLATE, "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1},
+        }
+
+
+def run_demo(
+    folder: str | Path,
+    *,
+    seeds: Sequence[int] = (1, 2, 3),
+    progress: bool = True,
+    report: Callable[[str], None] = lambda _: None,
+) -> DemoResult:
+    """Cache, fine-tune, repair, evaluate.
+
+    Args:
+        folder: for images, caches, solutions, records, results.json and the figure. What is there is used again.
+        seeds: each draws its own 16 images a class and its own order of batches.
+        progress: show bars where stderr is a terminal.
+        report: told in a line what is about to be done.
+    """
+    if not seeds:
+        raise ValueError("seeds must hold at least one seed, got none")
+    folder = Path(folder)
+    clip, (task,) = icons_task(folder, progress=progress, report=report)
+    records = [
+        _seed(clip, task, Cell(task.name, PARTITION, seed), folder / f"seed-{seed}", progress=progress, report=report)
+        for seed in seeds
+    ]
+    names = {part: [task.train.classnames[c] for c in own] for part, own in task.halves(PARTITION).items()}
+    names |= {part: names[home] for part, home in HOME.items()}
+    runs = {
+        row: tuple(
+            BaseNovel(**{part: hits(record, row, part).report(names[part]) for part in parts}) for record in records
+        )
+        for row, parts in records[0]["right"].items()
+    }
+    times = {name: [record["milliseconds"][name] for record in records] for name in records[0]["milliseconds"]}
+    result = DemoResult(
+        rows=tuple(summarise(name, found) for name, found in runs.items()),
+        runs=runs,
+        paths={
+            part: {name: Walk.from_json(walk) for name, walk in walks.items()}
+            for part, walks in records[0]["paths"].items()
+        },
+        figure=folder / "paths.png",
+        milliseconds={name: sum(found) / len(found) for name, found in times.items()},
+    )
+    plot({f"{part} classes, test images": walks for part, walks in result.paths.items()}, result.figure)
+    write_json(folder / "results.json", result.to_json(), indent=2)
+    return result
+
+
+def _seed(
+    clip: FrozenClip, task: Task, cell: Cell, folder: Path, *, progress: bool, report: Callable[[str], None]
+) -> Record:
+    """The record of a seed: made, or taken from disk."""
+    file = folder / "cell.json"
+    settings = {
+        "clip": clip.fingerprint, "features": [task.train.digest, task.test.digest], "template": TEMPLATE,
+        "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1,
+    }  # fmt: skip
+    record = begun(file, {"cell": asdict(cell), "settings": settings})
+    if "right" in record:
+        return record
+    shots = task.fold(PARTITION, SHOTS, cell.seed).train
+    tests = {part: task.test.select_classes(own) for part, own in task.halves(PARTITION).items()}
+    common = {"seed": cell.seed, "precision": PRECISION, "progress": progress}
+    results = {}
+    for method, title in (("coop", "CoOp"), ("kgcoop", "KgCoOp")):
+        report(f"seed {cell.seed}: {title} on {len(shots.classnames)} base classes, {SHOTS} images each")
+        results[title] = tune(clip, shots, method=method, template=TEMPLATE, **STAGE_1, **common)
+    report(f"seed {cell.seed}: MERGETUNE from zero-shot and CoOp")
+    results["MERGETUNE"] = fit(clip, shots, results["CoOp"].solution, zero_shot=TEMPLATE, **common)
+    results["MERGETUNE"].save(folder)
+    zero_shot = Prompt.from_template(clip, TEMPLATE)
+    solutions = {"zero-shot": zero_shot} | {title: result.solution for title, result in results.items()}
+    ends = zero_shot, solutions["CoOp"], solutions["MERGETUNE"]
+    walks = {part: connectivity(clip, *ends, features) for part, features in tests.items()}
+    found = {
+        "milliseconds": {title: result.timings["ms_per_step"] for title, result in results.items()},
+        "paths": {part: {name: walk.to_json() for name, walk in found.items()} for part, found in walks.items()},
+    }
+    return finish(file, record, found | counted(tested(rows(clip, solutions), tests), task.halves(PARTITION)))
+
+
+def rows(clip: FrozenClip, solutions: Mapping[str, Solution]) -> list[Candidate]:
+    """The rows of the table, MERGETUNE last. The mixtures are of zero-shot and CoOp, half and half.
+
+    Args:
+        clip: the embedded CLIP.
+        solutions: "zero-shot", "CoOp", "KgCoOp" and "MERGETUNE".
+    """
+    together = Together(clip)
+    made = {title: together.classifier(solution) for title, solution in solutions.items()}
+    w1, w2 = made["zero-shot"], made["CoOp"]
+    average = together.classifier(interpolate(solutions["zero-shot"], solutions["CoOp"], 0.5))
+    return [
+        Candidate("zero-shot", w1),
+        Candidate("CoOp", w2),
+        Candidate("KgCoOp", made["KgCoOp"]),
+        Candidate("weight average, context vectors", average),
+        Candidate("weight average, class embeddings (WiSE-FT)", weight_average(w1, w2)),
+        Candidate("logit ensemble", logit_ensemble(w1, w2)),
+        Candidate("MERGETUNE", made["MERGETUNE"]),
+    ]

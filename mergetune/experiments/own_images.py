@@ -10,8 +10,7 @@ from typing import Any
 from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset, cache_features
 from mergetune.evaluation import Report, connectivity, plot
-from mergetune.experiments.candidates import Together, usual
-from mergetune.experiments.records import HOME, tested
+from mergetune.experiments.engine import HOME, Together, tested, usual
 from mergetune.io import write_json
 from mergetune.solutions import Head, Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache, templates_for
+from mergetune.experiments.engine import kept
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
 from mergetune.experiments.protocols import RECORD, Caches
-from mergetune.experiments.records import read_record
 from mergetune.training import fit, tune
 
 
@@ -53,7 +53,8 @@ def forecast(runs: Sequence[Run], experiment: Experiment, clip: FrozenClip) -> F
         images[path.relative_to(experiment.out / "cache").as_posix()] = (
             0 if (path / "manifest.json").is_file() else len(wanted)
         )
-    left = [run for run in runs if read_record(experiment.out / run.folder / RECORD, ["results"]) is None]
+    records = [kept(experiment.out / run.folder / RECORD, ["run", "settings"]) for run in runs]
+    left = [run for run, record in zip(runs, records, strict=True) if "results" not in (record or {})]
     steps = {(run.source, run.method, run.protocol): 0.0 for run in left}
     for key in steps:
         steps[key] = _seconds_a_run(next(r for r in left if (r.source, r.method, r.protocol) == key), caches)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergetune.experiments.records import HOME, Record
-from mergetune.experiments.tables import Difference, Table
+from mergetune.experiments.engine import HOME, Record
+from mergetune.experiments.tables import Line, Table
 from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.io import write_json
 
@@ -25,33 +25,25 @@ PUBLISHED: dict[tuple[str, str, str], dict[str, float]] = {
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of the table: means over seeds.
+class ProtocolLine(Line):
+    """A line of the table: a solution's means over seeds. Its differences are to MERGETUNE.
 
     Attributes:
         protocol: one of ``PROTOCOLS``.
-        dataset: the source, or "mean" over several.
+        dataset: the source, or "mean" over several; that has no spread.
         method: stage 1.
-        solution: "zero-shot", "tuned", "weight average", "logit ensemble" or "MERGETUNE".
-        values: column -> percent.
-        spread: column -> standard deviation over seeds, percent; 0 for one seed; empty for means over datasets.
         seeds: number of runs.
-        differences: column -> this line minus MERGETUNE, paired, with intervals over runs and over classes.
     """
 
     protocol: str
     dataset: str
     method: str
-    solution: str
-    values: dict[str, float]
-    spread: dict[str, float]
     seeds: int
-    differences: dict[str, Difference]
 
     @property
     def published(self) -> dict[str, float]:
         """The paper's figures, ViT-B/16 over all eleven datasets: of the mean only."""
-        return PUBLISHED.get((self.protocol, self.method, self.solution), {}) if self.dataset == "mean" else {}
+        return PUBLISHED.get((self.protocol, self.method, self.row), {}) if self.dataset == "mean" else {}
 
     def show(self, column: str) -> str:
         """A cell: the mean, and the deviation where there are several seeds."""
@@ -59,29 +51,24 @@ class Line:
         return f"{self.values[column]:.2f}{deviation}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | ({"published": self.published} if self.published else {})
+        found = asdict(self)
+        return found | {"solution": found.pop("row")} | ({"published": self.published} if self.published else {})
 
 
-def tabulate(records: Sequence[Record]) -> list[Line]:
-    """The table of a protocol from its records: means over seeds, and over datasets where there are several.
-
-    Harmonic means are of the mean accuracies, as published.
-    """
+def tabulate(records: Sequence[Record]) -> list[ProtocolLine]:
+    """The table of a protocol from its records: means over seeds, and over datasets where there are several."""
     cells, protocol = _cells(records), records[0]["run"]["protocol"]
     groups = [(dataset, method, [(dataset, cell) for cell in found]) for (dataset, method), found in cells.items()]
     if len({dataset for dataset, _ in cells}) > 1:
         for name in dict.fromkeys(method for _, method in cells):
-            own = [pair for _, method, pairs in groups if method == name for pair in pairs]
-            groups.append(("mean", name, own))
+            groups.append(("mean", name, [pair for _, method, pairs in groups if method == name for pair in pairs]))
     lines = []
     for dataset, method, pairs in groups:
         datasets, own = zip(*pairs, strict=True)
-        table, seeds = Table(own, datasets), len(pairs) // len(set(datasets))
-        for row in table.rows:
-            spread = {} if dataset == "mean" else table.spread(row)
-            differences = table.differences(row, "MERGETUNE")
-            values = table.means(row, published=True)
-            lines.append(Line(protocol, dataset, method, row, values, spread, seeds, differences))
+        seeds = len(own) // len(set(datasets))
+        for line in Table(own, datasets).lines("MERGETUNE", published=True):
+            line = replace(line, spread={}) if dataset == "mean" else line
+            lines.append(ProtocolLine(**vars(line), protocol=protocol, dataset=dataset, method=method, seeds=seeds))
     return lines
 
 
@@ -117,7 +104,7 @@ def _of_version_0_1(record: Record) -> Record:
     return record | {"classes": None, "images": images, "right": right}
 
 
-def save_table(records: Sequence[Record], folder: Path) -> list[Line]:
+def save_table(records: Sequence[Record], folder: Path) -> list[ProtocolLine]:
     """Write ``table.json`` and ``figure.png`` of a protocol's records into a folder; returns the table."""
     lines = tabulate(records)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +113,7 @@ def save_table(records: Sequence[Record], folder: Path) -> list[Line]:
     return lines
 
 
-def draw(lines: Sequence[Line], records: Sequence[Record], file: Path) -> None:
+def draw(lines: Sequence[ProtocolLine], records: Sequence[Record], file: Path) -> None:
     """The figure of a protocol.
 
     base-to-novel: base against novel accuracy, an arrow from tuned to MERGETUNE for each dataset. few-shot: accuracy
@@ -153,32 +140,32 @@ def draw(lines: Sequence[Line], records: Sequence[Record], file: Path) -> None:
 _COLORS = {"zero-shot": "#7f7f7f", "tuned": "#7570b3", "MERGETUNE": "#d95f02"}
 
 
-def _draw_halves(axis: Any, lines: Sequence[Line]) -> None:
+def _draw_halves(axis: Any, lines: Sequence[ProtocolLine]) -> None:
     for dataset in dict.fromkeys(line.dataset for line in lines if line.dataset != "mean"):
-        at = {line.solution: (line.values["base"], line.values["novel"]) for line in lines if line.dataset == dataset}
+        at = {line.row: (line.values["base"], line.values["novel"]) for line in lines if line.dataset == dataset}
         axis.annotate("", at["MERGETUNE"], at["tuned"], arrowprops={"arrowstyle": "->", "color": "#bbbbbb"})
         axis.annotate(dataset, at["MERGETUNE"], fontsize=6)
     for solution, color in _COLORS.items():
-        found = [line.values for line in lines if line.solution == solution and line.dataset != "mean"]
+        found = [line.values for line in lines if line.row == solution and line.dataset != "mean"]
         axis.scatter([v["base"] for v in found], [v["novel"] for v in found], color=color, s=16, label=solution)
     axis.set(xlabel="base classes (%)", ylabel="novel classes (%)")
 
 
-def _draw_shots(axis: Any, lines: Sequence[Line]) -> None:
+def _draw_shots(axis: Any, lines: Sequence[ProtocolLine]) -> None:
     of_mean = [line for line in lines if line.dataset == "mean"] or lines
     for line in of_mean:
-        if line.solution in _COLORS:
+        if line.row in _COLORS:
             shots = [int(column.split()[0]) for column in line.values]
-            axis.plot(shots, line.values.values(), color=_COLORS[line.solution], marker="o", label=line.solution)
+            axis.plot(shots, line.values.values(), color=_COLORS[line.row], marker="o", label=line.row)
     axis.set(xlabel="images a class", ylabel="accuracy (%)")
 
 
-def _draw_targets(axis: Any, lines: Sequence[Line]) -> None:
+def _draw_targets(axis: Any, lines: Sequence[ProtocolLine]) -> None:
     columns = list(lines[0].values)
-    found = [line for line in lines if line.solution in _COLORS]
+    found = [line for line in lines if line.row in _COLORS]
     for i, line in enumerate(found):
         places = [place + (i - 1) * 0.27 for place in range(len(columns))]
-        axis.bar(places, [line.values[c] for c in columns], 0.25, color=_COLORS[line.solution], label=line.solution)
+        axis.bar(places, [line.values[c] for c in columns], 0.25, color=_COLORS[line.row], label=line.row)
     axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
     axis.set(ylabel="accuracy (%)")
 

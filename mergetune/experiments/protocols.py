@@ -20,10 +20,9 @@ from tqdm import tqdm
 from mergetune.clip import FrozenClip
 from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_features, few_shot_path, templates_for
 from mergetune.evaluation import Hits, count_hits, logit_ensemble, weight_average
-from mergetune.experiments.candidates import Together, usual
+from mergetune.experiments.engine import Record, Together, begun, counted, finish, tested, usual
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.experiments.records import Record, counted, held, tested
-from mergetune.io import jsonable, torchrun_team, write_json
+from mergetune.io import torchrun_team
 from mergetune.solutions import open_solution
 from mergetune.training import fit, tune
 
@@ -98,7 +97,7 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
     """Do a run whose caches are built, or take its result from disk; killed, it goes on from its last epoch.
 
     Returns:
-        Its record: the run, the settings, the counts of :mod:`mergetune.experiments.records`, and their summary
+        Its record: the run, the settings, the counts of :mod:`mergetune.experiments.engine`, and their summary
         ``results[target][solution]`` with accuracy, images and standard error; for "robust" also
         ``mixes[target][ensemble]``, accuracies at the coefficients ``MIXES``.
 
@@ -107,7 +106,7 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
     """
     clip, experiment = caches.clip, caches.experiment
     folder = experiment.out / run.folder
-    record = held(folder / RECORD, {"run": asdict(run), "settings": experiment.settings(clip)})
+    record = begun(folder / RECORD, {"run": asdict(run), "settings": experiment.settings(clip)})
     if "results" in record:
         return record
     began = time.perf_counter()
@@ -143,10 +142,8 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
                 for kind, mix in (("weight", weight_average), ("logit", logit_ensemble))
             }
     results = {part: {row: parts[part].to_json() for row, parts in found.items()} for part in found["zero-shot"]}
-    record |= {"results": results} | ({"mixes": mixes} if mixes else {}) | counted(found)
-    record["seconds"] = time.perf_counter() - began
-    write_json(folder / RECORD, record)
-    return jsonable(record)
+    done = {"results": results} | ({"mixes": mixes} if mixes else {}) | counted(found)
+    return finish(folder / RECORD, record, done | {"seconds": time.perf_counter() - began})
 
 
 def reproduce(

@@ -10,14 +10,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergetune.experiments.records import HOME, Record
+from mergetune.experiments.engine import HOME, Record
 
 RESAMPLES = 2000
+MEANS = {"HM": ("base", "novel"), "joint HM": ("seen", "unseen")}
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -34,44 +35,36 @@ class Difference:
     """
 
     mean: float
-    cells: tuple[float, float] | None
-    datasets: tuple[float, float] | None
-    classes: tuple[float, float] | None
+    cells: Interval | None
+    datasets: Interval | None
+    classes: Interval | None
 
 
-def columns_of(parts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The columns of a table -> the parts that each is computed from.
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: column -> percent.
 
-    The harmonic mean stands behind the two parts that it is of, "HM" in the separate label spaces and "joint HM" in the
-    joint one. Parts beside ImageNet have their mean as well.
+    Attributes:
+        row: what was tested.
+        values: mean over cells.
+        spread: standard deviation over cells; 0 for one.
+        errors: standard error from the classes, by bootstrap: what other classes would have changed.
+        differences: to the reference; empty for itself.
     """
-    columns: dict[str, tuple[str, ...]] = {}
-    for part in parts:
-        columns[part] = (part,)
-        for name, pair in (("HM", ("base", "novel")), ("joint HM", ("seen", "unseen"))):
-            if part == pair[1] and pair[0] in parts:
-                columns[name] = pair
-    others = tuple(part for part in parts if part != "imagenet")
-    return columns | ({"mean of the others": others} if others and len(others) < len(parts) else {})
 
-
-def summed_up(values: Tensor, columns: dict[str, tuple[str, ...]]) -> Tensor:
-    """Accuracies of parts [..., P] -> of columns [..., columns]."""
-    parts = [column for column, of in columns.items() if of == (column,)]
-    found = []
-    for column, of in columns.items():
-        a, *others = (values[..., parts.index(part)] for part in of)
-        if column.endswith("HM"):
-            (b,) = others
-            found.append(torch.nan_to_num(2 * a * b / (a + b)))
-        else:
-            found.append(torch.stack([a, *others]).mean(0) if others else a)
-    return torch.stack(found, -1)
+    row: str
+    values: dict[str, float]
+    spread: dict[str, float]
+    errors: dict[str, float]
+    differences: dict[str, Difference]
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """Accuracies of rows in cells. Rows and parts that some record lacks are left out.
+
+    The harmonic mean stands behind the two parts that it is of, "HM" in the separate label spaces and "joint HM" in the
+    joint one. Parts beside ImageNet have their mean as well.
 
     Attributes:
         records: of the cells, with "classes", "images" and "right".
@@ -90,22 +83,24 @@ class Table:
 
     @cached_property
     def parts(self) -> list[str]:
-        found = [right[row] for right in (record["right"] for record in self.records) for row in self.rows]
+        found = [record["right"][row] for record in self.records for row in self.rows]
         return [part for part in found[0] if all(part in other for other in found)]
 
     @cached_property
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        return columns_of(self.parts)
+    def columns(self) -> list[str]:
+        behind = {pair[1]: [name] for name, pair in MEANS.items() if set(pair) <= set(self.parts)}
+        others = ["mean of the others"] if "imagenet" in self.parts and len(self.parts) > 1 else []
+        return [column for part in self.parts for column in (part, *behind.get(part, ()))] + others
 
     @property
     def main(self) -> str:
         """The column that rows are compared in: HM, or the first."""
-        return "HM" if "HM" in self.columns else next(iter(self.columns))
+        return "HM" if "HM" in self.columns else self.columns[0]
 
     @cached_property
     def values(self) -> Tensor:
         """Accuracies, percent, [N, M, columns]."""
-        return torch.stack([summed_up(self._parts(record)[0], self.columns) for record in self.records])
+        return torch.stack([self._summed_up(self._accuracies(record)[0]) for record in self.records])
 
     @cached_property
     def drawn(self) -> Tensor | None:
@@ -123,12 +118,12 @@ class Table:
                 drawn = torch.randint(count, (self.resamples, count), generator=generator)
                 ones = torch.ones(self.resamples, count)
                 weights[dataset] = torch.zeros(self.resamples, count).scatter_add_(1, drawn, ones)
-            total = total + summed_up(self._parts(record, weights[dataset]), self.columns)
+            total = total + self._summed_up(self._accuracies(record, weights[dataset]))
         means = total / len(self.records)
         return means[means.isfinite().all(2).all(1)]
 
-    def _parts(self, record: Record, weights: Tensor | None = None) -> Tensor:
-        """Accuracies of the parts of a cell, [1, M, P]; with weights of its classes [R, classes], [R, M, P]."""
+    def _accuracies(self, record: Record, weights: Tensor | None = None) -> Tensor:
+        """Of the parts of a cell, percent, [1, M, P]; with weights of its classes [R, classes], [R, M, P]."""
         found = []
         for part in self.parts:
             home = HOME.get(part, part)
@@ -138,48 +133,62 @@ class Table:
             found.append(100 * (own.double() @ right.T) / (own.double() @ images)[:, None])
         return torch.stack(found, -1)
 
-    def means(self, row: str, *, published: bool = False) -> dict[str, float]:
-        """Column -> mean over cells; if published, harmonic means are of the mean accuracies."""
-        values = self.values[:, self.rows.index(row)].mean(0)
-        if published:
-            at = [i for i, (column, of) in enumerate(self.columns.items()) if of == (column,)]
-            values = summed_up(values[at], self.columns)
-        return self._named(values)
+    def _summed_up(self, values: Tensor) -> Tensor:
+        """Accuracies of parts [..., P] -> of columns [..., columns]."""
+        found = {part: values[..., p] for p, part in enumerate(self.parts)}
+        for name, pair in MEANS.items():
+            if name in self.columns:
+                a, b = (found[part] for part in pair)
+                found[name] = torch.nan_to_num(2 * a * b / (a + b))
+        if (last := self.columns[-1]) not in found:
+            found[last] = torch.stack([found[part] for part in self.parts if part != "imagenet"]).mean(0)
+        return torch.stack([found[column] for column in self.columns], -1)
 
-    def spread(self, row: str) -> dict[str, float]:
-        """Column -> standard deviation over cells; 0 for one."""
-        values = self.values[:, self.rows.index(row)]
-        return self._named(values.std(0) if len(values) > 1 else torch.zeros(len(self.columns)))
+    def lines(self, reference: str, *, published: bool = False) -> list[Line]:
+        """All rows with their differences to the reference.
 
-    def errors(self, row: str) -> dict[str, float]:
-        """Column -> standard error from the classes, by bootstrap: what other classes would have changed."""
-        return {} if self.drawn is None else self._named(self.drawn[:, self.rows.index(row)].std(0))
-
-    def _named(self, values: Tensor) -> dict[str, Any]:
-        return dict(zip(self.columns, values.tolist(), strict=True))
-
-    def differences(self, row: str, reference: str) -> dict[str, Difference]:
-        """Column -> a row minus the reference, paired; empty for the reference itself."""
+        Args:
+            reference: one of the rows.
+            published: harmonic means are of the mean accuracies, as papers print them; else means over cells.
+        """
         if reference not in self.rows:
             raise ValueError(f"reference must be one of {', '.join(self.rows)}, got {reference!r}")
-        i, at = self.rows.index(row), self.rows.index(reference)
-        columns = self._named((self.values[:, i] - self.values[:, at]).T) if i != at else {}
+        lines, single = [], len(self.records) == 1
+        for i, row in enumerate(self.rows):
+            mean = self.values[:, i].mean(0)
+            if published:
+                mean = self._summed_up(mean[[self.columns.index(part) for part in self.parts]])
+            spread = torch.zeros(len(self.columns)) if single else self.values[:, i].std(0)
+            errors = torch.empty(0) if self.drawn is None else self.drawn[:, i].std(0)
+            values, spread, errors = (
+                dict(zip(self.columns, found.tolist(), strict=False)) for found in (mean, spread, errors)
+            )
+            differences = {} if row == reference else self._differences(i, self.rows.index(reference))
+            lines.append(Line(row, values, spread, errors, differences))
+        return lines
+
+    def _differences(self, i: int, at: int) -> dict[str, Difference]:
         found = {}
-        for c, (column, values) in enumerate(columns.items()):
+        for c, column in enumerate(self.columns):
+            values = (self.values[:, i, c] - self.values[:, at, c]).tolist()
             by_dataset: dict[str, list[float]] = {}
             for dataset, value in zip(self.datasets, values, strict=True):
                 by_dataset.setdefault(dataset, []).append(value)
-            classes = None
-            if self.drawn is not None:
-                drawn = self.drawn[:, i, c] - self.drawn[:, at, c]
-                low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
-                classes = low, high
             datasets = t_interval([statistics.fmean(own) for own in by_dataset.values()])
-            found[column] = Difference(statistics.fmean(values), t_interval(values), datasets, classes)
+            found[column] = Difference(
+                statistics.fmean(values), t_interval(values), datasets, self._ends(i, at, c)
+            )
         return found
 
+    def _ends(self, i: int, at: int, c: int) -> Interval | None:
+        if self.drawn is None:
+            return None
+        drawn = self.drawn[:, i, c] - self.drawn[:, at, c]
+        low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+        return low, high
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
     """Student's interval for a mean; None for fewer than two values."""
     from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats takes a second to import
 

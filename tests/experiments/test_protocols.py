@@ -136,7 +136,7 @@ def test_every_protocol_runs_on_miniature_trees(
     assert (tmp_path / protocol / "figure.png").stat().st_size > 5000
     assert len(json.loads((tmp_path / protocol / "table.json").read_text())) == len(lines)
     assert [list(line.values) for line in lines] == [columns] * len(lines)
-    assert [line.solution for line in lines[:5]] == SOLUTIONS
+    assert [line.row for line in lines[:5]] == SOLUTIONS
     assert all(0 <= value <= 100 for line in lines for value in line.values.values())
     # one figure, looked up by hand
     run, clip = runs[0], tiny_clip()
@@ -256,7 +256,7 @@ def test_the_table_is_means_and_spreads_with_the_published_figures() -> None:
     lines = tabulate(
         [record("dtd", 1, 60, 40), record("dtd", 2, 70, 50), record("eurosat", 1, 90, 50), record("eurosat", 2, 80, 70)]
     )
-    a, b, mean = (line for line in lines if line.solution == "tuned")
+    a, b, mean = (line for line in lines if line.row == "tuned")
     assert a.values == pytest.approx({"base": 65, "novel": 45, "HM": 2 * 65 * 45 / 110})
     assert a.spread["base"] == pytest.approx(7.0710678) and a.show("base") == "65.00 ± 7.07"
     assert b.values["novel"] == 60 and not b.published
