@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mergetune.cli.options import Json
-from mergetune.cli.shared import announce, err, errors, new_table, out, plain, print_json, tell
+from mergetune.cli.shared import HALVES, announce, err, errors, new_table, out, plain, print_json, tell
 
 
 def demo(
@@ -30,12 +30,11 @@ def demo(
     if as_json:
         print_json(result.to_json())
         return
-    columns = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
-    table = new_table("", *columns)
+    table = new_table("", *HALVES)
     table.title = f"Accuracy on tilted icons, mean ± deviation over {len(seeds)} seeds (%)"
     for row in result.rows:
         style = "bold" if row.name == "MERGETUNE" else None
-        cells = ((getattr(row, name), getattr(row, f"{name}_std")) for name in columns.values())
+        cells = ((getattr(row, name), getattr(row, f"{name}_std")) for name in HALVES.values())
         table.add_row(row.name, *(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in cells), style=style)
     out.print(table)
     tell(

@@ -20,7 +20,7 @@ from mergetune.cli.options import (
     Space,
     Templates,
 )
-from mergetune.cli.shared import announce, errors, new_table, open_cache, out, print_json, read_solution, tell
+from mergetune.cli.shared import HALVES, announce, errors, new_table, open_cache, out, print_json, read_solution, tell
 
 _SOLUTION = typer.Option("--solution", help="Folder of a saved solution.")
 
@@ -58,8 +58,7 @@ def evaluate(
     if as_json:
         print_json(report)
         return
-    halves = ("base", "novel", "HM", "seen", "unseen", "joint HM")
-    table = new_table("", *(halves if base_novel else ("accuracy", "mean of classes", "images")))
+    table = new_table("", *(HALVES if base_novel else ("accuracy", "mean of classes", "images")))
     for name, found in report.items():
         if base_novel:
             cells = [f"{v['accuracy'] if isinstance(v, dict) else v:.2f}" for v in found.values()]

@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 out, err = Console(), Console(stderr=True)
+HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
+"""Columns of a table of base and novel classes -> names in :class:`mergetune.evaluation.BaseNovel` and its row."""
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from mergetune.cli.options import (
     takes,
 )
 from mergetune.cli.shared import (
+    HALVES,
     announce,
     errors,
     finish,
@@ -184,10 +185,17 @@ def _finish_images(as_json: bool, found: Any, folder: Path) -> None:
 
 
 def _print_reports(reports: dict[str, Any], folder: Path) -> None:
-    """A row for each solution, a column for each set of classes that it was tested on."""
-    table = new_table("accuracy on test images (%)", *reports)
+    """A row for each solution, a column for each set of classes that it was tested on, and their harmonic means."""
+    from mergetune.evaluation import BaseNovel
+
+    columns = HALVES if "novel" in reports else {part: part for part in reports}
+    table = new_table("accuracy on test images (%)", *columns)
     for name in next(iter(reports.values())):
-        style = "bold" if name == "MERGETUNE" else None
-        table.add_row(name, *(f"{report[name].accuracy:.2f}" for report in reports.values()), style=style)
+        found: dict[str, Any] = {part: report[name] for part, report in reports.items()}
+        if "novel" in found:
+            both = BaseNovel(**found)
+            found |= {"hm": both.hm, "joint_hm": both.joint_hm}
+        values = (getattr(found[column], "accuracy", found[column]) for column in columns.values())
+        table.add_row(name, *(f"{value:.2f}" for value in values), style="bold" if name == "MERGETUNE" else None)
     out.print(table)
     tell(f"Solution, report.json, paths.png: {folder}")

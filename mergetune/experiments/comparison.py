@@ -119,13 +119,11 @@ def prepare(
         mixing = [a + b for a, b in zip(mixing, seconds, strict=True)]
     scores = validated(weights, fold.val)
     write_atomically(folder / WEIGHTS, serialize({part: w.contiguous() for part, w in weights.items()}))
+    facts = ("row", "options", "experts", "data", "parameters")
     entries = [
-        {
-            "row": c.row, "options": c.options, "experts": c.experts, "data": c.data, "parameters": c.parameters,
-            "seconds": c.seconds + spent, "score": value,
-        }
+        {name: getattr(c, name) for name in facts} | {"seconds": c.seconds + spent, "score": value}
         for c, spent, value in zip(made.found, mixing, scores, strict=True)
-    ]  # fmt: skip
+    ]
     return finish(folder / RECORD, record, {"candidates": entries, "left_out": made.left_out})
 
 

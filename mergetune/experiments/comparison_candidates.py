@@ -95,18 +95,19 @@ def candidates(
     together, head = Together(clip), isinstance(first, Head)
     zero_shot = zero_shot_like(clip, first, fold.templates)
     zero = together.classifier(partial(clip.class_embeddings, templates=fold.templates))
-    own = {title: together.classifier(solution) for title, solution in experts.items()}
     scaled = together.classifier(zero_shot) if head else lambda names: clip.logit_scale * zero(names)
     found = [Candidate("zero-shot", scaled, experts=0)]
-    for title, classify in own.items():
-        size = experts[title].parameter.numel()
-        found.append(Candidate(title, classify, data=LABELLED, parameters=size, seconds=seconds[title]))
+    found += [
+        together.candidate(title, solution, data=LABELLED, seconds=seconds[title])
+        for title, solution in experts.items()
+    ]
+    own = [candidate.classify for candidate in found[1:]]
     left_out: dict[str, str] = {}
     for group in _groups(experts):
         found += _merged(clip, together, fold, zero_shot, group, left_out)
         if not head:
             size = sum(solution.parameter.numel() for solution in group)
-            found += _mixed(clip.logit_scale, zero, list(own.values())[: len(group)], size)
+            found += _mixed(clip.logit_scale, zero, own[: len(group)], size)
         found += _mergetuned(together, setup, folder, group)
     return Candidates(found, together, left_out)
 
@@ -201,8 +202,7 @@ def _merged(
                     began = time.perf_counter()
                     made = merge_solutions(method, group, base=base, clip=clip, features=features, options=options)
                     spent = time.perf_counter() - began
-                    classify, size = together.classifier(made), made.parameter.numel()
-                    found.append(Candidate(row, classify, options, count, used, size, spent))
+                    found.append(together.candidate(row, made, options, count, data=used, seconds=spent))
             except (ValueError, ImportError) as error:
                 left_out[f"{method} [{count}]"] = str(error)
     return found
@@ -261,8 +261,8 @@ def _mergetuned(together: Together, setup: CompareOptions, folder: Path, group: 
     for options, _, run in _tries(setup, folder, count):
         result = FitResult.load(run)
         row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
-        classify, size = together.classifier(result.solution), result.solution.parameter.numel()
-        found.append(Candidate(row, classify, options, count, LABELLED, size, result.timings["seconds"]))
+        spent = result.timings["seconds"]
+        found.append(together.candidate(row, result.solution, options, count, data=LABELLED, seconds=spent))
     return found
 
 

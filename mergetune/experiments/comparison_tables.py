@@ -11,7 +11,7 @@ from typing import Any
 
 from mergetune.experiments.cells import Cell
 from mergetune.experiments.engine import Record
-from mergetune.experiments.tables import RESAMPLES, Interval, Line, Table
+from mergetune.experiments.tables import RESAMPLES, Interval, Line, lines_of, main_column
 from mergetune.io import jsonable, write_atomically, write_json
 
 REFERENCE = "MERGETUNE, chosen [1]"
@@ -93,9 +93,8 @@ def summarise(
     records: Sequence[Record], *, reference: str = REFERENCE, choose: str = "validation", resamples: int = RESAMPLES
 ) -> Comparison:
     """The table of measured cells. Lines that some cell lacks are left out."""
-    table = Table(records, [record["cell"]["task"] for record in records], resamples)
-    lines = []
-    for line in table.lines(reference):
+    lines, tasks = [], [record["cell"]["task"] for record in records]
+    for line in lines_of(records, tasks, reference, resamples=resamples):
         entries = [entry for record in records for entry in record["candidates"] if entry["row"] == line.row]
         won = [record["candidates"][record["chosen"][line.row]] for record in records]
         options = [", ".join(f"{k} {_short(v)}" for k, v in entry["options"].items()) for entry in won]
@@ -111,7 +110,7 @@ def summarise(
         )
     left_out = {method: why for record in records for method, why in record["left_out"].items()}
     cells = tuple(Cell(**record["cell"]) for record in records)
-    return Comparison(tuple(lines), reference, choose, cells, left_out, table.main)
+    return Comparison(tuple(lines), reference, choose, cells, left_out, main_column(lines))
 
 
 def _short(value: Any) -> str:

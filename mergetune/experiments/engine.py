@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache
-from mergetune.evaluation import Classifier, Hits, classifier, logit_ensemble, score, weight_average
+from mergetune.evaluation import Classifier, Hits, Report, classifier, logit_ensemble, score, weight_average
 from mergetune.io import jsonable, read_regular_text, write_json
 from mergetune.solutions import Prompt, Solution
 
@@ -73,6 +73,13 @@ class Together:
         self._made.append(classifier(self.clip, made) if isinstance(made, str | Sequence) else made)
         self._kept.clear()
         return lambda names: self.encode(names)[number]
+
+    def candidate(
+        self, row: str, solution: Solution, *facts: Any, data: str = "none", seconds: float = 0.0
+    ) -> Candidate:
+        """A solution as a candidate; ``facts`` are its options and experts."""
+        size = solution.parameter.numel()
+        return Candidate(row, self.classifier(solution), *facts, data=data, parameters=size, seconds=seconds)
 
     @torch.no_grad()
     def encode(self, names: Sequence[str]) -> list[Tensor]:
@@ -130,9 +137,15 @@ def counted(found: Mapping[str, Mapping[str, Hits]], classes: Mapping[str, Seque
     return {"classes": {**(classes or numbers)}, "images": images, "right": right}
 
 
-def hits(record: Record, row: str, part: str) -> Hits:
-    """Right answers of a row on a part of the images."""
-    return Hits(tuple(record["right"][row][part]), tuple(record["images"][HOME.get(part, part)]))
+def reports(record: Record, names: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Report]]:
+    """Row -> part -> the accuracies of a record, with the class names of each part."""
+    return {
+        row: {
+            part: Hits(tuple(right), tuple(record["images"][HOME.get(part, part)])).report(names[HOME.get(part, part)])
+            for part, right in parts.items()
+        }
+        for row, parts in record["right"].items()
+    }
 
 
 def begun(file: Path, head: Mapping[str, Any]) -> Record:

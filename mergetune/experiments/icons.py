@@ -17,7 +17,7 @@ from mergetune.data import Dataset, ImageFolder, cache_features
 from mergetune.evaluation import BaseNovel, Row, connectivity, logit_ensemble, plot, summarise, weight_average
 from mergetune.evaluation import Path as Walk
 from mergetune.experiments.cells import Cell, Task
-from mergetune.experiments.engine import HOME, Candidate, Record, Together, begun, counted, finish, hits, tested
+from mergetune.experiments.engine import Candidate, Record, Together, begun, counted, finish, reports, tested
 from mergetune.io import write_json
 from mergetune.solutions import Prompt, Solution, interpolate
 from mergetune.training import fit, tune
@@ -27,6 +27,7 @@ SHOTS = 16
 PARTITION = 0  # CoOp's: the first half of the classes is base
 STAGE_1 = {"epochs": 50, "batch_size": 64, "lr": 0.01}
 PRECISION = "float32"  # so that the figures do not depend on what the machine is fastest at
+SETTINGS = {"template": TEMPLATE, "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1}
 
 
 def load_icons(folder: Path) -> tuple[FrozenClip, Dataset]:
@@ -80,7 +81,7 @@ class DemoResult:
                 part: {name: walk.to_json() for name, walk in paths.items()} for part, paths in self.paths.items()
             },
             "milliseconds_per_step": self.milliseconds,
-            "settings": {"template": TEMPLATE, "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1},
+            "settings": SETTINGS,
         }
 
 
@@ -108,23 +109,19 @@ def run_demo(
         for seed in seeds
     ]
     names = {part: [task.train.classnames[c] for c in own] for part, own in task.halves(PARTITION).items()}
-    names |= {part: names[home] for part, home in HOME.items()}
-    runs = {
-        row: tuple(
-            BaseNovel(**{part: hits(record, row, part).report(names[part]) for part in parts}) for record in records
-        )
-        for row, parts in records[0]["right"].items()
-    }
+    found = [reports(record, names) for record in records]
+    runs = {row: tuple(BaseNovel(**parts[row]) for parts in found) for row in found[0]}
     times = {name: [record["milliseconds"][name] for record in records] for name in records[0]["milliseconds"]}
+    walks = {
+        part: {name: Walk.from_json(walk) for name, walk in paths.items()}
+        for part, paths in records[0]["paths"].items()
+    }
     result = DemoResult(
-        rows=tuple(summarise(name, found) for name, found in runs.items()),
+        rows=tuple(summarise(row, own) for row, own in runs.items()),
         runs=runs,
-        paths={
-            part: {name: Walk.from_json(walk) for name, walk in walks.items()}
-            for part, walks in records[0]["paths"].items()
-        },
+        paths=walks,
         figure=folder / "paths.png",
-        milliseconds={name: sum(found) / len(found) for name, found in times.items()},
+        milliseconds={name: sum(own) / len(own) for name, own in times.items()},
     )
     plot({f"{part} classes, test images": walks for part, walks in result.paths.items()}, result.figure)
     write_json(folder / "results.json", result.to_json(), indent=2)
@@ -136,11 +133,8 @@ def _seed(
 ) -> Record:
     """The record of a seed: made, or taken from disk."""
     file = folder / "cell.json"
-    settings = {
-        "clip": clip.fingerprint, "features": [task.train.digest, task.test.digest], "template": TEMPLATE,
-        "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1,
-    }  # fmt: skip
-    record = begun(file, {"cell": asdict(cell), "settings": settings})
+    made_from = {"clip": clip.fingerprint, "features": [task.train.digest, task.test.digest]}
+    record = begun(file, {"cell": asdict(cell), "settings": made_from | SETTINGS})
     if "right" in record:
         return record
     shots = task.fold(PARTITION, SHOTS, cell.seed).train

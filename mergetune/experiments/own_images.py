@@ -10,7 +10,7 @@ from typing import Any
 from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset, cache_features
 from mergetune.evaluation import Report, connectivity, plot
-from mergetune.experiments.engine import HOME, Together, tested, usual
+from mergetune.experiments.engine import Together, counted, reports, tested, usual
 from mergetune.io import write_json
 from mergetune.solutions import Head, Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
@@ -104,19 +104,15 @@ def fit_dataset(
     tests = {part: test.select(half.test) for part, half in parts.items()}
     if isinstance(result.solution, Head):  # it knows the classes that it learned, no others
         tests = {classes: tests[classes]}
-    together = Together(clip)
-    table = usual(*map(together.classifier, (template, solutions[0], result.solution)), name="fine-tuned")
-    found = tested(table, tests)
-    reports = {
-        part: {row: hits[part].report(tests[HOME.get(part, part)].classnames) for row, hits in found.items()}
-        for part in found["zero-shot"]
-    }
+    table = usual(*map(Together(clip).classifier, (template, solutions[0], result.solution)), name="fine-tuned")
+    by_row = reports(counted(tested(table, tests)), {part: images.classnames for part, images in tests.items()})
+    by_part = {part: {row: found[part] for row, found in by_row.items()} for part in by_row["zero-shot"]}
     start = zero_shot_like(clip, result.solution, template)
     walks = {
         f"{part} classes, test images": connectivity(clip, start, solutions[0], result.solution, images)
         for part, images in tests.items()
     }
     plot(walks, out / "paths.png")
-    made = FolderResult(result, reports, out / "paths.png")
+    made = FolderResult(result, by_part, out / "paths.png")
     write_json(out / "report.json", made.to_json())
     return made

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.experiments.engine import HOME, Record
-from mergetune.experiments.tables import Line, Table
+from mergetune.experiments.tables import Line, lines_of
 from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.io import write_json
 
@@ -66,7 +66,7 @@ def tabulate(records: Sequence[Record]) -> list[ProtocolLine]:
     for dataset, method, pairs in groups:
         datasets, own = zip(*pairs, strict=True)
         seeds = len(own) // len(set(datasets))
-        for line in Table(own, datasets).lines("MERGETUNE", published=True):
+        for line in lines_of(own, datasets, "MERGETUNE", published=True):
             line = replace(line, spread={}) if dataset == "mean" else line
             lines.append(ProtocolLine(**vars(line), protocol=protocol, dataset=dataset, method=method, seeds=seeds))
     return lines
@@ -116,8 +116,8 @@ def save_table(records: Sequence[Record], folder: Path) -> list[ProtocolLine]:
 def draw(lines: Sequence[ProtocolLine], records: Sequence[Record], file: Path) -> None:
     """The figure of a protocol.
 
-    base-to-novel: base against novel accuracy, an arrow from tuned to MERGETUNE for each dataset. few-shot: accuracy
-    over shots. robust: accuracy on ImageNet against the shifted sets, over the mixing coefficient. Others: bars.
+    base-to-novel: base against novel accuracy, an arrow from tuned to MERGETUNE for each dataset. robust: accuracy on
+    ImageNet against the shifted sets, over the mixing coefficient. Others: accuracy in each column.
     """
     from matplotlib.figure import Figure  # here, and without pyplot: no display is needed and no state is shared
 
@@ -129,7 +129,7 @@ def draw(lines: Sequence[ProtocolLine], records: Sequence[Record], file: Path) -
         if protocol == "robust":
             _draw_mixes(axis, [record for record in records if record["run"]["method"] == method])
         else:
-            {"base-to-novel": _draw_halves, "few-shot": _draw_shots}.get(protocol, _draw_targets)(axis, own)
+            (_draw_halves if protocol == "base-to-novel" else _draw_columns)(axis, own)
         axis.set_title(TUNE_METHODS[method])
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -151,22 +151,14 @@ def _draw_halves(axis: Any, lines: Sequence[ProtocolLine]) -> None:
     axis.set(xlabel="base classes (%)", ylabel="novel classes (%)")
 
 
-def _draw_shots(axis: Any, lines: Sequence[ProtocolLine]) -> None:
-    of_mean = [line for line in lines if line.dataset == "mean"] or lines
-    for line in of_mean:
+def _draw_columns(axis: Any, lines: Sequence[ProtocolLine]) -> None:
+    """Accuracy in each column, of the mean over datasets where there is one; numbers of shots are joined by lines."""
+    joined = "-" if lines[0].protocol == "few-shot" else ""
+    for line in [line for line in lines if line.dataset == "mean"] or lines:
         if line.row in _COLORS:
-            shots = [int(column.split()[0]) for column in line.values]
-            axis.plot(shots, line.values.values(), color=_COLORS[line.row], marker="o", label=line.row)
-    axis.set(xlabel="images a class", ylabel="accuracy (%)")
-
-
-def _draw_targets(axis: Any, lines: Sequence[ProtocolLine]) -> None:
-    columns = list(lines[0].values)
-    found = [line for line in lines if line.row in _COLORS]
-    for i, line in enumerate(found):
-        places = [place + (i - 1) * 0.27 for place in range(len(columns))]
-        axis.bar(places, [line.values[c] for c in columns], 0.25, color=_COLORS[line.row], label=line.row)
-    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
+            style = {"color": _COLORS[line.row], "marker": "o", "linestyle": joined, "label": line.row}
+            axis.plot(range(len(line.values)), list(line.values.values()), **style)
+    axis.set_xticks(range(len(lines[0].values)), list(lines[0].values), rotation=60, ha="right", fontsize=7)
     axis.set(ylabel="accuracy (%)")
 
 

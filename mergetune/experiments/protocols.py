@@ -40,17 +40,15 @@ class Caches:
     @cached_property
     def data(self) -> Callable[[str], Dataset]:
         """Datasets by name, read once."""
-        return lru_cache(partial(_read, self.experiment.root))
-
-    def path(self, name: str, part: str) -> Path:
-        return self.experiment.out / "cache" / name / part
+        return lru_cache(partial(CoOpDataset, root=self.experiment.root))
 
     def images(self, name: str, shots: int | None, seed: int | None) -> tuple[Path, ImageList]:
         """The folder and the images of a test set (no seed), or of a draw."""
+        folder = self.experiment.out / "cache" / name
         if seed is None:
-            return self.path(name, "test"), self.data(name).test
+            return folder / "test", self.data(name).test
         part = "train" if shots is None else f"train-shots-{shots}-seed-{seed}"
-        return self.path(name, part), self.draw(self.data(name), name, shots, seed)
+        return folder / part, self.draw(self.data(name), name, shots, seed)
 
     def draw(self, data: Dataset, name: str, shots: int | None, seed: int) -> ImageList:
         """The training images: those that CoOp stored beside the dataset for this seed, or else drawn as it does."""
@@ -87,10 +85,6 @@ class Caches:
             return
         features, halves = self.get(run.source), self.data(run.source).base_novel()
         yield run.source, {t: features.select(half.test) for t, half in zip(run.targets, halves, strict=True)}
-
-
-def _read(root: Path, name: str) -> Dataset:
-    return CoOpDataset(name, root)
 
 
 def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:

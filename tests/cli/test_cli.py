@@ -230,7 +230,7 @@ def test_doctor_is_healthy():
     assert "lmc_loss ok" in " ".join(invoke("doctor").stdout.split())
 
 
-def test_demo_reproduces_the_effect(tmp_path):
+def test_demo_reproduces_the_effect(tmp_path, monkeypatch):
     report = run("demo", "--out", tmp_path, "--seed", 1)
     rows = {row["name"]: row for row in report["rows"]}
     zero_shot, coop, merged = rows["zero-shot"], rows["CoOp"], rows["MERGETUNE"]
@@ -239,3 +239,10 @@ def test_demo_reproduces_the_effect(tmp_path):
     assert {"KgCoOp", "logit ensemble"} < rows.keys()
     assert (tmp_path / "paths.png").is_file() and (tmp_path / "seed-1" / "solution.safetensors").is_file()
     assert json.loads((tmp_path / "results.json").read_text()) == report
+    assert all(0 < row["joint_hm"] < row["hm"] for row in rows.values())  # among 100 classes instead of 50
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
+    assert run("demo", "--out", tmp_path, "--seed", 1) == report  # from the record of the seed
+    record = tmp_path / "seed-1" / "cell.json"
+    record.write_text(record.read_text().replace('"shots": 16', '"shots": 8'))
+    refused = invoke("demo", "--out", tmp_path, "--seed", 1)
+    assert refused.exit_code == 2 and "holds results with other shots" in refused.stderr

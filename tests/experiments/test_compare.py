@@ -97,6 +97,20 @@ def test_a_table_of_known_numbers():
     assert "| row | 80.0 ± 0.0 | 60.0 ± 0.0 |" in found.markdown()
 
 
+def test_the_joint_label_space_stands_beside_the_separate_ones():
+    cell = record({"ref": ((7, 7), (6, 6)), "row": ((8, 8), (6, 6))})
+    for row, (seen, unseen) in {"ref": ((6, 6), (2, 4)), "row": ((6, 6), (4, 4))}.items():
+        cell["right"][row] |= {"seen": list(seen), "unseen": list(unseen)}
+    found = summarise([cell], reference="ref", resamples=200)
+    _, line = found.lines
+    joint = {"seen": 60, "unseen": 40, "joint HM": 2 * 60 * 40 / 100}
+    assert line.values == pytest.approx({"base": 80, "novel": 60, "HM": 2 * 80 * 60 / 140} | joint)
+    assert line.differences["unseen"].mean == pytest.approx(10) and line.differences["seen"].classes == (0, 0)
+    assert found.main == "HM" and "joint HM" in found.markdown()
+    old = record({"ref": ((7, 7), (6, 6)), "row": ((8, 8), (6, 6))}, seed=2)
+    assert list(summarise([cell, old], reference="ref").lines[0].values) == ["base", "novel", "HM"]
+
+
 def test_the_class_bootstrap_sees_that_one_class_carries_a_gain():
     """Two classes, 100 % and 60 % against 60 % both: drawn twice, once or never, the gain is 40, 20 or 0."""
     found = summarise([record({"ref": ((6, 6), (6, 6)), "row": ((10, 6), (6, 6))})], reference="ref", resamples=4000)
@@ -255,6 +269,25 @@ def test_cells_of_the_same_classes_are_trained_together(clip, tmp_path, monkeypa
         for name in ("coop-1", "kgcoop-1", "mergetune-1/lam-8-tau-0.3", "mergetune-2/lam-4-tau-0.3"):
             pair = [load_solution(tmp_path / folder / cell.folder / name).ctx for folder in ("all", "apart")]
             torch.testing.assert_close(*pair, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weights_kept", [True, False])
+def test_a_cell_of_version_0_1_is_not_run_again(clip, tmp_path, monkeypatch, weights_kept):
+    """Its file has no joint label space: that is added where the class weights are still there."""
+    found = compare(clip, task(), tmp_path, setup=quick())
+    folder = tmp_path / Cell("task", 0, 1).folder
+    record = json.loads((folder / "cell.json").read_text())
+    for parts in record["right"].values():
+        del parts["seen"], parts["unseen"]
+    (folder / "cell.json").write_text(json.dumps(record))
+    if not weights_kept:
+        (folder / WEIGHTS).unlink()
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
+    again = compare(clip, task(), tmp_path, setup=quick())
+    for line, before in zip(again.lines, found.lines, strict=True):
+        columns = list(before.values)[: 6 if weights_kept else 3]
+        assert line.values == {column: before.values[column] for column in columns}
+    assert again.main == "HM" and (again == found) == weights_kept
 
 
 class Stopped(BaseException):

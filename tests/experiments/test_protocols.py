@@ -190,6 +190,28 @@ def test_a_second_call_trains_nothing_and_other_settings_are_refused(
         reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False)
 
 
+@pytest.mark.parametrize("old", [1, 2])
+def test_runs_of_version_0_1_are_not_run_again(
+    old: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files have accuracies only: the table has the same figures without the joint label space."""
+    runs = plan("base-to-novel", datasets=["eurosat"], seeds=[1, 2], shots=[2])
+    work = experiment(root, tmp_path)
+    lines = tabulate(reproduce(runs, work, tiny_clip, progress=False))
+    assert list(lines[1].differences) == HALVES and lines[1].differences["HM"].classes is not None
+    for run in runs[:old]:
+        record = json.loads((tmp_path / run.folder / "run.json").read_text())
+        kept = {name: record[name] for name in ("run", "settings", "results", "seconds")}
+        kept["results"] = {part: kept["results"][part] for part in ("base", "novel")}
+        (tmp_path / run.folder / "run.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
+    again = tabulate(reproduce(runs, work, tiny_clip, progress=False))
+    for line, before in zip(again, lines, strict=True):
+        assert line.row == before.row and line.spread == pytest.approx({c: before.spread[c] for c in HALVES[:3]})
+        assert line.values == pytest.approx({column: before.values[column] for column in HALVES[:3]})
+        assert all(found.classes is None and found.cells for found in line.differences.values())
+
+
 def test_an_interrupted_plan_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = plan("base-to-novel", datasets=["eurosat", "dtd"], seeds=[1], shots=[2])
     whole = reproduce(runs, experiment(root, tmp_path / "whole"), tiny_clip, progress=False)
