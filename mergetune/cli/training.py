@@ -31,11 +31,10 @@ from mergetune.cli.shared import (
     errors,
     finish,
     first_rank,
-    new_table,
     open_cache,
     open_images,
-    out,
     print_json,
+    print_table,
     read_solution,
     tell,
 )
@@ -188,14 +187,14 @@ def _print_reports(reports: dict[str, Any], folder: Path) -> None:
     """A row for each solution, a column for each set of classes that it was tested on, and their harmonic means."""
     from mergetune.evaluation import BaseNovel
 
-    columns = HALVES if "novel" in reports else {part: part for part in reports}
-    table = new_table("accuracy on test images (%)", *columns)
+    columns, rows = HALVES if "novel" in reports else {part: part for part in reports}, []
     for name in next(iter(reports.values())):
         found: dict[str, Any] = {part: report[name] for part, report in reports.items()}
         if "novel" in found:
             both = BaseNovel(**found)
             found |= {"hm": both.hm, "joint_hm": both.joint_hm}
-        values = (getattr(found[column], "accuracy", found[column]) for column in columns.values())
-        table.add_row(name, *(f"{value:.2f}" for value in values), style="bold" if name == "MERGETUNE" else None)
-    out.print(table)
+        values = {column: getattr(found[part], "accuracy", found[part]) for column, part in columns.items()}
+        cells = {column: f"{value:.2f}" for column, value in values.items()}
+        rows.append((name, cells, "bold" if name == "MERGETUNE" else None))
+    print_table("accuracy on test images (%)", rows)
     tell(f"Solution, report.json, paths.png: {folder}")

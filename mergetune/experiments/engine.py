@@ -139,13 +139,13 @@ def counted(found: Mapping[str, Mapping[str, Hits]], classes: Mapping[str, Seque
 
 def reports(record: Record, names: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Report]]:
     """Row -> part -> the accuracies of a record, with the class names of each part."""
-    return {
-        row: {
-            part: Hits(tuple(right), tuple(record["images"][HOME.get(part, part)])).report(names[HOME.get(part, part)])
-            for part, right in parts.items()
-        }
-        for row, parts in record["right"].items()
-    }
+    found: dict[str, dict[str, Report]] = {}
+    for row, parts in record["right"].items():
+        for part, right in parts.items():
+            home = HOME.get(part) or part
+            counts = Hits(tuple(right), tuple(record["images"][home]))
+            found.setdefault(row, {})[part] = counts.report(names[home])
+    return found
 
 
 def begun(file: Path, head: Mapping[str, Any]) -> Record:

@@ -324,7 +324,7 @@ def test_the_command_takes_lists_and_prints_the_published_figures(root: Path, tm
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(app, command, env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
-    assert "mean, coop, MERGETUNE" in done.output and "77.24 (" in done.output
+    assert "mean, coop, MERGETUNE" in done.output and "77.24" in done.output and "joint" in done.output
     lines = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert {line["dataset"] for line in lines} == {"eurosat", "dtd", "mean"}
     wrong = CliRunner().invoke(app, [*command[:2], "--root", str(tmp_path), *command[4:]])
