@@ -21,6 +21,7 @@ from mergetune.solutions import inputs
 
 Classifier = Callable[[Sequence[str]], Tensor]
 """Class names -> class weights [C, D], or [C, D + 1] with a bias, whose products with the features are the logits."""
+ImageMap = Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,22 @@ class Hits:
 
 
 @torch.no_grad()
-def count_hits(weights: Tensor, features: FeatureCache, *, first: int = 0, batch_size: int = 2048) -> Hits:
+def count_hits(
+    weights: Tensor, features: FeatureCache, *, images: ImageMap = None, first: int = 0, batch_size: int = 2048
+) -> Hits:
     """Right answers of class weights on cached features.
 
     Args:
         weights: one row per class that may be answered, [C', D], or [C', D + 1] with a bias.
         features: image features with labels, of C classes.
+        images: applied to the features first, [B, D'] -> [B, D].
         first: the row of the features' first class; the others follow it.
         batch_size: rows at a time.
     """
-    right = torch.cat(
-        [
-            (inputs(x.to(weights), weights) @ weights.T).argmax(-1).cpu() == labels + first
-            for x, labels, _ in features.batches(batch_size)
-        ]
-    )
+    answers, change = [], images or (lambda x: x)
+    for x, _, _ in features.batches(batch_size):
+        answers.append((inputs(change(x.to(weights)), weights) @ weights.T).argmax(-1).cpu())
+    right = torch.cat(answers) == features.labels + first
     count = len(features.classnames)
     counts = (torch.bincount(labels, minlength=count).tolist() for labels in (features.labels[right], features.labels))
     return Hits(*map(tuple, counts))
@@ -129,7 +131,9 @@ def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False
 # -- base to novel -----------------------------------------------------------------------------------------------------
 
 
-def score(weights: Mapping[str, Tensor], tests: Mapping[str, FeatureCache]) -> dict[str, Hits]:
+def score(
+    weights: Mapping[str, Tensor], tests: Mapping[str, FeatureCache], *, images: ImageMap = None
+) -> dict[str, Hits]:
     """Right answers on each set of test images, among the classes of that set.
 
     For "base" and "novel" classes also in the joint label space: "seen" are the base images and "unseen" the novel
@@ -138,12 +142,13 @@ def score(weights: Mapping[str, Tensor], tests: Mapping[str, FeatureCache]) -> d
     Args:
         weights: class weights of each set, [C, D], or [C, D + 1] with a bias.
         tests: the test images of each set.
+        images: applied to the features first, [B, D'] -> [B, D].
     """
-    found = {part: count_hits(weights[part], features) for part, features in tests.items()}
+    found = {part: count_hits(weights[part], features, images=images) for part, features in tests.items()}
     if tests.keys() == {"base", "novel"}:
         both = torch.cat([weights["base"], weights["novel"]])
-        found["seen"] = count_hits(both, tests["base"])
-        found["unseen"] = count_hits(both, tests["novel"], first=len(weights["base"]))
+        found["seen"] = count_hits(both, tests["base"], images=images)
+        found["unseen"] = count_hits(both, tests["novel"], images=images, first=len(weights["base"]))
     return found
 
 

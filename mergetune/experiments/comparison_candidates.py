@@ -104,7 +104,7 @@ def candidates(
     own = [candidate.classify for candidate in found[1:]]
     left_out: dict[str, str] = {}
     for group in _groups(experts):
-        found += _merged(clip, together, fold, zero_shot, group, left_out)
+        found += _merged(together, fold, zero_shot, group, left_out)
         if not head:
             size = sum(solution.parameter.numel() for solution in group)
             found += _mixed(clip.logit_scale, zero, own[: len(group)], size)
@@ -175,21 +175,14 @@ def _groups(experts: Mapping[str, Solution]) -> list[list[Solution]]:
 
 
 def _merged(
-    clip: FrozenClip,
-    together: Together,
-    fold: Fold,
-    zero_shot: Solution,
-    group: list[Solution],
-    left_out: dict[str, str],
+    together: Together, fold: Fold, zero_shot: Solution, group: list[Solution], left_out: dict[str, str]
 ) -> list[Candidate]:
     """Merges of what was trained: context vectors, or head weights."""
-    found, count = [], len(group)
+    found, count, clip = [], len(group), together.clip
     what = "context vectors" if isinstance(group[0], Prompt) else "weights"
     for method, facts in METHODS.items():
-        reason = LEFT_OUT.get(method)
-        if count == 1 and method in SAME_AS_WISE_FT:
-            reason = "with one expert it is WiSE-FT"
-        if reason:
+        same = count == 1 and method in SAME_AS_WISE_FT
+        if reason := "with one expert it is WiSE-FT" if same else LEFT_OUT.get(method):
             left_out[f"{method} [{count}]"] = reason
             continue
         scored = method in ("evolve", "natural_niches")  # on validation images: the experts know the training images
@@ -210,13 +203,9 @@ def _merged(
 
 def _bases(method: str, zero_shot: Solution, count: int) -> list[Solution | None]:
     """With and without the zero-shot solution, where both are something."""
-    if METHODS[method].base is False:
+    if METHODS[method].base is False or (method == "slerp" and count > 1):
         return [None]
-    if needs_base(method, count):
-        return [zero_shot]
-    if method in AVERAGES:
-        return [None, zero_shot]
-    return [None if method == "slerp" else zero_shot]
+    return [None, zero_shot] if method in AVERAGES and not needs_base(method, count) else [zero_shot]
 
 
 def _mixed(scale: float, zero_shot: Classifier, experts: list[Classifier], size: int) -> list[Candidate]:

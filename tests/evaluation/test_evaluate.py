@@ -23,7 +23,7 @@ from mergetune import (
     summarise,
     weight_average,
 )
-from mergetune.evaluation import BaseNovel, Path, Report, accuracy, cross_entropy
+from mergetune.evaluation import BaseNovel, Path, Report, accuracy, cross_entropy, score
 
 OTHERS = ("red bus", "bird")
 
@@ -153,6 +153,15 @@ def test_seen_and_unseen_are_answered_among_the_classes_of_both(clip):
     assert both.seen.accuracy < both.base.accuracy and both.unseen.accuracy < both.novel.accuracy
     assert both.joint_hm == harmonic_mean(both.seen.accuracy, both.unseen.accuracy)
     assert list(both.to_json()) == ["base", "novel", "hm", "seen", "unseen", "joint_hm"]
+
+
+def test_a_map_of_the_images_comes_before_the_product(clip):
+    """A rotation of the images answers as the inverse rotation of the class weights, in every label space."""
+    tests = {"base": cache(60), "novel": cache(40, seed=1, classes=OTHERS)}
+    weights = {part: prompt().class_embeddings(clip, images.classnames) for part, images in tests.items()}
+    rotation = torch.linalg.qr(normal(8, 8, seed=5))[0]
+    mapped = score(weights, tests, images=lambda x: x @ rotation)
+    assert mapped == score({part: w @ rotation.T for part, w in weights.items()}, tests) != score(weights, tests)
 
 
 def run_of(base: float, novel: float, **joint: Report) -> BaseNovel:
