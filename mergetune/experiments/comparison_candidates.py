@@ -195,7 +195,8 @@ def _merged(
                     began = time.perf_counter()
                     made = merge_solutions(method, group, base=base, clip=clip, features=features, options=options)
                     spent = time.perf_counter() - began
-                    found.append(together.candidate(row, made, options, count, data=used, seconds=spent))
+                    took = {"data": used, "seconds": spent}
+                    found.append(together.candidate(row, made, options=options, experts=count, **took))
             except (ValueError, ImportError) as error:
                 left_out[f"{method} [{count}]"] = str(error)
     return found
@@ -250,8 +251,8 @@ def _mergetuned(together: Together, setup: CompareOptions, folder: Path, group: 
     for options, _, run in _tries(setup, folder, count):
         result = FitResult.load(run)
         row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
-        spent = result.timings["seconds"]
-        found.append(together.candidate(row, result.solution, options, count, data=LABELLED, seconds=spent))
+        took = {"data": LABELLED, "seconds": result.timings["seconds"]}
+        found.append(together.candidate(row, result.solution, options=options, experts=count, **took))
     return found
 
 

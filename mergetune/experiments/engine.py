@@ -74,12 +74,9 @@ class Together:
         self._kept.clear()
         return lambda names: self.encode(names)[number]
 
-    def candidate(
-        self, row: str, solution: Solution, *facts: Any, data: str = "none", seconds: float = 0.0
-    ) -> Candidate:
-        """A solution as a candidate; ``facts`` are its options and experts."""
-        size = solution.parameter.numel()
-        return Candidate(row, self.classifier(solution), *facts, data=data, parameters=size, seconds=seconds)
+    def candidate(self, row: str, solution: Solution, **facts: Any) -> Candidate:
+        """The candidate of a solution, with other facts of :class:`Candidate`."""
+        return Candidate(row, self.classifier(solution), parameters=solution.parameter.numel(), **facts)
 
     @torch.no_grad()
     def encode(self, names: Sequence[str]) -> list[Tensor]:
