@@ -1,7 +1,8 @@
-"""The feature cache: images encoded a second, and rows gathered a second from a large cache on disk.
+"""Benchmarks of the feature cache: images encoded per second, and random rows read from a large cache on disk.
 
-Random rows of 200,000, float16, from pages that are in memory already; one thread of an AMD EPYC (Zen 5) that others
-used too, medians of one run. How many shards there are costs nothing; reading costs about 1 us a row, and no memory:
+The table shows random rows out of 200,000 in float16, from pages already in memory, as medians of one run on one thread
+of an AMD EPYC (Zen 5) that other processes used as well. The number of shards does not matter. Reading with preadv
+takes about 1 us per row and no memory beyond the batch:
 
 | rows | 196 shards, mapped | one shard, mapped | 196 shards, read | indexing one tensor | copying |
 |---|---|---|---|---|---|
@@ -31,9 +32,9 @@ ROWS = 200_000
 
 
 def random_cache(path: Path, rows: int, classnames: Sequence[str], *, shard_size: int) -> None:
-    """Random features around their classes' centres, written as :func:`cache_features` does, but without images.
+    """Writes a cache of random features around class centres, in the format of :func:`cache_features`.
 
-    Files lie in class folders, one after the other, and have ImageNet's kind of names.
+    The names of the files are like ImageNet's, in class folders one after the other. No images exist.
     """
     generator = torch.Generator().manual_seed(0)
     centres = F.normalize(torch.randn(len(classnames), WIDTH, generator=generator), dim=-1)
@@ -64,7 +65,7 @@ def random_cache(path: Path, rows: int, classnames: Sequence[str], *, shard_size
 
 
 def test_encode(benchmark, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Decode, encode, write and check the embedded icons with the embedded CLIP."""
+    """Decodes, encodes, writes and checks the embedded icons with the embedded CLIP."""
     folder = tmp_path_factory.mktemp("icons")
     clip, dataset = load_icons(folder)
     images = dataset.train
@@ -89,7 +90,7 @@ def test_encode(benchmark, tmp_path_factory: pytest.TempPathFactory) -> None:
     ids=["shards-of-1024", "one-shard", "shards-of-1024-read"],
 )
 def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
-    """Random features on disk, mapped or read."""
+    """A cache of random features on disk, memory-mapped or read with preadv."""
     shard_size, most = request.param
     path = tmp_path_factory.mktemp("large")
     random_cache(path, ROWS, [str(i) for i in range(TASKS["imagenet"])], shard_size=shard_size)
@@ -100,7 +101,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("batch", [*BATCHES, ROWS // 10])
 def test_rows(benchmark, large: FeatureCache, batch: int) -> None:
-    """Random rows as float32, from pages that are in memory already."""
+    """Reads random rows as float32 from pages that are already in memory."""
     index = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))[:batch]
     resident = torch.cat([shard[0] for shard in large.shards])
     source, target = torch.zeros(batch, WIDTH, dtype=torch.float16), torch.empty(batch, WIDTH)

@@ -1,4 +1,4 @@
-"""One training step of MERGETUNE, ViT-B/16: against the official method's step, which encodes images and texts anew.
+"""Benchmark of one training step with ViT-B/16, against the official step, which encodes images and full texts.
 
 Shapes: B batch, C classes, D embedding width, N points on a path.
 """
@@ -34,10 +34,10 @@ def official_step(
     alphas: list[float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The image features, and the gradient to ``ctx`` as the official code computes it.
+    """The image features, and the gradient with respect to ``ctx`` as the official code computes it.
 
-    The endpoint encodes images and prompts; the path encodes the prompts of both its ends again, and the images at
-    every point. Prompts have all 77 tokens. No gradient goes into the image tower.
+    The endpoint loss encodes images and prompts. The path loss encodes the prompts of both ends again, and the images
+    at every point. Prompts have all 77 tokens. The image tower gets no gradient.
     """
     leaf = ctx.detach().clone().requires_grad_()
 
@@ -106,7 +106,7 @@ def test_step(benchmark, vit_b16: FrozenClip, dtype: str) -> None:
         optimizer.step()
 
     step()
-    if dtype == "float32":  # rounding to bfloat16 hides what is left of a random tower's gradient
+    if dtype == "float32":  # the gradient of a random tower is too small for a comparison in bfloat16
         assert (parameter.grad - expected).norm() <= 1e-3 * expected.norm()
     rows = 1 + N_CTX + sum(len(chunk.rows) for chunk in encode.chunks)
     whole = fit(clip, cache, tuned, epochs=4, batch_size=BATCH, precision=dtype, progress=False)

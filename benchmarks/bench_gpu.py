@@ -1,6 +1,6 @@
-"""Whatever a GPU should make fast: the loss by every backend, the text tower, whole runs, encoding into a cache.
+"""Benchmarks for a GPU: the loss with every backend, the text tower, whole runs, and encoding into a cache.
 
-``gpu.py --stage speed`` runs it on a GPU. Elsewhere MERGETUNE_BENCH_DRY=1 runs it with small sizes.
+``gpu.py --stage speed`` runs these benchmarks on a GPU. Without a GPU, MERGETUNE_BENCH_DRY=1 runs small sizes.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
 """
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def launches(work: Work) -> int | None:
-    """Kernels that one call launches on the GPU, as torch's profiler counts them; None without a GPU."""
+    """Number of kernels that one call launches on the GPU, counted by torch's profiler; None without a GPU."""
     if not GPU:
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -52,7 +52,7 @@ def launches(work: Work) -> int | None:
 
 
 def graph_of(work: Work) -> Work:
-    """The work captured in a CUDA graph: a call replays it."""
+    """Captures the work in a CUDA graph and returns a function that replays the graph."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -65,18 +65,18 @@ def graph_of(work: Work) -> Work:
 
 
 def tried(make: Callable[[], Work]) -> tuple[Work | None, str]:
-    """A work that ran once, or why it cannot be had: one way less does not cost the others their times."""
+    """The work that ``make`` returns, after one run, or None and the error, so that other variants are still timed."""
     try:
         work = make()
         work()
-    except Exception as error:  # whatever a compiler raises
+    except Exception as error:  # compilers raise errors of many types
         return None, f"{type(error).__name__}: {error}"[:300]
     return work, ""
 
 
 @cache
 def speed() -> tuple[float, float]:
-    """Bytes and float32 operations that the device can do per second, measured: a large copy, a large product."""
+    """Bytes and float32 operations per second of the device, measured with a large copy and a large product."""
     size = 2**28 if GPU else 2**24
     source, target = torch.ones(size, device=DEVICE), torch.empty(size, device=DEVICE)
     side = 8192 if GPU else 1024
@@ -87,7 +87,7 @@ def speed() -> tuple[float, float]:
 
 
 def least(case: Case) -> dict[str, float]:
-    """Seconds that the bytes and the products of the loss take at the device's full speed."""
+    """Seconds that the memory traffic and the products of the loss take at the device's full speed."""
     bytes_per_second, operations_per_second = speed()
     ends, d = case.anchors + 1, WIDTH
     moved = 4 * d * (case.batch + case.classes * (ends + 2))  # x, the ends and w1 are read, the gradient is written
@@ -165,7 +165,7 @@ def test_text_tower(benchmark, vit_b16: FrozenClip, task: str, dtype: str) -> No
 
 @pytest.mark.parametrize("classes", FITS)
 def test_fit(benchmark, vit_b16: FrozenClip, classes: int) -> None:
-    """All of ``fit`` on features of 16 images per class: packing, paths, steps, and what is returned."""
+    """Times a whole ``fit`` on features of 16 images per class: packing, paths, steps and result."""
     names = open_clip.IMAGENET_CLASSNAMES[:classes]
     generator = torch.Generator().manual_seed(0)
     x = F.normalize(torch.randn(SHOTS * classes, WIDTH, generator=generator), dim=-1)
@@ -196,7 +196,7 @@ def test_fit(benchmark, vit_b16: FrozenClip, classes: int) -> None:
 
 @pytest.mark.parametrize("tower", ["icon-clip", "ViT-B-16"] if GPU else ["icon-clip"])
 def test_encode_images(benchmark, request: pytest.FixtureRequest, tmp_path: Path, tower: str) -> None:
-    """Decode, encode, write and check: the embedded icons by the embedded CLIP, and by a ViT-B/16."""
+    """Decodes, encodes, writes and checks the embedded icons with the embedded CLIP and with a ViT-B/16."""
     clip, dataset = load_icons(tmp_path)
     clip = replace(clip, model=clip.model.to(DEVICE))
     if tower == "ViT-B-16":

@@ -1,23 +1,25 @@
-"""A linear head on as many features as ImageNet has: opening, choosing, stepping, testing, and the memory of it all.
+"""Benchmark of a linear head on a cache of ImageNet's size: open, select, training steps, accuracy and memory.
 
-MERGETUNE_BENCH_ROWS=1281167 is ImageNet itself (1.3 GB of disk, ``--basetemp`` says where, and some minutes).
+MERGETUNE_BENCH_ROWS=1281167 gives ImageNet's size. This needs 1.3 GB of disk in the folder ``--basetemp`` and some
+minutes.
 
-Measured with those rows in 1,252 shards (in 79 much the same), on one thread of an AMD EPYC (Zen 5), which others used
-too. Opening: 0.9 s of CPU time (3.0 s, and 0.4 GB more at the peak, with the images' checksums). ``select`` of 16,000
-images: 0.6 s, of all 1.3 s. Rows in random order: 0.7 to 1.5 ms a batch of 512; all in order: 0.3 s. One process from
-import to test, CPU seconds and highest resident memory in GB:
+The figures are for these rows in 1,252 shards (79 shards give about the same), on one thread of an AMD EPYC (Zen 5)
+that other processes used as well. Opening takes 0.9 s of CPU time (with the checksums of the images 3.0 s and 0.4 GB
+more at the peak). ``select`` takes 0.6 s for 16,000 images and 1.3 s for all. Rows in random order take 0.7 to 1.5 ms
+per batch of 512, all rows in order 0.3 s. The table shows one process from import to test, in CPU seconds and highest
+resident memory in GB:
 
 | | CPU | all memory | anonymous |
 |---|---|---|---|
 | imports | | 0.81 | 0.48 |
 | a ViT-B/16 | 0.9 s | 1.45 | 1.11 |
 | open | 0.9 s | 1.80 | 1.46 |
-| zero-shot weights, 128 texts at a time | 9.3 s | 1.78 | 1.43 |
-| ``tune(method="head")``, an epoch, B 512: 17 ms a step | 40 s | 1.75 | 1.39 |
-| ``fit``, an epoch, B 512: 23 ms a step | 56 s | 1.75 | 1.39 |
-| accuracy of all | 15 s | 1.75 | 1.39 |
+| zero-shot weights, 128 texts per call | 9.3 s | 1.78 | 1.43 |
+| ``tune(method="head")``, one epoch, B 512: 17 ms per step | 40 s | 1.75 | 1.39 |
+| ``fit``, one epoch, B 512: 23 ms per step | 56 s | 1.75 | 1.39 |
+| accuracy on all rows | 15 s | 1.75 | 1.39 |
 
-Mapped, the features would add 1.3 GB. With 512 texts at a time the text tower takes the whole to 2.10 GB.
+Memory-mapped features would add 1.3 GB. With 512 texts per call of the text tower the total rises to 2.10 GB.
 
 Shapes: B batch, C classes, D embedding width, N rows of the cache.
 """
@@ -48,7 +50,7 @@ SCALE, POINTS, LAM, BETA = 100.0, 5, 8.0, 0.5
 
 @pytest.fixture(scope="module", params=[1024, 16384], ids=lambda size: f"shards-of-{size}")
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache on disk; its class names are numbers."""
+    """The folder of a cache whose class names are numbers."""
     path = tmp_path_factory.mktemp("imagenet")
     random_cache(path, ROWS, [f"number {i}" for i in range(CLASSES)], shard_size=request.param)
     return path
@@ -64,7 +66,7 @@ def images_of(cache: FeatureCache) -> ImageList:
 
 
 def test_open(benchmark, path: Path) -> None:
-    """Everything that stands before the first row."""
+    """Times opening the cache, which precedes reading the first row."""
     manifest = path / "manifest.json"
     compare(
         benchmark,
@@ -77,14 +79,14 @@ def test_open(benchmark, path: Path) -> None:
 
 
 def test_select(benchmark, cache: FeatureCache) -> None:
-    """16 images of each class, drawn before."""
+    """Times the selection of 16 images per class, drawn beforehand."""
     few = Dataset("imagenet", images_of(cache)).few_shot(16)
     compare(benchmark, f"select, {len(few)} of {ROWS} images", lambda: cache.select(few), rounds=3)
 
 
 @pytest.mark.parametrize("stage", ["tune", "fit"])
 def test_step(benchmark, cache: FeatureCache, stage: str) -> None:
-    """What ``tune(method="head")`` and ``fit`` do for each batch, drawn from all rows."""
+    """Times one training step of ``tune(method="head")`` or ``fit`` with batches drawn from all rows."""
     generator = torch.Generator().manual_seed(0)
     w1 = torch.nn.functional.normalize(torch.randn(CLASSES, WIDTH, generator=generator), dim=-1)
     path = {
@@ -126,7 +128,7 @@ def test_step(benchmark, cache: FeatureCache, stage: str) -> None:
 
 
 def test_accuracy(benchmark, cache: FeatureCache) -> None:
-    """Over all rows, in order."""
+    """Times the accuracy over all rows, in order."""
     weights = torch.randn(CLASSES, WIDTH)
     x = torch.randn(2048, WIDTH)
     compare(
@@ -140,7 +142,7 @@ def test_accuracy(benchmark, cache: FeatureCache) -> None:
 
 @pytest.mark.slow
 def test_memory(benchmark, path: Path) -> None:
-    """A process of its own: imports, a ViT-B/16, opening, an epoch of ``tune``, one of ``fit``, and a test."""
+    """Measures a separate process: imports, a ViT-B/16, opening, one epoch of ``tune`` and of ``fit``, and a test."""
     others, began = Others(), time.perf_counter()
     command = [sys.executable, __file__, str(path)]
     run = benchmark.pedantic(lambda: subprocess.run(command, capture_output=True, text=True, check=True), rounds=1)
@@ -161,7 +163,7 @@ def test_memory(benchmark, path: Path) -> None:
 
 
 class Phases:
-    """Time and peak memory of one part of a process after the other, by Linux's account."""
+    """Time and peak memory of consecutive phases of a process, as Linux reports them."""
 
     def __init__(self) -> None:
         self.done: dict[str, dict[str, float]] = {}
@@ -169,7 +171,7 @@ class Phases:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while True:  # the kernel keeps no peak of this one
+        while True:  # Linux does not record the peak of anonymous memory
             self.anonymous = max(self.anonymous, self._of_status("RssAnon"))
             time.sleep(0.005)
 
@@ -190,7 +192,7 @@ class Phases:
 
 
 def whole_run(path: Path) -> dict[str, dict[str, float]]:
-    """What :func:`test_memory` does in its own process."""
+    """The work of the process in :func:`test_memory`; returns the figures of its phases."""
     import open_clip
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

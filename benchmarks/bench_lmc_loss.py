@@ -1,4 +1,4 @@
-"""The LMC loss forward and gradient: against a plain loop over the path points, compiled or not, and its floors.
+"""Benchmark of the LMC loss with gradient, against a plain or compiled loop over the path points and lower bounds.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
 """
@@ -22,7 +22,7 @@ BACKEND = None if DEVICE == "cpu" or "cuda" not in ops.available_backends() else
 
 @dataclass(frozen=True)
 class Case:
-    """One batch of features, and class weights about as far apart as prompts are."""
+    """A batch of features, and class weights with distances like those between prompts."""
 
     batch: int = 256
     classes: int = 500
@@ -53,7 +53,7 @@ class Case:
         return leaf.grad
 
     def loop(self, loss: Work | None = None) -> Work:
-        """The gradient of :func:`naive_loss`, or of another form of it."""
+        """A function that computes the gradient of :func:`naive_loss`, or of ``loss``."""
         x, labels, w, anchors, w1, alphas, betas = self.data
         points, weights, loss = alphas.tolist(), betas.tolist(), loss or naive_loss
 
@@ -92,7 +92,7 @@ class Case:
 def naive_loss(
     x: Tensor, labels: Tensor, w: Tensor, anchors: Tensor, w1: Tensor, points: list[float], weights: list[float]
 ) -> Tensor:
-    """The objective as the paper writes it, one cross-entropy a point."""
+    """The objective as the paper writes it, with one cross-entropy per path point."""
     loss = F.cross_entropy(SCALE * x @ F.normalize(w, dim=-1).T, labels)
     loss = loss + LAM * (1 - F.cosine_similarity(w, w1, dim=-1)).mean()
     for anchor, weight in zip(anchors, weights, strict=True):
@@ -119,13 +119,13 @@ def test_forward_and_gradient(benchmark) -> None:
 
 
 def test_more_points(benchmark) -> None:
-    """16 points should cost little more than one: the products are shared."""
+    """16 points should take little more time than one, because the products are shared."""
     many, one = Case(points=16, anchors=1), Case(points=1, anchors=1)
     compare(benchmark, many.title, many.fused, floors={"N 1": one.fused, **many.floors()}, rounds=31)
 
 
 def test_anchors_known(benchmark) -> None:
-    """The anchors never move: their products with the features can be made once."""
+    """Times the loss with given products of features and anchors, which do not change during training."""
     case = Case()
     x, _, _, anchors, *_ = case.data
     dots = x @ anchors.mT
@@ -139,7 +139,7 @@ def test_anchors_known(benchmark) -> None:
 
 
 def test_memory(benchmark) -> None:
-    """A batch so large that one logit for every point, [P, B, C], would stand out: 133 MiB. Products take 16."""
+    """Measures memory with a large batch: logits for every point, [P, B, C], would take 133 MiB, products take 16."""
     case = Case(batch=4096, points=16, anchors=1)
     logits = 4 * case.batch * case.classes * (1 + case.points * case.anchors)
     baselines = {"a loop over the points": case.loop()}
@@ -149,6 +149,6 @@ def test_memory(benchmark) -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_tasks(benchmark, task: str, batch: int) -> None:
-    """The paper's setting, N = 5 and one anchor, for tasks and batches of every size."""
+    """Times the paper's setting, N = 5 and one anchor, for all tasks and batch sizes."""
     case = Case(batch=batch, classes=TASKS[task], points=5, anchors=1)
     compare(benchmark, case.title, case.fused, floors=case.floors(), memory=False)

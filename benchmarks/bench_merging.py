@@ -1,4 +1,4 @@
-"""Merging safetensors files of 100 M parameters: time against reading and writing them, and peak memory."""
+"""Benchmark of merging safetensors files with 100 M parameters: time against reading and writing, and peak memory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ METHODS = {
     "ties": {"trim": "tensor"},
     "ties, trimmed globally": {},
 }
-"""Title -> options; the name of the method is what stands before a comma."""
+"""Title -> options; the title begins with the name of the method, up to a comma."""
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """A transformer's, 100 M elements; the largest tensor is a quarter of them."""
+    """Names and shapes of a transformer with 100 M elements; the largest tensor has a quarter of them."""
     found: dict[str, tuple[int, ...]] = {"token_embedding.weight": (VOCABULARY, 512), "logit_scale": ()}
     for i in range(BLOCKS):
         block = {"attn.in_proj_weight": (3 * WIDTH, WIDTH), "attn.in_proj_bias": (3 * WIDTH,)}
@@ -39,7 +39,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module", params=[torch.float16, torch.float32], ids=["float16", "float32"])
 def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A base and two experts near it."""
+    """Files of a base and of two experts near the base."""
     folder = tmp_path_factory.mktemp("checkpoints")
     generator = torch.Generator().manual_seed(0)
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes().items()}
@@ -51,7 +51,7 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def read_and_write(inputs: list[Path], out: Path) -> None:
-    """What no merging of files can do without, through one small buffer."""
+    """Reads the inputs and writes the output through a small buffer, as every merge of files must."""
     buffer = memoryview(bytearray(2**20))
     for path in inputs:
         with path.open("rb", buffering=0) as stream:
@@ -64,7 +64,7 @@ def read_and_write(inputs: list[Path], out: Path) -> None:
 
 @pytest.mark.parametrize("title", METHODS)
 def test_merge_files(benchmark, checkpoints: list[Path], title: str) -> None:
-    """A base and two experts, one expert for slerp, three experts without a base for the average."""
+    """Merges a base and two experts; for slerp a base and one expert, for the average three experts without a base."""
     method, options = getattr(merging, title.split(",")[0]), METHODS[title]
     base = checkpoints[0] if find(title.split(",")[0]).base or title == "slerp" else None
     experts = {"average": checkpoints, "slerp": checkpoints[1:2]}.get(title, checkpoints[1:])

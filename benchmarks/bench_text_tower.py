@@ -1,14 +1,15 @@
-"""The text tower forward and backward, ViT-B/16, shared context: against its matrix products and open_clip's tower.
+"""Benchmark of the text tower of ViT-B/16 with a shared context, against its matrix products and open_clip's tower.
 
 Shapes: C classes, n context tokens, W tower width, D embedding width.
 
-Two bars are missed on a processor without AMX: 500 names in bfloat16 ten times as fast as open_clip cut to the
-longest class (8.2 on a Zen 5), and sixty times as fast as 77 tokens (35). Both sides are bound by matrix products,
-which run at 0.9 TFLOP/s here, 9 tenths of what two cores with avx512_bf16 can do; a tower that were nothing but its
-products would be at 10.5 and 46. What is left above them, 1.28 times their time, is GELU both ways (7 %), attention
-(5 %), layer norms (3 %), copies (2 %). Looked at and left: oneDNN's prepacked weights (not to be had for bfloat16
-from Python, and the products are at the limit already); sharing first tokens of class names in a tree (2,206 tokens
-would be 2,116); keeping the first block's queries, keys and values of the fixed tokens (2 % of the products).
+A processor without AMX misses two targets for 500 names in bfloat16: ten times as fast as open_clip with texts cut to
+the longest class (8.2 on a Zen 5), and sixty times as fast as open_clip with 77 tokens (35). Matrix products limit both
+towers. They run at 0.9 TFLOP/s, which is 90 % of the speed of two cores with avx512_bf16; a tower of products alone
+would reach 10.5 and 46. The whole tower takes 1.28 times as long as its products; the rest is GELU forward and backward
+(7 %), attention (5 %), layer norms (3 %) and copies (2 %). Three ideas were examined and not used: prepacked weights of
+oneDNN (Python has no access to them for bfloat16, and the products are already at the limit); sharing the first tokens
+of class names in a tree (2,206 tokens would become 2,116); and storing queries, keys and values of the fixed tokens in
+the first block (2 % of the products).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from mergetune import FrozenClip, Prompt
 from mergetune.clip import TextEncoder, fill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-TOLERANCE = {"bfloat16": 5e-2, "float32": 1e-4}  # of the gradient, relative to its norm
+TOLERANCE = {"bfloat16": 5e-2, "float32": 1e-4}  # largest error of the gradient, relative to its norm
 AT_ONCE = 125  # classes of 77 tokens whose activations fit into memory
 
 
 class Case:
-    """A number of class names and a precision; the library's gradient, and what it is compared with."""
+    """A number of class names and a precision, with the library's gradient and its baselines."""
 
     def __init__(self, clip: FrozenClip, task: str, dtype: str) -> None:
         self.clip, self.dtype, self.names = clip, DTYPES[dtype], open_clip.IMAGENET_CLASSNAMES[: TASKS[task]]
@@ -83,7 +84,7 @@ def test_forward_backward(benchmark, vit_b16: FrozenClip, task: str, dtype: str)
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "dtype"), [("imagenet-base", "bfloat16"), ("caltech101", "float32")])
 def test_against_full_length(benchmark, vit_b16: FrozenClip, task: str, dtype: str) -> None:
-    """Against all 77 tokens, as in CoOp's code; those run once."""
+    """Compares with texts of 77 tokens, as in CoOp's code; this slow baseline runs once."""
     case = Case(vit_b16, task, dtype)
     seconds = timed(case.plain(truncate=False)) if benchmark.enabled else 0.0
     compare(

@@ -1,6 +1,6 @@
-"""Commands under a time limit: whatever one does, the next one runs, and all of them end in time.
+"""Commands with time limits: a command that fails or hangs does not stop the next one, and all end in time.
 
-Python's standard library alone: this runs before anything is installed.
+This file uses only Python's standard library, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TAIL = 2000  # characters of the output that a report shows
-GRACE = 2.0  # seconds between the request to end and the kill
-LEAST = 3.0  # seconds below which a part is not begun
+TAIL = 2000  # characters at the end of the output that a report shows
+GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+LEAST = 3.0  # a part does not start with less than this time in seconds
 
 PASSED, FAILED, UNSUPPORTED, TIMED_OUT, CRASHED = "passed", "failed", "not supported", "timed out", "crashed"
 UNREADABLE, NOT_STARTED, NO_TIME = "unreadable", "not started", "no time left"
@@ -30,14 +30,15 @@ class Part:
     """One command of a stage.
 
     Attributes:
-        name: of the part, also of its files.
+        name: name of the part and of its folder.
         command: program and arguments.
-        limit: seconds that it may take.
-        read: makes the facts to report, from the folder of the part (which holds "out" and "err"); what it raises makes
-            the part unreadable. It is called whatever became of the command.
-        env: added to the environment.
-        judge: status, from exit code and facts, of a command that ended by itself; by default 0 is passed.
-        reserve: seconds of the stage that are left to the parts behind this one.
+        limit: time limit in seconds.
+        read: function from the folder of the part (with the files "out" and "err") to the facts to report. It is called
+            for every outcome of the command; if it raises, the status is "unreadable".
+        env: variables added to the environment.
+        judge: function from exit code and facts to the status of a command that ended by itself; by default exit code 0
+            is passed.
+        reserve: seconds of the stage that are reserved for later parts.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part: its status, seconds, facts, and the end of its output, if it did not pass."""
+    """The result of a part: status, seconds, facts, and the end of the output if the part did not pass."""
 
     name: str
     status: str
@@ -66,12 +67,12 @@ class Outcome:
 
 
 def run_part(part: Part, folder: Path, deadline: float) -> Outcome:
-    """Run one part, until its own limit or the stage's deadline, whichever comes first.
+    """Runs one part until its limit or the stage's deadline, whichever comes first.
 
     Args:
-        part: what to run.
-        folder: where its files go, in a new folder named after it.
-        deadline: of the stage, as ``time.monotonic()`` counts.
+        part: the part to run.
+        folder: folder in which the part gets a folder with its name.
+        deadline: end of the stage on the clock of ``time.monotonic()``.
     """
     own, began = folder / part.name.replace(" ", "-"), time.monotonic()
     limit = min(part.limit, deadline - began - 2 * GRACE - part.reserve)
@@ -97,7 +98,7 @@ def run_part(part: Part, folder: Path, deadline: float) -> Outcome:
     try:
         facts, unreadable = part.read(own), ""
         judged = part.judge(code or 0, facts)
-    except Exception as error:  # whatever a broken part has written
+    except Exception as error:  # a broken part may write anything
         facts, judged, unreadable = {}, UNREADABLE, f"{type(error).__name__}: {error}"[:300]
     if code is None:
         status, detail = TIMED_OUT, f"stopped after {seconds:.0f} s"
@@ -111,7 +112,7 @@ def run_part(part: Part, folder: Path, deadline: float) -> Outcome:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """End a child's process group and every process that descends from it, in sessions of their own as well."""
+    """Ends a child's process group and all its descendants, also those in other sessions."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         stop = time.monotonic() + GRACE
         for process in remaining(child):
@@ -124,9 +125,9 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def remaining(child: subprocess.Popen[bytes]) -> list[int]:
-    """The child, unless it has ended; what is below it; and what it left behind, if this process adopts orphans.
+    """Ids of the child if it still runs, of its descendants, and of its orphans if this process adopts orphans.
 
-    Parts run one after the other: whatever is below this process belongs to the part.
+    Parts run one after the other, so every process below this one belongs to the current part.
     """
     child.poll()
     found = [child.pid] if child.returncode is None else []
@@ -139,18 +140,18 @@ def remaining(child: subprocess.Popen[bytes]) -> list[int]:
 
 
 def adopt_orphans() -> None:
-    """Processes whose parents end become children of this one, so that :func:`end` finds them (Linux)."""
+    """Makes orphaned processes children of this process, so that :func:`end` finds them (Linux only)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
             _adopting.append(os.getpid())
 
 
-_adopting: list[int] = []  # this process, once it adopts
+_adopting: list[int] = []  # id of this process, once it adopts orphans
 
 
 def descendants(ancestor: int) -> list[int]:
-    """Processes below `ancestor`, by Linux's /proc; none elsewhere. Zombies are left out."""
+    """Ids of the descendants of a process without zombies, from Linux's /proc; empty on other systems."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -166,7 +167,7 @@ def descendants(ancestor: int) -> list[int]:
 
 
 def last(path: Path, characters: int = TAIL) -> str:
-    """The end of a file, or nothing if it cannot be read."""
+    """The end of a file as text; empty if the file cannot be read."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4 * characters))
         return file.read().decode(errors="replace")[-characters:]

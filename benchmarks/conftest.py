@@ -1,4 +1,4 @@
-"""Two threads unless told otherwise, what the machine is, the ViT-B/16, and the report at the end."""
+"""Setup of the benchmarks: two threads by default, facts of the machine, a ViT-B/16, and the report at the end."""
 
 import os
 
@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def vit_b16() -> FrozenClip:
-    """ViT-B/16 with random weights: as fast as any. The names are ImageNet's, which real CLIPs have to encode too."""
+    """A ViT-B/16 with random weights, which is as fast as one with trained weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = open_clip.create_model("ViT-B-16").to(DEVICE)

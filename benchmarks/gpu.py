@@ -1,11 +1,11 @@
-"""Everything that is to be known of a GPU, in two runs of at most 280 seconds each: is it right, and how fast is it.
+"""Checks a GPU in two runs of at most 280 seconds each: correctness (parity) and speed.
 
     python benchmarks/gpu.py --stage parity --out results     # build, doctor, tests, one time per op, compute-sanitizer
     python benchmarks/gpu.py --stage speed --out results      # loss, text tower, steps, whole runs, images
 
-Every part is a process of its own under a time limit, and the parts behind it run whatever becomes of it. Nothing is
-written into the checkout. Without a CUDA device, or with ``--dry-run``, small cases run on the CPU and the same files
-are written. Python's standard library alone, so that a machine that lacks something still says what.
+Every part is a separate process with a time limit; later parts run even if it fails or hangs. Nothing is written into
+the checkout. Without a CUDA device, or with ``--dry-run``, small cases run on the CPU and the same files are written.
+This file uses only Python's standard library, so that it can report missing packages.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 SOURCES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "csrc", "kernels",
            "mergetune")  # fmt: skip
-LIMIT, TO_REPORT = 280.0, 10.0  # seconds of a stage, and of them for what is written at the end
+LIMIT, TO_REPORT = 280.0, 10.0  # seconds of a stage; of these, seconds reserved for the report at the end
 KERNEL_CALLS = ("lmc_loss, triton", "lmc_loss, triton, atomic", "prefix_attention, triton", "path_cross_entropy, cuda")
 DRY_TESTS = "test_the_rows or test_the_check or (test_the_attention and float32) or test_the_atomic"
 
 
 @dataclass
 class Stage:
-    """One run: where its files go, until when, and what its parts found.
+    """One run of this program: its folders, its deadline and the outcomes of its parts.
 
     Attributes:
         name: "parity" or "speed".
-        out: folder of the three files that are kept.
-        work: folder of everything else; the second stage finds the build of the first one here.
-        deadline: as ``time.monotonic()`` counts.
-        dry: small cases on the CPU.
-        machine: what the part "machine" found.
+        out: folder of the three result files.
+        work: folder of all other files; the second stage uses the build of the first stage in this folder.
+        deadline: end of the stage on the clock of ``time.monotonic()``.
+        dry: whether small cases run on the CPU.
+        machine: facts from the part "machine".
+        outcomes: outcomes of the finished parts.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Stage:
         self.outcomes.append(Outcome(name, status, 0.0, detail, {}, ""))
 
     def write(self) -> None:
-        """The stage's files, anew after every part: a run that is cut off leaves what it had."""
+        """Writes the result files. This happens after every part, so an interrupted run keeps its results."""
         infos = [info for o in self.outcomes for info in o.facts.get("benchmarks", ())]
         what = [{**asdict(o), "facts": {k: v for k, v in o.facts.items() if k != "benchmarks"}} for o in self.outcomes]
         results = {
@@ -102,7 +103,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The stage as Markdown: machine, parts, what failed, measurements."""
+    """The results of a stage as Markdown: machine, parts, failures, measurements."""
     machine = results["machine_info"]
     cpu = machine.get("cpu", {})
     named = {"torch": machine.get("torch"), "triton": machine.get("triton"), "Python": machine.get("python_version")}
@@ -129,18 +130,18 @@ def markdown(results: dict[str, Any]) -> str:
     return text + "\n"
 
 
-# -- what all parts share ---------------------------------------------------------------------------------------------
+# -- shared by all parts ----------------------------------------------------------------------------------------------
 
 
 def environment_of(stage: Stage) -> dict[str, str]:
-    """Our build before everything else, caches in the work folder, no network, kernels compiled on a GPU."""
+    """Environment of the parts: the stage's build first on the path, caches in the work folder, no network."""
     caches = stage.work / "caches"
     folders = [str(stage.site), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
     path = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent), *FOLDERS]
     return {
         "PYTHONPATH": os.pathsep.join(folders),
         "PATH": os.pathsep.join(path),
-        "PYTHONSAFEPATH": "1",  # the checkout's mergetune has no native core and must not hide the one that is built
+        "PYTHONSAFEPATH": "1",  # the checkout's mergetune has no native core and must not hide the built package
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(caches / "triton"),
@@ -161,7 +162,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def last_json(folder: Path) -> dict[str, Any]:
-    """The object that a command printed last, whatever it printed before."""
+    """The JSON object at the end of a command's output."""
     text = (folder / "out").read_text(errors="replace")
     for begin in (0, *(m.start() for m in re.finditer(r"^\{", text, re.M))):
         try:
@@ -181,7 +182,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def look(stage: Stage, asked_dry: bool) -> None:
-    """The machine; without a CUDA device the stage becomes a dry run, and says so."""
+    """Runs the part "machine"; without a CUDA device the stage becomes a dry run, and a message says so."""
     outcome = stage.run(Part("machine", python(str(BENCHMARKS / "gpu_work.py"), "machine"), 60, last_json))
     stage.machine = outcome.facts
     if not outcome.facts.get("gpu") and not asked_dry:
@@ -192,11 +193,11 @@ def look(stage: Stage, asked_dry: bool) -> None:
 
 
 def install(stage: Stage, wheels: Path) -> None:
-    """The wheels of what lacks, then our build for the GPU that is here; a build of these very sources is kept."""
+    """Installs the given wheels and builds mergetune for this GPU, unless an earlier stage built the same sources."""
     stamp = stage.work / "stamp"
     now = fingerprint(stage)
     if stamp.exists() and stamp.read_text() == now:
-        stage.note("build", PASSED, "kept from the stage before")
+        stage.note("build", PASSED, "used the build of the earlier stage")
         return
     shutil.rmtree(stage.site, ignore_errors=True)
     into = ("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-cache-dir", "--upgrade", "--target")
@@ -229,7 +230,7 @@ def build_info(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint(stage: Stage) -> str:
-    """Of the sources, the interpreter and what is built for."""
+    """Digest of the sources, the interpreter and the target of the build."""
     found = hashlib.sha256(f"{sys.executable} {stage.machine.get('capability')} {stage.dry}".encode())
     for name in SOURCES:
         for path in sorted([ROOT / name, *(ROOT / name).rglob("*")]):
@@ -279,7 +280,7 @@ def parity(stage: Stage) -> None:
 
 
 def small_calls(stage: Stage) -> list[str]:
-    """Those of the kernels that could be built and imported; all that are here where the timings told nothing."""
+    """Names of the calls whose kernels ran in the part "timings"; the first call if none ran."""
     there = {line["op"] for outcome in stage.outcomes for line in outcome.facts.get("ops", ()) if "ms" in line}
     return [name for name in KERNEL_CALLS if name in there] or list(KERNEL_CALLS[:1])
 
@@ -313,7 +314,7 @@ def judge_sanitizer(code: int, facts: dict[str, Any]) -> str:
 
 
 def speed(stage: Stage) -> None:
-    """The loss first, then what depends on it; every measurement is kept as soon as it is made."""
+    """Runs the speed benchmarks, the loss first; every measurement is recorded immediately."""
     suites = [
         ("loss", "bench_gpu.py", "test_loss", 100.0, 90.0),
         ("text tower", "bench_gpu.py", "test_text_tower", 80.0, 60.0),
@@ -333,21 +334,23 @@ STAGES = {"parity": parity, "speed": speed}
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Exit code: 0 if every part passed or is not supported here, 1 otherwise."""
+    """Runs a stage; the exit code is 0 if every part passed or is not supported on this machine, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, required=True)
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT", "gpu-results"), help="default: $OUT")
-    parser.add_argument("--work", type=Path, help="builds and caches; default: a folder of the temporary folder")
+    parser.add_argument(
+        "--out", type=Path, default=os.environ.get("OUT", "gpu-results"), help="folder of the results; default: $OUT"
+    )
+    parser.add_argument("--work", type=Path, help="folder of builds and caches; default: in the temporary folder")
     parser.add_argument(
         "--wheels", type=Path, default=ROOT / ".whl", help="folder of wheels to install before the build"
     )
-    parser.add_argument("--prepared", type=Path, help="Triton programs that launches.py compiled before")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that the whole stage may take")
-    parser.add_argument("--dry-run", action="store_true", help="small cases on the CPU")
+    parser.add_argument("--prepared", type=Path, help="folder of Triton programs that launches.py compiled")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="time limit of the stage in seconds")
+    parser.add_argument("--dry-run", action="store_true", help="run small cases on the CPU")
     options = parser.parse_args(arguments if arguments is None else list(arguments))
     began = time.monotonic()
     adopt_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part in progress is ended, not left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception ends the running part as well
     work = options.work or Path(tempfile.gettempdir(), f"mergetune-gpu-{os.getuid()}")
     stage = Stage(options.stage, Path(options.out).resolve(), work.resolve(), began + options.limit - TO_REPORT, True)
     stage.out.mkdir(parents=True, exist_ok=True)
@@ -359,7 +362,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
             shutil.copytree(options.prepared, stage.work / "caches" / "triton", dirs_exist_ok=True)
         install(stage, options.wheels)
         STAGES[options.stage](stage)
-    except Exception as error:  # a fault of this program: what was found before is kept
+    except Exception as error:  # an error of this program: earlier results are kept
         stage.note(options.stage, FAILED, f"{type(error).__name__}: {error}")
     stage.write()
     print(f"\n{(stage.out / f'{stage.name}.md').read_text()}\n{time.monotonic() - began:.0f} s in all.", flush=True)

@@ -1,6 +1,6 @@
-"""The commands that ``gpu.py`` runs as processes of their own: what the machine is, one time per op, one small call.
+"""Commands that ``gpu.py`` runs as separate processes: facts of the machine, one time per op, small calls.
 
-``machine`` needs neither torch nor mergetune, and says what is missing.
+``machine`` needs neither torch nor mergetune, and lists missing packages and tools.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 
 def tool(name: str) -> str | None:
-    """A program on PATH, beside Python, or in CUDA's usual folders."""
+    """Path of a program on PATH, beside Python or in CUDA's usual folders; None if not found."""
     home = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent), *home, *FOLDERS]
     return shutil.which(name, path=os.pathsep.join(places))
 
 
 def said(*command: str) -> str:
-    """The last line that a command prints, or what went wrong."""
+    """The last line that a command prints, or the error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1][:200]
@@ -50,7 +50,7 @@ def cpu_model() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What pytest-benchmark calls machine_info, as far as the benchmarks' reports use it, and what is installed."""
+    """The entries of pytest-benchmark's machine_info that reports use, and installed and missing packages and tools."""
     found: dict[str, Any] = {
         "cpu": {"brand_raw": cpu_model(), "count": os.cpu_count()},
         "processor": platform.machine(),
@@ -81,7 +81,7 @@ def machine() -> dict[str, Any]:
                 "multiprocessors": properties.multi_processor_count,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
             }
-    except Exception as error:  # a torch that cannot be imported is a finding
+    except Exception as error:  # a broken torch is part of the report
         found["torch"] = f"{type(error).__name__}: {error}"[:300]
     if find_spec("triton"):
         from importlib.metadata import version
@@ -91,7 +91,7 @@ def machine() -> dict[str, Any]:
 
 
 def calls(small: bool) -> dict[str, Callable[[], Any]]:
-    """One call of every op by every backend that is here, forward and gradient."""
+    """Name -> call of every op with every available backend, forward and gradient."""
     import torch
     import torch.nn.functional as F
 
@@ -158,9 +158,9 @@ def calls(small: bool) -> dict[str, Callable[[], Any]]:
 
 
 def timings() -> None:
-    """One line of JSON per op: the median of ten calls after three, in milliseconds, or why there is none.
+    """Prints one line of JSON per op: the median time of ten calls in milliseconds, or the error.
 
-    Interpreted, one call after one.
+    Three calls warm up. In Triton's interpreter one call warms up and one is timed.
     """
     import statistics
 
@@ -173,7 +173,7 @@ def timings() -> None:
             for _ in range(first):
                 call()
             line = {"op": name, "ms": 1e3 * statistics.median(timed(call) for _ in range(rounds))}
-        except Exception as error:  # the next op has its turn
+        except Exception as error:  # the next op still runs
             line = {"op": name, "error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(line), flush=True)
 
@@ -181,7 +181,7 @@ def timings() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("machine", "timings", "small"))
-    parser.add_argument("names", nargs="*", help="of `small`: which calls; none lists them")
+    parser.add_argument("names", nargs="*", help="for `small`: names of calls to run; without names they are listed")
     options = parser.parse_args()
     if options.what == "machine":
         print(json.dumps(machine()))

@@ -1,12 +1,12 @@
-"""Compiles beforehand, without a GPU, the Triton programs that the tests and benchmarks launch on one.
+"""Compiles the Triton programs that tests and benchmarks launch on a GPU, in advance and without a GPU.
 
-    python -m pytest tests -p launches ...        writes what is launched, in Triton's interpreter, to the file LAUNCHES
-    python benchmarks/launches.py FILE FOLDER     compiles it for a GPU into FOLDER: a TRITON_CACHE_DIR
+    python -m pytest tests -p launches ...        records launches in Triton's interpreter in the file $LAUNCHES
+    python benchmarks/launches.py FILE FOLDER     compiles them for a GPU into FOLDER, a TRITON_CACHE_DIR
 
-Each launch is compiled through the path that a launch takes on the GPU (``JITFunction.warmup``, with a driver that says
-which GPU it is), so that Triton computes the same key for it. The key holds Triton's and its library's own files, the
-source of the kernel, its arguments, options, ptxas and the compute capability. So FOLDER serves only the same wheel of
-Triton, for the same Python, and the same sources.
+Each launch is compiled in the same way as on the GPU (``JITFunction.warmup``, with a driver that names the GPU), so
+Triton computes the same cache key. The key depends on Triton's files, the source of the kernel, its arguments and
+options, ptxas and the compute capability. FOLDER is therefore valid only for the same wheel of Triton, the same Python
+and the same sources.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ KERNELS = {
         "prefix_gradient_kernel",
     ),
 }
-ALIGNMENT = 16  # what Triton distinguishes in an address
+ALIGNMENT = 16  # Triton compiles for addresses that are multiples of 16, and for others
 
 
 def described(value: Any) -> Any:
-    """What a compiled program depends on: dtype and alignment of a tensor, a number as it is."""
+    """Properties of an argument on which a compiled program depends: dtype and alignment of a tensor, or a number."""
     if hasattr(value, "data_ptr"):
         return {"dtype": str(value.dtype).removeprefix("torch."), "offset": value.data_ptr() % ALIGNMENT}
     return value
 
 
 class Tensor:
-    """Stands in for a tensor on a GPU."""
+    """Replaces a tensor on a GPU."""
 
     def __init__(self, dtype: str, offset: int) -> None:
         import torch
@@ -53,11 +53,11 @@ class Tensor:
         return 0
 
 
-# -- what is launched: a pytest plugin --------------------------------------------------------------------------------
+# -- recording of launches: a pytest plugin ---------------------------------------------------------------------------
 
 
 def pytest_collection_finish() -> None:
-    """Have every launch written down; equal ones of one process once."""
+    """Records every launch; equal launches of a process are recorded once."""
     seen: set[str] = set()
     for module_name, kernels in KERNELS.items():
         module = importlib.import_module(module_name)
@@ -84,7 +84,7 @@ def recording(run: Any, module: str, kernel: str, seen: set[str]) -> Any:
 
 
 class Driver:
-    """Says which GPU to compile for, and has none."""
+    """A Triton driver that names the GPU to compile for, without having a GPU."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -102,7 +102,7 @@ class Driver:
 
 
 def compile_launch(line: str, capability: int) -> str:
-    """The kernel's name and what became of it: "compiled", "found", or the error."""
+    """Compiles one launch; returns the kernel's name and "compiled", "found" (in the cache) or the error."""
     import triton
 
     launch = json.loads(line)
@@ -114,20 +114,20 @@ def compile_launch(line: str, capability: int) -> str:
     options = {name: stand_in(value) for name, value in launch["options"].items()}
     try:
         kernel.warmup(*map(stand_in, launch["args"]), grid=(1,), **options)
-    except Exception as error:  # one that cannot be compiled is compiled, or fails, on the GPU
+    except Exception as error:  # on the GPU this launch is compiled again, or fails
         return f"{launch['kernel']}: {type(error).__name__}: {error}"[:300]
     return f"{launch['kernel']}: {'found' if not found or found[-1] else 'compiled'}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="what the plugin wrote")
-    parser.add_argument("folder", type=Path, help="the cache to fill")
-    parser.add_argument("--capability", type=int, default=90, help="of the GPU: 80, 90 or 100")
+    parser.add_argument("file", type=Path, help="file that the plugin wrote")
+    parser.add_argument("folder", type=Path, help="cache folder to fill")
+    parser.add_argument("--capability", type=int, default=90, help="compute capability of the GPU: 80, 90 or 100")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     os.environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(options.folder.resolve())}
-    os.environ |= {"TRITON_STORE_BINARY_ONLY": "1"}  # a quarter of the size; no part of the key
+    os.environ |= {"TRITON_STORE_BINARY_ONLY": "1"}  # a quarter of the size; the key does not depend on this variable
     lines = sorted(set(options.file.read_text().splitlines()))
     counts: dict[str, int] = {}
     with ProcessPoolExecutor(options.processes) as pool:

@@ -1,4 +1,4 @@
-"""Measuring: a candidate against baselines and floors taken in turn, peak memory, and the shapes of real tasks.
+"""Measurement of a candidate against baselines and lower bounds (floors), peak memory, and sizes of real tasks.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
 """
@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from report import show_bytes, show_seconds
 
 TASKS = {"eurosat": 5, "caltech101": 50, "imagenet-base": 500, "imagenet": 1000}
-"""Classes that are trained on: half of the data set's in the base-to-novel protocol, all of them in the last."""
+"""Task -> number of training classes: half of the dataset's in base-to-novel; all classes for "imagenet"."""
 
 BATCHES = (32, 128, 256, 512)
 WIDTH = 512  # D of ViT-B/16
@@ -30,7 +30,7 @@ Work = Callable[[], Any]
 
 
 def timed(work: Work) -> float:
-    """Seconds of one call; on a GPU between two events of its stream."""
+    """Time of one call in seconds; on a GPU the time between two events of its stream."""
     if DEVICE == "cpu":
         began = time.perf_counter()
         work()
@@ -45,7 +45,7 @@ def timed(work: Work) -> float:
 
 
 def peak_memory(work: Work) -> int | None:
-    """Bytes that one call needs at its peak beyond what was there: torch's on a GPU, resident pages on Linux."""
+    """Peak memory of one call in bytes, beyond the memory in use before: torch's on a GPU, resident pages on Linux."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -55,8 +55,8 @@ def peak_memory(work: Work) -> int | None:
     if sys.platform != "linux":
         return None
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # freed pages go back, so that using them again counts
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
+        trim(0)  # returns freed pages to the system, so that their new use counts
+    Path("/proc/self/clear_refs").write_text("5")  # sets the recorded peak to the current resident memory
     before = _resident("VmRSS")
     work()
     return max(0, _resident("VmHWM") - before)
@@ -68,7 +68,7 @@ def _resident(which: str) -> int:
 
 
 class Others:
-    """CPUs that other processes used since this was made; None where the system does not tell."""
+    """Measures how many CPUs other processes use from now on; None if the system does not report this."""
 
     def __init__(self) -> None:
         self.began, self.busy = time.perf_counter(), _busy_seconds()
@@ -102,18 +102,19 @@ def compare(
     memory: bool = True,
     **facts: Any,
 ) -> None:
-    """Time the candidate and everything else in turn, round by round, so that all meet the same disturbances.
+    """Times the candidate, baselines and floors in turn in every round, so that disturbances affect all equally.
 
     Args:
-        title: what the candidate is; ``summarise.py`` knows it by this.
-        candidate: of the library.
-        baselines: other ways to the same result.
-        floors: work that no way to the result can leave out, or a smaller case of the same.
-        measured: baselines too slow for every round -> seconds, measured by the caller.
-        computed: floors that follow from the sizes and from the device's speed -> seconds.
-        rounds: after one warm-up round. The medians are recorded, and the fastest.
-        memory: whether to record peak memory too, in a further round.
-        facts: recorded as they are.
+        benchmark: fixture of pytest-benchmark, which stores the results.
+        title: name of the candidate, by which ``summarise.py`` compares runs.
+        candidate: work of the library.
+        baselines: name -> other work with the same result.
+        floors: name -> work that every implementation must do, or a smaller case.
+        measured: name of a baseline that is too slow for every round -> seconds, measured by the caller.
+        computed: name of a floor computed from sizes and the device's speed -> seconds.
+        rounds: number of rounds after one warm-up round. Medians and fastest times are recorded.
+        memory: whether to record peak memory in a further round.
+        facts: further entries of the record.
     """
     baselines, floors, measured = dict(baselines or {}), dict(floors or {}), dict(measured or {})
     computed = dict(computed or {})
@@ -143,13 +144,13 @@ def compare(
         "peak_bytes": {n: peak_memory(work) for n, work in works.items() if n not in floors} if memory else {},
         **facts,
     }
-    if record := os.environ.get("MERGETUNE_BENCH_RECORD"):  # a run that is stopped keeps what it had
+    if record := os.environ.get("MERGETUNE_BENCH_RECORD"):  # an interrupted run keeps its results
         with open(record, "a") as file:
             file.write(json.dumps(dict(benchmark.extra_info)) + "\n")
 
 
 def lines(info: Mapping[str, Any]) -> list[str]:
-    """What :func:`compare` recorded, for reading."""
+    """The record of :func:`compare` as lines of text."""
     own, peak = info["seconds"][info["title"]], info["peak_bytes"]
     disturbed = "" if info["other_cpus"] is None else f"; others used {info['other_cpus']:.2f} CPUs meanwhile"
     found = [f"{info['title']}: {show_seconds(own)}{show_bytes(peak.get(info['title']))}{disturbed}"]

@@ -1,4 +1,4 @@
-"""What the text tower is compared with: open_clip's own blocks under autograd, and the tower's matrix products alone.
+"""Baselines of the text tower: open_clip's blocks under autograd, and the matrix products of the tower alone.
 
 Shapes: C classes, L tokens of a text, n context tokens, W tower width, D embedding width, R packed rows.
 """
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from mergetune.clip import TextParts
 
-TEMPLATE, N_CTX, FIRST = "a photo of a {}.", 4, 1  # four context tokens behind the start token
+TEMPLATE, N_CTX, FIRST = "a photo of a {}.", 4, 1  # four context tokens after the start token
 
 
 @dataclass(frozen=True)
 class PlainPrompts:
-    """CoOp's way: the whole text of every class through the tower, the context vectors put in its place."""
+    """Class features as CoOp computes them: the tower encodes each class's whole text with the context vectors."""
 
     tower: open_clip.CLIP
     transformer: nn.Module
@@ -30,13 +30,13 @@ class PlainPrompts:
 
     @classmethod
     def of(cls, tower: open_clip.CLIP, tokens: Tensor, dtype: torch.dtype, *, truncate: bool = False) -> PlainPrompts:
-        """``truncate`` leaves out what stands behind the end of the longest text."""
+        """Copies the blocks of a tower in a dtype; ``truncate`` cuts the tokens [C, L] after the longest text."""
         length = int(tokens.argmax(-1).max()) + 1 if truncate else tokens.shape[1]
         transformer, ln_final = (deepcopy(part).to(dtype) for part in (tower.transformer, tower.ln_final))
         return cls(tower, transformer, ln_final, tokens[:, :length], dtype)
 
     def __call__(self, ctx: Tensor, classes: slice = slice(None)) -> Tensor:
-        """Context vectors [n, W] -> class features [C, D] float32, not normalised."""
+        """Class features [C, D] in float32, not normalised, from context vectors [n, W]."""
         tokens = self.tokens[classes]
         count, length = tokens.shape
         words = self.tower.token_embedding(tokens).to(self.dtype)
@@ -48,7 +48,7 @@ class PlainPrompts:
         return (x @ self.tower.text_projection.to(self.dtype)).float()
 
     def gradient(self, ctx: Tensor, d: Tensor, *, at_once: int | None = None) -> Tensor:
-        """Forward and backward: d [C, D] -> [n, W]. ``at_once`` classes at a time, for memory's sake."""
+        """Gradient [n, W] with respect to ctx, from d [C, D]; ``at_once`` classes per step to save memory."""
         leaf, step = ctx.detach().clone().requires_grad_(), at_once or len(d)
         for begin in range(0, len(d), step):
             some = slice(begin, begin + step)
@@ -57,9 +57,10 @@ class PlainPrompts:
 
 
 def text_gemms(text: TextParts, rows: int, classes: int) -> Callable[[], None]:
-    """The products of the tower's forward and of the backward to its input, and nothing else.
+    """A function that runs only the matrix products of the tower's forward pass and of the backward pass to its input.
 
-    Four of each a block, R rows; in the last block only the C pooled rows go past the attention. Then the projection.
+    Each block has four products forward and four backward, on R rows. In the last block, only the C pooled rows go on
+    after the attention. The projection follows.
     """
     pairs: list[tuple[int, Tensor]] = []  # rows, weight [out, in]
     for block in text.blocks:

@@ -1,6 +1,7 @@
-"""Ratios kept for a device, and whether a later run is worse: candidate over floor, candidate over baseline.
+"""Stored ratios per device (time of candidate over floor or baseline), and the comparison of later runs with them.
 
-Both sides of a ratio come from one run on one machine, so that it outlasts the machine's mood; seconds do not.
+Both sides of a ratio come from one run on one machine, so ratios are stable when the load of the machine changes;
+seconds are not.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 0.15
-"""A ratio may grow by this part of itself."""
+"""Largest allowed relative growth of a ratio."""
 
 Ratios = dict[str, dict[str, float]]
-"""Title -> what it is compared with -> its own time over the other's; smaller is better."""
+"""Title -> name of floor or baseline -> time of the candidate divided by the other time; smaller is better."""
 
 
 @dataclass(frozen=True)
 class Worse:
-    """A ratio beyond the limit."""
+    """A ratio that has grown beyond the limit."""
 
     title: str
     other: str
@@ -37,13 +38,13 @@ class Worse:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run against its baseline.
+    """The comparison of a run with the baseline of its device.
 
     Attributes:
-        compared: how many ratios both have.
-        worse: those beyond the limit.
-        missing: "title / other" of the baseline that the run has not measured.
-        new: those of the run that the baseline does not know.
+        compared: number of ratios in both.
+        worse: ratios beyond the limit.
+        missing: "title / other" of ratios in the baseline that the run has not measured.
+        new: "title / other" of ratios that are not in the baseline.
     """
 
     compared: int
@@ -53,7 +54,7 @@ class Comparison:
 
 
 def device_of(machine: Mapping[str, Any]) -> str:
-    """The model of what the run used: its GPU, or its CPU and the number of threads."""
+    """Name of the run's device: the model of its GPU, or of its CPU with the number of threads."""
     if machine["gpu"]:
         return machine["gpu"]
     cpu = machine["cpu"].get("brand_raw") or machine.get("processor") or "unknown CPU"
@@ -61,12 +62,12 @@ def device_of(machine: Mapping[str, Any]) -> str:
 
 
 def file_of(folder: Path, device: str) -> Path:
-    """Where the baseline of a device is kept."""
+    """The baseline file of a device."""
     return folder / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
 def ratios_of(infos: Iterable[Mapping[str, Any]]) -> Ratios:
-    """The ratios of medians of one run."""
+    """The ratios of a run, computed from medians."""
     found: Ratios = {}
     for info in infos:
         own = info["seconds"][info["title"]]
@@ -76,7 +77,7 @@ def ratios_of(infos: Iterable[Mapping[str, Any]]) -> Ratios:
 
 
 def best_of(runs: Iterable[Ratios]) -> Ratios:
-    """Of each ratio the smallest: a run that is repeated is disturbed less or more, but never too fast."""
+    """The smallest value of each ratio over several runs, because disturbances only slow runs down."""
     found: Ratios = {}
     for run in runs:
         for title, row in run.items():
@@ -101,13 +102,13 @@ def compare(now: Ratios, before: Ratios, limit: float = LIMIT) -> Comparison:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a device's file holds: where and when the ratios come from, and the ratios.
+    """Content of a device's baseline file.
 
     Attributes:
         device: see :func:`device_of`.
-        date: of the run.
-        torch: its version.
-        other_cpus: CPUs that other processes used meanwhile: least and most of all rows; None where it is not known.
+        date: date of the run.
+        torch: version of torch.
+        other_cpus: smallest and largest number of CPUs that other processes used during a row; None if unknown.
         ratios: see :data:`Ratios`.
     """
 

@@ -1,8 +1,8 @@
-"""A pytest plugin that writes every result at once, so that a run that is stopped leaves what it had.
+"""A pytest plugin that writes every result immediately, so that an interrupted run keeps its results.
 
-``pytest -p recorder`` with RECORD=file: one JSON object per test that begins or ends, and per Triton program that is
-compiled or found in Triton's cache. A worker of pytest-xdist whose CUDA device no longer answers ends itself, so that a
-fresh one runs the tests that follow.
+``pytest -p recorder`` with RECORD=file writes one JSON object when a test begins or ends, and for each Triton program
+that is compiled or found in Triton's cache. A worker of pytest-xdist ends itself if its CUDA device does not respond,
+so that a new worker runs the following tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def write(**event: object) -> None:
 
 
 class Recorder:
-    """Of the process that reports: the only one, or the one that leads the workers."""
+    """Records the tests in the process that reports results: the only process, or the one that leads the workers."""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         write(event="collected", count=len(session.items))
@@ -50,7 +50,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 def watch_compiler() -> None:
-    """Have Triton say what it compiles and what its cache had; of versions that cannot say it, nothing is recorded."""
+    """Records compiled programs and cache hits of Triton, if the Triton version reports them."""
     try:
         from triton import knobs
 

@@ -1,4 +1,4 @@
-"""What ``recorder.py`` wrote about a run of pytest, also about one that was stopped; the standard library alone."""
+"""Reading of the file that ``recorder.py`` writes, also from an interrupted run; uses only the standard library."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def read_tests(path: Path) -> dict[str, Any]:
-    """Counts of outcomes, seconds, the tests that failed with their last line, those that began and never ended."""
+    """Counts of outcomes, slowest tests, failed tests with their messages, and tests that began but never ended."""
     begun: dict[str, bool] = {}
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures: dict[str, str] = {}
     reasons: dict[str, int] = {}
     slowest: list[tuple[float, str]] = []
     lines = path.read_text().splitlines(keepends=True)
-    events = [json.loads(line) for line in lines if line.endswith("}\n")]  # the last may be cut off
+    events = [json.loads(line) for line in lines if line.endswith("}\n")]  # the last line may be cut off
     programs = [event["hit"] for event in events if event["event"] == "program"]
     for event in events:
         if event["event"] == "begin":

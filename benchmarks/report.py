@@ -1,6 +1,6 @@
-"""Results as Markdown: the table of measurements with the bars, the machine, and the parts of a run on a GPU.
+"""Benchmark results as Markdown: measurements with their targets (bars), the machine, and the parts of a GPU run.
 
-Python's standard library alone, so that a report can be written where nothing is installed.
+This file uses only Python's standard library, so that a report can be written before anything is installed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bar:
-    """What a ratio has to reach: ``at_most`` times a floor, or ``at_least`` times as fast as a baseline."""
+    """Target of a ratio: at most ``at_most`` times a floor, or at least ``at_least`` times as fast as a baseline."""
 
     title: str
     other: str
@@ -43,7 +43,7 @@ BARS = (
 
 
 def measurements(infos: Iterable[Mapping[str, Any]], statistic: str = "seconds", bars: Sequence[Bar] = BARS) -> str:
-    """The table of what ``measure.compare`` recorded; ``statistic`` is "seconds" for medians or "fastest"."""
+    """The table of the records of ``measure.compare``; ``statistic`` is "seconds" for medians, or "fastest"."""
     found = {info["title"]: info for info in infos}
     rows = ["| measured | time | against | its time | ratio | bar | |", "|---|---|---|---|---|---|---|"]
     for title, info in found.items():
@@ -58,7 +58,7 @@ def measurements(infos: Iterable[Mapping[str, Any]], statistic: str = "seconds",
             theirs = (name, f"{show_seconds(other)}{show_bytes(peak.get(name))}", ratio)
             rows.append(f"| {' | '.join((*mine, *theirs, *verdict))} |")
             first = False
-        if first:  # measured alone
+        if first:  # without baselines and floors
             rows.append(f"| {title} | {show_seconds(own)}{show_bytes(peak.get(title))} | | | | | |")
     rows += [f"| {bar.title} | not run | {bar.other} | | | {bar.text()} | |" for bar in bars if bar.title not in found]
     return "\n".join(rows)
@@ -76,7 +76,7 @@ def parts(outcomes: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _fact(item: tuple[str, Any]) -> str:
-    """A fact that fits into a cell; longer ones are in the JSON file, lists and tables as their size."""
+    """A fact as text for a table cell; lists and dicts as their size (the JSON file has the whole)."""
     name, value = item
     if isinstance(value, (list, dict)):
         return f"{name}: {len(value)}" if value else ""
@@ -88,7 +88,7 @@ def cell(text: str) -> str:
 
 
 def table(results: Mapping[str, Any], statistic: str = "seconds") -> str:
-    """The Markdown of a file of ``--benchmark-json``: machine and measurements."""
+    """Machine and measurements of a ``--benchmark-json`` file as Markdown."""
     infos = [info for bench in results["benchmarks"] if "title" in (info := bench["extra_info"])]
     return f"{machine(results, infos, statistic)}\n\n{measurements(infos, statistic)}"
 

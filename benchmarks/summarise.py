@@ -1,6 +1,6 @@
-"""Results of benchmarks as the README's Markdown table, and held to the ratios kept for this device.
+"""Prints benchmark results as a Markdown table and compares them with the stored ratios of the device.
 
-Reads files of ``--benchmark-json`` and the JSON files of ``gpu.py --stage speed``.
+The program reads files of ``--benchmark-json`` and JSON files of ``gpu.py --stage speed``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,27 @@ from report import table
 
 
 def main(
-    files: Annotated[list[Path], typer.Argument(help="Results; of several, the best ratio counts.", exists=True)],
-    fastest: Annotated[bool, typer.Option(help="The fastest round, for a machine that others use too.")] = False,
+    files: Annotated[
+        list[Path], typer.Argument(help="Result files of one device; the best ratio of all files counts.", exists=True)
+    ],
+    fastest: Annotated[
+        bool, typer.Option(help="Show the fastest round instead of the median, for a machine with other users.")
+    ] = False,
     against: Annotated[
-        Path | None, typer.Option(help="Folder of baselines: exit with 1 if a ratio is worse, 2 if there is none.")
+        Path | None,
+        typer.Option(
+            help="Folder of baselines to compare with: exit code 1 if a ratio is worse, 2 without a baseline."
+        ),
     ] = None,
     save_baseline: Annotated[
-        Path | None, typer.Option(help="Write the ratios into this folder, as the baseline of this device.")
+        Path | None, typer.Option(help="Folder in which to save the ratios as the baseline of this device.")
     ] = None,
     repeat: Annotated[
-        Path | None, typer.Option(help="With --against: where the tests with worse ratios are listed, one per line.")
+        Path | None,
+        typer.Option(help="With --against: file in which to list the tests with worse ratios, one per line."),
     ] = None,
 ) -> None:
-    """Print the table of the first file; compare and keep ratios."""
+    """Print the table of the first file; compare and save ratios."""
     runs = [json.loads(path.read_text()) for path in files]
     if len(devices := {device_of(run["machine_info"]) for run in runs}) > 1:
         raise typer.BadParameter(f"FILES must come from one device, got {', '.join(sorted(devices))}")
@@ -40,8 +48,8 @@ def main(
     path = file_of(against, device)
     if not path.exists():
         typer.echo(
-            f"\nThere is no baseline for {device}: {path} does not exist. "
-            f"To make one: python benchmarks/summarise.py {' '.join(map(str, files))} --save-baseline {against}",
+            f"\nNo baseline for {device}: {path} does not exist. "
+            f"To save one: python benchmarks/summarise.py {' '.join(map(str, files))} --save-baseline {against}",
             err=True,
         )
         raise typer.Exit(2)
@@ -69,7 +77,7 @@ def baseline(runs: list[dict[str, Any]], device: str, ratios: dict[str, dict[str
 
 
 def verdict(found: Comparison, kept: Baseline, path: Path, limit: float = LIMIT) -> str:
-    """What to say of a comparison: every ratio that is worse, missing or new."""
+    """The comparison as text: the baseline, and every ratio that is worse, missing or new."""
     lines = [f"{found.compared} ratios compared with {path.name} of {kept.date}, torch {kept.torch}."]
     if kept.other_cpus is not None:
         least, most = kept.other_cpus

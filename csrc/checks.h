@@ -1,4 +1,4 @@
-// Checks of arguments, with the messages that users see. Not for the files that are compiled once per variant.
+// Checks of arguments, with messages for users. Files that are compiled once per variant must not include this.
 #pragma once
 
 #include <cstdint>

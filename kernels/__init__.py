@@ -1,1 +1,1 @@
-"""Triton kernels, a launcher per op beside what it launches; installed as mergetune.kernels, used by mergetune.ops."""
+"""Triton kernels and the functions that launch them; installed as mergetune.kernels, used by mergetune.ops."""

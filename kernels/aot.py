@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels ahead of time, without a GPU: ``python -m mergetune.kernels.aot`` says what they take.
+"""Ahead-of-time compilation of the Triton kernels, without a GPU, with a report of registers, spills and memory.
 
-Every configuration that the launcher may choose, for every GPU architecture, is compiled to machine code. Spills are
-ptxas's own report, registers and stack what cuobjdump finds in the code. Exits with 1 if anything spills or exceeds the
-shared memory of a block.
+``python -m mergetune.kernels.aot`` compiles every configuration that a launcher may choose to machine code, for every
+GPU architecture. ptxas reports spills; cuobjdump reports registers and stack. The exit code is 1 if a kernel spills or
+exceeds the shared memory of a block.
 """
 
 from __future__ import annotations
@@ -29,30 +29,36 @@ from mergetune.kernels import lmc_loss, prefix_attention
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # compute capability -> bytes per block
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VARIANTS = {  # what the compiler sees of a call
+VARIANTS = {  # kinds of calls that compile differently -> compile-time constants
     "prompt": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": True, "aligned": ("D",)},
     "prompt, fast": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": False, "ATOMIC": True},
     "head with bias": {"NORMALIZE": False, "HAS_W1": True, "HAS_CURVATURE": False, "aligned": ()},
-    "one class": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": False, "C": 1, "D": 1},  # ones are constants
+    "one class": {
+        "NORMALIZE": True,
+        "HAS_W1": True,
+        "HAS_CURVATURE": False,
+        "C": 1,
+        "D": 1,
+    },  # Triton compiles 1 as a constant
     "cached dots": {"NORMALIZE": True, "HAS_W1": True, "HAS_CURVATURE": False, "KNOWN_DOTS": True},
 }
-WIDTHS = (32, 64, 80, 33, 5, 1)  # of heads; multiples of 16 can be loaded widely, ones are constants
+WIDTHS = (32, 64, 80, 33, 5, 1)  # widths of heads; multiples of 16 allow wide loads, 1 is compiled as a constant
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes of a GPU.
+    """GPU resources of one compiled kernel.
 
     Attributes:
-        kernel: its name.
-        capability: 80, 90 or 100.
-        dtype, variant, config: what it was compiled for; None where nothing can be chosen.
-        registers: a thread.
-        spill_bytes: stored to and loaded from memory for want of registers.
-        stack_bytes: local memory a thread.
-        shared_bytes: a block, and its limit.
+        kernel: name of the kernel.
+        capability: compute capability: 80, 90 or 100.
+        dtype, variant, config: case for which the kernel was compiled; config is None for kernels without a choice.
+        registers: registers per thread.
+        spill_bytes: bytes stored to and loaded from memory because registers are missing.
+        stack_bytes: local memory per thread.
+        shared_bytes, shared_limit: shared memory per block, and the largest allowed value.
     """
 
     kernel: str
@@ -72,9 +78,9 @@ class Resources:
 
 
 def compile_lmc_loss(capability: int, dtype: str, variant: str, config: lmc_loss.Config, anchors: int = 2) -> Resources:
-    """Compiles the kernel of the LMC loss for one architecture and reads its resources."""
+    """Compiles the kernel of the LMC loss for one architecture and returns its resources."""
     flags = dict(VARIANTS[variant])
-    aligned = flags.pop("aligned", ("C", "D"))  # multiples of 16: loads can be wide; with a bias, D is odd
+    aligned = flags.pop("aligned", ("C", "D"))  # multiples of 16 allow wide loads; with a bias, D is odd
     constants = {
         "ATOMIC": False,
         "KNOWN_DOTS": False,
@@ -97,7 +103,15 @@ def compile_lmc_loss(capability: int, dtype: str, variant: str, config: lmc_loss
 def compile_prefix_attention(
     capability: int, dtype: str, backward: bool, width: int, config: prefix_attention.Config, whole: bool
 ) -> Resources:
-    """Compiles a kernel of the attention, likewise; heads are `width` wide, and whole groups are one tile."""
+    """Compiles the forward or backward attention kernel for one architecture and returns its resources.
+
+    Args:
+        capability, dtype: architecture and dtype.
+        backward: whether to compile the backward kernel.
+        width: width of a head.
+        config: tile sizes.
+        whole: whether each group of texts fits one tile.
+    """
     kernel = prefix_attention.prefix_attention_backward_kernel if backward else prefix_attention.prefix_attention_kernel
     constants = prefix_attention.constants(config, width, DTYPES[dtype], whole=whole)
     if width == 1:
@@ -114,7 +128,7 @@ def compile_prefix_attention(
 
 
 def compile_prefix_gradient(capability: int, dtype: str) -> Resources:
-    """Compiles the kernel that adds the parts of the prefix's gradient."""
+    """Compiles the kernel that adds the parts of the prefix's gradient, and returns its resources."""
     types = {"parts": "*fp32", "d_prefix_k": f"*{dtype}", "d_prefix_v": f"*{dtype}", "size": "i32", "G": "i32"}
     what = "prefix_gradient", capability, dtype, "", None
     return _compile(prefix_attention.prefix_gradient_kernel, what, {}, types, (), {})
@@ -128,7 +142,16 @@ def _compile(
     aligned: tuple[str, ...],
     options: dict,
 ) -> Resources:
-    """`what` begins the result; arguments not in `types` are pointers to float32, and all pointers are aligned."""
+    """Compiles a kernel and reads its resources.
+
+    Args:
+        kernel: the kernel.
+        what: the first five fields of the result.
+        constants: compile-time constants.
+        types: Triton types of arguments; other arguments are pointers to float32. All pointers are aligned.
+        aligned: integer arguments that are multiples of 16.
+        options: compiler options.
+    """
     names, capability = kernel.arg_names, what[1]
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     attributes = {
@@ -142,12 +165,14 @@ def _compile(
     registers, stack = _cubin_usage(compiled.asm["cubin"])
     reported, spills = _ptxas_report(compiled.asm["ptx"], capability)
     if reported != registers:
-        raise RuntimeError(f"ptxas was not called as by Triton: {reported} registers, and the cubin has {registers}")
+        raise RuntimeError(
+            f"ptxas must be called as Triton calls it, got {reported} registers instead of the cubin's {registers}"
+        )
     return Resources(*what, registers, spills, stack, compiled.metadata.shared, SHARED_LIMIT[capability])
 
 
 def lmc_loss_cases(everything: bool) -> Iterator[Callable[[], Resources]]:
-    """Every case, or those of the default configurations that differ most."""
+    """Yields functions that compile one case each: every case, or a few different default configurations."""
     configs = lambda dtype: lmc_loss.FLOAT_CONFIGS if dtype == "fp32" else lmc_loss.HALF_CONFIGS  # noqa: E731
     for capability in SHARED_LIMIT:
         if everything:
@@ -162,7 +187,7 @@ def lmc_loss_cases(everything: bool) -> Iterator[Callable[[], Resources]]:
 
 
 def prefix_attention_cases(everything: bool) -> Iterator[Callable[[], Resources]]:
-    """Every case, or those of the first configurations for heads as wide as CLIP's."""
+    """Yields functions that compile one case each: every case, or the first configurations for heads of width 64."""
     for capability in SHARED_LIMIT:
         if not everything:
             for dtype, backward in (("bf16", False), ("bf16", True), ("fp32", True)):
@@ -181,7 +206,7 @@ CASES = {"lmc_loss": lmc_loss_cases, "prefix_attention": prefix_attention_cases}
 
 
 def _ptxas_report(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes, by Triton's own assembler and options; raises if it cannot be run or understood."""
+    """Registers and spilled bytes from ptxas, called with Triton's options; raises if there is no readable report."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +223,7 @@ def _ptxas_report(ptx: str, capability: int) -> tuple[int, int]:
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread, from the very machine code that would run."""
+    """Registers and bytes of local memory per thread, from the compiled machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -212,9 +237,9 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compiles the Triton kernels ahead of time, without a GPU.")
-    parser.add_argument("--op", choices=CASES, help="the kernels of this one only")
-    parser.add_argument("--quick", action="store_true", help="the default configurations only")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--op", choices=CASES, help="compile only the kernels of this op")
+    parser.add_argument("--quick", action="store_true", help="compile only a few default configurations")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     options = parser.parse_args()
     failed = False
     for case in chain.from_iterable(CASES[op](not options.quick) for op in ([options.op] if options.op else CASES)):

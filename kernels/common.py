@@ -1,4 +1,4 @@
-"""What the Triton kernels share: where they run, how they multiply, how many registers a thread may have."""
+"""Shared parts of the Triton kernels: interpreter mode, operands and precision of products, register limit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_REGISTERS = 255  # all that a thread can have: left alone, ptxas may prefer to spill for a higher occupancy
+MAX_REGISTERS = 255  # most registers per thread; without this option ptxas may spill to reach a higher occupancy
 
 
 @triton.jit
 def operand(x):
-    """`x` as tl.dot takes it: Triton's interpreter would multiply the bit patterns of bfloat16."""
+    """`x` as operand of tl.dot; float32 in Triton's interpreter, which would multiply the bit patterns of bfloat16."""
     if WIDEN:
         return x.to(tl.float32)
     else:
@@ -23,8 +23,8 @@ WIDEN = tl.constexpr(INTERPRETED)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are taken: in three TF32 products, unless torch is allowed TF32 itself.
+    """Triton's input precision for products: "tf32x3" for float32, or "tf32" if torch allows TF32.
 
-    Half operands ignore it; what they are multiplied with in float32 takes one.
+    Products of half types ignore this value; products of float32 values in kernels of half types use one TF32 product.
     """
     return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,6 +1,6 @@
 """The LMC objective and its gradient in one Triton launch; the definition is :func:`mergetune.ops.reference.lmc_loss`.
 
-How it goes: :mod:`mergetune.kernels.lmc_loss_kernel`. Here a call is split into jobs, and memory is made for them.
+This file splits a call into jobs and allocates memory. :mod:`mergetune.kernels.lmc_loss_kernel` explains the kernel.
 """
 
 # Triton turns the integers of a launch into its constants.
@@ -18,12 +18,12 @@ from mergetune.kernels.lmc_loss_kernel import lmc_loss_kernel
 from mergetune.kernels.lmc_loss_parts import COUNTERS, MAX_CLASS_GROUPS, STRIP_C
 from torch import Tensor
 
-PARALLEL_JOBS = 256  # what each pass is split into, if it can be; fixed, so that the bits do not depend on the device
+PARALLEL_JOBS = 256  # jobs per pass, if possible; fixed, so that the bits do not depend on the device
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes, each a power of two of at least 16, and what the compiler is told."""
+    """Tile sizes, each a power of two of at least 16, and compiler options."""
 
     block_b: int
     block_c: int
@@ -32,7 +32,7 @@ class Config:
     num_stages: int = 3
 
 
-# All of them compile without spills (aot.py); a float32 product in three parts needs the narrow tiles for that.
+# All configurations compile without spills (aot.py); for this, float32 products of three parts need narrow tiles.
 HALF_CONFIGS = (Config(32, 32, 64), Config(16, 32, 64), Config(64, 64, 32, num_warps=8))
 FLOAT_CONFIGS = (Config(32, 32, 16), Config(16, 32, 16), Config(64, 32, 16, num_warps=8))
 _fastest: dict[tuple, Config] = {}
@@ -41,12 +41,13 @@ _fastest: dict[tuple, Config] = {}
 def candidate_configs(batch: int, classes: int, width: int, dtype: torch.dtype) -> list[Config]:
     """The configurations whose tiles are not mostly empty.
 
-    The first is the deterministic choice, made by shape alone: the largest tiles that still give half of
-    PARALLEL_JOBS jobs (larger ones read less again), else the smallest. The fast variant times them all.
+    The first one is the deterministic choice, which depends on the shapes only: the largest tiles that still give half
+    of PARALLEL_JOBS jobs (larger tiles read less memory again), else the smallest tiles. The variant that is not
+    deterministic times all configurations.
     """
     everything = FLOAT_CONFIGS if dtype == torch.float32 else HALF_CONFIGS
     area = lambda config: config.block_b * config.block_c  # noqa: E731
-    if width == 1:  # a constant to the compiler, and Triton 3.8 cannot build a product of one step in sm_100's tiles
+    if width == 1:  # Triton compiles 1 as a constant, and Triton 3.8 cannot compile a product of one step for sm_100
         return [min(everything, key=area)]
     jobs = lambda config: triton.cdiv(batch, config.block_b) * triton.cdiv(classes, config.block_c)  # noqa: E731
     fitting = [c for c in everything if c.block_b < 2 * max(batch, 16) and c.block_c < 2 * max(classes, 16)]
@@ -74,38 +75,40 @@ def lmc_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, terms and gradient in one kernel launch, without a host synchronisation.
 
-    Beside the launch there are only allocations: outputs, a float32 workspace (of zeros if not deterministic) and six
-    counters (zeros). Arguments that are not contiguous, or not of one dtype, are copied first.
+    Besides the launch, the function only allocates memory: outputs, a float32 workspace (zeros if not deterministic)
+    and six counters (zeros). Arguments that are not contiguous or differ in dtype are copied first.
 
     Args:
-        x: image features, [B, D], float32, bfloat16 or float16. A head's bias is a last column of w, and of ones in x.
-        labels: int64 [B]; one that is not in [0, C) makes loss and gradient NaN.
-        w: what is searched, [C, D].
-        anchors: fine-tuned solutions, [K, C, D]; K may be 0.
+        x: image features, [B, D], float32, bfloat16 or float16. For a head with bias, the last column of w is the bias,
+            and the last column of x is 1.
+        labels: class of each image, int64 [B]; a label outside [0, C) makes loss and gradient NaN.
+        w: class weights of the trained solution, [C, D].
+        anchors: class weights of the fine-tuned solutions, [K, C, D]; K may be 0.
         alphas: points on each path, [N], of any float dtype.
         betas: weight of each path, [K], of any float dtype.
         scale: logit scale.
-        w1: the zero-shot solution, [C, D]; None leaves the surrogate out.
-        curvature: its diagonal, [C, D]; None is the identity.
+        w1: class weights of the zero-shot solution, [C, D]; None leaves the surrogate out.
+        curvature: diagonal curvature of the surrogate, [C, D]; None is the identity.
         lam: weight of the surrogate.
-        normalize: unit norm per class after interpolation.
-        anchor_dots: x @ anchors[k].T, [K, B, C], where known.
-        deterministic: the same bits every time: partial gradients are added in a fixed order, and tile sizes depend on
-            the shapes alone. Otherwise they are added atomically, and the first call of a kind times a few tile sizes.
+        normalize: whether class weights are scaled to unit norm per class after the interpolation.
+        anchor_dots: x @ anchors[k].T, [K, B, C]; None computes these products.
+        deterministic: True gives the same bits in every call: partial gradients are added in a fixed order, and tile
+            sizes depend on the shapes only. False adds them atomically, and the first call of a kind times a few tile
+            sizes.
 
     Returns:
-        The loss and its terms [2 + K] in float32, and the gradient [C, D] in w's dtype.
+        The loss and its terms [2 + K] in float32, and the gradient with respect to w, [C, D], in the dtype of w.
 
     Raises:
-        TypeError: for a w in float64, which this kernel does not compute in.
-        RuntimeError: for CPU tensors outside of Triton's interpreter.
+        TypeError: w is float64, which this kernel does not support.
+        RuntimeError: the tensors are on the CPU and Triton's interpreter is not in use.
     """
     device, out_dtype = w.device, w.dtype
     if device.type == "cpu" and not INTERPRETED:
-        raise RuntimeError("the Triton kernel needs tensors on a GPU, got w on cpu (TRITON_INTERPRET=1 interprets it)")
+        raise RuntimeError("w must be on a GPU, got cpu (with TRITON_INTERPRET=1 the kernel also runs on a CPU)")
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w must be float32, bfloat16 or float16, got {w.dtype}")
-    # Products want one dtype: the common one, or float32 where only x or the anchors are float64.
+    # Products need one dtype: the common one, or float32 if x or the anchors are float64.
     dtype = torch.promote_types(torch.promote_types(x.dtype, anchors.dtype), w.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype
 
@@ -149,7 +152,7 @@ def lmc_loss(
 
 
 def precisions(dtype: torch.dtype) -> dict[str, str]:
-    """Of the products with the ends, and of that with the coefficients."""
+    """Precision constants of the products with the path ends and of the product with the coefficients."""
     return dict.fromkeys(("PRECISION", "GRADIENT_PRECISION"), precision(dtype))
 
 
@@ -158,7 +161,7 @@ def _launch(config: Config, inputs: dict, outputs: dict) -> None:
     points, ends, atomic = 1 + k * n, inputs["ENDS"], inputs["ATOMIC"]
     row_blocks, tiles = triton.cdiv(batch, config.block_b), triton.cdiv(classes, config.block_c)
     strips = triton.cdiv(classes, STRIP_C.value)
-    # Each pass is split into about PARALLEL_JOBS jobs, and its workspace grows with the jobs and not with B times C.
+    # Each pass is split into about PARALLEL_JOBS jobs; the workspace grows with the jobs and not with B times C.
     tiles_per_group = triton.cdiv(tiles, min(tiles, MAX_CLASS_GROUPS, triton.cdiv(PARALLEL_JOBS, row_blocks)))
     blocks_per_part = 1 if atomic else triton.cdiv(row_blocks, min(row_blocks, triton.cdiv(PARALLEL_JOBS, tiles)))
     groups, parts = triton.cdiv(tiles, tiles_per_group), triton.cdiv(row_blocks, blocks_per_part)
@@ -193,7 +196,7 @@ def _launch(config: Config, inputs: dict, outputs: dict) -> None:
 
 
 def _tuned(configs: list[Config], inputs: dict, outputs: dict) -> Config:
-    """The fastest configuration, timed once a device and kind of problem; the first where nothing can be timed."""
+    """The fastest configuration, timed once per device and kind of problem; the first if calls cannot be timed."""
     device = inputs["w"].device
     if len(configs) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return configs[0]

@@ -1,9 +1,9 @@
-"""The jobs of the LMC loss, which its programs draw one after another.
+"""The jobs of the LMC-loss kernel, which its programs take one after another.
 
-Shapes, and how the jobs wait for one another: :mod:`mergetune.kernels.lmc_loss_kernel`.
+:mod:`mergetune.kernels.lmc_loss_kernel` explains the shapes and the order of the jobs.
 """
 
-# In the kernels below Triton's tensors have operators that its annotations do not name: a reduction "returns" a tuple.
+# Triton's annotations are incomplete for the operators and reductions in these kernels.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def class_sums(
     strip, w, anchors, w1, curvature, sums, surrogates, counters, C, D, K,
     NORMALIZE: tl.constexpr, HAS_W1: tl.constexpr, HAS_CURVATURE: tl.constexpr,
 ):  # fmt: skip
-    """sums [2 E + 2, C]: each end with itself; each end with w; norm of w1; slope of the surrogate along w."""
+    """Fills sums [2 E + 2, C] and surrogates for a strip of classes.
+
+    Rows of sums: squared norm of each end, product of each end with w, norm of w1, slope of the surrogate along w.
+    """
     c = strip * STRIP_C
     classes = c + tl.arange(0, STRIP_C)
     inside = classes < C
@@ -53,7 +56,7 @@ def class_sums(
             a = select_anchor(anchors, k, C, D)
             tl.store(sums + (k + 1) * C + classes, row_dots(a, a, c, C, D), mask=inside)
             tl.store(sums + (K + 2 + k) * C + classes, row_dots(a, w, c, C, D), mask=inside)
-        signal(counters + NORMS_DONE)  # pass 1 need not wait for the surrogate
+        signal(counters + NORMS_DONE)  # pass 1 needs only the norms, not the surrogate
 
     if HAS_W1:
         norm1 = tl.zeros([STRIP_C], tl.float32) + 1
@@ -74,7 +77,7 @@ def class_sums(
 
 @triton.jit
 def _record(p, logits, labels, rows, c, B, C, peaks, totals, picked, first, BLOCK_C: tl.constexpr):
-    """Largest logit and sum of exponentials of point p in one tile, merged with those of the group's tiles before."""
+    """Merges largest logit and sum of exponentials of point p in a tile with those of the group's earlier tiles."""
     classes = c + tl.arange(0, BLOCK_C)
     at = p * B + rows
     chosen = tl.sum(tl.where(labels[:, None] == classes[None, :], logits, 0.0), 1)
@@ -99,7 +102,10 @@ def tile_statistics(
     NORMALIZE: tl.constexpr, KNOWN_DOTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1 of a row block over a group of tiles: peaks and totals [groups, P, B]; picked [P, B], of the labels."""
+    """Pass 1 of a row block over a group of tiles: fills peaks and totals [groups, P, B], and picked [P, B].
+
+    peaks are the largest logits, totals the sums of exponentials, picked the logits of the labels.
+    """
     row = block * BLOCK_B
     rows = row + tl.arange(0, BLOCK_B)
     own_labels = tl.load(labels + rows, mask=rows < B, other=-1).to(tl.int32)
@@ -110,13 +116,13 @@ def tile_statistics(
         classes = c + tl.arange(0, BLOCK_C)
         first = tile == begin
         if not first:
-            tl.debug_barrier()  # what one thread of this program recorded, another may merge
+            tl.debug_barrier()  # another thread of this program may merge values that this thread stored
         dots_w = products(x, row, B, w, c, C, D, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D)
         w_w = tl.zeros([BLOCK_C], tl.float32)
         a_a = w_w
         a_w = w_w
         if NORMALIZE:
-            wait(counters + NORMS_DONE, strips)  # only now: the product above did not need them
+            wait(counters + NORMS_DONE, strips)  # as late as possible: the product above does not need the norms
             w_w = class_sum(sums, 0, classes, C)
         logits = dots_w * rscale_of(w_w, scale, NORMALIZE)[None, :]
         _record(0, logits, own_labels, rows, c, B, C, peaks + base, totals + base, picked, first, BLOCK_C)
@@ -141,9 +147,10 @@ def row_statistics(
     block, labels, peaks, totals, picked, row_terms, counters, B, C, K, N, groups, tile_jobs,
     BLOCK_B: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """Merges the groups into slot `groups` of peaks and totals; row_terms [row blocks, ENDS]: cross-entropies, summed.
+    """Merges the groups into slot `groups` of peaks and totals, and sums cross-entropies in row_terms.
 
-    A label out of range cannot be refused here without a host synchronisation: it makes loss and gradient NaN.
+    row_terms is [row blocks, ENDS]. A label out of range makes loss and gradient NaN: an error would need a host
+    synchronisation.
     """
     wait(counters + TILES_DONE, tile_jobs)
     points = 1 + K * N
@@ -178,7 +185,7 @@ def row_statistics(
 
 @triton.jit
 def _point_gradient(p, weight, logits, is_label, rows, classes, B, C, peaks, totals):
-    """weight * (softmax - onehot) of point p: the gradient to its logits. 0 outside, since nothing / infinity is 0."""
+    """weight * (softmax - onehot): the gradient with respect to the logits of point p; 0 outside the batch."""
     peak = tl.load(peaks + p * B + rows, mask=rows < B, other=0.0)
     total = tl.load(totals + p * B + rows, mask=rows < B, other=float("inf"))
     softmax = tl.exp(logits - peak[:, None]) / total[:, None]
@@ -187,14 +194,17 @@ def _point_gradient(p, weight, logits, is_label, rows, classes, B, C, peaks, tot
 
 @triton.jit
 def _through_norm(gradient, logits, squared_norm):
-    """[BLOCK_C] f, where the norm adds f t to the gradient to the class weight t; 0 at or below the norm's floor."""
+    """Factor f, [BLOCK_C]: the norm contributes f t to the gradient of class weight t; 0 up to the norm's floor."""
     pull = -tl.sum(gradient * logits, 0) / tl.maximum(squared_norm, MIN_SQUARED_NORM)
     return tl.where(squared_norm > MIN_SQUARED_NORM, pull, 0.0)
 
 
 @triton.jit
 def _accumulate(ptr, value, mask, first, ATOMIC: tl.constexpr):
-    """Adds to what several jobs own (ATOMIC: in any order), or to what this job owns alone and has not set if first."""
+    """Adds value to memory: with ATOMIC to memory shared by several jobs, in any order; else to memory of this job.
+
+    If first, memory of this job is overwritten.
+    """
     if ATOMIC:
         tl.atomic_add(ptr, value, mask=mask, sem="relaxed")
     else:
@@ -211,9 +221,10 @@ def gradient_tile(
     PRECISION: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2 of a part of the row blocks over a class tile.
+    """Pass 2 of a part of the row blocks over a class tile: fills slabs and pulls.
 
-    slabs [parts, C, D]: coefficients.T @ x; pulls [parts, E, C]: what the norms pull along each end. ATOMIC: one part.
+    slabs [parts, C, D] holds coefficients.T @ x; pulls [parts, E, C] holds the gradient through the norms, as a factor
+    of each end. With ATOMIC all jobs add to one part.
     """
     c = tile * BLOCK_C
     classes = c + tl.arange(0, BLOCK_C)
@@ -230,7 +241,7 @@ def gradient_tile(
         is_label = tl.where(own_labels[:, None] == classes[None, :], 1.0, 0.0)
         first = block == begin
         if not ATOMIC and not first:
-            tl.debug_barrier()  # what one thread of this program stored, another may add to
+            tl.debug_barrier()  # another thread of this program may add to values that this thread stored
 
         dots_w = products(x, row, B, w, c, C, D, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D)
         wait(counters + ROWS_DONE, tl.cdiv(B, BLOCK_B))
@@ -274,7 +285,7 @@ def gradient_tile(
         if NORMALIZE:
             _accumulate(pull_at, pull_w, classes < C, first, ATOMIC)
 
-        # In float32 operands: a coefficient is up to scale / norm, too large for half types and too small when divided.
+        # Operands are float32: coefficients reach scale / norm, and half types cannot hold their range.
         of_classes = tl.trans(coefficients)
         for d in range(0, D, BLOCK_D):
             x_tile = load_tile(x, row, B, d, D, BLOCK_B, BLOCK_D).to(tl.float32)
@@ -292,7 +303,7 @@ def add_totals(
     row_terms, surrogates, betas, loss, terms, counters, B, K, N, lam, row_blocks, strips,
     HAS_W1: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """loss, and terms [2 + K] in the definition's order: endpoint, surrogate, paths."""
+    """Stores the loss, and the terms [2 + K] in the definition's order: endpoint, surrogate, paths."""
     wait(counters + ROWS_DONE, row_blocks)
     wait(counters + SURROGATES_DONE, strips)
     end = tl.arange(0, ENDS)
@@ -320,7 +331,10 @@ def finish_gradient(
     strip, w, anchors, w1, curvature, sums, pulls, slabs, grad, counters, C, D, K, lam, parts, slab_jobs, strips,
     NORMALIZE: tl.constexpr, HAS_W1: tl.constexpr, HAS_CURVATURE: tl.constexpr,
 ):  # fmt: skip
-    """grad [C, D] of a strip: the parts in their order, what the norms pull, the surrogate's slope."""
+    """Stores the gradient of a strip of classes, rows of grad [C, D].
+
+    The gradient is the sum of the slabs in a fixed order, the gradient through the norms, and the surrogate's slope.
+    """
     wait(counters + SLABS_DONE, slab_jobs)
     wait(counters + SURROGATES_DONE, strips)
     c = strip * STRIP_C

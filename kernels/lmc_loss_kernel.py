@@ -1,35 +1,36 @@
-"""The Triton kernel of the LMC objective and its gradient: which jobs there are, and what they share.
+"""The Triton kernel of the LMC objective and its gradient, split into jobs.
 
 Shapes: B rows (images), C classes, D embedding width, K anchors, N points on a path; E = K + 1 ends: w, then the
-anchors; P = 1 + K N points: the endpoint w, then N a path. Row blocks hold BLOCK_B rows, class tiles BLOCK_C classes,
-strips STRIP_C classes.
+anchors; P = 1 + K N points: the endpoint w, then N points per path. Row blocks hold BLOCK_B rows, class tiles BLOCK_C
+classes, strips STRIP_C classes.
 
-**Two passes, one launch.** A softmax needs its whole row before the gradient can begin, and the gradient to w needs all
-rows: two dependencies across the grid. Programs therefore draw *jobs* from a ticket counter, in this order,
+**Two passes, one launch.** The gradient of a softmax needs statistics of the whole row, and the gradient with respect
+to w needs all rows: two dependencies across the grid. Programs therefore take *jobs* from a ticket counter, in this
+order:
 
     class sums        a strip       squared norms of the ends, their products with w, the surrogate
     tile statistics   a row block,  pass 1: of every point, largest logit and sum of exponentials
                       some tiles
-    row statistics    a row block   the statistics of its tiles merged; cross-entropies
+    row statistics    a row block   statistics of its tiles merged; cross-entropies
     gradient tile     a class tile, pass 2: logits again, coefficients of x, their product with x
                       row blocks
     totals            -             loss and terms
     finish            a strip       partial gradients added in order; norms' and surrogate's gradient; cast
 
-and a job waits only for jobs drawn before its own. Those have begun, and the first kind never waits: so there is no
-deadlock however many programs the device holds at once, and neither a cooperative launch nor an order of programs is
-assumed.
+A job waits only for jobs with smaller tickets. These have already started, and jobs of the first kind never wait. So no
+deadlock is possible, for any number of programs that run at the same time; neither a cooperative launch nor an order of
+programs is assumed.
 
-**What is shared.** All points of all paths come from the E products with the ends, since x.(a + t(w - a)) =
-(1-t) x.a + t x.w, and |a + t(w - a)|^2 is a quadratic in t. All points fold into one coefficient tile before the last
-product. Both passes make the products anew: memory is O(groups P B + slabs C D), never [B, C], let alone [N, B, C].
+**Shared products.** All points of all paths come from the E products with the ends, because x.(a + t(w - a)) =
+(1-t) x.a + t x.w, and |a + t(w - a)|^2 is a quadratic in t. All points are summed into one coefficient tile before the
+last product. Both passes compute the products, so memory is O(groups P B + slabs C D) and never [B, C] or [N, B, C].
 
-**What bounds it.** Predicted, not measured, for an H100 with B 256, C 500, D 512, N 8, K 2 in bfloat16. The E products
-twice and the last one: 7 * 2 B C D = 0.92 GFLOP, 2 us at the 400 TFLOP/s that such small tiles may reach. Exponentials:
-2 P B C = 4.4 M, 1 us. From and to memory 2.8 MB (x, w, anchors, w1, gradient), 1 us at 3 TB/s; but tiles read their
-operands again from L2, about 50 MB in all, and partial gradients are written and read once there, 16 MB: together some
-12 us at 5.5 TB/s. Five waits of 1-2 us each. So 15-25 us: neither bytes from memory nor flops, but L2 and latency, and
-at this size the host's own launch overhead is of the same order.
+**Expected time.** Predicted, not measured, for an H100 with B 256, C 500, D 512, N 8, K 2 in bfloat16. The E products
+twice and the last product: 7 * 2 B C D = 0.92 GFLOP, 2 us at the 400 TFLOP/s that such small tiles may reach.
+Exponentials: 2 P B C = 4.4 M, 1 us. Device memory: 2.8 MB (x, w, anchors, w1, gradient), 1 us at 3 TB/s. L2: tiles read
+their operands again, about 50 MB in all, and partial gradients are written and read once, 16 MB, together about 12 us
+at 5.5 TB/s. Waits: five of 1-2 us each. The total is 15-25 us, limited by L2 and latency and neither by memory nor by
+flops. At this size the launch overhead of the host is of the same order.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def lmc_loss_kernel(
     ATOMIC: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One job; see the top of the file. The program's own id is never read."""
+    """Runs one job, which the ticket counter selects; see the top of the file. The program id is not used."""
     row_blocks = tl.cdiv(B, BLOCK_B)
     tiles = tl.cdiv(C, BLOCK_C)
     strips = tl.cdiv(C, STRIP_C)

@@ -1,6 +1,6 @@
-"""What the jobs of the LMC loss are built of: signals between programs, tiles, products, norms.
+"""Building blocks of the LMC-loss jobs: signals between programs, tiles, products, norms.
 
-Shapes and jobs: :mod:`mergetune.kernels.lmc_loss_kernel`.
+:mod:`mergetune.kernels.lmc_loss_kernel` explains shapes and jobs.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from mergetune.kernels.common import operand
 
-MAX_CLASS_GROUPS = 16  # parts that pass 1 may split a row's classes into; a power of two
+MAX_CLASS_GROUPS = 16  # most parts into which pass 1 splits the classes of a row; a power of two
 MIN_SQUARED_NORM = tl.constexpr(1e-24)  # the square of F.normalize's floor
-STRIP_C = tl.constexpr(4)  # element-wise jobs: few classes, wide rows, one memory latency for D <= 512
+STRIP_C = tl.constexpr(4)  # element-wise jobs take few classes and wide rows: one memory latency for D <= 512
 STRIP_D = tl.constexpr(512)
-PAIRS = tl.constexpr(128)  # (point, row) pairs merged at a time
+PAIRS = tl.constexpr(128)  # (point, row) pairs merged per step
 GROUPS = tl.constexpr(MAX_CLASS_GROUPS)
 
-# Slots of the counters: the next ticket, then how many jobs of each kind are done.
+# Slots of the counters: the next ticket, then the numbers of finished jobs of each kind.
 TICKET, NORMS_DONE, SURROGATES_DONE, TILES_DONE, ROWS_DONE, SLABS_DONE, COUNTERS = (tl.constexpr(i) for i in range(7))
 
 
@@ -25,14 +25,14 @@ TICKET, NORMS_DONE, SURROGATES_DONE, TILES_DONE, ROWS_DONE, SLABS_DONE, COUNTERS
 
 @triton.jit
 def signal(counter):
-    """Publishes what this program has written: all its threads have, then one releases."""
+    """Adds 1 to a counter after all threads of this program have written, with release semantics."""
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release")
 
 
 @triton.jit
 def wait(counter, count):
-    """Until `count` jobs have signalled; what they wrote is visible after it."""
+    """Waits until `count` jobs have signalled; their writes are visible afterwards."""
     while tl.atomic_add(counter, 0, sem="acquire") < count:
         pass
     tl.debug_barrier()
@@ -43,9 +43,9 @@ def wait(counter, count):
 
 @triton.jit
 def load_tile(ptr, row, rows, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of a matrix [rows, columns] from (row, column) on; 0 outside.
+    """The tile [ROWS, COLUMNS] of a matrix [rows, columns] that begins at (row, column); 0 outside the matrix.
 
-    64 bits for where the tile begins, 32 within it: an offset per element is what fills the registers.
+    The tile's address has 64 bits, offsets within the tile have 32 bits: one offset per element fills the registers.
     """
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
@@ -56,7 +56,7 @@ def load_tile(ptr, row, rows, column, columns, ROWS: tl.constexpr, COLUMNS: tl.c
 
 @triton.jit
 def select_anchor(anchors, k, C, D):
-    """Anchor k of [K, C, D]."""
+    """Pointer to anchor k of anchors [K, C, D]."""
     return anchors + tl.cast(k, tl.int64) * C * D
 
 
@@ -79,7 +79,7 @@ def anchor_products(
     x, row, B, anchors, anchor_dots, k, c, C, D,
     KNOWN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The products with anchor k: read where the caller has them (they never change), else made."""
+    """x @ anchors[k].T for a row block and a class tile: read if the caller gave the products, else computed."""
     if KNOWN:
         return load_tile(anchor_dots + tl.cast(k, tl.int64) * B * C, row, B, c, C, BLOCK_B, BLOCK_C).to(tl.float32)
     else:
@@ -94,13 +94,13 @@ def class_sum(sums, i, classes, C):
 
 @triton.jit
 def squared_norm_at(alpha, w_w, a_a, a_w):
-    """|a + alpha (w - a)|^2 from the products of w and a; digits are lost only near 0, where w is almost -a."""
+    """|a + alpha (w - a)|^2 from the products of w and a; inaccurate only near 0, where w is almost -a."""
     return (1 - alpha) * (1 - alpha) * a_a + 2 * alpha * (1 - alpha) * a_w + alpha * alpha * w_w
 
 
 @triton.jit
 def rscale_of(squared_norm, scale, NORMALIZE: tl.constexpr):
-    """Logit scale over the norm of the class weight."""
+    """Logit scale divided by the norm of the class weight; the logit scale without NORMALIZE."""
     if NORMALIZE:
         return scale * tl.rsqrt(tl.maximum(squared_norm, MIN_SQUARED_NORM))
     else:
@@ -109,7 +109,7 @@ def rscale_of(squared_norm, scale, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def row_dots(a, b, c, C, D):
-    """The rows of a strip of a and b, multiplied: [STRIP_C]."""
+    """Inner products of the rows of a and b in a strip, [STRIP_C]."""
     total = tl.zeros([STRIP_C], tl.float32)
     for d in range(0, D, STRIP_D):
         a_strip = load_tile(a, c, C, d, D, STRIP_C, STRIP_D).to(tl.float32)
@@ -119,7 +119,7 @@ def row_dots(a, b, c, C, D):
 
 @triton.jit
 def surrogate_strip(w, w1, curvature, c, d, C, D, norm, norm1, HAS_CURVATURE: tl.constexpr):
-    """Of a strip: w on unit norm, its distance from w1 on unit norm, and the curvature times that distance."""
+    """For a strip: w scaled to unit norm, its difference from w1 of unit norm, and curvature times the difference."""
     unit = load_tile(w, c, C, d, D, STRIP_C, STRIP_D).to(tl.float32) / norm[:, None]
     apart = unit - load_tile(w1, c, C, d, D, STRIP_C, STRIP_D).to(tl.float32) / norm1[:, None]
     if HAS_CURVATURE:

@@ -1,6 +1,6 @@
-"""Attention of packed texts behind a shared prefix, and its gradients, in Triton.
+"""Attention of packed texts that share a prefix, and its gradients, in Triton.
 
-How it goes: :mod:`mergetune.kernels.prefix_attention_kernels`. Here the texts are shared out to programs.
+This file assigns texts to programs. :mod:`mergetune.kernels.prefix_attention_kernels` explains the kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes, each a power of two of at least 16: query rows, key rows, columns at a time; and warps."""
+    """Number of warps, and tile sizes of query rows, key rows and columns, each a power of two of at least 16."""
 
     block_q: int
     block_k: int
@@ -32,8 +32,8 @@ class Config:
     num_warps: int = 4
 
 
-# By (half type, width a multiple of 16): the first that holds prefix and longest text is taken; the last, which goes
-# over tiles, for what none of the others holds. All of them compile without spills (aot.py).
+# (half type, width is a multiple of 16) -> configurations. The first whose tile holds prefix and longest text is used;
+# if none does, the last is used, which loops over tiles. All configurations compile without spills (aot.py).
 CONFIGS = {
     (True, True): (Config(64, 64, 64), Config(128, 128, 16, num_warps=8), Config(32, 32, 32)),
     (True, False): (Config(64, 64, 16, num_warps=8), Config(16, 32, 16, num_warps=8)),
@@ -43,7 +43,13 @@ CONFIGS = {
 
 
 def configs(width: int, dtype: torch.dtype, *, pooled: bool) -> tuple[Config, ...]:
-    """Those for one kind of operands; they depend on nothing else, so that the bits do not depend on the device."""
+    """The configurations for one kind of operands. They do not depend on the device, so neither do the bits.
+
+    Args:
+        width: width of a head.
+        dtype: dtype of the operands.
+        pooled: whether only the last token of each text has a query.
+    """
     block_d = max(16, triton.next_power_of_2(width))
     fit = lambda c: replace(c, block_q=16 if pooled else c.block_q, block_d=min(c.block_d, block_d))  # noqa: E731
     return tuple(map(fit, CONFIGS[dtype != torch.float32, width % 16 == 0]))
@@ -51,14 +57,15 @@ def configs(width: int, dtype: torch.dtype, *, pooled: bool) -> tuple[Config, ..
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How the texts of a layout are shared out to programs.
+    """Assignment of the texts of a layout to programs, one group of neighbouring texts per program.
 
     Attributes:
-        config: the tile sizes.
-        whole: whether each group is one tile.
-        groups: G.
-        bounds: first token of each group and the end; first query of each and the end; int32 [2, G + 1].
-        windows: first token that each query sees; the end of those; int32 [2, Q].
+        config: tile sizes.
+        whole: whether each group fits one tile.
+        groups: number of groups, G.
+        bounds: int32 [2, G + 1]: first token of each group, then the number of tokens; first query of each group, then
+            the number of queries.
+        windows: int32 [2, Q]: first token to which each query attends, and the end of these tokens.
     """
 
     config: Config
@@ -68,7 +75,7 @@ class Plan:
     windows: Tensor
 
 
-@cache  # for good, 8 bytes a query: a captured CUDA graph may read the tables again at any time
+@cache  # never dropped (8 bytes per query): a captured CUDA graph may read the tables at any time
 def make_plan(
     lengths: tuple[int, ...],
     prefix: int,
@@ -79,12 +86,24 @@ def make_plan(
     pooled: bool,
     causal: bool,
 ) -> Plan:
-    """Neighbouring texts in groups of at most a tile's keys, prefix included, and a tile's queries."""
+    """Groups neighbouring texts so that prefix and texts of a group fit the keys of a tile, and the queries fit too.
+
+    Args:
+        lengths: tokens of each text.
+        prefix: tokens of the prefix.
+        width: width of a head.
+        dtype, device: of the operands.
+        pooled: whether only the last token of each text has a query.
+        causal: whether a token attends only to itself and earlier tokens of its text.
+
+    Raises:
+        ValueError: no texts, or a text without tokens.
+    """
     if min(lengths, default=0) < 1:
         raise ValueError(f"lengths must name at least one text, of at least one token each, got {list(lengths)}")
     *tiles, last = configs(width, dtype, pooled=pooled)
     longest = max(lengths)
-    holding = [c for c in tiles if prefix + longest <= c.block_k]  # and the queries: their tiles are as large
+    holding = [c for c in tiles if prefix + longest <= c.block_k]  # the queries fit too: their tiles are as large
     config = holding[0] if holding else last
 
     group_tokens, group_queries, begins, stops, token = [], [], [], [], 0
@@ -105,10 +124,11 @@ def make_plan(
 def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Sequence[int], causal: bool
 ) -> Tensor:
-    """One launch, without a host synchronisation; the first call of a layout copies its tables to the device.
+    """Attention in one launch, without a host synchronisation.
 
-    Beside the launch there are only allocations. Arguments and result are those of the definition, in float32, bfloat16
-    or float16, with any strides but that the values of a head lie side by side.
+    Arguments and result are those of :func:`mergetune.ops.reference.prefix_attention`, in float32, bfloat16 or float16.
+    The values of a head must be contiguous; other strides are free. The first call for a layout of texts copies its
+    tables to the device; further calls only allocate the result and launch the kernel.
     """
     grid, arguments, plan = _prepare(q, k, v, prefix_k, prefix_v, lengths, causal)
     out = q.new_empty(q.shape)
@@ -127,7 +147,10 @@ def prefix_attention_backward(
     lengths: Sequence[int],
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to q, k, v, prefix_k and prefix_v, contiguous, in two launches; in one if there is no prefix."""
+    """Gradients with respect to q, k, v, prefix_k and prefix_v, contiguous, in two launches; in one without a prefix.
+
+    ``d_out`` is the gradient with respect to the output; the other arguments are those of :func:`prefix_attention`.
+    """
     grid, arguments, plan = _prepare(q, k, v, prefix_k, prefix_v, lengths, causal)
     d_q, d_k, d_v, d_prefix_k, d_prefix_v = (t.new_empty(t.shape) for t in (q, k, v, prefix_k, prefix_v))
     prompts, size = len(q), prefix_k[0].numel()
@@ -153,7 +176,7 @@ def prefix_attention_backward(
 
 
 def _sums(result: Tensor, plan: Plan) -> Tensor:
-    """Where a result is summed up: in itself, if it is float32 or comes from one tile."""
+    """Memory in which a result is summed: the result itself if float32 or from one tile, else a float32 copy."""
     return result if plan.whole or result.dtype == torch.float32 else torch.empty_like(result, dtype=torch.float32)
 
 
@@ -164,7 +187,7 @@ def _strides(**tensors: Tensor) -> dict[str, Any]:
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: Sequence[int], causal: bool
 ) -> tuple[tuple[int], dict[str, Any], Plan]:
-    """The grid and what both kernels take."""
+    """The launch grid, the arguments of both kernels, and the plan."""
     if not q.numel():
         raise ValueError(f"q must have shape [M, T, H, d] without a 0, got {list(q.shape)}")
     prompts, queries, heads, width = q.shape
@@ -191,7 +214,7 @@ def _prepare(
 
 
 def constants(config: Config, width: int, dtype: torch.dtype, *, whole: bool) -> dict[str, Any]:
-    """What the kernels are compiled for."""
+    """Compile-time constants of the kernels."""
     return {
         "WHOLE": whole,
         "NARROW": width <= config.block_d,

@@ -1,26 +1,29 @@
 """The Triton kernels of prefix_attention: forward, backward, and the sum over parts of the prefix's gradient.
 
-The definition is :func:`mergetune.ops.reference.prefix_attention`. Shapes: M prompts, C texts, T packed tokens of them,
-S rows of the prefix, H heads, D head width; Q queries, T or, where only the last token of each text asks, C.
+The definition is :func:`mergetune.ops.reference.prefix_attention`. Shapes: M prompts, C texts, T packed tokens of the
+texts, S rows of the prefix, H heads, D head width; Q queries: T, or C if only the last token of each text has a query.
 
-**Blocks.** The texts are short, so a program takes a *group* of whole neighbouring texts, of one head and prompt. Its
-keys are the rows [prefix; texts of the group], its scores one dense tile, masked outside of each query's window
-[begin, stop) of packed tokens. Causal or not, all queries or the last ones: that is in the windows alone, which are
-made once a layout and kept on the device. As the texts of a group are whole, their gradients are the program's own; to
-the prefix's it contributes a part, and a second launch adds the parts in their order. No atomics: the same bits always.
+**Blocks.** The texts are short, so one program computes a *group* of neighbouring texts, for one head and prompt. The
+keys of a group are the rows [prefix; texts of the group]. Its scores are one dense tile, masked outside of each query's
+window [begin, stop) of packed tokens. The windows alone encode causality and which tokens have queries; they are made
+once per layout and stay on the device. A text lies in one group only, so one program computes its gradient. For the
+gradient of the prefix each program computes a part, and a second launch adds the parts in a fixed order. No atomics are
+used, so the bits are always the same.
 
-Where a text is longer than the largest tile, programs go over query and key tiles: of each query tile once for the
-softmax's statistics, once for the results, which add up in float32 memory that no other program touches.
+If a text is longer than the largest tile, programs loop over query and key tiles. For each query tile, the first loop
+computes the statistics of the softmax, and the second loop the results, which are summed in float32 memory that only
+this program uses.
 
-**What bounds it.** Predicted, not measured, for an H100, 500 ImageNet names (S 5, T 2206, H 8, D 64, M 1) in bfloat16.
-Forward: 9 MB from and to memory, 3 us at 3 TB/s; 40 groups x 8 heads of 64 x 64 tiles, two products: 0.3 GFLOP, less
-than 1 us. Backward: 16 MB, 5 us; five products, 0.8 GFLOP. All 320 programs fit on the device at once (3 an SM, by the
-registers of the backward), so it takes as long as one: table, rows, product, softmax, product, rows, some 5 us. That 8
-of 9 scores are masked costs nothing: neither bytes nor flops bound it, but latency, and the launches themselves.
+**Expected time.** Predicted, not measured, for an H100 and 500 ImageNet names (S 5, T 2206, H 8, D 64, M 1) in
+bfloat16. Forward: 9 MB of memory traffic, 3 us at 3 TB/s; 40 groups x 8 heads of 64 x 64 tiles and two products, 0.3
+GFLOP, less than 1 us. Backward: 16 MB, 5 us; five products, 0.8 GFLOP. All 320 programs run at the same time (3 per SM,
+by the registers of the backward kernel), so the kernel takes as long as one program: table, rows, product, softmax,
+product, rows, about 5 us. 8 of 9 scores are masked, which costs nothing: latency and launches limit the time, not
+memory or flops.
 
-Sizes are arguments at run time: there is one binary for each dtype, choice of tiles and alignment of the strides.
-Products of half types round probabilities and their gradients to that type; all sums and the softmax are float32. A NaN
-spreads to the other texts of its tile.
+Sizes are run-time arguments, so one binary serves each dtype, choice of tiles and alignment of the strides. Products of
+half types round probabilities and their gradients to that type; all sums and the softmax are float32. A NaN spreads to
+the other texts of its tile.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ import triton
 import triton.language as tl
 from mergetune.kernels.common import operand
 
-PARTS = tl.constexpr(32)  # parts of the prefix's gradient added at a time
-ELEMENTS = tl.constexpr(128)  # elements of it a program
+PARTS = tl.constexpr(32)  # parts of the prefix's gradient added per step
+ELEMENTS = tl.constexpr(128)  # elements of the prefix's gradient per program
 
 
 # -- building blocks --------------------------------------------------------------------------------------------------
@@ -54,20 +57,20 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _head(ptr, m, row, h, stride_m, stride_row, stride_h):
-    """Where row `row` of a head of a tensor [M, rows, H, D] begins: in 64 bits, what follows it in 32."""
+    """Pointer to row `row` of a head of a tensor [M, rows, H, D], with a 64-bit offset; later offsets have 32 bits."""
     return ptr + (m * stride_m + tl.cast(row, tl.int64) * stride_row + h * stride_h)
 
 
 @triton.jit
 def _load_rows(rows, inside, width, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] from where each row begins; 0 outside."""
+    """Values [rows, BLOCK_D] from the pointers to each row; 0 outside."""
     column = tl.arange(0, BLOCK_D)
     return tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < width)[None, :], other=0.0)
 
 
 @triton.jit
 def _load_keys(prefix, texts, j, S, keys, width, BLOCK_D: tl.constexpr):
-    """Rows j of a group's keys or values, the first S of the prefix; two loads, since of one the compiler sees less."""
+    """Rows j of a group's keys or values; the first S rows are the prefix. Two loads compile better than one."""
     from_prefix = _load_rows(prefix, j < S, width, BLOCK_D)
     from_texts = _load_rows(texts, (j >= S) & (j < keys), width, BLOCK_D)
     return tl.where((j < S)[:, None], from_prefix, from_texts)
@@ -75,7 +78,7 @@ def _load_keys(prefix, texts, j, S, keys, width, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _store_rows(rows, inside, values, width, BLOCK_D: tl.constexpr):
-    """The inverse of _load_rows, in the dtype of the memory."""
+    """Stores values [rows, BLOCK_D] at the pointers to each row, in the dtype of the memory."""
     column = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (column < width)[None, :]
     tl.store(rows[:, None] + column[None, :], values.to(rows.dtype.element_ty), mask=mask)
@@ -83,7 +86,7 @@ def _store_rows(rows, inside, values, width, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _add(values, sums, rows, inside, width, first, last, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Adds to what this program's tiles before had in float32 `sums`, if any; the last tile's result goes to `rows`."""
+    """Adds values to the float32 `sums` of this program's earlier tiles; after the last tile stores them in `rows`."""
     if WHOLE:
         _store_rows(rows, inside, values, width, BLOCK_D)
     else:
@@ -97,7 +100,7 @@ def _add(values, sums, rows, inside, width, first, last, WHOLE: tl.constexpr, BL
 
 @triton.jit
 def _window(windows, query, query_end, key_end, Q):
-    """Which tokens each query sees, [begin, stop); behind the group's queries all, so that no row is without a key."""
+    """Window [begin, stop) of tokens of each query; rows after the group's queries get all tokens, never none."""
     begin = tl.load(windows + query, mask=query < query_end, other=0)
     return begin, tl.load(windows + Q + query, mask=query < query_end, other=key_end)
 
@@ -107,7 +110,7 @@ def _products(
     queries, asks, prefix, texts, j, S, keys, D, NARROW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of queries times rows of keys, [BLOCK_Q, BLOCK_K] in float32."""
+    """Products of query rows and key rows, [BLOCK_Q, BLOCK_K] in float32."""
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for c in range(0, BLOCK_D if NARROW else D, BLOCK_D):
         own = _load_rows(queries + c, asks, D - c, BLOCK_D)
@@ -120,7 +123,7 @@ def _scores(
     queries, asks, begin, stop, prefix, texts, j, S, keys, key, D, scale, NARROW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Their products, scaled; -inf where a query does not see the key. Behind the prefix, j is token key + j - S."""
+    """Scaled products of queries and keys; -inf outside of a query's window. Row j >= S is token key + j - S."""
     products = _products(queries, asks, prefix, texts, j, S, keys, D, NARROW, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D)
     token = (key + j - S)[None, :]
     seen = (j < S)[None, :] | ((token >= begin[:, None]) & (token < stop[:, None]))
@@ -129,8 +132,8 @@ def _scores(
 
 # -- the kernels ------------------------------------------------------------------------------------------------------
 #
-# WHOLE: every group is one tile. All loops but those over the width then have one step, which the compiler knows, and
-# it makes the scores once.
+# WHOLE: every group is one tile. All loops except those over the width then have one step, the compiler knows this, and
+# the scores are computed once.
 
 
 @triton.jit(do_not_specialize=["S", "Q", "H", "G"])
@@ -142,7 +145,7 @@ def prefix_attention_kernel(
     WHOLE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out [M, Q, H, D] of one group, head and prompt; sums: the same in float32, on the way."""
+    """Stores out [M, Q, H, D] of one group, head and prompt; sums holds intermediate results in float32."""
     m, h, _, key, key_end, query, query_end = _program(bounds, H, G)
     asking = query_end - query
     keys = S + key_end - key
@@ -166,7 +169,7 @@ def prefix_attention_kernel(
                 queries + i * q_row, asks, begin, stop, prefix_keys + j * prefix_k_row, text_keys + (j - S) * k_row,
                 j, S, keys, key, D, scale, NARROW, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
             )  # fmt: skip
-            new = tl.maximum(peak, tl.max(scores, 1))  # finite: the first tile has a key for every query
+            new = tl.maximum(peak, tl.max(scores, 1))  # finite, because the first tile has a key for every query
             total = total * tl.exp(peak - new) + tl.sum(tl.exp(scores - new[:, None]), 1)
             peak = new
 
@@ -185,7 +188,7 @@ def prefix_attention_kernel(
                 at = c + i * row
                 _add(mixed, sums + at, to + at, asks, D - c, start == 0, start + BLOCK_K >= keys, WHOLE, BLOCK_D)
             if not WHOLE:
-                tl.debug_barrier()  # what one thread of this program stored, another may add to
+                tl.debug_barrier()  # another thread of this program may add to values that this thread stored
 
 
 @triton.jit(do_not_specialize=["S", "T", "Q", "H", "G"])
@@ -197,9 +200,10 @@ def prefix_attention_backward_kernel(
     WHOLE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d_q [M, Q, H, D], d_k and d_v [M, T, H, D] of one group, head and prompt, and its parts [M, G, 2, S, H, D].
+    """Stores d_q [M, Q, H, D], d_k and d_v [M, T, H, D] of one group, head and prompt.
 
-    sums_q, sums_k, sums_v: the same in float32, on the way.
+    parts [M, G, 2, S, H, D] gets the group's part of the prefix's gradient. sums_q, sums_k and sums_v hold intermediate
+    results in float32.
     """
     m, h, group, key, key_end, query, query_end = _program(bounds, H, G)
     asking = query_end - query
@@ -225,7 +229,7 @@ def prefix_attention_backward_kernel(
         begin, stop = _window(windows, query + i, query_end, key_end, Q)
         peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
-        mean = tl.zeros([BLOCK_Q], tl.float32)  # of the slopes of the weights, by the weights
+        mean = tl.zeros([BLOCK_Q], tl.float32)  # mean of d_weight, weighted by weight
         for start in range(0, BLOCK_K if WHOLE else keys, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)
             scores = _scores(
@@ -256,7 +260,7 @@ def prefix_attention_backward_kernel(
             )  # fmt: skip
             weight = tl.exp(scores - peak[:, None]) / total[:, None]
             d_scores = weight * (d_weight - mean[:, None])
-            weight = tl.trans(weight.to(d_out.dtype.element_ty))  # rounded first: it takes half of the room
+            weight = tl.trans(weight.to(d_out.dtype.element_ty))  # rounded first, to save half of the memory
             d_scores = d_scores.to(q.dtype.element_ty)
             own = (j >= S) & (j < keys)
             first_q = first == 0
@@ -283,12 +287,12 @@ def prefix_attention_backward_kernel(
                     BLOCK_D,
                 )  # fmt: skip
             if not WHOLE:
-                tl.debug_barrier()  # what one thread of this program stored, another may add to
+                tl.debug_barrier()  # another thread of this program may add to values that this thread stored
 
 
 @triton.jit(do_not_specialize=["size", "G"])
 def prefix_gradient_kernel(parts, d_prefix_k, d_prefix_v, size, G):
-    """d_prefix_k and d_prefix_v [M, size]: the sum over G of parts [M, G, 2, size], in the same order always."""
+    """Stores d_prefix_k and d_prefix_v [M, size]: the sums over G of parts [M, G, 2, size], in a fixed order."""
     m = tl.program_id(2).to(tl.int64)
     which = tl.program_id(1)
     element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)

@@ -42,10 +42,15 @@ if TYPE_CHECKING:
     from mergetune.experiments import FolderResult, fit_dataset, merge_solutions
     from mergetune.solutions import (
         Head,
+        LinearMap,
         Prompt,
+        Residual,
+        Stack,
+        Templates,
         interpolate,
         load_solution,
         open_solution,
+        open_taskres,
         push_to_hub,
         to_coop,
         to_head,
@@ -67,7 +72,11 @@ __all__ = [
     "Head",
     "ImageFolder",
     "ImageList",
+    "LinearMap",
     "Prompt",
+    "Residual",
+    "Stack",
+    "Templates",
     "accuracy",
     "base_to_novel",
     "cache_features",
@@ -89,6 +98,7 @@ __all__ = [
     "merge_solutions",
     "merging",
     "open_solution",
+    "open_taskres",
     "path",
     "plane",
     "plot",
@@ -121,8 +131,8 @@ make_lazy(
         ),
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
         "mergetune.solutions": (
-            "push_to_hub to_coop to_head to_hub zero_shot_classifier Head Prompt interpolate load_solution "
-            "open_solution"
+            "push_to_hub to_coop to_head to_hub zero_shot_classifier Head LinearMap Prompt Residual Stack Templates "
+            "interpolate load_solution open_solution open_taskres"
         ),
         "mergetune.training": "fisher_diagonal FitResult fit tune",
     },

@@ -4,7 +4,7 @@ import json
 
 import torch
 from safetensors import safe_open
-from tiny import prompt
+from tiny import parameter, prompt
 
 from mergetune import FitResult, fit, tune
 
@@ -13,7 +13,7 @@ QUICK = {"epochs": 3, "batch_size": 8, "precision": "float32"}
 
 
 def assert_same_run(a: FitResult, b: FitResult):
-    assert torch.equal(a.solution.parameter, b.solution.parameter)
+    assert torch.equal(parameter(a.solution), parameter(b.solution))
     assert a.history == b.history and a.settings == b.settings and a.solution.notes == b.solution.notes
 
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tiny import state_of
 from torch import Tensor
 
-from mergetune.training.objective import Objective
+from mergetune.solutions import Solution, Space
+from mergetune.training.objective import Anchors, Near, Objective
 
 DOUBLE = torch.float64
 BATCH, CLASSES, WIDTH = 9, 4, 6
@@ -79,6 +81,40 @@ class Expected:
         return (0.5 * (1 if self.surrogate == "identity" else self.curvature) * apart**2).sum(1).mean()
 
 
+def objective_of(
+    encode: Callable[[Tensor], Tensor],
+    *,
+    scale: float,
+    normalize: bool,
+    anchors: Tensor | None = None,
+    betas: Tensor | None = None,
+    alphas: Tensor | None = None,
+    points: int = 0,
+    space: str = "embedding",
+    w1: Tensor | None = None,
+    lam: float = 0.0,
+    surrogate: str = "identity",
+    curvature: Tensor | None = None,
+    backend: str | None = None,
+    name: str = "values",
+) -> Objective:
+    """The objective of states with one tensor, which ``encode`` turns into class features."""
+    made = Space(
+        classes=lambda states: encode(states[name]),
+        images=None,
+        between=Solution.straight,
+        scale=scale,
+        normalize=normalize,
+        width=WIDTH,
+    )
+    paths = None
+    if anchors is not None:
+        state = {name: anchors} if space == "parameter" else None
+        paths = Anchors(encode(anchors) if state else anchors, betas, alphas, points, state=state)
+    near = None if w1 is None else Near(lam, surrogate, w1, curvature)
+    return Objective(made, paths, near, backend)
+
+
 def assert_agree(
     objective: Objective,
     expected: Expected,
@@ -87,10 +123,11 @@ def assert_agree(
     labels: Tensor,
     tolerance: float,
     draws: torch.Generator | None = None,
+    like: Solution | None = None,
 ) -> None:
-    """Loss, terms and the gradient to the parameter."""
+    """Loss, terms and the gradient to the parameter, which is the state of a solution, or has a name of its own."""
     leaf, truth = parameter.clone().requires_grad_(), parameter.double().requires_grad_()
-    loss, terms = objective(leaf, x, labels, draws)
+    loss, terms = objective(state_of(like, leaf) if like else {"values": leaf}, x, labels, draws)
     expected_loss, expected_terms = expected(truth, x.double(), labels)
     assert len(terms) == len(expected_terms) == len(objective.term_names)
     pairs = {

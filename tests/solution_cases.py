@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from tiny import NAMES, normal
+from tiny import NAMES, normal, parameter
 
 from mergetune import FrozenClip, Head, Prompt
 
@@ -27,6 +27,6 @@ KINDS = ["shared", "front", "class-specific", "head", "head with bias"]
 
 def assert_same(a, b):
     assert type(a) is type(b)
-    assert torch.equal(a.parameter, b.parameter) and a.parameter.dtype == b.parameter.dtype
+    assert torch.equal(parameter(a), parameter(b)) and parameter(a).dtype == parameter(b).dtype
     for name in ("template", "position", "classnames", "backbone", "fingerprint", "notes", "logit_scale"):
         assert getattr(a, name, None) == getattr(b, name, None), name

@@ -251,7 +251,7 @@ def test_which_tests_to_repeat(summarise, tmp_path):
 def test_a_device_that_is_not_known(summarise):
     done = summarise(result(info(2.0), model="B CPU"), options=("--against", "kept"))
     assert done.returncode == 2
-    assert "There is no baseline for B CPU, 1 thread: kept/b-cpu-1-thread.json does not exist." in done.stderr
+    assert "No baseline for B CPU, 1 thread: kept/b-cpu-1-thread.json does not exist." in done.stderr
     assert "--save-baseline kept" in done.stderr
 
 

@@ -56,7 +56,7 @@ def test_facts_do_not_depend_on_docstrings():
 def test_one_method_is_listed_with_its_options():
     shown = " ".join(python("-m", "mergetune", "merge", "wise-ft", "--list").split())
     assert shown.startswith("wise_ft WiSE-FT, arXiv 2109.01903") and shown.endswith(
-        "alpha=0.5 0 is the base, 1 the expert."
+        "alpha=0.5 Weight of the expert: 0 is the base, 1 the expert."
     )
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mergetune import FeatureCache, FrozenClip, Head, Prompt
+from mergetune.solutions import Solution, space_of
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -42,6 +43,28 @@ def cache(count: int = 30, *, seed: int = 0, views: int = 1, classes=NAMES, dim:
     """Random features of images whose labels go round the classes."""
     x = F.normalize(normal(views, count, dim, seed=seed), dim=-1)
     return FeatureCache.from_tensors(x, torch.arange(count) % len(classes), classes, **kwargs)
+
+
+def parameter(solution: Solution) -> Tensor:
+    """A solution's only tensor; of a head with a bias its rows with the bias behind them."""
+    first, *rest = solution.state().values()
+    return torch.cat([first, *(bias[:, None] for bias in rest)], 1) if rest else first
+
+
+def state_of(solution: Solution, values: Tensor) -> dict[str, Tensor]:
+    """The state that :func:`parameter` gives ``values`` of, with their leading dimensions."""
+    names = list(solution.state())
+    return {names[0]: values} if len(names) == 1 else {"weight": values[..., :-1], "bias": values[..., -1]}
+
+
+def with_parameter(solution: Solution, values: Tensor, **changes) -> Solution:
+    return solution.with_state(state_of(solution, values), **changes)
+
+
+def encoder(clip: FrozenClip, solution: Solution, classnames=NAMES, **precision):
+    """Stacked values of :func:`parameter` -> class features."""
+    space = space_of(clip, solution, classnames, **precision)
+    return lambda values: space.classes(state_of(solution, values))
 
 
 def prompt(seed: int = 1, template: str = "X X X X {}.") -> Prompt:

@@ -1,4 +1,4 @@
-// What Python passes for a tensor and for its dtype, checked and typed.
+// Conversion of the addresses and dtype names that Python passes for tensors to typed pointers, with checks.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What each op adds to the Python module mergetune._C.
+// Functions that add the ops to the Python module mergetune._C.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The class passes for Python: path_scales and class_gradient.
+// Python bindings of the class passes: path_scales and class_gradient.
 #include "mergetune/class_pass.h"
 
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// The Python module mergetune._C: raw pointers in, C++ ops out. It knows nothing of torch; mergetune/ops does.
+// The Python module mergetune._C. Its functions take raw pointers, without torch; mergetune/ops calls them.
 #include <pybind11/stl.h>
 
 #include <iterator>

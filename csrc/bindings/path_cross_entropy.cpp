@@ -1,4 +1,4 @@
-// path_cross_entropy for Python: on the CPU, and on a GPU where the core has CUDA.
+// Python bindings of path_cross_entropy: for the CPU, and for a GPU if the core was built with CUDA.
 #include "mergetune/path_cross_entropy.h"
 
 #include <cstdint>

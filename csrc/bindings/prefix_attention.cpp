@@ -1,4 +1,4 @@
-// prefix_attention for Python, forward and backward.
+// Python bindings of prefix_attention, forward and backward.
 #include "mergetune/prefix_attention.h"
 
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// The task vectors for Python: merge_deltas and count_around.
+// Python bindings of the task-vector ops: merge_deltas and count_around.
 #include "mergetune/task_vectors.h"
 
 #include <pybind11/stl.h>

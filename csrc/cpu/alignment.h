@@ -1,4 +1,4 @@
-// How the workspaces of the CPU kernels lie in memory: on cache lines, in whole vectors.
+// Alignment of the CPU kernels' workspaces: to cache lines, and in whole vectors.
 #pragma once
 
 #include <cstdint>

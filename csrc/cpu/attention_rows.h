@@ -1,4 +1,4 @@
-// The arithmetic of prefix_attention on rows: d values as it wants them, 0 behind them up to `width`.
+// Row arithmetic of prefix_attention. A row holds d values, followed by zeros up to `width`.
 //
 // The width is a multiple of load_lanes.
 #pragma once

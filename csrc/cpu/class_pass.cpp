@@ -1,4 +1,4 @@
-// The class passes on the CPU: chooses the variant, and adds up the classes' surrogates.
+// The class passes on the CPU: choice of the variant, and sum of the surrogates over classes.
 #include "cpu/class_pass_kernel.h"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // The CPU kernels of the class passes, compiled once for each instruction set (MT_VARIANT names it).
 //
-// A class is a row, and rows are independent: threads share them out, and no sum crosses a row. No standard containers
-// here; see path_cross_entropy_kernel.cpp.
+// A class is a row, and rows are independent: threads work on different rows, and every sum stays within a row.
+// Standard containers are not used; path_cross_entropy_kernel.cpp says why.
 #include "cpu/class_pass_kernel.h"
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// The CPU kernels of the class passes as each variant exports them.
+// Declarations of the CPU kernels of the class passes in each variant.
 #pragma once
 
 #include "cpu/each_variant.h"

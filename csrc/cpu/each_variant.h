@@ -1,4 +1,4 @@
-// The list of the CPU variants, once for declarations and once for calls.
+// Macros that declare functions in every CPU variant and call the function of one variant.
 #pragma once
 
 // Declares the same functions in the namespace of each variant.

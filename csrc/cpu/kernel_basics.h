@@ -1,4 +1,4 @@
-// What the CPU kernels of several ops need, compiled once for each instruction set (MT_VARIANT names it).
+// Shared parts of the CPU kernels, compiled once for each instruction set (MT_VARIANT names it).
 #pragma once
 
 #include "mergetune/row_math.h"

@@ -1,4 +1,4 @@
-// path_cross_entropy on the CPU: checks the values, makes the workspace and calls the chosen variant.
+// path_cross_entropy on the CPU: checks of values, workspace, and the call of the chosen variant.
 #include "cpu/path_cross_entropy_kernel.h"
 
 #include <algorithm>

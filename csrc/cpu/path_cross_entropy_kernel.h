@@ -1,4 +1,4 @@
-// The CPU kernel of path_cross_entropy as each variant exports it, and the workspace it is given.
+// Declaration of the CPU kernel of path_cross_entropy in each variant, and its workspace.
 #pragma once
 
 #include "cpu/alignment.h"

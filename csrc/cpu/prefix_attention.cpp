@@ -1,4 +1,4 @@
-// prefix_attention on the CPU: checks the values, makes the workspace and calls the chosen variant.
+// prefix_attention on the CPU: checks of values, workspace, and the call of the chosen variant.
 #include "cpu/prefix_attention_kernel.h"
 
 #include <algorithm>

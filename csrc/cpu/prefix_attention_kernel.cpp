@@ -1,7 +1,7 @@
 // The CPU kernels of prefix_attention, compiled once for each instruction set (MT_VARIANT names it).
 //
-// No standard containers or algorithms here: their functions are merged by name across object files, and a
-// copy compiled for AVX-512 must never be the one that every machine runs.
+// Standard containers and algorithms are not used: the linker keeps one copy of each of their functions for all object
+// files, and this copy must not be one that was compiled for AVX-512.
 #include "cpu/prefix_attention_kernel.h"
 
 #include "cpu/attention_rows.h"

@@ -1,4 +1,4 @@
-// The CPU kernels of prefix_attention as each variant exports them, and the workspace they are given.
+// Declarations of the CPU kernels of prefix_attention in each variant, and their workspace.
 #pragma once
 
 #include "cpu/alignment.h"

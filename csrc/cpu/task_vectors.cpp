@@ -1,4 +1,4 @@
-// Task vectors on the CPU: chooses the variant.
+// Task-vector ops on the CPU: choice of the variant.
 #include "cpu/task_vectors_kernel.h"
 
 #include "cpu/variants.h"

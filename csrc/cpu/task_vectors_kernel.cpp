@@ -1,7 +1,8 @@
 // The CPU kernels of merge_deltas and count_around, compiled once for each instruction set (MT_VARIANT names it).
 //
-// Elements are independent and meet the experts in their order, so the bits depend on the variant alone. One thread:
-// the caller has a stretch for each. No standard containers here; see path_cross_entropy_kernel.cpp.
+// Elements are independent, and each is computed over the experts in their order, so the bits depend only on the
+// variant. The kernels use one thread: callers use one thread per stretch. Standard containers are not used;
+// path_cross_entropy_kernel.cpp says why.
 #include "cpu/task_vectors_kernel.h"
 
 #include <cmath>

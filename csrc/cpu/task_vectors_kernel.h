@@ -1,4 +1,4 @@
-// The CPU kernels of merge_deltas and count_around as each variant exports them.
+// Declarations of the CPU kernels of merge_deltas and count_around in each variant.
 #pragma once
 
 #include "cpu/each_variant.h"

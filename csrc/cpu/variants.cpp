@@ -1,4 +1,4 @@
-// Chooses the instruction set of the CPU kernels at run time.
+// Choice of the CPU kernels' instruction set at run time.
 #include "cpu/variants.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Which instruction sets the CPU kernels were built for, and which of them this process uses.
+// Instruction sets (variants) for which the CPU kernels were built, and the one that this process uses.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// Vectors of the compiler's, as wide as the instruction set's, and what is done across their lanes.
+// Compiler vector types as wide as the instruction set's vectors, and operations across their lanes.
 #pragma once
 
 #include <utility>  // integer_sequence, a type

@@ -1,4 +1,4 @@
-// Memory for the workspaces of the CPU kernels. Not for the files that are compiled once per variant.
+// Memory of the CPU kernels' workspaces. Files that are compiled once per variant must not include this.
 #pragma once
 
 #include <memory>

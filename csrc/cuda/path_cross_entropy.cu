@@ -1,7 +1,7 @@
-// path_cross_entropy as CUDA kernels: row statistics, then both gradients from them; nothing of size [P, B, C].
+// path_cross_entropy as CUDA kernels: row statistics, then both gradients, without an array of size [P, B, C].
 //
-// Logits are recomputed in each of the three kernels: they cost two products and two loads, storing them would cost
-// P times the input. Every sum is taken in a fixed order and there are no atomics, so the bits never vary.
+// Each of the three kernels computes the logits again: this takes two products and two loads, and storing them would
+// need P times the memory of the input. Sums have a fixed order and atomics are not used, so the bits never vary.
 #define MT_VARIANT cuda
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// Tests of the class passes without Python, made to run under the sanitizers: every CPU variant against central
-// differences of a naive objective.
+// Tests of the class passes without Python, for use with sanitizers: every CPU variant against central differences of a
+// naive objective.
 #include <cmath>
 #include <limits>
 #include <random>

@@ -1,4 +1,4 @@
-// What the tests of the core share: expectations, values as they are stored, and the loop over the CPU variants.
+// Shared parts of the core's tests: expectations, conversion of stored values, and the loop over the CPU variants.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Tests of the C++ core without Python, made to run under the sanitizers: every CPU variant, and the CUDA kernels
-// compiled for the CPU, against a naive loop.
+// Tests of path_cross_entropy without Python, for use with sanitizers: every CPU variant, and the CUDA kernels compiled
+// for the CPU, against a naive loop.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

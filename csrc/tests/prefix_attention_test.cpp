@@ -1,4 +1,4 @@
-// Tests of prefix_attention without Python, made to run under the sanitizers: every CPU variant against a naive loop.
+// Tests of prefix_attention without Python, for use with sanitizers: every CPU variant against a naive loop.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -1,5 +1,5 @@
-// Tests of the task vectors' kernels without Python, made to run under the sanitizers: every CPU variant against a plain
-// loop, at sizes around the blocks, in memory that ends where the arrays do.
+// Tests of the task-vector kernels without Python, for use with sanitizers: every CPU variant against a plain loop, at
+// sizes around the block size, with arrays that end at the end of their memory.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

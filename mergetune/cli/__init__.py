@@ -1,6 +1,6 @@
-"""The commands, thin over the API. Exit codes: 0 done, 1 something failed, 2 a wrong argument or input.
+"""The command line: thin commands over the API. Exit codes: 0 success, 1 failure, 2 wrong argument or input.
 
-Here they are put together, in the order of `mergetune --help`; each import says in which file a command lives.
+This file registers the commands in the order of `mergetune --help`. The imports show which file defines each command.
 """
 
 from typing import Annotated
@@ -18,7 +18,7 @@ from mergetune.cli.paper import reproduce
 from mergetune.cli.training import fit, tune
 
 app = typer.Typer(
-    help="Give a fine-tuned CLIP its zero-shot ability back (MERGETUNE, arXiv 2601.10497).",
+    help="Restore the zero-shot ability of a fine-tuned CLIP (MERGETUNE, arXiv 2601.10497).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,7 +37,7 @@ def main(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Options before the command."""
+    """Declares the options that stand before the command."""
 
 
 app.command()(demo)

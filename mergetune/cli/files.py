@@ -1,4 +1,4 @@
-"""`mergetune export` and `mergetune convert`: files for other tools, and from them."""
+"""`mergetune export` writes files for other tools; `mergetune convert` reads pickled modules of other tools."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from mergetune.cli.shared import errors, out, tell
 
 def export(
     solution: Annotated[str, typer.Argument(help="Saved solution, CoOp checkpoint or head.")],
-    form: Annotated[str, typer.Option("--to", help="coop, head, classifier or hub.")],
-    target: Annotated[Path, typer.Option("--out", help="Folder (coop, hub) or file (.safetensors, .npz, .pt).")],
+    form: Annotated[str, typer.Option("--to", help="Format to write: coop, head, classifier or hub.")],
+    target: Annotated[
+        Path, typer.Option("--out", help="Folder to write (coop, hub), or file (.safetensors, .npz, .pt).")
+    ],
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
-    classes: Annotated[Path | None, typer.Option("--classnames", help="Text file, one class name a line.")] = None,
-    half: Annotated[bool, typer.Option("--half", help="coop: float16, as CoOp's own precision fp16.")] = False,
-    push: Annotated[str | None, typer.Option(help="hub: upload too, to this repository: name/repository.")] = None,
-    license: Annotated[str | None, typer.Option(help="hub: the card's, as mit.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option("--classnames", help="Text file with one class name per line.")
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="coop: write float16, as CoOp does with its precision fp16.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="hub: also upload the folder to this repository, written as name/repository.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="hub: license named on the model card, for example mit.")] = None,
     position: Position = "end",
 ) -> None:
-    """Write a solution for other tools: CoOp's checkpoint, a head, a zero-shot classifier, a Hugging Face folder."""
+    """Write a solution as a CoOp checkpoint, a head, a zero-shot classifier or a Hugging Face folder."""
     import mergetune as mt
     from mergetune import solutions
     from mergetune.io import read_regular_text
@@ -42,25 +50,28 @@ def export(
             solutions.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
             if push:
                 out.print(solutions.push_to_hub(found, push, license=license), highlight=False, markup=False)
-        elif form == "head" and (clip is not None or found.kind != "prompt"):
+        elif form == "head" and (clip is not None or found.plain_head() is not None):
             solutions.to_head(found, target, clip=clip, classnames=names)
         elif clip is None:
-            raise ValueError(f"--backbone is needed for {form}: it encodes the class names")
+            raise ValueError(f"--backbone is needed for {form}: the backbone encodes the class names")
         elif form == "classifier":
             solutions.zero_shot_classifier(found, clip, names, file=target)
-        elif isinstance(found, mt.Prompt):
-            solutions.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
         else:
-            raise TypeError(f"--to coop needs a prompt, got a {found.kind}: CoOp has no other")
+            solutions.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
     tell(f"{form}: {target}")
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A pickled module, as WiSE-FT's classification head.")],
+    file: Annotated[Path, typer.Argument(help="Pickled module, for example a classification head of WiSE-FT.")],
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    only: Annotated[str | None, typer.Option(help="A part of it: classification_head.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Convert only this submodule, for example classification_head.")
+    ] = None,
 ) -> None:
-    """The tensors of a pickled module as .safetensors, without running the pickle. `--tuned` reads the result."""
+    """Write the tensors of a pickled module to a .safetensors file without running the pickle.
+
+    The option --tuned of other commands reads the result.
+    """
     from mergetune.io import convert_module
 
     with errors():

@@ -1,4 +1,4 @@
-"""`mergetune demo` and `mergetune doctor`: does it work here, and what does it do?"""
+"""`mergetune demo` shows the method on embedded data; `mergetune doctor` checks the installation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from mergetune.cli.shared import HALVES, announce, err, errors, out, plain, prin
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where images, caches, solutions and results go.")] = Path(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for images, caches, solutions and results.")] = Path(
         "out/demo"
     ),
-    seeds: Annotated[list[int], typer.Option("--seed", help="May be given several times.")] = [1, 2, 3],
+    seeds: Annotated[list[int], typer.Option("--seed", help="Seed of one run; repeat the option for several runs.")] = [
+        1,
+        2,
+        3,
+    ],
     as_json: Json = False,
 ) -> None:
-    """Fine-tune and repair the embedded CLIP on the embedded icons: table and figure in about a minute."""
+    """Fine-tune and repair the embedded CLIP on the embedded icons; table and figure take about a minute."""
     from mergetune.experiments import run_demo
 
     with errors():
@@ -47,12 +51,17 @@ def demo(
 def doctor(
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="Compare and time every kernel on every GPU (else on the CPU), and keep it."),
+        typer.Option(
+            "--kernels",
+            help="Check and time every kernel on every GPU (without a GPU: on the CPU) and save the results.",
+        ),
     ] = False,
-    limit: Annotated[float, typer.Option("--limit", min=1, help="With --kernels: seconds per device.")] = 240.0,
+    limit: Annotated[
+        float, typer.Option("--limit", min=1, help="With --kernels: time limit in seconds per device.")
+    ] = 240.0,
     as_json: Json = False,
 ) -> None:
-    """Versions, devices, the backends built, and a self-test of each op. Fails if an op is wrong."""
+    """Show versions, devices and backends, and test each op. The command fails if an op is wrong."""
     import open_clip
     import torch
 
@@ -95,7 +104,7 @@ def doctor(
 
 
 def _verify(device: Any, limit: float, as_json: bool) -> Any:
-    """Tries every kernel on one device and keeps the verdict."""
+    """Checks and times every kernel on one device, saves the verdict and returns it."""
     from mergetune import ops
 
     with errors(), Progress(console=err, transient=True, disable=as_json) as bar:
@@ -110,7 +119,7 @@ def _verify(device: Any, limit: float, as_json: bool) -> Any:
 
 
 def _print_verdicts(device: Any, verdict: Any) -> None:
-    """What was found on one device: a line for each op, dtype and size."""
+    """Prints the verdict of one device: one line per op, dtype and size."""
     if verdict is None:
         tell(
             f"kernels on {device}: not verified, so plain PyTorch is used. `mergetune doctor --kernels` verifies them."

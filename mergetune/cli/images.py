@@ -1,4 +1,4 @@
-"""`mergetune cache`: images to features."""
+"""`mergetune cache` encodes images and saves their features."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from mergetune.facts import CacheOptions
 
 @takes(CacheOptions)
 def cache(
-    images: Annotated[Path, typer.Argument(help="Folder of class folders, a .csv/.json list; with --root a name.")],
-    folder: Annotated[Path, typer.Option("--out", help="The caches: one folder each for train, val and test.")],
+    images: Annotated[
+        Path,
+        typer.Argument(help="Folder of class folders, or a .csv/.json list; with --root the name of a benchmark."),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the caches train, val and test.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     root: Root = None,
-    skip_unreadable: Annotated[bool, typer.Option(help="The same as --on-error skip.")] = False,
+    skip_unreadable: Annotated[bool, typer.Option(help="Same as --on-error skip.")] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Encode images once. Interrupted, the same command goes on; under torchrun the ranks share the work."""
+    """Encode images once and save their features.
+
+    If the command is interrupted, run it again: it continues where it stopped. Under torchrun the ranks share the work.
+    """
     import mergetune as mt
 
     with errors():

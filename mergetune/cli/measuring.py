@@ -1,4 +1,4 @@
-"""`mergetune eval` and `mergetune path`: saved solutions, measured on cached features."""
+"""`mergetune eval` and `mergetune path` measure saved solutions on cached features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mergetune.cli.shared import (
     tell,
 )
 
-_SOLUTION = typer.Option("--solution", help="Folder of a saved solution.")
+_SOLUTION = typer.Option("--solution", help="Folder of a saved solution, for example the --out of `mergetune fit`.")
 
 
 def evaluate(
@@ -44,13 +44,14 @@ def evaluate(
     device: Device = "cpu",
     classes: Classes = "all",
     base_novel: Annotated[
-        bool, typer.Option("--base-novel", help="Base and novel classes, apart and joint, and HM.")
+        bool,
+        typer.Option("--base-novel", help="Show base and novel classes, apart and joint, and harmonic means (HM)."),
     ] = False,
     template: Templates = ["a photo of a {}."],
     position: Position = "end",
     as_json: Json = False,
 ) -> None:
-    """Accuracy of zero-shot and of saved solutions on cached test features."""
+    """Show the accuracy of zero-shot CLIP and of saved solutions on cached test features."""
     import mergetune as mt
 
     with errors():
@@ -64,7 +65,7 @@ def evaluate(
             if novel is not None:
                 report[name] = mt.base_to_novel(classify, test, novel).to_json()
             else:
-                report[name] = mt.accuracy(classify(test.classnames), test).to_json()
+                report[name] = mt.accuracy(classify, test).to_json()
     if as_json:
         print_json(report)
         return
@@ -89,28 +90,39 @@ def path(
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     classes: Classes = "all",
-    template: Annotated[str, typer.Option(help="Zero-shot text with {}.")] = "a photo of a {}.",
-    points: Annotated[int, typer.Option(min=2)] = 21,
+    template: Annotated[
+        str, typer.Option(help="Zero-shot template; {} stands for the class name.")
+    ] = "a photo of a {}.",
+    points: Annotated[int, typer.Option(min=2, help="Number of points on each path, with both ends.")] = 21,
     space: Space = "embedding",
-    figure: Annotated[Path, typer.Option(help="Where the figure goes: .png, .pdf or .svg.")] = Path("paths.png"),
+    figure: Annotated[Path, typer.Option(help="File of the figure: .png, .pdf or .svg.")] = Path("paths.png"),
     plane: Annotated[
-        Path | None, typer.Option(help="Also a figure of the plane through the three: .png, .pdf or .svg.")
+        Path | None,
+        typer.Option(help="Also draw the plane through the three solutions into this file: .png, .pdf or .svg."),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Also paths, plane and curvature as one HTML file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write an HTML report with paths, plane and curvature to this file.")
+    ] = None,
     curvature: Annotated[
-        int, typer.Option(min=0, help="Of the report: points on each path where the Hessian is looked at; 0 for none.")
+        int,
+        typer.Option(
+            min=0, help="With --report: number of points on each path where the Hessian is measured; 0 skips it."
+        ),
     ] = 5,
     position: Position = "end",
     as_json: Json = False,
 ) -> None:
-    """Loss, accuracy and barriers on the paths between zero-shot, fine-tuned and merged solution, with a figure."""
+    """Measure loss, accuracy and barriers on the straight paths between three solutions, and draw them.
+
+    The solutions are zero-shot CLIP, the fine-tuned solution (--tuned) and the merged solution (--solution).
+    """
     import mergetune as mt
     from mergetune import evaluation
     from mergetune.solutions import zero_shot_like
 
     with errors():
         if curvature == 1:
-            raise ValueError("curvature must be 0, or at least 2 points with both ends of a path, got 1")
+            raise ValueError("--curvature must be 0 or at least 2 (both ends of a path count), got 1")
         clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         data = open_cache(features, classes)
         merged, start = read_solution(solution, data, position), read_solution(tuned, data, position)
@@ -128,7 +140,7 @@ def path(
             except ValueError as error:  # a weight average lies on the line of the other two
                 if plane:
                     raise
-                announce(as_json)(f"the report goes without the plane: {error}")
+                announce(as_json)(f"the report has no plane: {error}")
         if plane:
             evaluation.plot_plane(planes, plane)
         if report and curvature:

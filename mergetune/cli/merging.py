@@ -1,4 +1,4 @@
-"""`mergetune merge` and `mergetune compare`: merging afterwards, and against MERGETUNE."""
+"""`mergetune merge` merges trained solutions; `mergetune compare` compares such merges with MERGETUNE."""
 
 from __future__ import annotations
 
@@ -43,36 +43,47 @@ from mergetune.merging.methods import METHODS, Method, find
 
 
 def merge(
-    method: Annotated[str | None, typer.Argument(help="One of `mergetune merge --list`.")] = None,
+    method: Annotated[
+        str | None, typer.Argument(help="Merging method; `mergetune merge --list` shows all of them.")
+    ] = None,
     experts: Annotated[
-        list[str] | None, typer.Argument(help="Solutions: saved folders, CoOp checkpoints; or .safetensors files.")
+        list[str] | None,
+        typer.Argument(help="What to merge: saved solutions and CoOp checkpoints, or .safetensors files."),
     ] = None,
     out_path: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the solution, or .safetensors file.")
+        Path | None, typer.Option("--out", help="Folder for the merged solution, or .safetensors file to write.")
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help='Zero-shot text with {}, a saved folder, or a file; "a photo of a {}." if needed. '
-            "For files of adapters zeros (LoRA) or ones (IA3)."
+            help="Base of the task vectors: a zero-shot template with {}, a saved solution or a .safetensors file. "
+            'Solutions default to "a photo of a {}." where the method needs a base. '
+            "For adapter files use zeros (LoRA) or ones (IA3)."
         ),
     ] = None,
-    option: Annotated[list[str], typer.Option("-o", "--option", help="name=value, of the method.")] = [],
+    option: Annotated[
+        list[str], typer.Option("-o", "--option", help="Option of the method as name=value; repeat for several.")
+    ] = [],
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     features: CacheIfNeeded = None,
     classes: Classes = "all",
-    shots: Annotated[int | None, typer.Option(help="Of the cache, images a class.")] = None,
-    seed: Annotated[int, typer.Option(help="Of that draw.")] = 1,
+    shots: Annotated[
+        int | None, typer.Option(help="With --cache: images per class to draw; all images if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --shots: seed of the draw.")] = 1,
     listing: Annotated[
         bool,
-        typer.Option("--list", help="The methods, or the one that is named: needs, meaningful for, source, options."),
+        typer.Option(
+            "--list",
+            help="Show all methods, or the one named, with requirements, suitable inputs, source and options.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge solutions, or state dicts in files, afterwards: TIES, DARE, WiSE-FT and the others.
+    """Merge trained solutions, or state dicts in files, with TIES, DARE, WiSE-FT or another method. Example:
 
     mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." --backbone ... -o density=0.3
     """
@@ -88,14 +99,14 @@ def merge(
 
     with errors():
         if not (method and experts and out_path):
-            raise ValueError("a method, at least one solution or file, and --out are needed; --list shows the methods")
+            raise ValueError("give a method, at least one solution or file, and --out; --list shows the methods")
         options = catalogue.parse_options(method, option)
         files = [path.endswith(".safetensors") for path in experts]
         if any(files) and not all(files):
             raise ValueError(f"experts must be all solutions or all .safetensors files, got {', '.join(experts)}")
         if all(files):
             if features is not None:
-                raise ValueError("--cache goes with solutions, not with files of tensors")
+                raise ValueError(f"--cache must not be given with .safetensors files, got {features}: leave it out")
             catalogue.merge_files(method, base, experts, out_path, options)
             notes: dict[str, Any] = {"merged": find(method).name, "base": base, "experts": experts}
         else:
@@ -126,7 +137,7 @@ def merge(
 
 
 def _print_methods(methods: list[Method], as_json: bool) -> None:
-    """The methods; the options of a single one with their help."""
+    """Prints the methods; for a single method also the help of each option."""
     if as_json:
         fields = ("name", "title", "needs", "meaningful", "source")
         print_json([{f: getattr(method, f) for f in fields} | {"options": method.shown()} for method in methods])
@@ -150,37 +161,48 @@ def _print_methods(methods: list[Method], as_json: bool) -> None:
 
 def compare(
     caches: Annotated[
-        list[Path] | None, typer.Argument(help="Datasets: folders with caches train, test (and val), all classes.")
+        list[Path] | None,
+        typer.Argument(help="One folder per dataset, with caches train and test (and val) of all classes."),
     ] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Cells, table and figure. What is there is used again.")] = Path(
-        "out/compare"
-    ),
-    embedded: Annotated[bool, typer.Option("--demo", help="On the embedded CLIP and icons.")] = False,
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for cells, table and figure; finished cells in it are used again.")
+    ] = Path("out/compare"),
+    embedded: Annotated[bool, typer.Option("--demo", help="Use the embedded CLIP and icons.")] = False,
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     experts: Annotated[
-        list[str], typer.Option("--expert", help="coop:1, coop:2, kgcoop:1, head:1 are trained; or saved solutions.")
+        list[str],
+        typer.Option(
+            "--expert",
+            help="Solution to merge: METHOD:NUMBER trains one (coop:1, coop:2, kgcoop:1, head:1); or a saved solution.",
+        ),
     ] = ["coop:1", "coop:2", "coop:3", "kgcoop:1"],
     partitions: Annotated[
-        list[int], typer.Option("--partition", min=0, help="Base and novel classes: 0 is CoOp's, 1, 2, ... are random.")
+        list[int],
+        typer.Option("--partition", min=0, help="Split into base and novel classes: 0 is CoOp's, others are random."),
     ] = [0],
-    all_classes: Annotated[bool, typer.Option("--all-classes", help="Train and test on all classes.")] = False,
+    all_classes: Annotated[
+        bool, typer.Option("--all-classes", help="Train and test on all classes, without base and novel ones.")
+    ] = False,
     seeds: Seeds = [1, 2, 3],
     shots: Annotated[int, said(CompareOptions, "shots")] = 16,
     template: Templates = ["a photo of a {}."],
     tuning: Tuning = [],
     fitting: Fitting = [],
-    lam: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = list(MERGETUNE_GRID["lam"]),
-    tau: Annotated[list[float], typer.Option(help="What is tried for MERGETUNE.")] = list(MERGETUNE_GRID["tau"]),
+    lam: Annotated[list[float], typer.Option(help="Values of lam to try for MERGETUNE.")] = list(MERGETUNE_GRID["lam"]),
+    tau: Annotated[list[float], typer.Option(help="Values of tau to try for MERGETUNE.")] = list(MERGETUNE_GRID["tau"]),
     choose: Annotated[str, said(CompareOptions, "choose")] = CompareOptions.choose,
-    reference: Annotated[str, typer.Option(help="The line that differences are to.")] = "MERGETUNE, chosen [1]",
+    reference: Annotated[
+        str, typer.Option(help="Row of the table with which all rows are compared.")
+    ] = "MERGETUNE, chosen [1]",
     as_json: Json = False,
 ) -> None:
-    """Zero-shot, tuned, every merge, the ensembles and MERGETUNE on the same cells: datasets, partitions and seeds.
+    """Compare zero-shot CLIP, tuned solutions, every merge, ensembles and MERGETUNE on the same cells.
 
-    Hyper-parameters are chosen on validation images, never on test images. Interrupted, the same command goes on.
+    A cell is one dataset, partition and seed. Hyper-parameters are chosen on validation images, never on test images.
+    If the command is interrupted, run it again: it continues where it stopped.
     """
     import mergetune as mt
     from mergetune.experiments import compare as run_comparison
@@ -190,7 +212,9 @@ def compare(
         tune, fit = read_tuning(tuning), read_fitting(fitting)
         trained = [":" in expert and not Path(expert).exists() for expert in experts]
         if any(trained) and not all(trained):
-            raise ValueError(f"experts must be all trained here or all saved, got {', '.join(experts)}")
+            raise ValueError(
+                f"--expert must be METHOD:NUMBER each time or a saved solution each time, got {', '.join(experts)}"
+            )
         if embedded and not caches and not backbone:
             from mergetune.experiments import icons
 
@@ -201,7 +225,7 @@ def compare(
             clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
             tasks = [_task(cache, template) for cache in caches]
         else:
-            raise ValueError("give folders of caches and --backbone, or --demo")
+            raise ValueError("give folders of caches and --backbone, or --demo alone")
         setup = CompareOptions(
             experts=tuple(experts) if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts},
             shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
@@ -215,15 +239,16 @@ def compare(
         print_json(found.to_json())
         return
     _print_comparison(found)
-    said = f"Differences are to {found.reference}; {len(found.cells)} cells; ± is the standard error, in brackets the "
-    said += f"95 % interval, over classes. Hyper-parameters: chosen on {found.choose}. More columns, figure: {folder}"
+    said = f"Differences are relative to {found.reference}, over {len(found.cells)} cells. ± is the standard error "
+    said += "over classes, brackets hold the 95 % interval over classes. Hyper-parameters were chosen on "
+    said += f"{found.choose}. More columns and the figure: {folder}"
     tell(said)
     for method, why in found.left_out.items():
         err.print(f"[dim]left out: {escape(method)}: {escape(why)}[/]", soft_wrap=True, highlight=False)
 
 
 def _task(caches: Path, templates: list[str]) -> Any:
-    """A dataset, from the folder that `mergetune cache` made."""
+    """Returns the task of one dataset from the folder that `mergetune cache` wrote."""
     import mergetune as mt
     from mergetune.experiments import Task
 
@@ -233,7 +258,7 @@ def _task(caches: Path, templates: list[str]) -> Any:
 
 
 def _print_comparison(found: Any) -> None:
-    """Every line with its difference to the reference in the main column."""
+    """Prints one row per method: every measure, and the difference to the reference in the main measure."""
     rows = []
     for line in found.lines:
         cells = {column: f"{value:.1f} ± {line.errors[column]:.1f}" for column, value in line.values.items()}

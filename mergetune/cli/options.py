@@ -1,4 +1,4 @@
-"""Options that several commands have, options that are generated from data, and options that take several values."""
+"""Options shared by several commands, options generated from dataclasses, and options that take several values."""
 
 from __future__ import annotations
 
@@ -14,45 +14,70 @@ from mergetune.facts import FitOptions, Option, TuneOptions, options_of, read_op
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-_BACKBONE = typer.Option("--backbone", help='open_clip model name, "hf-hub:org/repo" or "local-dir:path".')
-_CACHE = typer.Option("--cache", help="Feature cache, as `mergetune cache` makes it.")
+_BACKBONE = typer.Option("--backbone", help='Model: an open_clip name, "hf-hub:org/repo" or "local-dir:path".')
+_CACHE = typer.Option("--cache", help="Feature cache: a folder train, val or test that `mergetune cache` wrote.")
 
-# What is worked on.
+# Models and data.
 Backbone = Annotated[str, _BACKBONE]
 BackboneIfNeeded = Annotated[str | None, _BACKBONE]
-Pretrained = Annotated[str | None, typer.Option("--pretrained", help="open_clip tag or a local checkpoint.")]
-Device = Annotated[str, typer.Option("--device", help="Where the model runs.")]
+Pretrained = Annotated[
+    str | None, typer.Option("--pretrained", help="Weights: an open_clip tag or a local checkpoint.")
+]
+Device = Annotated[str, typer.Option("--device", help="Device of the model, for example cpu, cuda or cuda:1.")]
 Cache = Annotated[Path, _CACHE]
 CacheIfNeeded = Annotated[Path | None, _CACHE]
-Classes = Annotated[str, typer.Option("--classes", help="all, or the base or novel half of the sorted class names.")]
-Shots = Annotated[int | None, typer.Option("--shots", min=1, help="Images a class; all if not given.")]
+Classes = Annotated[
+    str, typer.Option("--classes", help="Classes to use: all, base or novel (the two halves of the class list).")
+]
+Shots = Annotated[
+    int | None, typer.Option("--shots", min=1, help="Training images per class; all images if not given.")
+]
 Root = Annotated[
     Path | None,
-    typer.Option("--root", help="Of benchmark datasets in CoOp's layout: the images are then one's name, as dtd."),
+    typer.Option(
+        "--root", help="Folder of benchmark datasets in CoOp's layout; IMAGES is then a dataset name such as dtd."
+    ),
 ]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode images.")]
-MaxPixels = Annotated[
-    int, typer.Option("--max-pixels", min=1, help="Largest width times height of an image that is decoded.")
+Workers = Annotated[
+    int,
+    typer.Option("--workers", min=0, help="Number of processes that decode images; 0 decodes in the main process."),
 ]
+MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest allowed width times height of an image.")]
 AllowTorchscript = Annotated[
     bool,
     typer.Option(
-        "--allow-torchscript", help="Run a TorchScript archive whose weights cannot be read otherwise: it is a program."
+        "--allow-torchscript",
+        help="Load weights by running a TorchScript archive if nothing else reads it. The archive is a program: "
+        "trust its source.",
     ),
 ]
-Templates = Annotated[list[str], typer.Option("--template", help="Zero-shot text with {}; several are ensembled.")]
+Templates = Annotated[
+    list[str],
+    typer.Option("--template", help="Zero-shot template; {} stands for the class name. Several are averaged."),
+]
 Position = Annotated[
-    str, typer.Option("--position", help="Class name in CoOp checkpoints (CLASS_TOKEN_POSITION): end, middle or front.")
+    str,
+    typer.Option(
+        "--position",
+        help="Place of the class name in a CoOp checkpoint (CLASS_TOKEN_POSITION): end, middle or front.",
+    ),
 ]
 
-# How.
-Space = Annotated[str, typer.Option("--space", help="embedding or parameter.")]
-Seeds = Annotated[list[int], typer.Option("--seeds")]
-Tuning = Annotated[list[str], typer.Option("--tune", help="name=value, of mergetune.tune.")]
-Fitting = Annotated[list[str], typer.Option("--fit", help="name=value, of mergetune.fit.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
+# Settings and output.
+Space = Annotated[
+    str,
+    typer.Option(
+        "--space", help="What a path interpolates: class embeddings (embedding) or trained parameters (parameter)."
+    ),
+]
+Seeds = Annotated[list[int], typer.Option("--seeds", help="Seeds of the runs, one run per seed.")]
+Tuning = Annotated[
+    list[str], typer.Option("--tune", help="Option of mergetune.tune as name=value; repeat for several.")
+]
+Fitting = Annotated[list[str], typer.Option("--fit", help="Option of mergetune.fit as name=value; repeat for several.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-# Kind of an option's value -> type of the command's parameter. Lists are given as an option that is repeated.
+# Kind of an option's value -> type of the command's parameter. A list is given by repeating the option.
 _TYPES: dict[str, type] = {
     "int": int, "float": float, "bool": bool, "str": str, "strs": list[str], "float or floats": list[float],
     "str or floats": str,
@@ -60,14 +85,14 @@ _TYPES: dict[str, type] = {
 
 
 def takes(options: type, *, but: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Decorator: one command-line option for each field of a dataclass of :mod:`mergetune.facts.function_options`.
+    """Returns a decorator that gives a command one option per field of a dataclass of ``function_options``.
 
-    The options take the place of the command's ``**options``, which are keyword arguments of the function that the
-    dataclass belongs to.
+    The generated options replace ``**options`` in the command's signature. The command receives their values in
+    ``**options``.
 
     Args:
-        options: the dataclass.
-        but: the options that the command writes down itself, or that it does not have.
+        options: the dataclass, see :mod:`mergetune.facts.function_options`.
+        but: names of fields without a generated option: the command defines them itself or omits them.
     """
 
     def generate(command: Command) -> Command:
@@ -94,13 +119,17 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 def said(options: type, name: str) -> Any:
-    """The command-line option of a field, for a command that writes the parameter down itself."""
+    """Returns the Typer option of one field, for a command that defines the parameter itself."""
     option = next(option for option in options_of(options) if option.name == name)
     return typer.Option(help=option.help, min=option.least)
 
 
 def keywords(options: type, given: dict[str, Any]) -> dict[str, Any]:
-    """What a command was given -> keyword arguments: one value for a list of one, None for an empty one."""
+    """Returns the values that a command received as keyword arguments of the function.
+
+    A list with one element becomes that element, an empty list becomes None, and texts of kind "str or floats" are
+    parsed.
+    """
     found = dict(given)
     for option in options_of(options):
         if option.name in given and option.kind in ("strs", "float or floats"):
@@ -112,20 +141,26 @@ def keywords(options: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tuning(given: list[str], *, but: Collection[str] = ()) -> dict[str, Any]:
-    """``--tune name=value``, but for what has an option of the command."""
+    """Returns the keyword arguments in ``--tune name=value``.
+
+    Args:
+        given: texts ``name=value``.
+        but: names that the command sets through an option; they are refused in ``--tune``.
+    """
     found = read_options("mergetune.tune", options_of(TuneOptions), given)
     if taken := [name for name in found if name in but]:
-        raise ValueError(f"--tune must not hold {taken[0]}: the command's own options say it")
+        name = taken[0]
+        raise ValueError(f"--tune must not hold {name}, got {found[name]!r}: use --{name.replace('_', '-')} instead")
     return found
 
 
 def read_fitting(given: list[str]) -> dict[str, Any]:
-    """``--fit name=value``."""
+    """Returns the keyword arguments in ``--fit name=value``."""
     return read_options("mergetune.fit", options_of(FitOptions), given)
 
 
 class SeveralValues(TyperCommand):
-    """Options that may be given several times take several values at once too: ``--seed 1 2 3``."""
+    """A command whose repeatable options also take several values at once: ``--seed 1 2 3``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # a context of click, which some typers bring along
         several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}

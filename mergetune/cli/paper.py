@@ -1,4 +1,4 @@
-"""`mergetune reproduce`: the paper's experiments."""
+"""`mergetune reproduce` runs the paper's experiments."""
 
 from __future__ import annotations
 
@@ -29,27 +29,47 @@ from mergetune.facts.function_options import BETA, MAX_PIXELS
 
 
 def reproduce(
-    protocol: Annotated[str, typer.Argument(help="base-to-novel, cross-dataset, domain, few-shot or robust.")],
-    root: Annotated[Path, typer.Option("--root", help="The datasets' folders, in CoOp's layout (DATASETS.md).")],
-    folder: Annotated[Path, typer.Option("--out", help="Results, caches and solutions. What is there is used again.")],
+    protocol: Annotated[
+        str, typer.Argument(help="Experiment: base-to-novel, cross-dataset, domain, few-shot or robust.")
+    ],
+    root: Annotated[Path, typer.Option("--root", help="Folder of the datasets in CoOp's layout (DATASETS.md).")],
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for results, caches and solutions; finished runs are used again.")
+    ],
     backbone: Backbone,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
-    datasets: Annotated[list[str], typer.Option("--datasets", help="Some only, by CoOp's names.")] = [],
-    methods: Annotated[list[str], typer.Option("--method", help="coop, kgcoop, head.")] = [],
+    datasets: Annotated[
+        list[str], typer.Option("--datasets", help="Use only these datasets, by CoOp's names; all if not given.")
+    ] = [],
+    methods: Annotated[
+        list[str],
+        typer.Option("--method", help="Method of stage 1: coop, kgcoop or head. Default: coop; head for robust."),
+    ] = [],
     seeds: Seeds = [1, 2, 3],
-    shots: Annotated[list[int], typer.Option("--shots", help="Images a class.")] = [],
+    shots: Annotated[
+        list[int],
+        typer.Option(
+            "--shots",
+            help="Training images per class. Default: 16; 1, 2, 4, 8 and 16 for few-shot; all images for robust.",
+        ),
+    ] = [],
     templates: Annotated[
         str | None,
         typer.Option(
-            help="coop, kgcoop, official, clip-ensemble or coop-ensemble. official; clip-ensemble for robust."
+            help="Zero-shot templates: coop, kgcoop, official, clip-ensemble or coop-ensemble. "
+            "Default: official; clip-ensemble for robust."
         ),
     ] = None,
     checkpoints: Annotated[
-        str | None, typer.Option(help="Stage 1 from files: a path with {dataset}, {method}, {shots}, {seed} in it.")
+        str | None,
+        typer.Option(
+            help="Read stage 1 from this path instead of training; {dataset}, {method}, {shots} and {seed} are "
+            "filled in."
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of both stages, instead of 50.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of stage 1 and stage 2. Default: 50.")] = None,
     lam: Annotated[float, said(FitOptions, "lam")] = FitOptions.lam,
     beta: Annotated[float, said(FitOptions, "beta")] = BETA,
     tau: Annotated[float, said(FitOptions, "tau")] = FitOptions.tau,
@@ -57,13 +77,16 @@ def reproduce(
     fitting: Fitting = [],
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
-    processes: Annotated[int, typer.Option("--processes", min=1, help="Runs at a time.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="Number of processes that work on runs at the same time.")
+    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the work and estimate its time.")] = False,
     as_json: Json = False,
 ) -> None:
-    """An experiment of the paper, from images to table and figure. Interrupted, the same command goes on.
+    """Run an experiment of the paper, from images to table and figure.
 
-    Options that may be repeated take several values: --seeds 1 2 3. Under torchrun the ranks share the work.
+    If the command is interrupted, run it again: it continues where it stopped. Repeatable options take several values
+    at once: --seeds 1 2 3. Under torchrun the ranks share the work.
     """
     import mergetune as mt
     from mergetune import experiments
@@ -94,7 +117,7 @@ def reproduce(
 
 
 def _print_lines(lines: list[Any]) -> None:
-    """The table, and below a line the paper's figures with the difference."""
+    """Prints the table; below a row, the paper's values with the difference in brackets."""
     rows = []
     for line in lines:
         style = "bold" if line.row == "MERGETUNE" else None
@@ -112,10 +135,11 @@ def _print_forecast(found: Any, as_json: bool) -> None:
         return
     table = new_table("cache", "images to encode")
     for name, images in found.images.items():
-        table.add_row(name, str(images) if images else "is there")
+        table.add_row(name, str(images) if images else "none: cached")
     out.print(table)
     minutes = lambda seconds: f"{seconds / 60:.1f} min"  # noqa: E731
     tell(
-        f"{found.runs} runs, {found.finished} of them finished. Encoding about {minutes(found.seconds_encoding)}, "
-        f"training about {minutes(found.seconds_training)}, one after the other on this machine."
+        f"{found.runs} runs, {found.finished} of them finished. Encoding takes about "
+        f"{minutes(found.seconds_encoding)} and training about {minutes(found.seconds_training)} on this machine, "
+        "one run at a time."
     )

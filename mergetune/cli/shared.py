@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line, opening images, caches and solutions, and printing."""
+"""Helpers of the commands: errors as one line, opening images, caches and solutions, and printing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen"
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Errors as one line: 2 for what the user can mend in the call, 1 for the rest."""
+    """Prints an error as one line and exits: code 2 for a wrong argument or input, code 1 for other failures."""
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
@@ -41,7 +41,12 @@ def _exit(word: str, error: Exception, code: int) -> typer.Exit:
 
 
 def open_images(path: Path, root: Path | None = None) -> Any:
-    """A folder of class folders, a table, one of CoOp's split files, or with a root the name of a benchmark dataset."""
+    """Returns the dataset at ``path``.
+
+    Args:
+        path: folder of class folders, .csv or .json list, or split file of CoOp; with ``root`` the name of a benchmark.
+        root: folder of the benchmark datasets.
+    """
     import mergetune as mt
 
     if root is not None:
@@ -56,11 +61,18 @@ def open_images(path: Path, root: Path | None = None) -> Any:
 
 
 def open_cache(folder: Path, classes: str, *, shots: int | None = None, seed: int = 1) -> Any:
-    """A feature cache, of all classes or one of CoOp's halves, and of it the images that CoOp draws."""
+    """Returns a feature cache, restricted to some classes and to few-shot images.
+
+    Args:
+        folder: the cache.
+        classes: "all", or "base" or "novel" for the first or second half of the classes, as in CoOp.
+        shots: images per class, drawn as CoOp draws them; None keeps all images.
+        seed: seed of the draw.
+    """
     import mergetune as mt
 
     if classes not in ("all", "base", "novel"):
-        raise ValueError(f"classes must be all, base or novel, got {classes!r}")
+        raise ValueError(f"--classes must be all, base or novel, got {classes!r}")
     cache = mt.FeatureCache.open(folder)
     listed = mt.ImageList(
         root=folder, files=cache.files, labels=tuple(cache.labels.tolist()), classnames=cache.classnames
@@ -72,7 +84,13 @@ def open_cache(folder: Path, classes: str, *, shots: int | None = None, seed: in
 
 
 def read_solution(path: str, features: Any = None, position: str = "end") -> Any:
-    """A saved solution, a checkpoint of CoOp's family, or a head's file; features name the classes if it does not."""
+    """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head.
+
+    Args:
+        path: the folder or file.
+        features: feature cache whose class names are used if the file has none.
+        position: place of the class name in a CoOp checkpoint.
+    """
     from mergetune.solutions import open_solution
 
     return open_solution(path, classnames=None if features is None else features.classnames, position=position)
@@ -82,22 +100,29 @@ def read_solution(path: str, features: Any = None, position: str = "end") -> Any
 
 
 def first_rank() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun started."""
+    """Returns whether this process prints: rank 0 under torchrun, and every process without torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def tell(line: str) -> None:
-    """A line as it is: paths are not cut, brackets are not taken for markup."""
+    """Prints a line unchanged: paths are not wrapped, and brackets are not read as markup."""
     out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def announce(as_json: bool) -> Callable[[str], None]:
-    """Tells what is about to be done, to people."""
+    """Returns a function that prints progress messages to stderr; with ``--json`` the function prints nothing."""
     return (lambda line: None) if as_json else (lambda line: err.print(f"[dim]{escape(line)}[/]"))
 
 
 def finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, dict[str, Any]]) -> None:
-    """The record for machines; for people a line for each of the rows, and what is done."""
+    """Prints the result of a command on rank 0: the record as JSON, or one line per row and the closing line.
+
+    Args:
+        as_json: whether to print JSON.
+        record: the result for JSON.
+        done: the closing line.
+        rows: name of a row -> its values.
+    """
     if not first_rank():
         return
     if as_json:
@@ -109,7 +134,7 @@ def finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, dic
 
 
 def new_table(first: str, *numbers: str) -> Table:
-    """An empty table: a column of names, and columns of numbers."""
+    """Returns an empty table with one column of names and columns of numbers."""
     table = Table(title_justify="left")
     table.add_column(first, overflow="fold")
     for name in numbers:
@@ -140,7 +165,7 @@ def print_table(
 
 
 def plain(value: Any) -> str:
-    """A value as a person reads it."""
+    """Returns a value as text for people: floats with four digits, lists with spaces between their elements."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)

@@ -1,4 +1,4 @@
-"""`mergetune tune` and `mergetune fit`: stage 1 and stage 2."""
+"""`mergetune tune` runs stage 1, fine-tuning; `mergetune fit` runs stage 2, MERGETUNE."""
 
 from __future__ import annotations
 
@@ -43,32 +43,44 @@ from mergetune.facts.function_options import MAX_PIXELS
 
 Val = Annotated[
     Path | None,
-    typer.Option("--val", help="Feature cache of validation images, never test images: it chooses the best epoch."),
+    typer.Option(
+        "--val", help="Feature cache of validation images; the best epoch is chosen on it. Never use test images."
+    ),
 ]
 
 
 @takes(TuneOptions)
 def tune(
     features: Cache,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the solution and its report.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the solution and the training report.")],
     backbone: Backbone,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     classes: Classes = "all",
     shots: Shots = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="Solution that a residual or a map is put on; zero-shot if not given."),
+    ] = None,
     val: Val = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Stage 1: fine-tune a prompt (CoOp, KgCoOp) or a linear head on cached features."""
+    """Stage 1: fine-tune a prompt (CoOp, KgCoOp), a linear head, a class residual or an image map on cached features.
+
+    A residual or a map is put on a solution, which does not change: mergetune tune --method residual --base out/fit ...
+
+    If the command is interrupted, run it again: it continues from the last finished epoch.
+    """
     import mergetune as mt
 
     with errors():
         clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         data = open_cache(features, classes, shots=shots, seed=options["seed"])
         chosen_on = None if val is None else open_cache(val, classes)
-        result = mt.tune(clip, data, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
+        below = None if base is None else read_solution(str(base), data)
+        result = mt.tune(clip, data, base=below, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
         result.save(folder)
     _finish(as_json, result, folder)
 
@@ -78,19 +90,26 @@ def fit(
     backbone: Backbone,
     images: Annotated[
         Path | None,
-        typer.Argument(help="Folder of class folders, or a .csv/.json list: the whole way, in one command."),
+        typer.Argument(
+            help="Folder of class folders, or a .csv/.json list; caching, stage 1, stage 2 and testing all run."
+        ),
     ] = None,
-    features: Annotated[Path | None, typer.Option("--cache", help="Instead of images: a feature cache.")] = None,
+    features: Annotated[
+        Path | None, typer.Option("--cache", help="Feature cache, instead of images; only stage 2 runs.")
+    ] = None,
     tuned: Annotated[
         list[str],
         typer.Option(
             "--tuned",
-            help="Saved solution or CoOp checkpoint; several for several anchors. "
-            "With images none is needed: stage 1 makes it.",
+            help="Fine-tuned solution or CoOp checkpoint; repeat the option for several. "
+            "Needed with --cache; with images stage 1 trains one if none is given.",
         ),
     ] = [],
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the solution and its report; out/NAME OF THE IMAGES.")
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for the solution and the report. Default with images: out/ and the name of IMAGES."
+        ),
     ] = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
@@ -102,12 +121,16 @@ def fit(
         typer.Option(
             "--template",
             "--zero-shot",
-            help="Zero-shot text with {}; several are ensembled. With --cache also one saved zero-shot solution.",
+            help="Zero-shot template; {} stands for the class name. Several are averaged. "
+            "With --cache this may also be one saved zero-shot solution.",
         ),
     ] = ["a photo of a {}."],
     position: Position = "end",
-    method: Annotated[str, typer.Option(help="Stage 1 on images: coop, kgcoop or head.")] = "coop",
-    tuning: Annotated[list[str], typer.Option("--tune", help="Stage 1 on images: name=value, of mergetune.tune.")] = [],
+    method: Annotated[str, typer.Option(help="With images: method of stage 1, one of coop, kgcoop, head.")] = "coop",
+    tuning: Annotated[
+        list[str],
+        typer.Option("--tune", help="With images: option of stage 1 (mergetune.tune) as name=value; repeatable."),
+    ] = [],
     val: Val = None,
     root: Root = None,
     workers: Workers = 0,
@@ -115,12 +138,13 @@ def fit(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Stage 2, MERGETUNE: on a feature cache, or on a folder of images with everything before and after it.
+    """Stage 2, MERGETUNE, on a feature cache; or all stages on a folder of images.
 
     mergetune fit photos/ --backbone ViT-B-32 --pretrained laion2b_s34b_b79k --shots 16
 
-    caches the images, fine-tunes, repairs, tests, and leaves solution, report and figure. Killed, the same command goes
-    on from its last epoch. --epochs is the number of epochs of stage 1 too.
+    This example caches the images, fine-tunes (stage 1), repairs (stage 2), tests, and writes solution, report and
+    figure. If the command is interrupted, run it again: it continues from the last finished epoch. --epochs also sets
+    the epochs of stage 1.
     """
     import mergetune as mt
 
@@ -132,9 +156,9 @@ def fit(
         if images is None and not (tuned and folder):
             raise ValueError("--tuned and --out are needed with --cache")
         if images is None and tuning:
-            raise ValueError(f"--tune is for stage 1 on images, not for --cache, got {tuning[0]!r}")
+            raise ValueError(f"--tune is for stage 1 on images and cannot be used with --cache, got {tuning[0]!r}")
         if images is not None and val is not None:
-            raise ValueError(f"--val goes with --cache, got {val}")
+            raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         if images is not None:
             data = open_images(images, root)
@@ -166,7 +190,8 @@ def fit(
 
 
 def _neither_or_both(images: Path | None, features: Path | None) -> ValueError:
-    return ValueError(f"give a folder of images or --cache, one of them, got {images} and {features}")
+    got = "neither" if images is None else f"{images} and --cache {features}"
+    return ValueError(f"give either a folder of images or --cache, got {got}")
 
 
 def _finish(as_json: bool, result: Any, folder: Path) -> None:
@@ -184,7 +209,7 @@ def _finish_images(as_json: bool, found: Any, folder: Path) -> None:
 
 
 def _print_reports(reports: dict[str, Any], folder: Path) -> None:
-    """A row for each solution, a column for each set of classes that it was tested on, and their harmonic means."""
+    """Prints one row per solution, one column per set of test classes, and their harmonic means."""
     from mergetune.evaluation import BaseNovel
 
     columns, rows = HALVES if "novel" in reports else {part: part for part in reports}, []

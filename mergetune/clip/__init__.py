@@ -1,4 +1,4 @@
-"""A frozen CLIP: loading it, texts and templates, and the text tower on packed tokens."""
+"""A frozen CLIP: loading it, texts and templates, the text tower on packed tokens, and what edits change in a CLIP."""
 
 from typing import TYPE_CHECKING
 
@@ -6,35 +6,71 @@ from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
     from mergetune.clip.backbone import FrozenClip
+    from mergetune.clip.edited_classes import ClassFeatures, prepare_classes, words_before_name
+    from mergetune.clip.edited_images import (
+        ImageFeatures,
+        ImageInput,
+        TokensBefore,
+        earliest_input,
+        image_tokens,
+        prepare_images,
+    )
+    from mergetune.clip.edits import ClassRows, Context, Edit, TokenMap
     from mergetune.clip.loading import load_clip
     from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
     from mergetune.clip.precisions import PRECISIONS
     from mergetune.clip.text_tower import TextParts
-    from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill, words_before
+    from mergetune.clip.texts import (
+        PLAIN,
+        check_classnames,
+        check_same_classes,
+        check_templates,
+        fill,
+        words_before,
+    )
 
 __all__ = [
     "PLAIN",
     "PRECISIONS",
+    "ClassFeatures",
+    "ClassRows",
+    "Context",
+    "Edit",
     "FrozenClip",
+    "ImageFeatures",
+    "ImageInput",
     "TextEncoder",
     "TextParts",
+    "TokenMap",
+    "TokensBefore",
     "arrange",
     "check_classnames",
+    "check_same_classes",
     "check_templates",
+    "earliest_input",
     "fill",
+    "image_tokens",
     "load_clip",
+    "prepare_classes",
+    "prepare_images",
     "text_encoder",
     "words_before",
+    "words_before_name",
 ]
 
 make_lazy(
     __name__,
     {
         "mergetune.clip.backbone": "FrozenClip",
+        "mergetune.clip.edited_classes": "ClassFeatures prepare_classes words_before_name",
+        "mergetune.clip.edited_images": (
+            "ImageFeatures ImageInput TokensBefore earliest_input image_tokens prepare_images"
+        ),
+        "mergetune.clip.edits": "ClassRows Context Edit TokenMap",
         "mergetune.clip.loading": "load_clip",
         "mergetune.clip.packed_texts": "TextEncoder arrange text_encoder",
         "mergetune.clip.precisions": "PRECISIONS",
         "mergetune.clip.text_tower": "TextParts",
-        "mergetune.clip.texts": "PLAIN check_classnames check_templates fill words_before",
+        "mergetune.clip.texts": "PLAIN check_classnames check_same_classes check_templates fill words_before",
     },
 )

@@ -1,4 +1,4 @@
-"""FrozenClip: one frozen view of open_clip's CLIP and CustomTextCLIP, image and text side alike."""
+"""FrozenClip: one frozen view of any open_clip model, image and text side alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from mergetune.clip.packed_blocks import Layout, run_blocks
-from mergetune.clip.text_tower import ClipModel, TextParts, pooled, text_parts, understood
+from mergetune.clip.text_tower import (
+    ClipModel,
+    TextParts,
+    checked_model,
+    context_length,
+    obstacle,
+    output_dim,
+    pooled,
+    text_parts,
+    working_dtype,
+)
 from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill
 from mergetune.io import jsonable
 
@@ -29,7 +39,8 @@ class FrozenClip:
     """A CLIP that is never trained. Make one with :func:`load_clip`, or from a model of your own.
 
     Attributes:
-        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; put into eval mode, gradients off.
+        model: open_clip's ``CLIP``, ``CustomTextCLIP`` or ``CoCa``, or another with ``encode_image``, ``encode_text``,
+            ``logit_scale`` and ``visual``; put into eval mode, gradients off.
         tokenizer: (texts, context_length=L) -> LongTensor [n, L].
         name: the backbone's name, kept with every solution.
         preprocess_cfg: open_clip's preprocessing settings (JSON-able); empty takes those that open_clip keeps with the
@@ -42,8 +53,8 @@ class FrozenClip:
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._model.eval().requires_grad_(False)
-        _ = self.text  # an unknown text tower is refused here, before any image is encoded
+        _ = self._model  # another model is refused here, before any image is encoded
+        self.model.eval().requires_grad_(False)
         cfg = self.preprocess_cfg or open_clip.get_model_preprocess_cfg(self.model)
         cfg = jsonable(merge_preprocess_dict(PreprocessCfg(), cfg))
         object.__setattr__(self, "preprocess_cfg", cfg)
@@ -52,8 +63,8 @@ class FrozenClip:
 
     @cached_property
     def _model(self) -> ClipModel:
-        """:attr:`model`, refused by name if it is not understood."""
-        return understood(self.model)
+        """:attr:`model`, refused by name if it is no CLIP."""
+        return checked_model(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -63,15 +74,26 @@ class FrozenClip:
     @property
     def dtype(self) -> torch.dtype:
         """The text tower's precision."""
-        return self.text.dtype
+        return self.text.dtype if self.takes_prompts else working_dtype(self._model)
 
-    @property
+    @cached_property
     def embed_dim(self) -> int:
         """D, the width of image and class embeddings."""
-        projection = self.text.projection
-        if projection is None:
-            return self.text.width
-        return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+        told = output_dim(self._model)
+        return self.encode_text([""]).shape[-1] if told is None else told
+
+    @cached_property
+    def context_length(self) -> int:
+        """L, tokens in a text."""
+        return self.text.context_length if self.takes_prompts else context_length(self._model, self.tokenizer)
+
+    @cached_property
+    def takes_prompts(self) -> bool:
+        """Whether context vectors can be put into the text tower: all but CoCa's and Hugging Face's text models.
+
+        Without it everything else works: class embeddings come from the model's own ``encode_text``.
+        """
+        return obstacle(self._model) is None
 
     @cached_property
     def logit_scale(self) -> float:
@@ -81,13 +103,13 @@ class FrozenClip:
     @cached_property
     def logit_bias(self) -> float:
         """SigLIP's bias; the same for every class, so that softmax and argmax do not see it. 0 elsewhere."""
-        bias = self._model.logit_bias
+        bias = getattr(self.model, "logit_bias", None)
         return 0.0 if bias is None else bias.detach().float().item()
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all the weights."""
-        return _fingerprint(self._model.state_dict())
+        return _fingerprint(self.model.state_dict())
 
     @cached_property
     def image_fingerprint(self) -> str:
@@ -97,7 +119,7 @@ class FrozenClip:
     @cached_property
     def text_fingerprint(self) -> str:
         """SHA-256 of everything but the image tower: what a prompt depends on."""
-        return _fingerprint({k: v for k, v in self._model.state_dict().items() if not k.startswith("visual.")})
+        return _fingerprint({k: v for k, v in self.model.state_dict().items() if not k.startswith("visual.")})
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -127,7 +149,11 @@ class FrozenClip:
 
     @cached_property
     def text(self) -> TextParts:
-        """The text tower's parts, refused by name if they are not understood."""
+        """The text tower's parts, which prompts are made of.
+
+        Raises:
+            TypeError: a tower that takes no prompts, naming it.
+        """
         return text_parts(self._model)
 
     @cached_property
@@ -144,7 +170,7 @@ class FrozenClip:
     def first_token(self) -> int:
         """Where a text's own tokens begin: 1 if the tokenizer puts a start token first, 0 if not (SigLIP)."""
         # Against no text at all: two words may begin alike, as a sentencepiece "▁" before each.
-        empty, word = self.tokenizer(["", "cat"], context_length=self.text.context_length)
+        empty, word = self.tokenizer(["", "cat"], context_length=self.context_length)
         return int((empty != word).int().argmax())
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
@@ -153,7 +179,7 @@ class FrozenClip:
         Raises:
             ValueError: a text is longer than the tower's context; tokenizers would cut it in silence.
         """
-        length = self.text.context_length
+        length = self.context_length
         # Given twice the room, a text that fits has no more tokens. What stands in the middle of no text is padding.
         tokens, roomy = (self.tokenizer(list(texts), context_length=room) for room in (length, 2 * length))
         padding = self.tokenizer([""], context_length=2 * length)[0, length]
@@ -165,9 +191,19 @@ class FrozenClip:
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """open_clip's own text features. texts -> [n, D] float32, not normalised."""
+        """The model's own text features. texts -> [n, D] float32; of unit norm for CoCa alone.
+
+        Raises:
+            TypeError: a model that does not give one row for each text.
+        """
         tokens = self.tokenize(texts)
-        return torch.cat([pooled(self._model.encode_text(chunk)).float() for chunk in tokens.split(batch_size)])
+        features = torch.cat([pooled(self._model.encode_text(chunk)).float() for chunk in tokens.split(batch_size)])
+        if features.ndim != 2 or len(features) != len(tokens):
+            raise TypeError(
+                f"model.encode_text must give [n, D] for {len(tokens)} texts, got {list(features.shape)} from "
+                f"{type(self.model).__name__}"
+            )
+        return features
 
     @torch.no_grad()
     def class_embeddings(self, classnames: Sequence[str], templates: str | Sequence[str] = PLAIN) -> Tensor:
@@ -198,9 +234,9 @@ class FrozenClip:
 
     def _packed_features(self, texts: Sequence[str], *, batch_size: int = 128) -> Tensor:
         """:meth:`encode_text` without the padding: in a causal tower nothing behind a text's last token reaches it."""
-        text = self.text
-        if not text.causal:
+        if not (self.takes_prompts and self.text.causal):
             return self.encode_text(texts)
+        text = self.text
         tokens = self.tokenize(texts)
         lengths = text.pooled_position(tokens) + 1
         order = lengths.argsort(stable=True)

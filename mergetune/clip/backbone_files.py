@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from open_clip import CLIPTextCfg, CLIPVisionCfg
+from open_clip.coca_model import MultimodalCfg
 from torch import Tensor
 
+from mergetune.clip.text_model_files import TEXT_CONFIG, check_text_model, count_numbers
 from mergetune.clip.tokenizer_files import (
     TOKENIZER_FILES,
     TOKENIZER_MODES,
@@ -53,8 +55,8 @@ FOLDER_WEIGHTS = (  # of several files in a folder, in open_clip's order; then a
 )
 
 MODEL = word_set(
-    "embed_dim vision_cfg text_cfg custom_text quick_gelu init_logit_scale init_logit_bias nonscalar_logit_scale "
-    "output_dict"
+    "embed_dim vision_cfg text_cfg multimodal_cfg custom_text quick_gelu init_logit_scale init_logit_bias "
+    "nonscalar_logit_scale output_dict"
 )
 TOWER = word_set(
     "layers width mlp_ratio ls_init_value final_ln_after_pool pool_type output_tokens act_kwargs norm_kwargs "
@@ -68,6 +70,9 @@ VISION = TOWER | word_set(
 TEXT = TOWER | word_set(
     "context_length vocab_size heads embed_cls pad_id eos_id no_causal_mask proj_bias proj_type hf_tokenizer_name "
     "tokenizer_mode tokenizer_kwargs hf_model_name hf_model_pretrained hf_proj_type hf_pooler_type"
+)
+DECODER = word_set(  # of CoCa: its texts' embeddings come from the text tower, but the weights hold the decoder too
+    "context_length vocab_size width heads layers mlp_ratio ls_init_value dim_head n_queries attn_pooler_heads"
 )
 PREPROCESS = word_set("size mode mean std interpolation resize_mode fill_color")
 KWARGS = {"act_kwargs": word_set("approximate inplace"), "norm_kwargs": word_set("eps elementwise_affine bias")}
@@ -85,6 +90,8 @@ BOUNDS = {  # {setting: (least, most)}; behind it the most that open_clip's own 
     "context_length": (1, 1 << 13),  # 77
     "vocab_size": (1, 1 << 22),  # 901,629
     "heads": (1, 512),  # 20
+    "dim_head": (1, 1 << 12),  # 64
+    "n_queries": (1, 1 << 14),  # 256
     "pad_id": (-1, 1 << 22),  # 1
     "eos_id": (-1, 1 << 22),  # 2
 }
@@ -102,12 +109,14 @@ class Backbone:
         weights: the file of the weights that it will load, if there is one.
         huggingface: whether texts are tokenized by a tokenizer of transformers, or by open_clip's own.
         folder: the private folder that stands for the backbone's own files; gone when the context ends.
+        settings: more arguments of ``open_clip.create_model``.
     """
 
     name: str
     weights: Path | None
     huggingface: bool
     folder: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -132,6 +141,7 @@ def checked_backbone(name: str, *, cache_dir: str | Path | None = None) -> Itera
                 raise FileNotFoundError(f"name must be {FOLDER} and a folder, got {name!r}, where there is no folder")
             config = _check_config(source / CONFIG)
             find_tokenizer, find_weights = (lambda named: source), (lambda: _find_weights(source))
+            find_text_model = partial(_own_text_model, source)
         else:
             repo = name.removeprefix(HUB)
             file = _download(repo, CONFIG, cache_dir=cache_dir)
@@ -139,14 +149,48 @@ def checked_backbone(name: str, *, cache_dir: str | Path | None = None) -> Itera
             commit = file.parent.name if file.parent.parent.name == "snapshots" else None
             find_tokenizer = partial(_download_tokenizer, repo, commit, file, cache_dir=cache_dir)
             find_weights = partial(_download, repo, *HUB_WEIGHTS, revision=commit, cache_dir=cache_dir)
-        named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+            find_text_model = partial(_download_text_model, repo, commit, cache_dir=cache_dir)
+        text = config["model_cfg"]["text_cfg"]
+        named, numbers = text.get("hf_tokenizer_name"), None
         if named:  # checked before the weights are downloaded
             copy_tokenizer(find_tokenizer(named), folder)
+        if text.get("hf_model_name"):
+            made, numbers = copy_text_model(find_text_model(text["hf_model_name"]), folder)
+            text.update(made)
         weights = find_weights()
-        _check_size(config["model_cfg"], weights, name)
+        _check_size(config["model_cfg"], numbers, weights, name)
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         os.symlink(weights.absolute(), folder / HUB_WEIGHTS[weights.suffix != ".safetensors"])
         yield Backbone(f"{FOLDER}{folder}", weights, bool(named), folder)
+
+
+@contextmanager
+def described_text_model(named: str, model: str, *, cache_dir: str | Path | None = None) -> Iterator[dict[str, Any]]:
+    """Download the configuration of a Hugging Face text model, check it, and keep it in a private folder.
+
+    Args:
+        named: its name on the Hub.
+        model: the model of open_clip's that has it.
+        cache_dir: of downloads; None is Hugging Face's own.
+
+    Yields:
+        The settings of a ``text_cfg`` that make open_clip take it, without weights of its own.
+    """
+    try:
+        file = _download(named, TEXT_CONFIG, cache_dir=cache_dir)
+    except RuntimeError as error:
+        raise RuntimeError(f"the text model of {model!r} must be described by {named!r} on the Hub: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="mergetune-") as folder:
+        yield copy_text_model(file, Path(folder))[0]
+
+
+def copy_text_model(file: Path, folder: Path) -> tuple[dict[str, Any], int]:
+    """Copy the configuration of a text model after a check: the settings that name the copy, and its numbers."""
+    settings = check_text_model(file)
+    numbers, place = count_numbers(settings, file), folder / "text-model"
+    place.mkdir()
+    (place / TEXT_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
+    return {"hf_model_name": str(place), "hf_model_pretrained": False}, numbers
 
 
 def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[str, Tensor] | None:
@@ -189,11 +233,14 @@ def _check_config(file: Path) -> dict[str, Any]:
     model = _section(content, "model_cfg", MODEL, file)
     vision = _section(model, "model_cfg.vision_cfg", VISION, file)
     text = _section(model, "model_cfg.text_cfg", TEXT, file)
+    sections = {"model_cfg": model, "model_cfg.vision_cfg": vision, "model_cfg.text_cfg": text}
     where = f"{file}: model_cfg"
-    if text.pop("hf_model_name", None):
-        raise ValueError(
-            f"{where}.text_cfg.hf_model_name must be absent: Hugging Face's text models are not supported, nor fetched"
-        )
+    if "multimodal_cfg" in model:
+        sections["model_cfg.multimodal_cfg"] = _section(model, "model_cfg.multimodal_cfg", DECODER, file)
+    if text.get("hf_model_name"):
+        _check_repository(text["hf_model_name"], f"{where}.text_cfg.hf_model_name")
+    else:
+        text.pop("hf_model_name", None)  # its place alone would make open_clip build another class
     trunk = vision.get("timm_model_name")
     if trunk is not None and not (
         isinstance(trunk, str) and re.fullmatch(r"\w+(\.\w+)?", trunk) and timm.is_model(trunk)
@@ -211,9 +258,9 @@ def _check_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{where}.text_cfg.tokenizer_kwargs must be an object, got {kwargs!r}")
     for key, value in (kwargs or {}).items():
         check_tokenizer_setting(key, value, f"{where}.text_cfg.tokenizer_kwargs.{key}")
-    for name, section in (("model_cfg", model), ("model_cfg.vision_cfg", vision), ("model_cfg.text_cfg", text)):
+    for name, section in sections.items():
         for key, value in section.items():
-            if key not in ("vision_cfg", "text_cfg", "tokenizer_kwargs"):
+            if key not in ("vision_cfg", "text_cfg", "multimodal_cfg", "tokenizer_kwargs"):
                 _check_setting(key, value, f"{file}: {name}.{key}")
     text["tokenizer_kwargs"] = kwargs or {}
     checked = {"model_cfg": {**model, "vision_cfg": vision, "text_cfg": text}}
@@ -239,11 +286,24 @@ def _check_setting(key: str, value: Any, where: str) -> None:
             raise ValueError(f"{where} must be from {least} to {most:,}, got {brief(value)}")
 
 
-def _check_size(model: dict[str, Any], weights: Path, name: str) -> None:
-    """Refuse a network that is far larger than its weights, before room is made for it."""
+def _check_size(model: dict[str, Any], text_model: int | None, weights: Path, name: str) -> None:
+    """Refuse a network that is far larger than its weights, before room is made for it.
+
+    Args:
+        model: the checked ``model_cfg``.
+        text_model: numbers of a Hugging Face text model, which stands for open_clip's text tower; None: there is none.
+        weights: the file.
+        name: of the backbone.
+    """
     text, vision = CLIPTextCfg(**_known(model["text_cfg"])), CLIPVisionCfg(**_known(model["vision_cfg"]))
-    numbers = text.width * (text.vocab_size + text.context_length + (model.get("embed_dim") or 0))
-    numbers += _block_numbers(text.layers, text.width, text.mlp_ratio)
+    numbers = text_model
+    if numbers is None:
+        numbers = text.width * (text.vocab_size + text.context_length + (model.get("embed_dim") or 0))
+        numbers += _block_numbers(text.layers, text.width, text.mlp_ratio)
+    if "multimodal_cfg" in model:
+        decoder = MultimodalCfg(**_known(model["multimodal_cfg"]))
+        numbers += decoder.width * (text.vocab_size + decoder.context_length)  # it ends in the text tower's vocabulary
+        numbers += 2 * _block_numbers(decoder.layers, decoder.width, decoder.mlp_ratio)  # to texts and to images
     if not vision.timm_model_name:  # timm's own networks have the sizes that they have
         sides: Any = vision.image_size if isinstance(vision.image_size, list) else [vision.image_size]
         if isinstance(vision.layers, int):
@@ -275,10 +335,6 @@ def _section(parent: Mapping[str, Any], name: str, allowed: frozenset[str], file
     section = parent.get(name.rpartition(".")[2])
     if not isinstance(section, dict):
         raise ValueError(f"{file}: {name} must be an object, got {section!r}")
-    if "multimodal_cfg" in section:
-        raise ValueError(
-            f"{file}: {name}.multimodal_cfg must be absent: CoCa is not a model that mergetune understands"
-        )
     for key in section:
         if key not in allowed:
             raise ValueError(f"{file}: {name}.{key} is not a setting that a downloaded backbone may have")
@@ -308,19 +364,16 @@ def _download(repo: str, *names: str, revision: str | None = None, cache_dir: st
             reason = error
         except (OSError, HFValidationError) as error:
             raise RuntimeError(f"{name} of {HUB}{repo} could not be downloaded: {error}") from error
-    raise RuntimeError(f"{HUB}{repo} must have {' or '.join(names)}, got neither: {reason}") from reason
+    if isinstance(reason, LocalEntryNotFoundError):  # without a network nobody knows what the repository has
+        raise RuntimeError(f"{' or '.join(names)} of {HUB}{repo} could not be downloaded: {reason}") from reason
+    raise RuntimeError(f"{HUB}{repo} must have {' or '.join(names)}, got none: {reason}") from reason
 
 
 def _download_tokenizer(
     repo: str, commit: str | None, config: Path, name: str, *, cache_dir: str | Path | None
 ) -> Path:
     """The folder of a tokenizer's files: of the backbone's own commit, or of the repository that it names."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{config}: model_cfg.text_cfg.hf_tokenizer_name must be a repository, as org/name, got {name!r}"
-        ) from error
+    _check_repository(name, f"{config}: model_cfg.text_cfg.hf_tokenizer_name")
     revision = commit if name == repo else None
     try:
         return Path(
@@ -328,3 +381,25 @@ def _download_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise RuntimeError(f"the tokenizer {name!r} of {HUB}{repo} could not be downloaded: {error}") from error
+
+
+def _own_text_model(folder: Path, name: str) -> Path:
+    """The configuration of a folder's text model: its own. Nothing is fetched for a folder."""
+    if not (folder / TEXT_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold {TEXT_CONFIG}, the configuration of its text model, as {name!r} has it on the Hub: "
+            "nothing is fetched for a folder"
+        )
+    return folder / TEXT_CONFIG
+
+
+def _download_text_model(repo: str, commit: str | None, name: str, *, cache_dir: str | Path | None) -> Path:
+    """The configuration of a text model: of the backbone's own commit, or of the repository that it names."""
+    return _download(name, TEXT_CONFIG, revision=commit if name == repo else None, cache_dir=cache_dir)
+
+
+def _check_repository(name: Any, where: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{where} must be a repository, as org/name, got {name!r}") from error

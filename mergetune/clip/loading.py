@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -15,9 +15,9 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
 from mergetune.clip.backbone import FrozenClip
-from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone
+from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone, described_text_model
 from mergetune.clip.precisions import PRECISIONS
-from mergetune.clip.text_tower import refused_model, refused_tower, understood
+from mergetune.clip.text_tower import checked_model
 from mergetune.io import is_torchscript, require_regular
 
 
@@ -49,9 +49,8 @@ def load_clip(
     Raises:
         ValueError: unknown precision; no weights named; weights given twice; files that ask for more than a network, a
             vocabulary and tensors, naming the file and the key; settings of which no network can be made.
-        RuntimeError: open_clip does not know the model or the tag; weights of another model; a package for its
-            tokenizer is missing.
-        TypeError: a model without a text tower that mergetune understands.
+        RuntimeError: open_clip does not know the model or the tag; weights of another model; a download that failed; a
+            package for its tokenizer or text model is missing.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -67,13 +66,9 @@ def load_clip(
     if not complete:
         name = name.replace("/", "-")  # as open_clip reads names, but not in its tokenizers
         config = open_clip.get_model_config(name) or {"text_cfg": {}}
-        if "multimodal_cfg" in config:  # refused before gigabytes are downloaded
-            raise refused_model("CoCa")
-        if config["text_cfg"].get("hf_model_name"):
-            raise refused_tower("HFTextEncoder")
         warn_quickgelu(name, str(pretrained))
         published = _published_preprocess(name, str(pretrained))
-        opened = nullcontext(_built_in(name, str(pretrained), config, cache_dir))
+        opened = _built_in(name, str(pretrained), config, cache_dir)
     else:
         opened = checked_backbone(name, cache_dir=cache_dir)
     with opened as source:
@@ -85,8 +80,10 @@ def load_clip(
                 device=device,
                 load_weights=state is None,
                 require_pretrained=state is None,
+                pretrained_text=False,  # a text model's own weights are in the CLIP's
                 force_preprocess_cfg=published,
                 cache_dir=cache_dir,
+                **source.settings,
             )
         except AssertionError as error:  # from open_clip's resizing of position embeddings
             raise RuntimeError(f"the weights {pretrained or name} are not those of {name!r}: {error}") from error
@@ -99,25 +96,33 @@ def load_clip(
         if state is not None:
             _load_archive(model, state)
         tokenizer = _load_tokenizer(name, source, cache_dir)
-    model = understood(model)
-    logit_scale = model.logit_scale.detach().clone()
+    temperature = checked_model(model).logit_scale
+    logit_scale = temperature.detach().clone()
     model.to(dtype=PRECISIONS[precision])
-    model.logit_scale.data = logit_scale  # the temperature is not rounded: a half type would change every logit
+    temperature.data = logit_scale  # the temperature is not rounded: a half type would change every logit
     return FrozenClip(model, tokenizer, name if complete else f"{name}/{pretrained}")
 
 
-def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: str | None) -> Backbone:
+@contextmanager
+def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: str | None) -> Iterator[Backbone]:
     """One of open_clip's own models, with the weights of a tag, which are downloaded, or of a file."""
-    weights = pretrained if Path(pretrained).is_file() else ""
-    if tag := open_clip.get_pretrained_cfg(name, pretrained):
-        try:
-            weights = open_clip.download_pretrained(tag, cache_dir=cache_dir)
-        except Exception as error:  # whatever a download raises
-            raise RuntimeError(f"the weights {pretrained!r} of {name!r} could not be downloaded: {error}") from error
-    elif os.path.exists(pretrained):
-        require_regular(pretrained)
-    huggingface = bool(config["text_cfg"].get("hf_tokenizer_name"))
-    return Backbone(name, Path(weights) if weights else None, huggingface)
+    text, settings = config["text_cfg"], {}
+    with ExitStack() as stack:
+        if named := text.get("hf_model_name"):  # before gigabytes are downloaded
+            described = stack.enter_context(described_text_model(named, name, cache_dir=cache_dir))
+            settings = {"text_cfg": {**text, **described}}
+        weights = pretrained if Path(pretrained).is_file() else ""
+        if tag := open_clip.get_pretrained_cfg(name, pretrained):
+            try:
+                weights = open_clip.download_pretrained(tag, cache_dir=cache_dir)
+            except Exception as error:  # whatever a download raises
+                raise RuntimeError(
+                    f"the weights {pretrained!r} of {name!r} could not be downloaded: {error}"
+                ) from error
+        elif os.path.exists(pretrained):
+            require_regular(pretrained)
+        huggingface = bool(text.get("hf_tokenizer_name"))
+        yield Backbone(name, Path(weights) if weights else None, huggingface, settings=settings)
 
 
 def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -131,9 +136,9 @@ def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Calla
     options = {"trust_remote_code": False} if source.huggingface else {}  # transformers would ask at the terminal
     try:
         tokenizer = open_clip.get_tokenizer(source.name, cache_dir=cache_dir, **options)
-        if source.folder is not None:  # of a stranger: what fails, fails here
-            tokenizer(["a photo of a cat, 2 dogs' and  so on.\n", ""])
-        return tokenizer
+        _, _, cat, dog = tokenizer(
+            ["a photo of a cat, 2 dogs' and  so on.\n", "", "cat", "dog"]
+        )  # what fails, fails here
     except ImportError as error:  # open_clip does not ask for transformers itself
         raise RuntimeError(f"the tokenizer of {name!r} needs a package: pip install transformers ({error})") from error
     except BaseException as error:  # transformers raises many kinds on files that are not a tokenizer's
@@ -144,8 +149,14 @@ def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Calla
             raise ValueError(
                 f"tokenizer.json of {name!r} must be one that the package tokenizers understands, got: {error}"
             ) from error
-        reason = str(error).replace(str(source.folder), name) if source.folder else error
+        reason = str(error).replace(str(source.folder), name) if source.folder else " ".join(str(error).split())
         raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+    if torch.equal(cat, dog):  # transformers makes one without a word where it finds no vocabulary
+        raise RuntimeError(
+            f"the tokenizer of {name!r} must have a vocabulary, got one that does not tell 'cat' from 'dog': fetch its "
+            "files while there is a network"
+        )
+    return tokenizer
 
 
 def warn_quickgelu(name: str, pretrained: str) -> None:

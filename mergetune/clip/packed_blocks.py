@@ -1,8 +1,9 @@
-"""Residual attention blocks on packed texts, with a backward written by hand: activation gradients only.
+"""Residual attention blocks on packed texts: frozen, with a backward written by hand, or by plain autograd.
 
-The weights are frozen, so no gradient of theirs is ever made; what is kept for the backward is the input of each
-normalisation, the queries, keys and values, and the hidden layer before its activation: 9 W numbers a token and block.
-Attention probabilities are made again. In the last block only the pooled rows go past the attention.
+Frozen blocks need activation gradients only. The backward keeps the input of each normalisation, the queries, keys and
+values, and the hidden layer before its activation: 9 W numbers per token and block. It makes attention probabilities
+again. Plain autograd runs the same forward with the definition of the attention, for gradients of the weights and for
+second derivatives. In the last block only the pooled rows go past the attention.
 
 Shapes: M prompts, R = S + T rows of a prompt (its shared prefix, then the packed texts), C classes, W width, H heads.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mergetune import ops
+from mergetune.ops.arguments import real_dtype
 
 ACTIVATIONS = (nn.GELU, QuickGELU)  # those whose derivative is written here
 
@@ -44,18 +46,32 @@ class Layout:
     causal: bool
 
 
-def run_blocks(blocks: tuple[ResidualAttentionBlock, ...], x: Tensor, layout: Layout) -> Tensor:
+def run_blocks(
+    blocks: tuple[ResidualAttentionBlock, ...], x: Tensor, layout: Layout, *, backend: str | None = None
+) -> Tensor:
     """The pooled rows after all blocks.
 
     Args:
-        blocks: frozen, with one of ``ACTIVATIONS``.
+        blocks: with one of ``ACTIVATIONS``; frozen unless backend is "torch".
         x: prefix and packed texts of each prompt, [M, R, W].
         layout: where they lie.
+        backend: None takes the backward written by hand, "torch" plain autograd, with more memory.
 
     Returns:
-        [M, C, W], differentiable once in ``x``.
+        [M, C, W], differentiable once in ``x``; with backend "torch" any number of times in ``x`` and the weights.
+
+    Raises:
+        ValueError: another backend, or blocks that are not frozen.
     """
-    return _Blocks.apply(x, blocks, layout)
+    if backend not in (None, "torch"):
+        raise ValueError(f"backend must be None or 'torch', got {backend!r}")
+    if backend is None:
+        if torch.is_grad_enabled() and any(weight.requires_grad for block in blocks for weight in block.parameters()):
+            raise ValueError("blocks must be frozen unless backend is 'torch', got weights that require a gradient")
+        return _Blocks.apply(x, blocks, layout)
+    for i, block in enumerate(blocks):
+        x, _ = _forward(block, x, layout, last=i == len(blocks) - 1, backend=backend)
+    return x
 
 
 class _Blocks(torch.autograd.Function):
@@ -95,13 +111,16 @@ def mlp_of(block: ResidualAttentionBlock) -> Mlp:
     return cast(Mlp, block.mlp)
 
 
-def _forward(block: ResidualAttentionBlock, x: Tensor, layout: Layout, *, last: bool) -> tuple[Tensor, list[Tensor]]:
-    normed, *statistics_1 = _layer_norm(block.ln_1, x)
+def _forward(
+    block: ResidualAttentionBlock, x: Tensor, layout: Layout, *, last: bool, backend: str | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The rows after a block, and what its backward needs of them."""
+    normed, *statistics_1 = _normalise(block.ln_1, x, backend)
     qkv = F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias)
-    mixed = _attend(qkv, layout, last=last)
+    mixed = _attend(qkv, layout, last=last, backend=backend)
     residual = x[:, layout.prefix + layout.pooled] if last else x
     middle = residual + block.ls_1(block.attn.out_proj(mixed))
-    normed, *statistics_2 = _layer_norm(block.ln_2, middle)
+    normed, *statistics_2 = _normalise(block.ln_2, middle, backend)
     mlp = mlp_of(block)
     hidden = mlp.c_fc(normed)
     out = middle + block.ls_2(mlp.c_proj(mlp.gelu(hidden)))
@@ -127,14 +146,14 @@ def _split(qkv: Tensor, layout: Layout) -> tuple[Triple, Triple]:
     return (q[:, :s], k[:, :s], v[:, :s]), (q[:, s:], k[:, s:], v[:, s:])
 
 
-def _attend(qkv: Tensor, layout: Layout, *, last: bool) -> Tensor:
+def _attend(qkv: Tensor, layout: Layout, *, last: bool, backend: str | None) -> Tensor:
     """Attention of all rows, [M, R, W]; in the last block of the pooled rows, [M, C, W]."""
     prefix, (q, k, v) = _split(qkv, layout)
     _, prefix_k, prefix_v = prefix
     q = q[:, layout.pooled] if last else q
-    mixed = ops.prefix_attention(q, k, v, prefix_k, prefix_v, layout.lengths, causal=layout.causal)
+    mixed = ops.prefix_attention(q, k, v, prefix_k, prefix_v, layout.lengths, causal=layout.causal, backend=backend)
     if layout.prefix and not last:  # the prefix attends to itself
-        own = ops.prefix_attention(*prefix, prefix_k[:, :0], prefix_v[:, :0], (layout.prefix,))
+        own = ops.prefix_attention(*prefix, prefix_k[:, :0], prefix_v[:, :0], (layout.prefix,), backend=backend)
         mixed = torch.cat([own, mixed], 1)
     return mixed.flatten(2)
 
@@ -167,8 +186,24 @@ def _attend_backward(d: Tensor, qkv: Tensor, layout: Layout, *, last: bool) -> T
     return d_qkv
 
 
-def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _normalise(norm: nn.LayerNorm, x: Tensor, backend: str | None) -> tuple[Tensor, ...]:
+    """The layer norm; without a backend also the mean and the reciprocal deviation, for the backward."""
+    if backend == "torch":
+        return (layer_norm(norm, x),)
     return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The layer norm over the last dimension, written out.
+
+    ``F.layer_norm`` gives right first and second derivatives only: in torch 2.14 its third derivative takes the saved
+    mean and deviation for constants.
+    """
+    wide = x.to(real_dtype(x))
+    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    normed = (wide - mean) * torch.rsqrt(variance + norm.eps)
+    normed = normed if norm.weight is None else normed * norm.weight
+    return (normed if norm.bias is None else normed + norm.bias).to(x.dtype)
 
 
 def _layer_norm_backward(norm: nn.LayerNorm, d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

@@ -46,7 +46,13 @@ class PackedTexts:
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """Context vectors -> class features of fixed class names. Make one with :func:`text_encoder`."""
+    """Context vectors -> class features of fixed class names. Make one with :func:`text_encoder`.
+
+    The features are differentiable once and in the context vectors alone, by a backward written by hand.
+    ``dataclasses.replace(encoder, backend="torch")`` takes plain autograd: differentiable any number of times and also
+    in the tower's weights, which must stay in place until the gradient is made. It needs more memory, and second
+    derivatives keep the activations of all chunks.
+    """
 
     text: TextParts
     start: Tensor  # [first_token, W]: the start token, if any, with its position
@@ -54,6 +60,7 @@ class TextEncoder:
     prefix_positions: Tensor | None  # [S, W], of the context vectors in the prefix; None: nothing is shared
     chunks: tuple[PackedTexts, ...]
     order: Tensor  # [C], where each class lies in the chunks
+    backend: str | None = None  # None: a backward written by hand; "torch": plain autograd
 
     @property
     def at_once(self) -> int:
@@ -67,7 +74,7 @@ class TextEncoder:
             ctx: M prompts, each shared by all classes, [M, n, W], or specific to each, [M, C, n, W].
 
         Returns:
-            [M, C, D] float32, differentiable in ``ctx``.
+            [M, C, D], float64 from a float64 tower and else float32, differentiable in ``ctx``.
         """
         shared, vectors = self.prefix_positions is not None, (self.context, self.text.width)
         if ctx.ndim not in ((3,) if shared else (3, 4)) or tuple(ctx.shape[-2:]) != vectors:
@@ -75,7 +82,8 @@ class TextEncoder:
             raise ValueError(f"ctx must have shape {form} with n, W = {vectors}, got {list(ctx.shape)}")
         ctx = ctx.to(self.text.dtype)
         encode = self._encode
-        if len(ctx) > self.at_once and torch.is_grad_enabled() and ctx.requires_grad:
+        wanted = ctx.requires_grad or self.backend == "torch"  # the latter makes gradients of weights as well
+        if len(ctx) > self.at_once and torch.is_grad_enabled() and wanted:
             encode = partial(
                 checkpoint, self._encode, use_reentrant=False, preserve_rng_state=False
             )  # one piece at a time
@@ -97,7 +105,8 @@ class TextEncoder:
             own = ctx[:, packed.classes] if ctx.ndim == 4 else ctx[:, None].expand(-1, len(packed.classes), -1, -1)
             rows = rows.index_add(1, packed.context_rows, own.flatten(1, 2))
         layout = Layout(prefix.shape[1], packed.lengths, packed.pooled, self.text.heads, self.text.causal)
-        return self.text.project(run_blocks(self.text.blocks, torch.cat([prefix, rows], 1), layout))
+        x = run_blocks(self.text.blocks, torch.cat([prefix, rows], 1), layout, backend=self.backend)
+        return self.text.project(x, backend=self.backend)
 
 
 def text_encoder(

@@ -1,19 +1,35 @@
-"""The text tower of an open_clip model, taken apart; towers that are not understood are refused by name."""
+"""The text tower of a model, taken apart for prompts. A tower that cannot be taken apart is opaque: it only encodes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, cast
 
 import open_clip
 import torch
 from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 
-from mergetune.clip.packed_blocks import ACTIVATIONS, mlp_of
+from mergetune.clip.packed_blocks import ACTIVATIONS, layer_norm, mlp_of
 
-ClipModel = open_clip.CLIP | open_clip.CustomTextCLIP
+MEMBERS = ("encode_image", "encode_text", "logit_scale", "visual")
+OPAQUE = (
+    "this CLIP takes no prompts. Its zero-shot templates and heads work: train a head with method='head' (on the "
+    "command line --method head)"
+)
+
+
+class ClipModel(Protocol):
+    """What is asked of a model; open_clip's CLIP, CustomTextCLIP and CoCa have it."""
+
+    visual: nn.Module
+    logit_scale: nn.Parameter
+
+    def encode_image(self, image: Tensor) -> Tensor | tuple[Tensor, ...]: ...
+
+    def encode_text(self, text: Tensor) -> Tensor | tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -61,13 +77,12 @@ class TextParts:
 
     def astype(self, dtype: torch.dtype) -> TextParts:
         """A copy in another precision."""
-        norm = torch.float32 if isinstance(self.ln_final, LayerNormFp32) else dtype  # the former works in float32 alone
         return replace(
             self,
             token_embedding=deepcopy(self.token_embedding).to(dtype),
             positional_embedding=self.positional_embedding.to(dtype),
             blocks=tuple(deepcopy(block).to(dtype) for block in self.blocks),
-            ln_final=deepcopy(self.ln_final).to(norm),
+            ln_final=_norm_as(self.ln_final, dtype),
             projection=None if self.projection is None else deepcopy(self.projection).to(dtype),
         )
 
@@ -78,14 +93,35 @@ class TextParts:
         found = tokens.argmax(-1) if self.pool == "argmax" else (tokens == self.eos_id).int().argmax(-1)
         return found
 
-    def project(self, x: Tensor) -> Tensor:
-        """Class features of the pooled rows: [..., W] -> [..., D] float32, not normalised."""
-        x = self.ln_final(x)
+    def project(self, x: Tensor, *, backend: str | None = None) -> Tensor:
+        """Class features of the pooled rows, not normalised.
+
+        Args:
+            x: [..., W].
+            backend: "torch" as in :func:`mergetune.clip.packed_blocks.run_blocks`.
+
+        Returns:
+            [..., D], float64 from float64 and else float32.
+        """
+        norm = self.ln_final
+        x = layer_norm(norm, x) if backend == "torch" and isinstance(norm, nn.LayerNorm) else norm(x)
         if isinstance(self.projection, nn.Linear):
             x = self.projection(x)
         elif self.projection is not None:
             x = x @ self.projection
-        return x.float()
+        return x if x.dtype == torch.float64 else x.float()
+
+
+def _norm_as(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the last layer norm for a tower in another precision; LayerNormFp32 works in float32 alone."""
+    if not isinstance(norm, LayerNormFp32):
+        return deepcopy(norm).to(dtype)
+    if dtype != torch.float64:
+        return deepcopy(norm).to(torch.float32)
+    affine, bias = norm.elementwise_affine, norm.bias is not None
+    plain = nn.LayerNorm(list(norm.normalized_shape), norm.eps, affine, bias).to(norm.weight.device, dtype)
+    plain.load_state_dict(norm.state_dict())
+    return plain.requires_grad_(False)
 
 
 def pooled(features: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -93,55 +129,109 @@ def pooled(features: Tensor | tuple[Tensor, ...]) -> Tensor:
     return features[0] if isinstance(features, tuple) else features
 
 
-def understood(model: nn.Module) -> ClipModel:
-    """The model, refused by name if it is another one, or one with a text decoder."""
-    if not isinstance(model, ClipModel) or hasattr(model, "text_decoder"):
-        raise refused_model(type(model).__name__)
-    return model
+def checked_model(model: nn.Module) -> ClipModel:
+    """The model, refused by name if it is no CLIP."""
+    if missing := [name for name in MEMBERS if not hasattr(model, name)]:
+        raise TypeError(
+            f"model must have {', '.join(MEMBERS)}, as open_clip's models have, got {type(model).__name__} without "
+            f"{missing[0]}"
+        )
+    return cast(ClipModel, model)
 
 
-def refused_model(kind: str) -> TypeError:
-    return TypeError(
-        f"model must be open_clip's CLIP or CustomTextCLIP, got {kind}: its text tower is not one that mergetune "
-        "understands"
-    )
+def text_tower(model: ClipModel) -> Any:
+    """The module that holds the text side: the model itself where open_clip keeps it flat."""
+    tower = getattr(model, "text", None)
+    return tower if isinstance(tower, nn.Module) else model
 
 
-def refused_tower(kind: str) -> TypeError:
-    hint = ": Hugging Face's text models (RoBERTa, mT5, NLLB) are not supported" if kind == "HFTextEncoder" else ""
-    return TypeError(f"text tower must be open_clip's TextTransformer, got {kind}{hint}")
+def obstacle(model: ClipModel) -> str | None:
+    """Why the text tower cannot be taken apart: the rule and what was got, in words; None if it can be."""
+    tower = text_tower(model)
+    kind = type(tower).__name__
+    blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", ())
+    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa):  # it may add to its tower
+        return (
+            f"text tower must be that of open_clip's CLIP, CustomTextCLIP or CoCa, got {kind} of {type(model).__name__}"
+        )
+    if not isinstance(getattr(tower, "transformer", None), Transformer) or not len(blocks):
+        return f"text tower must be open_clip's TextTransformer, got {kind}"
+    for block in blocks:
+        if type(block) is not ResidualAttentionBlock:
+            return f"text tower {kind} must be made of ResidualAttentionBlock, got {type(block).__name__}"
+        if type(block.mlp.gelu) not in ACTIVATIONS:
+            return f"text tower {kind} must have the activation GELU or QuickGELU, got {type(block.mlp.gelu).__name__}"
+    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
+        return f"text tower {kind} must have neither a class token (CoCa) nor a padding mask, got one"
+    if _pool(tower) not in ("argmax", "eos", "last"):
+        return f"text tower {kind} must pool by argmax, eos or last, got {_pool(tower)!r}"
+    mask = tower.attn_mask
+    if mask is not None and not torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1)):
+        return f"text tower {kind} must have the causal attention mask or none, got another"
+    return None
 
 
 def text_parts(model: ClipModel) -> TextParts:
-    """The parts of the model's text tower; a tower that is not understood is refused by its name."""
-    tower: Any = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
-    kind = type(tower).__name__
-    blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", ())
-    pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
-    if not isinstance(getattr(tower, "transformer", None), Transformer) or not len(blocks):
-        raise refused_tower(kind)
-    for block in blocks:
-        if type(block) is not ResidualAttentionBlock:
-            raise TypeError(f"text tower {kind} must be made of ResidualAttentionBlock, got {type(block).__name__}")
-        if type(block.mlp.gelu) not in ACTIVATIONS:
-            got = type(block.mlp.gelu).__name__
-            raise TypeError(f"text tower {kind} must have the activation GELU or QuickGELU, got {got}")
-    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
-        raise TypeError(f"text tower {kind} must have neither a class token (CoCa) nor a padding mask, got one")
-    if pool not in ("argmax", "eos", "last"):
-        raise TypeError(f"text tower {kind} must pool by argmax, eos or last, got {pool!r}")
-    mask = tower.attn_mask
-    if mask is not None and not torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1)):
-        raise TypeError(f"text tower {kind} must have the causal attention mask or none, got another")
+    """The parts of the model's text tower.
+
+    Raises:
+        TypeError: an opaque tower, naming it.
+    """
+    if reason := obstacle(model):
+        raise TypeError(f"{reason}: {OPAQUE}")
+    tower = text_tower(model)
+    blocks, mask = tower.transformer.resblocks, tower.attn_mask
     return TextParts(
         token_embedding=tower.token_embedding,
         positional_embedding=tower.positional_embedding,
         blocks=tuple(blocks),
         ln_final=tower.ln_final,
         projection=tower.text_projection,
-        pool=pool,
+        pool=_pool(tower),
         eos_id=getattr(tower, "text_eos_id", getattr(tower, "eos_id", None)),
         causal=mask is not None,
         heads=blocks[0].attn.num_heads,
         context_length=tower.context_length,
     )
+
+
+def _pool(tower: Any) -> Any:
+    return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
+
+
+# -- what else is asked of a tower, opaque or not ----------------------------------------------------------------------
+
+
+def output_dim(model: ClipModel) -> int | None:
+    """D, the width of a text's embedding, if the tower tells it."""
+    tower = text_tower(model)
+    if hasattr(tower, "text_projection"):  # TextTransformer: its output_dim is not D where it has no projection
+        projection = tower.text_projection
+        if projection is None:
+            return tower.token_embedding.embedding_dim
+        return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+    width = getattr(tower, "output_dim", None)
+    return width if isinstance(width, int) else None
+
+
+def working_dtype(model: ClipModel) -> torch.dtype:
+    """The precision of the text tower's matrices: in open_clip's mixed precision its embeddings are float32."""
+    tower = text_tower(model)
+    linear = next((module.weight for module in tower.modules() if isinstance(module, nn.Linear)), None)
+    return (next(tower.parameters()) if linear is None else linear).dtype
+
+
+def context_length(model: ClipModel, tokenizer: Callable[..., Tensor]) -> int:
+    """L, tokens in a text: the tower's, or the tokenizer's where that is less or the tower does not tell.
+
+    A text model of Hugging Face takes longer texts than the CLIP was trained on.
+
+    Raises:
+        TypeError: neither tells.
+    """
+    told = [getattr(one, "context_length", None) for one in (tokenizer, text_tower(model), model)]
+    lengths = [length for length in told if isinstance(length, int) and length > 0]
+    if not lengths:
+        kind = type(text_tower(model)).__name__
+        raise TypeError(f"tokenizer must have context_length, as the text tower {kind} does not tell it, got neither")
+    return min(lengths)

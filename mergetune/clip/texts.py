@@ -40,3 +40,16 @@ def check_classnames(classnames: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"classnames must be texts, got {name!r}")
     return names
+
+
+def check_same_classes(argument: str, got: Sequence[str], expected: Sequence[str]) -> None:
+    """Refuse class names that are not those of a solution, in its order."""
+    if len(got) != len(expected):
+        raise ValueError(
+            f"{argument} must be the solution's {len(expected)} classes in its order, got {len(got)} classes"
+        )
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        if a != b:
+            raise ValueError(
+                f"{argument} must be the solution's classes in its order: class {i} must be {b!r}, got {a!r}"
+            )

@@ -155,7 +155,8 @@ def _check_transformers_config(config: dict[str, Any], file: Path) -> dict[str, 
     _refuse_code(config, file)
     _check_class(config.get("tokenizer_class"), file)
     kept = {"tokenizer_class": config["tokenizer_class"]} if config.get("tokenizer_class") else {}
-    return kept | ({"model_type": config["model_type"]} if config.get("model_type") in MODEL_TYPES else {})
+    kind = config.get("model_type")
+    return kept | ({"model_type": kind} if isinstance(kind, str) and kind in MODEL_TYPES else {})
 
 
 def _refuse_code(config: Mapping[str, Any], file: Path) -> None:

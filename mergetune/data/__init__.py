@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
+    from mergetune.data.batches import Batches, TensorBatches
     from mergetune.data.benchmarks import DATASETS, Benchmark, CoOpDataset, benchmark, check_dataset, few_shot_path
     from mergetune.data.cache import FeatureCache
     from mergetune.data.cache_building import cache_features
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DATASETS",
     "TEMPLATES",
+    "Batches",
     "Benchmark",
     "CoOpDataset",
     "Dataset",
     "FeatureCache",
     "ImageFolder",
     "ImageList",
+    "TensorBatches",
     "benchmark",
     "cache_features",
     "check_dataset",
@@ -38,6 +41,7 @@ __all__ = [
 make_lazy(
     __name__,
     {
+        "mergetune.data.batches": "Batches TensorBatches",
         "mergetune.data.benchmarks": "DATASETS Benchmark CoOpDataset benchmark check_dataset few_shot_path",
         "mergetune.data.cache": "FeatureCache",
         "mergetune.data.cache_building": "cache_features",

@@ -1,4 +1,4 @@
-"""The 15 benchmark datasets in the layout of CoOp's DATASETS.md: what each needs, the check of it, and the reading."""
+"""The 15 benchmark datasets in the layout of CoOp's DATASETS.md: required files, checks and reading."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ CLASSNAMES = "classnames.txt"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark dataset, as CoOp lays it out below the root.
+    """One benchmark dataset and its files below the root, in CoOp's layout.
 
     Attributes:
-        name: CoOp's, as in ``configs/datasets/<name>.yaml``.
-        title: its heading in CoOp's DATASETS.md, and its name in papers' tables.
-        folder: the dataset's folder below the root.
-        image_dir: the images' folder below ``folder``, which paths are relative to.
-        file: the text file below ``folder`` that gives the classes: for kind "split" CoOp's ``split_zhou_*.json``.
-        classes: their number.
-        sizes: images in train, val and test of the complete dataset, 0 where it has no such split.
-        kind: "split"; "variants" (FGVCAircraft's own lists); "folders" (class folders in train/ and in val/, where val
-            is the test set and there is no other); "test" (class folders, for testing only).
-        inside: folders that must be in the images' folder.
+        name: CoOp's name, as in ``configs/datasets/<name>.yaml``.
+        title: the heading in CoOp's DATASETS.md, and the name in tables of papers.
+        folder: folder of the dataset below the root.
+        image_dir: folder of the images below ``folder``; listed paths are relative to this folder.
+        file: text file below ``folder`` that lists the classes; for kind "split" CoOp's ``split_zhou_*.json``.
+        classes: number of classes.
+        sizes: numbers of images in train, val and test of the complete dataset; 0 for a missing split.
+        kind: "split" (CoOp's split file), "variants" (FGVCAircraft's own lists), "folders" (class folders in train/ and
+            val/, where val is the test set) or "test" (class folders of a test set only).
+        inside: folders that must exist in the folder of the images.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Benchmark:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All the text files that it needs below ``folder``."""
+        """All text files that the dataset needs below ``folder``."""
         return VARIANTS if self.kind == "variants" else (self.file,)
 
 
-# In the order of the papers' tables: the eleven of base-to-novel, then ImageNet's four shifted test sets.
+# In the order of the papers' tables: the eleven datasets of base-to-novel, then ImageNet's four shifted test sets.
 _ALL = (
     Benchmark(
         "imagenet", "ImageNet", "imagenet", "images", CLASSNAMES, 1000, (1281167, 0, 50000), "folders", ("train", "val")
@@ -90,12 +90,12 @@ _ALL = (
     Benchmark("imagenet_a", "ImageNet-A", "imagenet-adversarial", "imagenet-a", CLASSNAMES, 200, (0, 0, 7500), "test"),
     Benchmark("imagenet_r", "ImageNet-R", "imagenet-rendition", "imagenet-r", CLASSNAMES, 200, (0, 0, 30000), "test"),
 )  # fmt: skip
-#: {name: what the dataset needs, and how it is read}, in the order of papers' tables.
+#: {name: :class:`Benchmark`}, in the order of papers' tables.
 DATASETS = {entry.name: entry for entry in _ALL}
 
-OTHER_IMAGE_DIRS = {"imagenet": "", "eurosat": "EuroSAT_RGB", "imagenet_sketch": "sketch"}  # as archives unpack
+OTHER_IMAGE_DIRS = {"imagenet": "", "eurosat": "EuroSAT_RGB", "imagenet_sketch": "sketch"}  # after unpacking archives
 DRIVE = "https://drive.google.com/file/d/"
-DRIVE_IDS = {  # of the files that CoOp's DATASETS.md links
+DRIVE_IDS = {  # Google Drive ids of the files that CoOp's DATASETS.md links
     CLASSNAMES: "1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF",
     "split_zhou_Caltech101.json": "1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
     "split_zhou_OxfordPets.json": "1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
@@ -110,10 +110,10 @@ DRIVE_IDS = {  # of the files that CoOp's DATASETS.md links
 
 
 def benchmark(name: str) -> Benchmark:
-    """The entry of a dataset, by any name that CoOp has for it: "oxford_pets", "OxfordPets", "imagenet-adversarial".
+    """The entry of a dataset, by any of CoOp's names: "oxford_pets", "OxfordPets", "imagenet-adversarial".
 
     Raises:
-        ValueError: an unknown name; says the list.
+        ValueError: an unknown name; the message lists the names.
     """
     entry = _BY_ALIAS.get(_plain(str(name)))
     if entry is None:
@@ -122,9 +122,9 @@ def benchmark(name: str) -> Benchmark:
 
 
 def missing(name: str, root: str | Path) -> list[str]:
-    """What a dataset lacks below the root, each with the place where it was expected; nothing if it is complete.
+    """The missing folders and text files of a dataset, with the paths where they belong; empty if none is missing.
 
-    Folders and text files are looked for, not each image: that is part of reading.
+    Images are not looked up one by one; :func:`CoOpDataset` checks them.
 
     Raises:
         ValueError: an unknown name.
@@ -142,10 +142,10 @@ def missing(name: str, root: str | Path) -> list[str]:
 
 
 def check_dataset(name: str, root: str | Path) -> None:
-    """Refuse a root without what the dataset needs.
+    """Checks that the folders and text files of a dataset exist below the root.
 
     Raises:
-        FileNotFoundError: naming all that is missing.
+        FileNotFoundError: a folder or file is missing; the message names all missing ones.
         ValueError: an unknown name.
     """
     entry, lacking = benchmark(name), missing(name, root)
@@ -158,27 +158,35 @@ def check_dataset(name: str, root: str | Path) -> None:
 
 
 def few_shot_path(name: str, root: str | Path, shots: int, seed: int) -> Path:
-    """Where CoOp keeps the images that it drew, for :meth:`Dataset.few_shot_file`."""
+    """The file in which CoOp stores a few-shot draw; :meth:`Dataset.few_shot_file` reads such a file.
+
+    Args:
+        name, root: as for :func:`CoOpDataset`.
+        shots: images per class.
+        seed: seed of the draw.
+    """
     return _folder(benchmark(name), root) / "split_fewshot" / f"shot_{shots}-seed_{seed}.pkl"
 
 
 def CoOpDataset(name: str, root: str | Path) -> Dataset:
-    """Read a benchmark dataset with CoOp's splits, labels and class names.
+    """Reads a benchmark dataset with CoOp's splits, labels and class names.
 
-    Few-shot draws depend on the order of the images. It is that of the split file, or of FGVCAircraft's lists, so the
-    draws are CoOp's. ImageNet's images are sorted within each class: CoOp leaves them as the file system lists them,
-    so that its draw differs from machine to machine, and only its stored files (:meth:`Dataset.few_shot_file`) give it.
+    Few-shot draws depend on the order of the images. The images have the order of the split file, or of FGVCAircraft's
+    lists, so draws equal CoOp's. ImageNet is an exception: CoOp uses the order in which the file system lists the
+    images, so its draws differ between machines. Here ImageNet's images are sorted within each class; to use a draw of
+    CoOp, read its stored file with :meth:`Dataset.few_shot_file`.
 
-    ImageNet has its validation images as test set and no validation split; the shifted ImageNets have a test set only.
+    The test set of ImageNet is its validation set, and ImageNet has no validation split. The shifted ImageNets have
+    only a test set.
 
     Args:
-        name: as in :data:`DATASETS`, or another of CoOp's names for it.
-        root: the folder that holds the datasets' folders, CoOp's ``$DATA`` (or the dataset's own folder).
+        name: a name in :data:`DATASETS`, or another of CoOp's names.
+        root: folder that holds the folders of the datasets (CoOp's ``$DATA``), or the folder of this dataset.
 
     Raises:
-        FileNotFoundError: folders or files are missing, all of them named; listed images are missing, how many and
-            the first.
-        ValueError: an unknown name; a file or folder that is not as it must be.
+        FileNotFoundError: folders or files are missing (the message names all of them), or listed images are missing
+            (the message names the first).
+        ValueError: an unknown name, or a file or folder with wrong content.
     """
     check_dataset(name, root)
     entry = benchmark(name)
@@ -192,27 +200,27 @@ def CoOpDataset(name: str, root: str | Path) -> Dataset:
     names = _classnames(file)
     if entry.kind == "test":
         folders = subfolders(images)
-        if entry.name == "imagenetv2":  # its folders are called by the position in the file
+        if entry.name == "imagenetv2":  # the names of its folders are positions in the file
             names = {str(position): name for position, name in enumerate(names.values())}
             if set(folders) != set(names):
-                raise ValueError(f"{images} must have one folder per line of {file}, it {difference(names, folders)}")
+                raise ValueError(f"{images} must have one folder per line of {file}, but {difference(names, folders)}")
             folders = list(names)
         return Dataset(entry.name, full_test=_class_folders(images, "", folders, names, file))
     folders, others = (subfolders(images / split) for split in entry.inside)
     if folders != others:
-        raise ValueError(f"{images / 'val'} must have the class folders of train, it {difference(folders, others)}")
+        raise ValueError(f"{images / 'val'} must have the class folders of train, but {difference(folders, others)}")
     train, test = (_class_folders(images, split, folders, names, file) for split in entry.inside)
     return Dataset(entry.name, train, None, test)
 
 
-# -- where things lie --------------------------------------------------------------------------------------------------
+# -- paths -------------------------------------------------------------------------------------------------------------
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-# CoOp's class is called as its split file, which differs from the other names for DTD and Flowers102.
+# CoOp also names a dataset after its split file; this name differs from the others for DTD and Flowers102.
 _BY_ALIAS = {
     _plain(alias): entry
     for entry in _ALL
@@ -222,21 +230,24 @@ _BY_ALIAS = {
 
 
 def _folder(entry: Benchmark, root: str | Path) -> Path:
-    """The dataset's folder: below the root, or the root itself if it has that name."""
+    """The folder of the dataset: below the root, or the root itself if the root has the folder's name."""
     root = Path(root).expanduser()
     folder = root / entry.folder
     return root if root.name == entry.folder and not folder.is_dir() else folder
 
 
 def _images(entry: Benchmark, folder: Path) -> Path:
-    """The images' folder; CoOp's, unless only the one that the archive unpacks to is there."""
+    """The folder of the images: CoOp's, or the folder that the archive unpacks to if only that one exists."""
     coop, other = folder / entry.image_dir, folder / OTHER_IMAGE_DIRS.get(entry.name, entry.image_dir)
     is_there = all((other / inside).is_dir() for inside in entry.inside or ("",))
     return other if is_there and not coop.is_dir() else coop
 
 
 def _text_file(folder: Path, file: str) -> Path:
-    """A text file of a dataset. CoOp has ImageNet's class names copied to its relatives; the original will do."""
+    """Path of a text file of a dataset.
+
+    CoOp copies ImageNet's class names to the shifted ImageNets; without the copy the file of ImageNet is used.
+    """
     original = folder.parent / "imagenet" / file
     return original if file == CLASSNAMES and not (folder / file).is_file() and original.is_file() else folder / file
 
@@ -245,25 +256,25 @@ def _text_file(folder: Path, file: str) -> Path:
 
 
 def _classnames(file: Path) -> dict[str, str]:
-    """CoOp's classnames.txt, {folder: class name}. Two folders may have one name: CLIP's ImageNet has such pairs."""
+    """Reads CoOp's classnames.txt as {folder: class name}. Two folders may have the same class name, as in ImageNet."""
     names: dict[str, str] = {}
     for number, line in enumerate(_lines(file), start=1):
         folder, _, name = line.partition(" ")
         if not prettify(name) or folder in names:
-            raise ValueError(f"line {number} of {file} must be a folder, new, and its class name, got {line!r}")
+            raise ValueError(f"line {number} of {file} must be a new folder and its class name, got {line!r}")
         names[folder] = prettify(name)
     return names
 
 
 def _class_folders(root: Path, parent: str, folders: Sequence[str], names: dict[str, str], file: Path) -> ImageList:
-    """Images in class folders below root/parent, labelled in the folders' order, sorted within each.
+    """Images in class folders below root/parent, labelled in the order of the folders and sorted within each folder.
 
-    One listing per folder and no look at the images: ImageNet has 1.28 million.
+    Each folder is listed once and no image is opened: ImageNet has 1.28 million images.
     """
     if not folders:
         raise ValueError(f"{root / parent} must hold one folder per class, got no folders")
     if unknown := [folder for folder in folders if folder not in names]:
-        raise ValueError(f"{file} must name every class folder in {root / parent}, it lacks {unknown[0]!r}")
+        raise ValueError(f"{file} must name every class folder in {root / parent}, but lacks {unknown[0]!r}")
     files: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(
@@ -279,12 +290,12 @@ def _class_folders(root: Path, parent: str, folders: Sequence[str], names: dict[
 
 
 def _variants(name: str, folder: Path, images: Path) -> Dataset:
-    """FGVCAircraft: classes in the order of variants.txt, images as the three lists have them."""
+    """Reads FGVCAircraft: classes in the order of variants.txt, images in the order of the three lists."""
     variants, *tables = (_text_file(folder, file) for file in VARIANTS)
     names = _lines(variants)
     label_of = {variant: label for label, variant in enumerate(names)}
     if not names or len(label_of) != len(names):
-        raise ValueError(f"{variants} must list the variants, each once, got {len(names)}, {len(label_of)} different")
+        raise ValueError(f"{variants} must list each variant once, got {len(names)} lines, {len(label_of)} different")
     lists = []
     for table in tables:
         files, labels = [], []
@@ -301,7 +312,7 @@ def _variants(name: str, folder: Path, images: Path) -> Dataset:
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a text file that are not blank, stripped."""
+    """The stripped lines of a text file, without blank ones."""
     try:
         return [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]
     except UnicodeDecodeError as error:

@@ -1,9 +1,9 @@
-"""FeatureCache: image features of a frozen CLIP, on disk or in memory; opened, checked and read row by row.
+"""FeatureCache: image features of a frozen CLIP, on disk or in memory, read row by row.
 
-Shapes: B rows asked for, D embedding width, N rows of a cache, V views of each image.
+Shapes: B requested rows, D embedding width, N rows of a cache, V views of each image.
 
-A cache of up to ``MAX_MAPPED`` bytes is mapped whole. Of a larger one, rows are read into the batch by ``preadv``: the
-kernel maps far more around a row than the row, so that a mapping would soon be resident as a whole.
+A cache of up to ``MAX_MAPPED`` bytes is memory-mapped. Rows of a larger cache are read with ``preadv``: reading a row
+through a mapping also loads the pages around the row, so a mapping would soon occupy memory for the whole cache.
 """
 
 from __future__ import annotations
@@ -40,31 +40,32 @@ from mergetune.data.row_reading import OpenFiles, RowReader, may_open
 from mergetune.io import MAX_WEIGHTS
 
 UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-MAX_MAPPED = 1 << 28  # bytes of features that may become resident
+MAX_MAPPED = 1 << 28  # largest number of bytes of features that are memory-mapped
 
-ROWS = 4096  # at a time, where all are worked through
+ROWS = 4096  # rows per step of loops over all rows
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureCache:
-    """Unit-norm image features with labels, on disk or in memory: only rows that are asked for are read.
+    """Unit-norm image features with labels, on disk or in memory; only requested rows are read.
 
-    Made by :func:`cache_features`, :meth:`open` or :meth:`from_tensors`; :meth:`select` gives a view on some images.
+    Create a cache with :func:`cache_features`, :meth:`open` or :meth:`from_tensors`. :meth:`select` returns a cache of
+    some of the images without copying features.
 
     Attributes:
-        path: the folder, None for features in memory.
+        path: folder of the cache; None for features in memory.
         labels: LongTensor [N], class indices.
         classnames: one name per class.
-        files: N relative paths; empty if the features came without.
-        fingerprint: the image fingerprint of the model that made them; empty if unknown.
-        dtype: of the stored features: "float32", "bfloat16" or "float16".
-        views: V. View 0 is the evaluation transform, the others are augmented.
+        files: N relative paths; empty if unknown.
+        fingerprint: image fingerprint of the model that made the features; empty if unknown.
+        dtype: type of the stored features: "float32", "bfloat16" or "float16".
+        views: V. View 0 is the evaluation transform; the other views are augmented.
         dim: D.
         skipped: {file: reason} of the images that could not be read.
-        stored: LongTensor [N], where each row lies in the shards, counted through.
-        shards: the stored features, each [V, n, D]; of a cache on disk mapped.
-        opened: the shards' files, if rows are to be read from them and not from the mapping.
-        checksums: SHA-256 of each shard's file; none for features in memory.
+        stored: LongTensor [N], position of each row in the concatenated shards.
+        shards: the stored features, each [V, n, D]; memory-mapped for a cache on disk.
+        opened: open files of the shards if rows are read with ``preadv``; None if they are read from ``shards``.
+        checksums: SHA-256 of each shard's file; empty for features in memory.
     """
 
     path: Path | None
@@ -81,20 +82,28 @@ class FeatureCache:
     opened: OpenFiles | None = field(default=None, repr=False)
     checksums: tuple[str, ...] = field(default=(), repr=False)
 
+    @property
+    def holds(self) -> str:
+        """What is read of each image, see :class:`mergetune.data.Batches`: "feature"."""
+        return "feature"
+
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureCache:
-        """Open a finished cache. Sizes are checked, checksums are not: see :meth:`verify`.
+        """Opens a finished cache. File sizes are checked; :meth:`verify` checks the checksums.
 
-        Rows of more than ``MAX_MAPPED`` bytes of features are read, not mapped, and take no memory but the batch's.
-        That needs a file descriptor for each shard: where they are more than half of what the process may have
-        (``ulimit -n``), the features are mapped none the less.
+        If the features have more than ``MAX_MAPPED`` bytes, rows are read from the files, and only the batch occupies
+        memory. This needs one file descriptor per shard. If the shards would use more than half of the process's file
+        descriptors (``ulimit -n``), the features are memory-mapped instead.
+
+        Args:
+            path: folder of the cache.
 
         Raises:
-            FileNotFoundError: there is no cache.
-            ValueError: it is unfinished, damaged or of another format.
+            FileNotFoundError: the folder is not a cache.
+            ValueError: the cache is unfinished, damaged or of another format.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -102,7 +111,7 @@ class FeatureCache:
                 plan = read_document(path / PLAN)
                 done, total = len(finished_shards(path, plan)), shard_count(plan)
                 raise ValueError(
-                    f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again to go on"
+                    f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again"
                 )
             raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
         manifest = read_document(path / MANIFEST, images=False)
@@ -141,18 +150,18 @@ class FeatureCache:
         files: Sequence[str] = (),
         normalize: bool = False,
     ) -> FeatureCache:
-        """Features that were made elsewhere, in memory and not copied.
+        """A cache in memory from given features, which are not copied if they are on the CPU in a supported dtype.
 
         Args:
             features: [N, D] or [V, N, D], unit norm.
             labels: N class indices.
             classnames: one name per class.
-            fingerprint: ``clip.image_fingerprint`` of the model that made them; "" if unknown.
-            files: N names, if :meth:`select` is to be used.
-            normalize: scale the rows to unit norm first.
+            fingerprint: ``clip.image_fingerprint`` of the model that made the features; "" if unknown.
+            files: N names of the images; :meth:`select` needs them.
+            normalize: scale the rows to unit norm, in a copy.
 
         Raises:
-            ValueError: wrong shapes; no rows; NaN or inf; rows that are zero or not unit norm; labels out of range.
+            ValueError: wrong shapes, no rows, NaN or inf, rows of norm zero or not of unit norm, labels out of range.
         """
         if features.dim() not in (2, 3) or not features.is_floating_point() or not features.numel():
             raise ValueError(
@@ -200,14 +209,14 @@ class FeatureCache:
         )
 
     def rows(self, index: Tensor, view: int | Tensor = 0) -> Tensor:
-        """Some rows, as stored: in a half dtype their norms are 1 only to its precision.
+        """A copy of some rows as float32. Norms of rows stored in a half dtype are 1 up to the precision of that dtype.
 
         Args:
-            index: LongTensor [B], each in [0, N).
-            view: one view, or a LongTensor [B] with one for each row.
+            index: LongTensor [B] of rows in [0, N).
+            view: one view for all rows, or a LongTensor [B] with a view per row.
 
         Returns:
-            [B, D] float32, a copy.
+            [B, D] float32.
 
         Raises:
             IndexError: an index or view out of range.
@@ -227,12 +236,13 @@ class FeatureCache:
         return out
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """All rows of view 0 in their order, ``size`` at a time, so that no more of them are in memory.
+        """Yields all rows of view 0 in order, ``size`` rows at a time, so that only these rows are in memory.
 
-        The last bits of products may depend on ``size``: a result that must stay the same keeps its size.
+        Matrix products with the rows may differ in the last bits for another ``size``: keep ``size`` fixed where
+        results must have the same bits.
 
         Yields:
-            The rows [B, D] float32, a copy; their labels [B]; where they lie among all N.
+            A copy of the rows, [B, D] float32; their labels, [B]; the slice of the rows in the cache.
 
         Raises:
             ValueError: a size below 1.
@@ -244,16 +254,19 @@ class FeatureCache:
             yield self.rows(torch.arange(part.start, part.stop)), self.labels[part], part
 
     def tensor(self, view: int = 0) -> Tensor:
-        """All rows of a view, [N, D] float32, a copy."""
+        """A copy of all rows of a view, [N, D] float32."""
         return self.rows(torch.arange(len(self)), view)
 
     def select(self, images: ImageList) -> FeatureCache:
-        """The features of these images, in their order, with their labels and class names. Nothing is copied.
+        """A cache of these images, with the order, labels and class names of ``images``. Features are not copied.
 
-        Images that were skipped as unreadable are left out again, with a warning.
+        Images that were skipped as unreadable when the cache was built are left out with a warning.
+
+        Args:
+            images: images whose files are in this cache.
 
         Raises:
-            ValueError: an image that is not in the cache, or none left.
+            ValueError: an image is not in the cache, or all images were skipped.
         """
         row_of = {file: row for row, file in enumerate(self.files)}
         rows = torch.tensor([row_of.get(file, -1) for file in images.files])
@@ -275,10 +288,13 @@ class FeatureCache:
         )
 
     def select_classes(self, classes: Sequence[int]) -> FeatureCache:
-        """The features of these classes, relabelled from 0 in the given order. Nothing is copied.
+        """A cache of these classes, relabelled from 0 in the given order. Features are not copied.
+
+        Args:
+            classes: class indices.
 
         Raises:
-            ValueError: an unknown class, a class twice, or no features left.
+            ValueError: an unknown class, a class twice, or classes without features.
         """
         classes = [int(c) for c in classes]
         if len(set(classes)) != len(classes) or not all(0 <= c < len(self.classnames) for c in classes):
@@ -288,7 +304,7 @@ class FeatureCache:
         labels = new_label[self.labels]
         rows = (labels >= 0).nonzero().squeeze(1)
         if not len(rows):
-            raise ValueError(f"classes must have features here, got {classes} without any")
+            raise ValueError(f"classes must have features in the cache, got {classes} without any")
         return replace(
             self,
             labels=labels[rows],
@@ -298,10 +314,14 @@ class FeatureCache:
         )
 
     def verify(self, images: ImageList | None = None, *, progress: bool = True) -> None:
-        """Read every shard and compare checksums; with ``images``, read those too and see whether they are the same.
+        """Reads every shard and compares its checksum; with ``images``, also compares the bytes of each image.
+
+        Args:
+            images: the images that were encoded; None checks only the shards.
+            progress: show a bar on a terminal.
 
         Raises:
-            ValueError: a shard is damaged, naming it; an image has other bytes now, naming it.
+            ValueError: a shard is damaged, or an image has changed; the message names the file.
         """
         if self.path is None:
             return
@@ -310,14 +330,15 @@ class FeatureCache:
         for number, shard in enumerate(shards):
             file = self.path / shard_name(number)
             if file_sha256(file, limit=MAX_WEIGHTS) != shard["sha256"]:
-                raise ValueError(f"{file} is damaged: its checksum is not the manifest's; {REBUILD}")
+                raise ValueError(f"{file} is damaged: its checksum differs from the manifest; {REBUILD}")
         if images is not None:
             refuse_changed(self.path, manifest, images, image_identities(self.path, manifest), trust_mtime=False)
 
     def shared_with(self, other: FeatureCache) -> Tensor:
-        """The rows of ``other`` that are here too, [n], ascending: of the same features (view 0) under the same name.
+        """Indices, ascending, [n], of the rows of ``other`` that are also in this cache.
 
-        Where either has no names the features alone decide. Rows are read a few at a time.
+        A row is in both caches if file name and features (view 0) are equal. If one of the caches has no file names,
+        only the features are compared. Rows are read in small portions.
         """
         if self.files and other.files:
             row_of = {file: row for row, file in enumerate(other.files)}
@@ -333,15 +354,19 @@ class FeatureCache:
         return theirs[torch.cat([(self.rows(a) == other.rows(b)).all(1) for a, b in parts])]
 
     def _hashes(self) -> Tensor:
-        """A number for the bits of each row (view 0), int64 [N]: their product with random ones, two columns a word."""
+        """Hash of the bits of each row (view 0), int64 [N]: a dot product with random numbers, two columns per word."""
         generator = torch.Generator().manual_seed(0)
         factors = torch.randint(-(2**63), 2**63 - 1, (-(-self.dim // 2),), generator=generator)
         rows = (F.pad(x, (0, self.dim % 2)) for x, _, _ in self.batches(ROWS))
         return torch.cat([(x.view(torch.int64) * factors).sum(1) for x in rows])
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        """SHA-256 of the features, their order and their labels: what a training run depends on."""
+        """SHA-256 of the features, their order and their labels; equal digests give equal training runs."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for tensor in (self.labels, self.stored):
             digest.update(tensor.numpy().data)
@@ -370,7 +395,7 @@ def _check_range(name: str, value: Tensor, end: int) -> None:
 
 
 def _refuse_rows(bad: Tensor, rule: str, norms: Tensor) -> None:
-    """Raise if any row [V, N] is bad."""
+    """Raises ValueError if any row is bad; ``bad`` and ``norms`` are [V, N]."""
     if bad.any():
         view, row = bad.nonzero()[0].tolist()
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Building a feature cache: images are encoded shard by shard, and a killed build goes on where it was."""
+"""Building of feature caches: images are encoded shard by shard, and a repeated call continues a killed build."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from mergetune.io import compact_json, jsonable, release_locks, torchrun_team, w
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
 
-SHARD_SIZE, MAX_SHARDS = 1024, 256  # of a new cache: images at least, and files at most, so that all can stay open
+SHARD_SIZE, MAX_SHARDS = 1024, 256  # least images per shard, most shards per cache: all shards can stay open
 
 
 def cache_features(
@@ -61,44 +61,50 @@ def cache_features(
     overwrite: bool = False,
     progress: bool = True,
 ) -> FeatureCache:
-    """Encode images once; later calls open what is there, and go on with what was interrupted.
+    """Encodes images once into a feature cache on disk, or opens the cache if it exists.
 
-    A cache belongs to the image weights, the preprocessing, dtype, views, seed and the images' names and bytes, and is
-    refused for any other. It may be asked for fewer images than it holds, in another order, or with other labels; new
-    labels of all its images replace the old ones. An image is known by its SHA-256, but read again only if its size or
-    modification time is not the recorded one; so a data set may be copied to another machine.
+    A call that was interrupted can be repeated: it continues with the first unfinished shard.
 
-    View 0 is ``clip.preprocess``. Each other view is ``clip.augment`` with a random stream of its own, made from seed,
-    view and file name. The same call on the same machine with the same number of threads gives the same bits, whatever
-    ``workers``, the number of ranks, and interruptions.
+    A cache is valid for the image weights, the preprocessing, dtype, views, seed, and the names and bytes of the
+    images; a call with others is refused. A call may request fewer images than the cache has, in another order, or with
+    other labels; new labels of all images replace the stored labels. Images are compared by SHA-256, but read again
+    only if the size or modification time differs from the stored one, so a dataset may be copied to another machine.
 
-    Under torchrun every rank must make the same call: ranks share the shards among them, and need one file system. A
-    gloo process group is made, and stays, if there is none.
+    View 0 is ``clip.preprocess``. Every other view is ``clip.augment`` with a separate random stream from seed, view
+    and file name. The same call on the same machine with the same number of threads gives the same bits, for any
+    ``workers``, any number of ranks and after interruptions.
+
+    Under torchrun every rank must make the same call. The ranks share the shards, and must have one file system. A gloo
+    process group is created if none exists; it stays afterwards.
 
     Args:
         clip: the model.
-        images: what to encode; give the whole split, and :meth:`FeatureCache.select` few-shot or base/novel subsets.
-        path: the cache's folder; made if missing.
-        dtype: stored as "float32", "float16" (relative error below 5e-4) or "bfloat16" (below 4e-3).
-        views: V >= 1, the evaluation view and V - 1 augmented ones.
-        seed: of the augmented views.
+        images: images to encode. Pass the whole split, and take few-shot or base/novel subsets with
+            :meth:`FeatureCache.select`.
+        path: folder of the cache; created if missing.
+        dtype: type of the stored features: "float32", "float16" (relative error below 5e-4) or "bfloat16" (below 4e-3).
+        views: V >= 1: the evaluation view and V - 1 augmented views.
+        seed: seed of the augmented views.
         batch_size: images per call of the image tower.
-        shard_size: images per file: the most that a kill can lose, and the portion of a rank. None is 1,024, or more
-            where that would make over 256 files. An unfinished cache goes on with its own.
-        workers: processes that decode images; 0 decodes in this one.
-        max_pixels: an image with more pixels is unreadable: decoding takes about 8 bytes per pixel in each worker.
-        on_error: an unreadable image stops the build ("raise"; finished shards are kept) or is left out, with a
-            warning and a note in the manifest ("skip").
-        overwrite: throw away what is at ``path`` and build anew.
+        shard_size: images per file. An interrupted build loses at most one shard, and ranks share whole shards. None is
+            1,024, or more if the cache would have over 256 files. An unfinished cache must be continued with the same
+            size.
+        workers: number of processes that decode images; 0 decodes in the calling process.
+        max_pixels: largest width times height of an image; a larger image counts as unreadable. Decoding takes about 8
+            bytes per pixel in each worker.
+        on_error: "raise" stops the build at an unreadable image and keeps finished shards; "skip" leaves the image out,
+            with a warning and an entry in the manifest.
+        overwrite: delete an existing cache at ``path`` and build a new one.
         progress: show a bar on a terminal.
 
     Returns:
-        The cache, with exactly ``images`` in their order, less the skipped ones.
+        The cache with exactly ``images`` in their order, without the skipped ones.
 
     Raises:
-        ValueError: a bad argument; an unreadable image; features that are NaN or inf; a stale or damaged cache.
-        RuntimeError: another process is building it; another rank failed.
-        OSError: the disk is full, or the like. Finished shards are kept.
+        ValueError: an invalid argument, an unreadable image, features that are NaN or inf, or a cache that is damaged
+            or was built from other images or settings.
+        RuntimeError: another process is building the cache, or another rank failed.
+        OSError: the disk is full, for example. Finished shards are kept.
     """
     if shard_size is None:
         shard_size = max(SHARD_SIZE, -(-len(images) // MAX_SHARDS))
@@ -157,25 +163,27 @@ def cache_features(
 def _begin(
     path: Path, wanted: dict[str, Any], images: ImageList, *, overwrite: bool, stack: contextlib.ExitStack
 ) -> tuple[dict[str, Any], list[int]] | None:
-    """What is to be done: the plan and the shards to build, or None if the cache is complete.
+    """The plan and the numbers of the shards to build, or None if the cache is complete.
 
-    Takes the lock, held until the stack closes, if there is anything to build.
+    If shards must be built, the lock of the folder is taken and held until ``stack`` closes.
     """
     if not overwrite and is_complete(path, wanted, images):
         return None
     foreign = [entry.name for entry in path.iterdir() if not OURS.fullmatch(entry.name)] if path.is_dir() else []
     if foreign:
-        raise ValueError(f"path must be a new folder or a feature cache alone, got {path} with {foreign[0]!r} in it")
+        raise ValueError(
+            f"path must be a new folder or hold only a feature cache, got {path} with {foreign[0]!r} in it"
+        )
     path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(cache_lock(path))
-    if not overwrite and is_complete(path, wanted, images):  # by another process, since the first look
+    if not overwrite and is_complete(path, wanted, images):  # another process has finished the cache meanwhile
         return None
     plan, done = None, {}
     if not overwrite and (path / PLAN).is_file():
         plan = read_document(path / PLAN)
         refuse_stale(path, plan, wanted)
         if set(plan["files"]) != set(wanted["files"]):
-            raise ValueError(f"feature cache {path} is unfinished and was begun for other images; {REBUILD}")
+            raise ValueError(f"feature cache {path} is unfinished and was started with other images; {REBUILD}")
         done = finished_shards(path, plan)
         refuse_changed(path, plan, images, ((number, shard["images"]) for number, shard in done.items()))
         plan |= {"labels": reordered(plan, wanted), "classnames": wanted["classnames"]}
@@ -201,7 +209,7 @@ def _build(
     on_error: str,
     progress: bool,
 ) -> None:
-    """Encode these shards, in order."""
+    """Encodes and writes the shards with these numbers, in order."""
     if not numbers:
         return
     batches = {number: _batches(plan, number, batch_size) for number in numbers}
@@ -211,7 +219,7 @@ def _build(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=release_locks,
-        generator=torch.Generator(),  # the loader draws a seed, which must not come from the caller's stream
+        generator=torch.Generator(),  # the loader draws a seed; it must not change the caller's random stream
     )
     bar = tqdm(
         total=sum(len(batch) for number in numbers for batch in batches[number]),
@@ -241,7 +249,7 @@ def _build(
 
 @torch.no_grad()
 def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: dict[str, Any]) -> Tensor:
-    """Features of a batch. pixels [B, V, 3, H, W] -> [V, B, D] in the cache's dtype."""
+    """Encodes a batch of pixels [B, V, 3, H, W] as features [V, B, D] in the dtype of the cache."""
     features = torch.stack([clip.encode_image(view.to(clip.device)).float().cpu() for view in pixels.unbind(1)])
     if features.shape[-1] != plan["dim"]:
         raise ValueError(f"clip.encode_image must give D = clip.embed_dim = {plan['dim']}, got {features.shape[-1]}")
@@ -255,7 +263,7 @@ def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: dict[str, 
 def _write_shard(
     path: Path, plan: dict[str, Any], number: int, features: Tensor, images: list[list[Any]], skipped: dict[str, str]
 ) -> None:
-    """A shard, and then the record that makes it count."""
+    """Writes a shard, and then its record, which marks the shard as finished."""
     content = safetensors.torch.save({"features": features.contiguous()}, metadata={"format": "pt"})
     record = {
         "bytes": len(content),
@@ -269,12 +277,12 @@ def _write_shard(
 
 
 def _finish(path: Path, plan: dict[str, Any]) -> None:
-    """Turn plan and records into the manifest."""
+    """Writes the manifest from the plan and the records, and removes these."""
     done = finished_shards(path, plan)
     missing = [number for number in range(shard_count(plan)) if number not in done]
     if missing:
         raise RuntimeError(
-            f"{len(missing)} shards of {path} are not there, the first is {shard_name(missing[0])}: ranks must build "
+            f"{len(missing)} shards of {path} are missing, the first is {shard_name(missing[0])}: ranks must build "
             "on one shared file system"
         )
     shards = [done[number] for number in range(shard_count(plan))]
@@ -285,7 +293,7 @@ def _finish(path: Path, plan: dict[str, Any]) -> None:
 
 
 class _Views(torch.utils.data.Dataset):
-    """Decoded images: item i is (pixels [V, 3, H, W] or None, identity, reason why not)."""
+    """Decoded images: item i is (pixels [V, 3, H, W], identity, None), or (None, identity, reason) if unreadable."""
 
     def __init__(
         self, root: Path, plan: dict[str, Any], preprocess: Callable, augment: Callable | None, max_pixels: int
@@ -321,7 +329,10 @@ def _collate(items: list[tuple[Tensor | None, list[Any], str | None]]) -> tuple[
 
 
 def _batches(plan: dict[str, Any], number: int, batch_size: int) -> list[list[int]]:
-    """Positions of a shard's images, in batches. No batch crosses shards, so that who builds a shard changes no bit."""
+    """Positions of a shard's images, in batches.
+
+    No batch crosses shards, so the bits of a shard do not depend on the rank that builds it.
+    """
     first = number * plan["shard_size"]
     positions = list(range(first, first + len(shard_files(plan, number))))
     return [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]

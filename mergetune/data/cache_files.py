@@ -1,9 +1,9 @@
-"""The files of a feature cache: names, manifest, plan and records of the shards, read and checked.
+"""The files of a feature cache: names of the files, and reading and checking of manifest, plan, records and shards.
 
-A cache is a folder. ``manifest.json`` says what was encoded and how; ``shard-00000.safetensors`` and so on hold the
-features [V, n, D] of consecutive images. While it is being built there is a ``building.json`` instead of the manifest,
-and beside each finished shard a ``.json`` with its checksum. Every file appears by an atomic rename after it has
-reached the disk, so a build can be killed at any moment and goes on where it was.
+A cache is a folder. ``manifest.json`` lists images and settings; ``shard-00000.safetensors`` and so on hold the
+features [V, n, D] of consecutive images. An unfinished cache has a plan ``building.json`` instead of the manifest, and
+for each finished shard a ``.json`` record with its checksum. Every file is written to disk first and then renamed
+atomically, so a build may be killed at any time and continued later.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mergetune.io import STORED_NAMES, locked, read_regular
 FORMAT = "mergetune.features/1"
 MANIFEST, PLAN, LOCK = "manifest.json", "building.json", ".lock"
 OURS = re.compile(r"manifest\.json|building\.json|shard-\d+\.(safetensors|json)|\..*")  # and hidden files
-REBUILD = "overwrite=True rebuilds it, another path keeps it"
+REBUILD = "overwrite=True (--overwrite) rebuilds the cache, another path keeps it"
 
 
 def file_state(path: str | Path) -> list[int | None]:
@@ -39,7 +39,7 @@ def file_state(path: str | Path) -> list[int | None]:
 
 
 def cache_lock(path: Path) -> AbstractContextManager[None]:
-    """The lock of a cache's folder, for the one process that builds it."""
+    """Context manager that holds the lock of a cache's folder, so that only one process builds the cache."""
     busy = f"feature cache {path} is being built by another process: wait for it, or use another path"
     return locked(path / LOCK, busy=busy)
 
@@ -66,7 +66,7 @@ def skipped_files(manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def finished_shards(path: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """{number: record} of the shards of an unfinished cache that are there. A damaged one is refused."""
+    """{number: record} of the finished shards of an unfinished cache; a damaged shard raises ValueError."""
     done = {}
     for number in range(shard_count(plan)):
         if (path / record_name(number)).is_file():
@@ -78,7 +78,15 @@ def finished_shards(path: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any
 
 
 def read_document(file: Path, *, images: bool = True) -> dict[str, Any]:
-    """A manifest or a plan, of this format; on request without the images' identities, two thirds of a manifest."""
+    """Reads a manifest or a plan.
+
+    Args:
+        file: the file.
+        images: False leaves out the identities of the images, which are two thirds of a manifest.
+
+    Raises:
+        ValueError: the file is damaged or of another format.
+    """
     content = read_regular(file)
     if not images:
         kept, end = [], 0
@@ -94,25 +102,25 @@ def read_document(file: Path, *, images: bool = True) -> dict[str, Any]:
 
 
 def image_identities(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, list[list[Any]]]]:
-    """Number and images' identities of each shard in a manifest, one after the other: all at once take long lists."""
+    """Yields number and image identities of each shard in a manifest, one shard at a time to save memory."""
     content = read_regular(path / MANIFEST)
     places = list(_images_in(content))
     if len(places) == len(manifest["shards"]):
         yield from ((number, json.loads(content[begin:end])) for number, (begin, end) in enumerate(places))
-    else:  # not as we write it
+    else:  # the manifest was reformatted after it was written
         yield from enumerate(shard["images"] for shard in json.loads(content)["shards"])
 
 
 def _images_in(content: bytes) -> Iterator[tuple[int, int]]:
-    """Begin and end of each list of images' identities in a manifest."""
-    mark, end = b'"images":[[', 0  # which no name can hold: the quotes in a name are escaped
+    """Yields begin and end of each list of image identities in the bytes of a manifest."""
+    mark, end = b'"images":[[', 0  # no file name can contain this mark: quotes in a name are escaped
     while (found := content.find(mark, end)) >= 0 and (last := content.find(b"]]", found)) >= 0:
         begin, end = found + len(mark) - 2, last + 2
         yield begin, end
 
 
 def map_shard(path: Path, number: int, shard: dict[str, Any], manifest: dict[str, Any]) -> Tensor:
-    """A shard's features [V, n, D], mapped. Nothing is read but the header, and that not through the mapping."""
+    """The memory-mapped features of a shard, [V, n, D]. Only the header is read, and not through the mapping."""
     file = path / shard_name(number)
     _check_size(file, shard["bytes"])
     try:
@@ -124,7 +132,7 @@ def map_shard(path: Path, number: int, shard: dict[str, Any], manifest: dict[str
     expected = [manifest["views"], shard["rows"], manifest["dim"]]
     stored, kept = STORED_NAMES[manifest["dtype"]], PRECISIONS[manifest["dtype"]]
     if names != ["features"] or shape != expected or dtype != stored:
-        raise ValueError(f"{file} is damaged: it must hold {stored} {expected}, got {dtype} {shape}; {REBUILD}")
+        raise ValueError(f"{file} is damaged: the file must hold {stored} {expected}, got {dtype} {shape}; {REBUILD}")
     begin = shard["bytes"] - math.prod(shape) * kept.itemsize
     return torch.from_file(str(file), size=shard["bytes"], dtype=torch.uint8)[begin:].view(kept).view(shape)
 
@@ -133,7 +141,7 @@ def _check_size(file: Path, size: int) -> None:
     found = file_state(file)[0]
     if found != size:
         state = "missing" if found is None else "truncated" if found < size else "damaged"
-        raise ValueError(f"{file} is {state}: it must have {size} bytes, got {found}; {REBUILD}")
+        raise ValueError(f"{file} is {state}: the file must have {size} bytes, got {found}; {REBUILD}")
 
 
 def _read_json(file: Path) -> Any:
@@ -148,13 +156,13 @@ def _parse(content: bytes, file: Path) -> Any:
 
 
 def remove_building_files(path: Path) -> None:
-    """Remove what only an unfinished cache needs, the plan last: it tells that there is something to tidy."""
+    """Removes plan and records; the plan goes last, because its presence shows that cleaning is not complete."""
     for file in [*path.glob("shard-*.json"), *path.glob(PLAN)]:
         file.unlink()
 
 
 def remove_cache_files(path: Path) -> None:
-    """Remove a cache's own files, the manifest first, so that what is left never passes for complete."""
+    """Removes the files of a cache; the manifest goes first, so that the remaining files never look complete."""
     (path / MANIFEST).unlink(missing_ok=True)
     remove_building_files(path)
     for file in path.glob("shard-*.safetensors"):

@@ -1,4 +1,4 @@
-"""Whether a feature cache is the one that is wanted: the same weights, settings and images."""
+"""Checks that a feature cache was built from the requested weights, settings and images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mergetune.data.cache_files import (
 from mergetune.data.image_lists import ImageList
 from mergetune.io import MAX_IMAGE, compact_json, sha256_regular, write_atomically
 
-# What features depend on, and the words for it. Labels and class names are not among them.
+# Entries on which features depend, and their names in messages. Labels and class names are not among them.
 KEY = {
     "fingerprint": "the image weights",
     "preprocess": "the preprocessing",
@@ -33,10 +33,13 @@ KEY = {
 
 
 def is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
-    """Whether the cache is there. Raises ValueError if it is another one.
+    """Whether a complete cache exists at ``path``.
 
-    Takes over new labels of the same images, and new modification times, for the next open, and tidies up after a
-    build that was killed when all but that was done.
+    If labels of all images or modification times are new, they are stored in the manifest. Plan and records that a
+    killed build left beside the manifest are removed.
+
+    Raises:
+        ValueError: the cache was built from other weights, settings or images.
     """
     if not (path / MANIFEST).is_file():
         return False
@@ -53,7 +56,7 @@ def is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
     if len(wanted["files"]) == len(manifest["files"]):
         fresh |= {"labels": reordered(manifest, wanted), "classnames": wanted["classnames"]}
     if moved or fresh != manifest or (path / PLAN).exists():
-        # A convenience: where the folder is read-only or someone rebuilds it, what is there does as well.
+        # The update is optional: it is left out if the folder is read-only or another process builds the cache.
         with contextlib.suppress(OSError, RuntimeError), cache_lock(path):
             if read_document(path / MANIFEST, images=False) == manifest:
                 for number, identities in image_identities(path, manifest):
@@ -67,7 +70,7 @@ def refuse_stale(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -
     for name, words in KEY.items():
         if recorded[name] != wanted[name]:
             raise ValueError(
-                f"feature cache {path} is stale: {words} must be what it was built with, {recorded[name]}, "
+                f"feature cache {path} is stale: {words} must be {recorded[name]}, as when the cache was built, "
                 f"got {wanted[name]}; {REBUILD}"
             )
 
@@ -80,15 +83,20 @@ def refuse_changed(
     *,
     trust_mtime: bool = True,
 ) -> dict[int, list[list[Any]]]:
-    """Raise ValueError unless each image still has the bytes that were encoded.
+    """Checks that each image still has the bytes that were encoded.
 
     Args:
-        recorded: a manifest or a plan.
-        identities: number and images' identities of each shard to look at.
-        trust_mtime: whether an image of the recorded size and modification time need not be read.
+        path: folder of the cache, for messages.
+        recorded: manifest or plan of the cache.
+        images: the images to check; other images of the cache are ignored.
+        identities: number and image identities of each shard to check.
+        trust_mtime: whether an image with the recorded size and modification time counts as unchanged without reading.
 
     Returns:
-        The identities of the shards in which a modification time is another one today.
+        {shard number: current identities} of the shards with a changed modification time.
+
+    Raises:
+        ValueError: an image is missing or has other bytes.
     """
     listed, changed, moved = set(images.files), [], {}
     for number, known in identities:
@@ -106,7 +114,7 @@ def refuse_changed(
     if changed:
         raise ValueError(
             f"feature cache {path} is stale: {len(changed)} of {len(images)} images below {images.root} are missing or "
-            f"not what was encoded, the first is {changed[0]!r}; {REBUILD}"
+            f"differ from the encoded ones, the first is {changed[0]!r}; {REBUILD}"
         )
     return moved
 
@@ -118,8 +126,8 @@ def reordered(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[int]:
 
 
 def image_identity(path: Path) -> list[Any]:
-    """[SHA-256, bytes, modification time in ns] of a file; Nones if it cannot be read."""
-    stat = file_state(path)  # before reading: a file that changes meanwhile must look changed later
+    """[SHA-256, size in bytes, modification time in ns] of a file; None for values that cannot be read."""
+    stat = file_state(path)  # taken before reading, so that a file that changes during reading looks changed later
     return [file_sha256(path), *stat]
 
 

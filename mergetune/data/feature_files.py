@@ -1,7 +1,6 @@
-"""Feature files of other projects as FeatureCache: lpclip, Tip-Adapter, clip-retrieval, plain arrays. Nothing is copied
-that the format lets be mapped into memory.
+"""Reading of other projects' feature files as FeatureCache: lpclip, Tip-Adapter, clip-retrieval, plain arrays.
 
-Shapes: N images, C classes, D embedding width.
+Files are memory-mapped, not copied, where the format allows. Shapes: N images, C classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mergetune.io import load_torch, read_npz, read_regular_text, read_safetenso
 
 FEATURES = ("feature_list", "features", "image_features")  # lpclip's name first
 LABELS = ("label_list", "labels", "targets")
-ROWS = 1 << 16  # checked at once
+ROWS = 1 << 16  # rows checked at once
 
 Labels = Sequence[int] | Sequence[str] | Tensor | np.ndarray | str | Path
 
@@ -36,33 +35,38 @@ def read_features(
     fingerprint: str = "",
     progress: bool = True,
 ) -> FeatureCache:
-    """Image features that another project has saved.
+    """Reads image features that another project has saved, as a feature cache.
 
-    | ``path`` | made by | its labels |
+    | ``path`` | made by | labels |
     |---|---|---|
-    | ``train.npz`` | lpclip (CoOp's linear probe): ``feature_list``, ``label_list`` | in it |
-    | ``keys_16shots.pt`` [D, N] | Tip-Adapter | ``values_16shots.pt``, one-hot [N, C], beside it |
-    | ``test_f.pt`` [N, D] | Tip-Adapter | ``test_l.pt`` beside it |
+    | ``train.npz`` | lpclip (CoOp's linear probe): ``feature_list``, ``label_list`` | in the same file |
+    | ``keys_16shots.pt`` [D, N] | Tip-Adapter | ``values_16shots.pt``, one-hot [N, C], in the same folder |
+    | ``test_f.pt`` [N, D] | Tip-Adapter | ``test_l.pt`` in the same folder |
     | a folder with ``img_emb/img_emb_*.npy`` | clip-retrieval | ``metadata/*.parquet``: a column, or class folders |
-    | ``.npy``, or ``features`` in ``.npz``, ``.pt``, ``.safetensors`` | anyone | ``labels`` in it, or given |
+    | ``.npy``, or ``features`` in ``.npz``, ``.pt``, ``.safetensors`` | any tool | ``labels`` in the file, or given |
 
-    ``.npy``, ``.safetensors`` and ``.pt`` are memory-mapped; all rows are read once, to be checked. Pickled objects are
+    ``.npy``, ``.safetensors`` and ``.pt`` are memory-mapped; all rows are read once to check them. Pickled objects are
     refused.
 
     Args:
         path: the file or folder.
-        labels: N class numbers or names; or their file (.npy, .npz, .pt, .safetensors, or .txt with one a line); or the
-            name of a column of clip-retrieval's metadata. None: see the table.
-        classnames: C names by class number. May be None where the labels are names: then those, sorted.
-        normalize: scale the rows to unit norm, as lpclip's need; a copy in memory. Without it other rows are refused.
-        fingerprint: ``clip.image_fingerprint`` of the model that made the features; "" if unknown, and never checked.
-        progress: show a bar where stderr is a terminal.
+        labels: N class numbers or names, or a file with them (.npy, .npz, .pt, .safetensors, or .txt with one label per
+            line), or the name of a column in clip-retrieval's metadata. None takes the labels named in the table.
+        classnames: C names in the order of the class numbers. If the labels are names, None takes the sorted labels.
+        normalize: scale the rows to unit norm, in a copy; features of lpclip need this. With False, rows that are not
+            of unit norm are refused.
+        fingerprint: ``clip.image_fingerprint`` of the model that made the features. "" means unknown; the model is then
+            never checked.
+        progress: show a bar if stderr is a terminal.
+
+    Returns:
+        A feature cache in memory or on memory-mapped files.
 
     Raises:
-        FileNotFoundError: no such file, or none with its labels.
-        ValueError: a file of another kind, damaged, or with pickled objects; features and labels that do not fit; rows
-            that are not of unit norm.
-        ImportError: clip-retrieval's metadata is needed and pyarrow is not installed.
+        FileNotFoundError: the file, or the file of the labels, does not exist.
+        ValueError: the file has another format, is damaged or holds pickled objects; features and labels do not fit;
+            rows are not of unit norm.
+        ImportError: clip-retrieval's metadata is needed, but pyarrow is not installed.
     """
     path = Path(path)
     files: tuple[str, ...] = ()
@@ -76,10 +80,10 @@ def read_features(
         content = _content(path)
         features = _pick(path, content, FEATURES)
         found = _companion(path, content) if labels is None else labels
-        columns = path.name.startswith("keys_") and not isinstance(content, dict)  # as Tip-Adapter keeps them
+        columns = path.name.startswith("keys_") and not isinstance(content, dict)  # Tip-Adapter stores [D, N]
         parts = [_floats(path, features).T.contiguous() if columns else _floats(path, features)]
     if found is None:
-        raise ValueError(f"labels must be given: {path} holds none")
+        raise ValueError(f"labels must be given, got None: {path} holds no labels")
     if isinstance(found, str | Path):
         found = _read_labels(Path(found))
     numbers, names = _numbers(found, classnames)
@@ -96,7 +100,7 @@ def _cache(
     fingerprint: str,
     progress: bool,
 ) -> FeatureCache:
-    """The checked features: a portion of rows at a time, so that memory stays bounded."""
+    """The cache of these features, checked in portions of rows so that memory stays bounded."""
     count = sum(map(len, parts))
     if len(labels) != count:
         raise ValueError(f"labels must be one for each of the {count} features of {path}, got {len(labels)}")
@@ -137,12 +141,12 @@ def _numbers(labels: Any, classnames: Sequence[str] | None) -> tuple[Tensor, tup
             raise ValueError(f"labels must be among the {len(names)} classnames, got {unknown[0]!r}")
         return torch.tensor([number[name] for name in labels.tolist()]), names
     if classnames is None:
-        raise ValueError("classnames must be given: the labels are numbers")
+        raise ValueError("classnames must be given, got None: the labels are numbers")
     return torch.from_numpy(labels.astype(np.int64)), tuple(classnames)
 
 
 def _read_labels(file: Path) -> Any:
-    require_file(file, f"labels must be there, got {file}, where there is no file")
+    require_file(file, f"labels must be an existing file, got {file}, which does not exist")
     if file.suffix == ".npy":
         return _map_npy(file)
     if file.suffix == ".txt":
@@ -152,7 +156,7 @@ def _read_labels(file: Path) -> Any:
 
 
 def _companion(path: Path, content: Any) -> Any:
-    """The labels that belong to features: in the same file, or in Tip-Adapter's file beside it."""
+    """The labels of features: those in the same content, or the path of Tip-Adapter's file of labels, or None."""
     if isinstance(content, dict):
         return next((content[name] for name in LABELS if name in content), None)
     if path.name.startswith("keys_"):
@@ -164,7 +168,7 @@ def _companion(path: Path, content: Any) -> Any:
 
 
 def _content(file: Path) -> Any:
-    """The arrays by name, or one tensor."""
+    """Content of a file: arrays by name, or one tensor."""
     if file.suffix == ".npz":
         return read_npz(file)
     if file.suffix == ".safetensors":
@@ -187,13 +191,13 @@ def _pick(file: Path, content: Any, names: tuple[str, ...]) -> Any:
 def _map_npy(file: Path) -> np.ndarray:
     try:
         require_regular(file)
-        return np.load(file, mmap_mode="c", allow_pickle=False)  # "c": torch wants memory that could be written
+        return np.load(file, mmap_mode="c", allow_pickle=False)  # "c": torch expects writable memory
     except Exception as error:  # numpy raises many kinds on damaged files
         raise ValueError(f"{file} cannot be read as .npy: {type(error).__name__}: {error}") from error
 
 
 def _floats(file: Path, features: Any) -> Tensor:
-    """Features [N, D] as a tensor on the same memory."""
+    """Features [N, D] as a tensor that shares their memory; refuses other shapes and types."""
     if isinstance(features, np.ndarray) and features.dtype.kind == "f" and features.dtype.itemsize <= 8:
         features = torch.from_numpy(features.astype(features.dtype.newbyteorder("="), copy=False))
     if (
@@ -233,7 +237,7 @@ def _clip_retrieval(folder: Path, labels: Labels | None) -> tuple[list[Tensor], 
     if column is None and "" in found:
         raise ValueError(f"labels must be given: {folder}'s image_path {paths[found.index('')]!r} has no class folder")
     if column is not None and any(type(value) is not type(found[0]) for value in found):
-        raise ValueError(f"labels: the column {column!r} must hold whole numbers or names alone")
+        raise ValueError(f"labels must name a column of whole numbers only or of names only, got {column!r}")
     unique = all(isinstance(name, str) for name in paths) and len(set(paths)) == len(paths)
     return parts, found, tuple(paths) if unique else ()
 
@@ -243,11 +247,11 @@ def _read_parquet(file: Path, columns: list[str]) -> dict[str, list[Any]]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError(f"{file} needs pyarrow: pip install pyarrow, or give the labels yourself") from error
-    require_file(file, f"{file} must be there, with the labels; or give them")
+    require_file(file, f"{file} with the labels must exist, got no such file: or pass labels")
     try:
         found = parquet.ParquetFile(file)
         if missing := [name for name in columns if name not in found.schema_arrow.names]:
-            raise ValueError(f"it must have the column {missing[0]!r}, got {', '.join(found.schema_arrow.names)}")
+            raise ValueError(f"the table must have column {missing[0]!r}, got {', '.join(found.schema_arrow.names)}")
         table = found.read(columns=columns)
         return {name: table.column(name).to_pylist() for name in columns}
     except Exception as error:  # pyarrow raises many kinds

@@ -1,4 +1,4 @@
-"""Image files and folders on disk: reading an image, and what must be there."""
+"""Image files and folders on disk: reading an image, listing images, and checks that files exist."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from PIL import Image, UnidentifiedImageError
 from mergetune.facts.function_options import MAX_PIXELS
 from mergetune.io import MAX_IMAGE, MAX_LIST, read_regular
 
-# The formats that are read, whatever a file's name says. Pillow decodes each of them within this process, with its own
-# code or a codec library, from one picture's pixels. Left out of what Pillow knows are
-#   EPS, and WMF on Windows, which hand the file to another program or to the system (Ghostscript runs PostScript);
-#   BUFR, GRIB, HDF5, MPEG, FITS and others of science and film, which need a handler from elsewhere or are no photos;
+# The supported formats, recognised by content and not by file name. Pillow decodes each of them within this process,
+# with its code or a codec library, from the pixels of one picture. Formats that Pillow knows but that are left out:
+#   EPS, and WMF on Windows: they hand the file to another program or to the system (Ghostscript runs PostScript);
+#   BUFR, GRIB, HDF5, MPEG, FITS and other formats of science and film: they need extra handlers or are no photos;
 #   ICO, ICNS, CUR, DCX, FLI, PSD, FPX, MIC, IPTC and MCIDAS: containers of several pictures, layers or other files;
-#   AVIF, whose container may name 8 x 8 pixels for a picture of 16,000 x 16,000, which is decoded whole all the same;
+#   AVIF: the container may state 8 x 8 pixels for a picture of 16,000 x 16,000, which is still decoded as a whole;
 #   BLP, DDS, FTEX, GBR, IM, IMT, MSP, PCD, PCX, PIXAR, QOI, SGI, SPIDER, SUN, XBM, XPM, XV and TGA: old or rare formats
-#   with seldom tested decoders, some of which recognise a file by almost nothing.
+#   with little-tested decoders, some of which recognise a file by only a few bytes.
 IMAGE_FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
@@ -40,25 +40,26 @@ IMAGE_FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
-# Of a JPEG. A scan of a few bytes can go over the whole picture. Progressive ones have about 10; libtiff allows 100.
+# Most scans of a JPEG: a scan of a few bytes can cover the whole picture. Progressive JPEGs have about 10 scans;
+# libtiff allows 100.
 MAX_SCANS = 100
 _MARKER, _SCAN, _END = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]"), 0xDA, 0xD9
 
 
 def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image as RGB.
+    """Decodes an image as RGB.
 
-    The file must be a regular file of one of :data:`IMAGE_FORMATS`, none of which starts another program. As in
-    open_clip and CoOp, EXIF orientation is not applied: published numbers were made that way.
+    The file must be a regular file in one of :data:`IMAGE_FORMATS`; decoding never starts another program. EXIF
+    orientation is not applied, as in open_clip and CoOp, with which published numbers were computed.
 
     Args:
         path: the file.
-        max_pixels: the largest width times height that is decoded: a file of 20 kB can hold an image that fills the
-            memory. The size is read from the header, and so are the sizes of TIFF's tiles and GIF's frames.
+        max_pixels: largest width times height: a file of 20 kB can hold an image that fills the memory. The header
+            gives this size, and the sizes of TIFF tiles and GIF frames.
 
     Raises:
-        ValueError: the file is missing, truncated, not a regular file, not an image, or too large (256 MiB, whatever
-            its pixels are); a JPEG has more than 100 scans; names it.
+        ValueError: the file is missing, truncated, not a regular file or not an image; the file has over 256 MiB; the
+            image has over ``max_pixels`` pixels; a JPEG has over 100 scans. The message names the file.
     """
     try:
         content = read_regular(path, limit=MAX_IMAGE)
@@ -73,7 +74,9 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"cannot read image {path}: its content must be {', '.join(_formats())}") from error
-    except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, EOFError, ...
+    except (
+        Exception
+    ) as error:  # decoders raise exceptions of any type: OSError, SyntaxError, struct.error, EOFError, ...
         raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
 
@@ -83,10 +86,15 @@ def prettify(name: str) -> str:
 
 
 def require_files(root: Path, files: Sequence[str], table: Path) -> None:
-    """Refuse listed images that are missing below root; each folder is listed once rather than each image looked up.
+    """Checks that listed images exist below root. Each folder is listed once, which is faster than a look-up per image.
+
+    Args:
+        root: folder that ``files`` are relative to.
+        files: paths of the images.
+        table: the file that lists the images, for messages.
 
     Raises:
-        FileNotFoundError: how many are missing, and the first.
+        FileNotFoundError: images are missing; the message names their number and the first.
     """
     names: dict[str, set[str]] = {}
     missing = []
@@ -94,7 +102,7 @@ def require_files(root: Path, files: Sequence[str], table: Path) -> None:
         folder, name = posixpath.split(file)
         if folder not in names:
             names[folder] = _file_names(os.path.join(root, folder))
-        # A file system may know a name by another spelling (case, Unicode form), so it has the last word.
+        # A file system may accept another spelling of a name (case, Unicode form), so isfile decides.
         if name not in names[folder] and not os.path.isfile(os.path.join(root, file)):
             missing.append(file)
     if missing:
@@ -104,21 +112,21 @@ def require_files(root: Path, files: Sequence[str], table: Path) -> None:
 
 
 def subfolders(parent: str | Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones."""
+    """Sorted names of the folders in ``parent``, without hidden folders."""
     with os.scandir(parent) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 @functools.cache
 def image_extensions() -> frozenset[str]:
-    """Extensions, with the dot and in lower case, of those :data:`IMAGE_FORMATS` that Pillow has here."""
+    """File extensions, in lower case with the dot, of the :data:`IMAGE_FORMATS` that the installed Pillow supports."""
     return frozenset(extension for name in _formats() for extension in IMAGE_FORMATS[name])
 
 
 def image_names(folder: str | Path) -> list[str]:
-    """Names of the images in a folder, by extension, sorted, without hidden ones.
+    """Sorted names of the images in a folder, recognised by extension, without hidden files.
 
-    A FIFO, a device or a socket is no image. A link to nothing is one that cannot be read, rather than none.
+    FIFOs, devices and sockets are left out. Broken links are included: reading such an image reports the error.
     """
     extensions = tuple(image_extensions())
     with os.scandir(folder) as entries:
@@ -138,7 +146,7 @@ def _formats() -> tuple[str, ...]:
 
 
 class _Limit(int):
-    """A limit for Pillow, which warns above its limit and refuses above its double: here both are one number."""
+    """A pixel limit for Pillow. Pillow warns above its limit and refuses above twice the limit; here both are equal."""
 
     def __rmul__(self, other: int) -> _Limit:
         return self
@@ -149,15 +157,15 @@ _PILLOWS_LIMIT = threading.Lock()
 
 @contextmanager
 def _open_image(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """An image, its header read, nothing decoded. Raises DecompressionBombError above max_pixels."""
-    with _PILLOWS_LIMIT:  # it is one for the whole process
+    """Opens an image and reads its header, without decoding. Raises DecompressionBombError above max_pixels."""
+    with _PILLOWS_LIMIT:  # Pillow has one limit for the whole process
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, _Limit(max_pixels)
         try:
             image = Image.open(io.BytesIO(content), formats=_formats())
         finally:
             Image.MAX_IMAGE_PIXELS = usual
     with image:
-        tags = getattr(image, "tag_v2", {})  # of a TIFF, whose decoder makes room for a whole tile
+        tags = getattr(image, "tag_v2", {})  # the decoder of TIFF allocates memory for a whole tile
         tile = tags.get(TILE_WIDTH, 1) * tags.get(TILE_LENGTH, 1)
         if tile > max_pixels:
             raise Image.DecompressionBombError(f"a tile is too large ({tile} pixels)")
@@ -167,9 +175,9 @@ def _open_image(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _jpeg_scans(content: bytes) -> int:
-    """How many scans a decoder goes through, up to the end of the first picture.
+    """Number of scans that a decoder processes up to the end of the first picture.
 
-    Within a scan 0xFF begins a marker unless zero or a restart's number follows; other segments have a length.
+    Within a scan, 0xFF begins a marker unless zero or a restart number follows; other segments state their length.
     """
     scans, at = 0, 2
     while found := _MARKER.search(content, at):
@@ -193,9 +201,9 @@ def _file_names(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):  # no such folder, or no such name on this system
+    except (OSError, ValueError):  # the folder does not exist, or the system does not allow its name
         return set()
 
 
 def brief(value: Any) -> str:
-    return reprlib.repr(value)  # of any depth and length
+    return reprlib.repr(value)  # short for values of any depth and length

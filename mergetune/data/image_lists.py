@@ -17,21 +17,21 @@ from mergetune.data.few_shot_files import read_few_shot
 
 SPLITS = ("train", "val", "test")
 
-VAL_SHOTS = 4  # CoOp never draws more validation images per class than this
+VAL_SHOTS = 4  # most validation images per class that CoOp draws
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Labelled images below one folder. C classes, some of which may have no image here.
+    """Labelled images below one folder, of C classes. A class may have no images in the list.
 
     Attributes:
         root: the folder that ``files`` are relative to.
-        files: relative paths with forward slashes, no file twice.
+        files: relative paths with forward slashes, without repetition.
         labels: one class index in [0, C) per file.
-        classnames: C names, as they go into a prompt.
+        classnames: C names, in the form in which prompts use them.
 
     Raises:
-        ValueError: no files; lengths differ; a label out of range; a file twice; an absolute path.
+        ValueError: no files, different lengths, a label out of range, a repeated file, or an absolute path.
     """
 
     root: Path
@@ -63,7 +63,7 @@ class ImageList:
 
     @property
     def paths(self) -> list[Path]:
-        """Where each image lies."""
+        """Full path of each image."""
         return [self.root / file for file in self.files]
 
     @property
@@ -76,11 +76,11 @@ class ImageList:
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """The classes that have an image here, ascending."""
+        """The classes with at least one image, in ascending order."""
         return tuple(sorted(set(self.labels)))
 
     def take(self, positions: Iterable[int]) -> ImageList:
-        """The images at these positions, in this order; labels and class names stay."""
+        """A list of the images at these positions, in this order; labels and class names do not change."""
         positions = list(positions)
         return replace(
             self,
@@ -89,14 +89,14 @@ class ImageList:
         )
 
     def select(self, classes: Sequence[int]) -> ImageList:
-        """The images of these classes, relabelled from 0 in the given order; the images keep their order.
+        """A list of the images of these classes, in their order here, relabelled from 0 in the order of ``classes``.
 
         Raises:
-            ValueError: no class, an unknown class, a class twice, or no image left.
+            ValueError: no class, an unknown class, a repeated class, or classes without images.
         """
         classes = _check_classes(classes, len(self.classnames))
         if classes == tuple(range(len(self.classnames))):
-            return self  # ImageNet's list is long
+            return self  # saves a copy of ImageNet's long list
         new_label = {old: new for new, old in enumerate(classes)}
         kept = [i for i, label in enumerate(self.labels) if label in new_label]
         if not kept:
@@ -110,10 +110,10 @@ class ImageList:
         )
 
     def require_every_class(self) -> ImageList:
-        """This list, if each class has an image.
+        """Returns this list if each class has an image.
 
         Raises:
-            ValueError: naming the classes that have none.
+            ValueError: a class has no image; the message names such classes.
         """
         empty = [name for name, count in zip(self.classnames, self.counts, strict=True) if not count]
         if empty:
@@ -123,20 +123,21 @@ class ImageList:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Train, validation and test images over the same classes, of which some are visible. Each may be missing.
+    """Training, validation and test images of the same classes, of which some may be hidden.
 
-    ``train``, ``val``, ``test`` and ``classnames`` show the visible classes, labelled from 0. The whole lists are
-    remembered, because CoOp draws few-shot images from all classes before it drops the novel ones.
+    ``train``, ``val``, ``test`` and ``classnames`` contain only the visible classes, labelled from 0. The dataset also
+    stores the full lists, because CoOp draws few-shot images from all classes before it removes the novel ones. One or
+    two of the three splits may be missing.
 
     Attributes:
-        name: for tables and messages.
-        full_train: training images of all classes, if there are any.
-        full_val: validation images of all classes, if there are any.
-        full_test: test images of all classes, if there are any.
-        visible: which of all classes are visible, and their order; None shows all.
+        name: name for tables and messages.
+        full_train: training images of all classes, or None.
+        full_val: validation images of all classes, or None.
+        full_test: test images of all classes, or None.
+        visible: indices of the visible classes in the order of their new labels; None shows all classes.
 
     Raises:
-        ValueError: no split; class names differ between splits; a file in two splits; an unknown visible class.
+        ValueError: no split, different class names between splits, a file in two splits, or an unknown visible class.
     """
 
     name: str
@@ -168,28 +169,30 @@ class Dataset:
 
     @functools.cached_property
     def train(self) -> ImageList:
-        """Training images of the visible classes. Raises ValueError where there are none."""
+        """Training images of the visible classes. Raises ValueError if the dataset has none."""
         return self._full("train").select(self._shown)
 
     @functools.cached_property
     def val(self) -> ImageList:
-        """Validation images of the visible classes. Raises ValueError where there are none."""
+        """Validation images of the visible classes. Raises ValueError if the dataset has none."""
         return self._full("val").select(self._shown)
 
     @functools.cached_property
     def test(self) -> ImageList:
-        """Test images of the visible classes. Raises ValueError where there are none."""
+        """Test images of the visible classes. Raises ValueError if the dataset has none."""
         return self._full("test").select(self._shown)
 
     def select(self, classes: Sequence[int]) -> Dataset:
-        """Only these of the visible classes, relabelled from 0 in the given order."""
+        """A dataset that shows only these of the visible classes, relabelled from 0 in the given order."""
         return replace(self, visible=tuple(self._shown[c] for c in _check_classes(classes, len(self._shown))))
 
     def base_novel(self) -> tuple[Dataset, Dataset]:
-        """CoOp's halves: the first ceil(C / 2) visible classes are base, the others novel, each labelled from 0.
+        """Two datasets of CoOp's base and novel classes, each labelled from 0.
+
+        The base classes are the first ceil(C / 2) of the C visible classes; the novel classes are the others.
 
         Raises:
-            ValueError: fewer than two classes.
+            ValueError: fewer than two visible classes.
         """
         count = len(self._shown)
         if count < 2:
@@ -199,20 +202,21 @@ class Dataset:
         return self.select(ordered[:half]), self.select(ordered[half:])
 
     def few_shot(self, shots: int | None, seed: int = 1, split: str = "train") -> ImageList:
-        """The images that CoOp draws with this seed, of the visible classes.
+        """The few-shot images that CoOp draws with this seed, of the visible classes.
 
-        Exactly Dassl's sampling: a stream ``random.Random(seed)``; for each class, in order of first appearance in the
-        whole training list, ``random.sample`` of ``shots`` images, or all of them where there are fewer (Dassl's
-        ``repeat=False``, which draws nothing). ``split="val"`` continues that stream with min(shots, 4) images per
-        class of the validation list. Classes are hidden afterwards, so base and novel share one draw.
+        The sampling equals Dassl's: ``random.Random(seed)`` draws ``random.sample`` of ``shots`` images for each class,
+        in the order in which classes first appear in the full training list. A class with fewer images gives all of
+        them, without a draw (Dassl's ``repeat=False``). For ``split="val"`` the same random stream then draws
+        min(shots, 4) images per class from the validation list. Classes are hidden after the draw, so base and novel
+        classes have one common draw.
 
         Args:
-            shots: images per class; None gives the whole split.
-            seed: CoOp's ``SEED``.
+            shots: images per class; None returns the whole split.
+            seed: ``SEED`` of CoOp.
             split: "train" or "val".
 
         Raises:
-            ValueError: shots < 1; another split; a visible class without images.
+            ValueError: shots below 1, another split, or a visible class without images.
         """
         _check_few_shot_split(split)
         if shots is not None and operator.index(shots) < 1:
@@ -228,18 +232,19 @@ class Dataset:
         return images.take(positions).select(self._shown)
 
     def few_shot_file(self, path: str | Path, split: str = "train") -> ImageList:
-        """The images that CoOp drew and stored, of the visible classes: ``split_fewshot/shot_16-seed_1.pkl``.
+        """The few-shot images in a file that CoOp stored, of the visible classes.
 
-        The file is a pickle of Dassl's records. Nothing in it is run: only plain values and these records are read.
-        Its paths are those of the machine where it was written; here an image is found by the end of its path.
+        The file is a pickle of Dassl's records. No pickled code is run: only plain values and these records are read.
+        The paths in the file are those of the machine that wrote the file, so images are found by the ends of the
+        paths.
 
         Args:
-            path: the file.
+            path: the file, such as ``split_fewshot/shot_16-seed_1.pkl``.
             split: "train" or "val".
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not such a file, or drawn from other images or labels.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a few-shot file of CoOp, or was drawn from other images or labels.
         """
         _check_few_shot_split(split)
         path, images = Path(path), self._full(split)
@@ -261,7 +266,7 @@ class Dataset:
 
     @property
     def _shown(self) -> tuple[int, ...]:
-        """``visible``, which is None no more once the object is made."""
+        """``visible`` for type checkers: ``__post_init__`` replaces None by all classes."""
         return cast(tuple[int, ...], self.visible)
 
     def _full(self, split: str) -> ImageList:
@@ -272,15 +277,15 @@ class Dataset:
 
 
 def difference(expected: Iterable[str], got: Iterable[str]) -> str:
-    """How a list of names differs from another, for messages."""
+    """Describes how the names ``got`` differ from the names ``expected``, for messages."""
     expected, got = list(expected), list(got)
     lacking, extra = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
-    parts = [f"lacks {some_of(lacking)}"] * bool(lacking) + [f"has {some_of(extra)} besides"] * bool(extra)
+    parts = [f"lacks {some_of(lacking)}"] * bool(lacking) + [f"has {some_of(extra)} in addition"] * bool(extra)
     return " and ".join(parts) or "has them in another order"
 
 
 def _draw(images: ImageList, shots: int, stream: random.Random) -> list[int]:
-    """Positions of ``shots`` images per class, by Dassl's generate_fewshot_dataset."""
+    """Positions of ``shots`` images per class, drawn as Dassl's generate_fewshot_dataset draws them."""
     of_label: dict[int, list[int]] = defaultdict(list)
     for position, label in enumerate(images.labels):
         of_label[label].append(position)
@@ -291,7 +296,7 @@ def _draw(images: ImageList, shots: int, stream: random.Random) -> list[int]:
 
 
 def _path_ends(file: str) -> list[str]:
-    """The path without its first parts, longest first: "a/b/c" -> "a/b/c", "b/c", "c"."""
+    """All ends of a path, longest first: "a/b/c" -> "a/b/c", "b/c", "c"."""
     parts = file.replace("\\", "/").split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
@@ -321,7 +326,7 @@ def refuse_repeats(what: str, values: Sequence[Any]) -> None:
 
 
 def _refuse_shared(lists: Mapping[str, ImageList]) -> None:
-    """Refuse an image in two splits. Sets of the shorter lists only: ImageNet's training list is long."""
+    """Refuses an image in two splits. Sets are made of the shorter lists only: ImageNet's training list is long."""
     one_root = len({images.root for images in lists.values()}) == 1
     names = {split: images.files if one_root else [*map(str, images.paths)] for split, images in lists.items()}
     for first, second in itertools.combinations(names, 2):

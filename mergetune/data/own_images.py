@@ -1,4 +1,4 @@
-"""Datasets from own images: a folder of class folders, a table, or a split file of CoOp."""
+"""Datasets from a user's images: a folder of class folders, a table, or a split file of CoOp."""
 
 from __future__ import annotations
 
@@ -28,27 +28,28 @@ def ImageFolder(
     seed: int = 0,
     classnames: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Read a folder of images, one folder per class.
+    """Reads a dataset from a folder with one subfolder per class.
 
-    Two layouts: ``root/{train,val,test}/<class>/**/image``, of which val and test may be missing; or
-    ``root/<class>/**/image``, which is then split. The first is meant where ``root`` holds a folder ``train`` and no
-    folders but these three. Images are known by their extension, see :func:`image_extensions`; hidden files and
-    folders are left out, and so are FIFOs, devices and sockets; links are followed, loops are not.
+    Two layouts are possible: ``root/{train,val,test}/<class>/**/image``, where val and test may be missing, or
+    ``root/<class>/**/image``, which is split here. ``root`` has the first layout if it holds a folder ``train`` and no
+    folders except these three. Images are recognised by extension, see :func:`image_extensions`. Hidden files and
+    folders, FIFOs, devices and sockets are left out. Links are followed, except for loops.
 
-    The split is made per class with a seed; a class that is added later leaves the others' split alone. Files with the
-    same bytes stay on one side, so that no test image was trained on under another name.
+    The split is drawn per class with a seed; adding a class does not change the split of other classes. Files with the
+    same bytes go to the same split, so no test image is also a training image under another name.
 
     Args:
         root: the folder.
-        val: share of each class for validation, only for the layout without splits; default 0.2, 0 for none.
-        test: share of each class for testing, likewise; default 0.3.
-        seed: of that split.
+        val: share of each class for validation, only in the layout without splits. Default: 0.2; 0 for no validation.
+        test: share of each class for testing, only in the layout without splits. Default: 0.3.
+        seed: seed of the split.
         classnames: {folder name: class name}. Without an entry, ``shopping_cart`` becomes "shopping cart".
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no class folders; a class without images; classes differ between splits; two folders with one class
-            name; split folders beside others; too few images to split; val or test given for data already split.
+        FileNotFoundError: the folder does not exist.
+        ValueError: no class folders, a class without images, different classes between splits, two folders with the
+            same class name, other folders beside train, val and test, too few images to split, or val or test given
+            for data that is already split.
     """
     root = Path(root)
     if not root.is_dir():
@@ -58,7 +59,9 @@ def ImageFolder(
         raise ValueError(f"root must hold one folder per class, got no folders in {root}")
     others = sorted(set(folders) - set(SPLITS))
     if "train" in folders and others and set(folders) & {"val", "test", "valid", "validation"}:
-        raise ValueError(f"{root} must hold only train, val and test, or only classes, got {some_of(others)} besides")
+        raise ValueError(
+            f"{root} must hold only train, val and test, or only classes, got {some_of(others)} in addition to train"
+        )
     if "train" in folders and not others:
         _refuse_shares(val, test, f"{root} holds the folders {', '.join(folders)}")
         splits = {split: _class_files(root, root / split) for split in SPLITS if split in folders}
@@ -76,23 +79,24 @@ def image_table(
     seed: int = 0,
     classnames: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Read a list of images from a CSV file with a header, or from a JSON list of objects.
+    """Reads a dataset from a table of images: a CSV file with a header, or a JSON list of objects.
 
-    Columns or keys: ``path``, relative to ``root`` (or absolute, below it); ``label``, a class name; and optionally
-    ``split``, one of train, val, test. Without ``split`` the images are split as in :func:`ImageFolder`. Classes are
-    sorted by label.
+    Columns or keys are ``path`` (relative to ``root``, or absolute and below ``root``), ``label`` (a class name), and
+    optionally ``split`` (train, val or test). Without ``split`` the images are split as in :func:`ImageFolder`. Classes
+    are sorted by label.
 
     Args:
         path: the ``.csv`` or ``.json`` file.
-        root: the images' folder; default the file's own.
-        val: share of each class for validation, where the table has no splits; default 0.2, 0 for none.
-        test: share of each class for testing, likewise; default 0.3.
-        seed: of that split.
+        root: folder of the images. Default: the folder of the table.
+        val: share of each class for validation, only for a table without splits. Default: 0.2; 0 for no validation.
+        test: share of each class for testing, only for a table without splits. Default: 0.3.
+        seed: seed of the split.
         classnames: {label: class name}. Without an entry, ``shopping_cart`` becomes "shopping cart".
 
     Raises:
-        FileNotFoundError: no such table; images that are listed but missing, how many and the first.
-        ValueError: not such a table, naming the row; otherwise as :func:`ImageFolder`.
+        FileNotFoundError: the table does not exist, or listed images are missing (the message names the first).
+        ValueError: the file is not such a table (the message names the row), or one of the errors of
+            :func:`ImageFolder`.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
@@ -105,7 +109,7 @@ def image_table(
         if not (isinstance(file, str) and file and isinstance(label, str) and label):
             raise ValueError(f"{where} must have a path and a class name as label, got path={file!r}, label={label!r}")
         if has_splits != (split is not None) or (has_splits and split not in SPLITS):
-            raise ValueError(f"{where} must have a split of train, val or test as every other row, got {split!r}")
+            raise ValueError(f"{where} must have a split (train, val or test) if any row has one, got {split!r}")
         files = splits.setdefault(split or "all", {}).setdefault(label, [])
         files.append(_relative(file, root, where))
     listed = [file for classes in splits.values() for files in classes.values() for file in files]
@@ -119,18 +123,19 @@ def image_table(
 
 
 def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = "") -> Dataset:
-    """Read one of CoOp's ``split_zhou_*.json``: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
+    """Reads a dataset from one of CoOp's ``split_zhou_*.json``.
 
-    Labels are the file's own and class names get spaces for underscores, as in CoOp.
+    The file holds {"train": [[path, label, class name], ...], "val": ..., "test": ...}. Labels are taken from the file;
+    underscores in class names become spaces, as in CoOp.
 
     Args:
-        root: the dataset's folder, such as ``data/caltech-101``.
+        root: folder of the dataset, such as ``data/caltech-101``.
         json_file: the split file, relative to ``root`` or absolute.
-        image_dir: the folder that the paths are relative to, relative to ``root`` or absolute.
+        image_dir: folder that the listed paths are relative to; itself relative to ``root``, or absolute.
 
     Raises:
-        FileNotFoundError: no such file; images that are listed but missing, how many and the first.
-        ValueError: not such a file; a label with two names; a label without images in train.
+        FileNotFoundError: the file does not exist, or listed images are missing (the message names the first).
+        ValueError: the file is not a split file, a label has two names, or a label has no images in train.
     """
     json_file, images = Path(root, json_file), Path(root, image_dir)
     content = read_json(json_file)
@@ -155,7 +160,7 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
             splits.setdefault(split, []).append((file, label))
     if sorted(names) != list(range(len(names))):
         raise ValueError(
-            f"labels in {json_file} must be 0..{len(names) - 1} without a gap, got {some_of(sorted(names))}"
+            f"labels in {json_file} must be 0 to {len(names) - 1} without a gap, got {some_of(sorted(names))}"
         )
     require_files(images, [file for items in splits.values() for file, _ in items], json_file)
     classnames = tuple(names[label] for label in range(len(names)))
@@ -173,7 +178,7 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
 def _stratify(
     root: Path, classes: Mapping[str, list[str]], *, val: float | None, test: float | None, seed: int
 ) -> dict[str, dict[str, list[str]]]:
-    """Split each class's files; files with the same bytes stay together, across classes too."""
+    """Splits the files of each class. Files with the same bytes go to the same split, also across classes."""
     shares = {"test": TEST_SHARE if test is None else test, "val": VAL_SHARE if val is None else val}
     for name, share in shares.items():
         if not 0 <= share < 1:
@@ -182,7 +187,7 @@ def _stratify(
         raise ValueError(f"val + test must be below 1, got {shares['val']} + {shares['test']}")
     shares = {name: share for name, share in shares.items() if share}
     bytes_of = _identify(root, [file for files in classes.values() for file in files])
-    side: dict[str, str] = {}  # of each content
+    side: dict[str, str] = {}  # content -> split
     splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS if split in shares or split == "train"}
     for name, files in classes.items():
         wanted = {split: max(1, round(share * len(files))) for split, share in shares.items()}
@@ -194,7 +199,7 @@ def _stratify(
             if content in side:
                 got[side[content]] += len(twins[content])
         free = sorted(content for content in twins if content not in side)
-        random.Random(f"{seed}/{name}").shuffle(free)  # one stream per class: a new class moves no other
+        random.Random(f"{seed}/{name}").shuffle(free)  # one stream per class: a new class does not change the others
         for content in free:
             bare = [split for split in got if not got[split]]
             short = [split for split in shares if got[split] < wanted[split]]
@@ -203,7 +208,7 @@ def _stratify(
         if not all(got.values()):
             raise ValueError(
                 f"class {name!r} in {root} must have at least {len(got)} different images to be split into "
-                f"{', '.join(splits)}, got {len(twins)}; give the splits yourself, or val=0"
+                f"{', '.join(splits)}, got {len(twins)}: make the splits yourself, or set val=0"
             )
         for split in splits:
             splits[split][name] = [file for file in files if side[bytes_of[file]] == split]
@@ -211,7 +216,7 @@ def _stratify(
 
 
 def _identify(root: Path, files: Iterable[str]) -> dict[str, str]:
-    """{file: content}, equal for files with the same bytes. Only files of equal size are read."""
+    """{file: key}, with equal keys for files with the same bytes. Only files of equal size are read."""
     by_size: dict[int, list[str]] = defaultdict(list)
     for file in files:
         by_size[(root / file).stat().st_size].append(file)
@@ -228,13 +233,13 @@ def _identify(root: Path, files: Iterable[str]) -> dict[str, str]:
 def _dataset(
     name: str, root: Path, splits: Mapping[str, Mapping[str, list[str]]], classnames: Mapping[str, str] | None
 ) -> Dataset:
-    """A dataset of {split: {folder or label: files}}; classes are sorted by that key."""
+    """The dataset of {split: {folder or label: files}}; classes are sorted by folder or label."""
     if "train" not in splits:
         raise ValueError(f"{root} must have training images, got only {', '.join(splits)}")
     keys = sorted(splits["train"])
     for split, classes in splits.items():
         if sorted(classes) != keys:
-            raise ValueError(f"{split} must have the classes of train in {root}, {difference(keys, classes)}")
+            raise ValueError(f"{split} must have the classes of train in {root}, but {difference(keys, classes)}")
     names = _class_names(keys, classnames or {})
     lists = {}
     for split, classes in splits.items():
@@ -244,18 +249,21 @@ def _dataset(
 
 
 def _class_names(keys: Sequence[str], given: Mapping[str, str]) -> tuple[str, ...]:
-    """Class names of folders, which may be equal only if the user says so (ImageNet's usual names have such pairs)."""
+    """Class names of folders or labels.
+
+    Two names may be equal only if ``given`` sets both (some usual names of ImageNet's classes are equal).
+    """
     owner: dict[str, str] = {}
     for key in keys:
         name = given.get(key, prettify(key))
         other = owner.setdefault(name, key)
         if other != key and not (key in given and other in given):
-            raise ValueError(f"class names must differ, got {name!r} for {other!r} and {key!r}; classnames= renames")
+            raise ValueError(f"class names must differ, got {name!r} for {other!r} and {key!r}: rename with classnames")
     return tuple(given.get(key, prettify(key)) for key in keys)
 
 
 def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
-    """{class folder in parent: its images, sorted, relative to root}."""
+    """{class folder in parent: sorted paths of its images relative to root}."""
     above = {_identity(root), _identity(parent)}
     classes = {}
     for name in subfolders(parent):
@@ -269,7 +277,7 @@ def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
 
 
 def _images_below(folder: Path, above: set[tuple[int, int]]) -> list[Path]:
-    """Images in a folder and its folders; a folder that was seen is not entered again, so that links cannot loop."""
+    """Images in a folder and its subfolders. No folder is entered twice, so links cannot form loops."""
     seen = above | {_identity(folder)}
     found = []
     for here, folders, _ in os.walk(folder, followlinks=True):
@@ -311,7 +319,7 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _split_item(item: Any) -> tuple[str, int, str]:
-    """An entry of CoOp's split file; TypeError or ValueError if it is none."""
+    """(path, label, class name) of an entry in CoOp's split file; TypeError or ValueError for other values."""
     file, label, name = item
     if not (isinstance(item, list) and isinstance(file, str) and isinstance(name, str) and file and prettify(name)):
         raise TypeError
@@ -319,7 +327,7 @@ def _split_item(item: Any) -> tuple[str, int, str]:
 
 
 def _relative(file: str, root: Path, where: str) -> str:
-    """A listed path relative to root, in one spelling."""
+    """A listed path relative to root, normalised so that each file has one spelling."""
     if posixpath.isabs(file):
         path = Path(file)
         if not path.is_relative_to(root.absolute()):
@@ -333,4 +341,4 @@ def _relative(file: str, root: Path, where: str) -> str:
 
 def _refuse_shares(val: float | None, test: float | None, reason: str) -> None:
     if val is not None or test is not None:
-        raise ValueError(f"val and test must be None for data that is split already ({reason}), got {val} and {test}")
+        raise ValueError(f"val and test must be None for data that is already split ({reason}), got {val} and {test}")

@@ -1,4 +1,4 @@
-"""Rows of a cache's shards, read in one go from the mapping or by ``preadv``."""
+"""Reading of rows from the shards of a cache, through memory mappings or with ``preadv``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from mergetune.io import read_at
 
 
 class OpenFiles:
-    """The shards' files, open until the last view of the cache is gone: even of a rebuilt cache the old ones."""
+    """The open files of a cache's shards, closed when no cache object uses them any more.
+
+    If a cache is rebuilt, objects that opened the cache before still read the old files.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths, self.files = tuple(paths), []
@@ -29,7 +32,7 @@ class OpenFiles:
             file.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OpenFiles, (self.paths,)  # another process opens its own
+        return OpenFiles, (self.paths,)  # another process opens the files again
 
 
 def may_open(count: int) -> bool:
@@ -38,7 +41,12 @@ def may_open(count: int) -> bool:
 
 
 class RowReader:
-    """Where the rows of some shards lie; reads any of them in one go, however many shards they come from."""
+    """Reads any rows of some shards in one call, also rows of several shards.
+
+    Args:
+        shards: features of each shard, [V, n, D].
+        opened: open files of the shards, to read with ``preadv``; None reads from ``shards``.
+    """
 
     def __init__(self, shards: Sequence[Tensor], opened: OpenFiles | None) -> None:
         self.given = shards, opened
@@ -46,12 +54,12 @@ class RowReader:
         self.first = self.counts.cumsum(0) - self.counts
         self.dim, self.dtype, self.opened = shards[0].shape[-1], shards[0].dtype, opened
         size = self.dtype.itemsize
-        if opened is not None:  # where each shard's features begin, in bytes of its file
+        if opened is not None:  # begin: byte offset of each shard's features in its file
             self.paths, self.descriptors = opened.paths, [file.fileno() for file in opened.files]
             self.begin = torch.tensor([shard.storage_offset() * size for shard in shards])
             return
-        # All shards as one tensor from the lowest address to the highest, of overlapping rows, one at each element: a
-        # row's place is then one number. What lies between the shards is not ours, may not exist, and is never read.
+        # ``window`` views the memory from the lowest to the highest address of all shards as overlapping rows, one per
+        # element, so that one number addresses any row. The memory between the shards is never read.
         self.shards = [s.contiguous() if s.data_ptr() % size == 0 else s.clone().contiguous() for s in shards]
         address = torch.tensor([shard.data_ptr() for shard in self.shards])
         lowest = int(address.argmin())
@@ -62,12 +70,18 @@ class RowReader:
         self.window = torch.from_numpy(overlapping).view(self.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RowReader, self.given  # the window must never be copied
+        return RowReader, self.given  # pickling must not copy the window
 
     def read(self, row: Tensor, view: Tensor, out: Tensor) -> None:
-        """Fill out [B, D] float32 with these stored rows [B], of these views [B]."""
+        """Writes stored rows to ``out``.
+
+        Args:
+            row: positions in the concatenated shards, [B].
+            view: view of each row, [B].
+            out: result, [B, D] float32.
+        """
         shard = torch.searchsorted(self.first, row, right=True) - 1
-        place = (view * self.counts[shard] + row - self.first[shard]) * self.dim  # elements from the shard's begin
+        place = (view * self.counts[shard] + row - self.first[shard]) * self.dim  # offset in the shard, in elements
         raw = out if self.dtype == out.dtype else torch.empty(out.shape, dtype=self.dtype)
         if self.opened is None:
             torch.index_select(self.window, 0, self.begin[shard] + place, out=raw)
@@ -77,7 +91,7 @@ class RowReader:
             out.copy_(raw)
 
     def _read_files(self, shard: Tensor, begin: Tensor, out: Tensor) -> None:
-        """Fill out [B, D] from these bytes of the shards' files. Rows that follow each other are read at once."""
+        """Fills ``out`` [B, D] from byte offsets ``begin`` in the files ``shard``; adjacent rows are read together."""
         width = self.dim * out.itemsize
         breaks = (shard.diff() != 0) | (begin.diff() != width)
         runs = torch.cat([torch.zeros(1, dtype=torch.int64), breaks.nonzero().squeeze(1) + 1])

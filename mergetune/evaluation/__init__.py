@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         BaseNovel,
         Classifier,
         Hits,
+        ImageMap,
         Report,
         Row,
         accuracy,
@@ -29,6 +30,7 @@ __all__ = [
     "BaseNovel",
     "Classifier",
     "Hits",
+    "ImageMap",
     "Path",
     "Report",
     "Row",
@@ -62,7 +64,8 @@ make_lazy(
         "mergetune.evaluation.paths": "Path connectivity cross_entropy path",
         "mergetune.evaluation.planes": "plane",
         "mergetune.evaluation.scores": (
-            "BaseNovel Classifier Hits Report Row accuracy base_to_novel count_hits harmonic_mean score summarise"
+            "BaseNovel Classifier Hits ImageMap Report Row accuracy base_to_novel count_hits harmonic_mean score "
+            "summarise"
         ),
         "mergetune.evaluation.spectra": "spectrum",
     },

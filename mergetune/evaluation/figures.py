@@ -1,4 +1,7 @@
-"""The figures: loss and accuracy along paths and over planes, curvature along the way. Names are shown as they are."""
+"""Figures of loss and accuracy along paths and over planes, and of curvature along paths.
+
+Names are drawn as given: "$" does not start mathematics.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ DPI = 150
 
 
 def plot(panels: Mapping[str, Mapping[str, Path]], file: File) -> None:
-    """Draw loss (above) and accuracy (below) along paths, a column for each set of images, like the paper's Fig. 2.
+    """Draws loss (above) and accuracy (below) along paths, one column per set of images, as in Fig. 2 of the paper.
 
     Args:
-        panels: name of the images -> name of the path -> path, as :func:`connectivity` gives it.
-        file: .png, .pdf or .svg, or an open file, which gets a PNG.
+        panels: name of the images -> name of the path -> path, as :func:`connectivity` returns.
+        file: path ending in .png, .pdf or .svg, or an open file, which gets a PNG.
     """
     figure = _figure(4.6 * len(panels), 6.0)
     axes = figure.subplots(2, len(panels), squeeze=False, sharex=True)
@@ -50,11 +53,11 @@ def plot(panels: Mapping[str, Mapping[str, Path]], file: File) -> None:
 
 
 def plot_plane(panels: Mapping[str, Plane], file: File) -> None:
-    """Draw loss (above) and accuracy (below) over planes as contours, a column for each set of images.
+    """Draws contours of loss (above) and accuracy (below) over planes, one column per set of images.
 
     Args:
-        panels: name of the images -> plane.
-        file: .png, .pdf or .svg, or an open file, which gets a PNG.
+        panels: name of the images -> plane, as :func:`plane` returns.
+        file: path ending in .png, .pdf or .svg, or an open file, which gets a PNG.
     """
     figure = _figure(4.8 * len(panels), 8.4)
     axes = figure.subplots(2, len(panels), squeeze=False)
@@ -66,11 +69,11 @@ def plot_plane(panels: Mapping[str, Plane], file: File) -> None:
 
 
 def plot_spectrum(panels: Mapping[str, Spectrum], file: File) -> None:
-    """Draw the extreme eigenvalues (above) and the trace (below) along ways, a column for each set of images.
+    """Draws extreme eigenvalues (above) and trace (below) of the Hessian along paths, one column per set of images.
 
     Args:
-        panels: name of the images -> spectrum.
-        file: .png, .pdf or .svg, or an open file, which gets a PNG.
+        panels: name of the images -> spectrum, as :func:`spectrum` returns.
+        file: path ending in .png, .pdf or .svg, or an open file, which gets a PNG.
     """
     figure = _figure(4.6 * len(panels), 6.0)
     axes = figure.subplots(2, len(panels), squeeze=False, sharex="col")
@@ -90,7 +93,7 @@ def plot_spectrum(panels: Mapping[str, Spectrum], file: File) -> None:
 
 
 def _contours(figure: Figure, axis: Axes, found: Plane, goodness: np.ndarray, label: str, *, sign: int) -> None:
-    """Contours of sign * goodness, denser where it is better, so that far corners do not use up the colours."""
+    """Draws contours of sign * goodness with denser levels near the best value, so that colours show this region."""
     from matplotlib.colors import BoundaryNorm
 
     best, extent = goodness.max(), np.ptp(goodness) or 1.0
@@ -115,7 +118,7 @@ def _contours(figure: Figure, axis: Axes, found: Plane, goodness: np.ndarray, la
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # here, and without pyplot: no display is needed and no state is shared
+    from matplotlib.figure import Figure  # without pyplot, figures need no display and share no state
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -126,5 +129,5 @@ def _plain_axes(axis: Axes) -> None:
 
 
 def _shown(name: str) -> str:
-    """A name that is not taken for mathematics, on one line."""
+    """A name on one line, in which matplotlib does not read "$" as mathematics."""
     return "".join(c if c.isprintable() else " " for c in name).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""The mode-connectivity report: figures, tables, settings and versions in one HTML file that needs nothing else."""
+"""The mode-connectivity report: figures, tables, settings and versions in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -48,15 +48,18 @@ def report(
     title: str = "Mode connectivity",
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what was measured as one self-contained HTML file.
+    """Writes paths, planes and curvature as one self-contained HTML file with figures and tables.
 
     Args:
-        file: where it goes.
-        paths: name of the images -> name of the path -> path, as :func:`connectivity` gives it.
-        planes: name of the images -> plane.
-        spectra: name of the images -> curvature along the way.
-        title: the heading.
-        settings: what the reader should know of how it was made, by name.
+        file: the HTML file to write.
+        paths: name of the images -> name of the path -> path, as :func:`connectivity` returns.
+        planes: name of the images -> plane; None leaves the section out.
+        spectra: name of the images -> curvature along the paths; None leaves the section out.
+        title: heading of the report.
+        settings: name -> value of the settings that the report lists, such as the backbone.
+
+    Raises:
+        ValueError: a set of images has no path.
     """
     file = FilePath(file)
     if not paths or not all(paths.values()):
@@ -100,7 +103,7 @@ def _paths(panels: Mapping[str, Mapping[str, Path]]) -> str:
     return f"""<section>
 <h2>Straight paths</h2>
 <p>The barrier is the largest rise of the loss above the chord between the two ends of a path. Two solutions are
-linearly mode-connected if the straight path between them has none, or next to none.</p>
+linearly mode-connected if the straight path between them has no barrier, or almost none.</p>
 {_figure(plot, panels, alt, "Loss and accuracy along the straight paths.")}
 {_table("Cross-entropy and accuracy on the paths", columns, rows, words=2)}</section>
 """
@@ -126,8 +129,8 @@ def _planes(panels: Mapping[str, Plane]) -> str:
     alt += "The table has the coordinates, and where on the grid loss and accuracy are best."
     return f"""<section>
 <h2>The plane through the three solutions</h2>
-<p>The first solution is the origin, the second lies on the x axis; distances are Euclidean, in what is interpolated.
-The dotted triangle is made of the straight paths above.</p>
+<p>The first solution is the origin, and the second lies on the x axis. Distances are Euclidean distances between the
+interpolated parameters. The dotted triangle shows the straight paths of the first section.</p>
 {_figure(plot_plane, panels, alt, "Loss and accuracy over the plane.")}
 {_table("Points of the plane", columns, rows, words=2)}</section>
 """
@@ -149,10 +152,11 @@ def _spectra(panels: Mapping[str, Spectrum]) -> str:
     alt += f"{_listed(panels)}. The table has the figures."
     return f"""<section>
 <h2>Curvature on the way</h2>
-<p>Eigenvalues of the Hessian of the cross-entropy with respect to what is interpolated
-({_listed(f"{size:,}" for size in sizes)} numbers): the largest and the smallest by Lanczos, their sum estimated from
-random vectors. A large eigenvalue is a direction in which the loss bends up sharply; a negative one, a direction in
-which it bends down. They depend on the scale of what is interpolated: compare them along the way only. Positions:
+<p>The eigenvalues are those of the Hessian of the cross-entropy with respect to the interpolated parameters
+({_listed(f"{size:,}" for size in sizes)} numbers). The Lanczos method gives the largest and the smallest eigenvalue,
+and random vectors give an estimate of the trace, the sum of all eigenvalues. A large eigenvalue belongs to a direction
+in which the loss bends up sharply, a negative one to a direction in which the loss bends down. Eigenvalues depend on
+the scale of the parameters: compare them along the path only. Positions:
 {_shown(", ".join(f"{i} is {name}" for i, name in enumerate(names)))}.</p>
 {_figure(plot_spectrum, panels, alt, "Extreme eigenvalues and trace of the Hessian along the way.")}
 {_table("Curvature", (*columns, "norm of the gradient"), rows, words=2)}</section>
@@ -187,7 +191,7 @@ def _figure(draw: Callable[..., None], panels: Mapping[str, Any], alt: str, capt
 
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
-    """A table whose first ``words`` columns are text; the first is the rows' heading."""
+    """An HTML table whose first ``words`` columns are text; the first column holds the headings of the rows."""
     head = "".join(
         f'<th scope="col"{" class=word" * (i < words)}>{_shown(name)}</th>' for i, name in enumerate(columns)
     )
@@ -216,7 +220,7 @@ def _names(panels: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """a, b and c"""
+    """The names as text: "a, b and c"."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -230,5 +234,5 @@ def _setting(value: Any) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text as HTML shows it; characters that HTML may not hold become spaces."""
+    """A text escaped for HTML; characters that cannot be printed become spaces."""
     return escape("".join(c if c.isprintable() else " " for c in text))

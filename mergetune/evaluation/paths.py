@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
-from mergetune.data import FeatureCache
-from mergetune.evaluation.spans import measure, span
-from mergetune.solutions import Solution, inputs
+from mergetune.data import Batches
+from mergetune.solutions import Solution, inputs, measure, span
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Path:
 
 
 def path(
-    clip: FrozenClip, a: Solution, b: Solution, features: FeatureCache, *, points: int = 21, space: str = "embedding"
+    clip: FrozenClip, a: Solution, b: Solution, features: Batches, *, points: int = 21, space: str = "embedding"
 ) -> Path:
     """Walk from a to b.
 
@@ -58,17 +58,33 @@ def path(
     """
     if points < 2:
         raise ValueError(f"points must be at least 2, both ends, got {points}")
-    at = span(clip, (a, b), features, space=space)
+    at = span(clip, (a, b), features.classnames, space=space)
     alphas = torch.linspace(0, 1, points, dtype=torch.float64)
     return Path(tuple(alphas.tolist()), *measure(at, torch.stack([1 - alphas, alphas], 1), features))
 
 
 @torch.no_grad()
-def cross_entropy(weights: Tensor, features: FeatureCache, *, scale: float, batch_size: int = 8192) -> float:
-    """Mean cross-entropy of class weights [C, D], as they are, on cached features."""
+def cross_entropy(
+    weights: Tensor,
+    features: Batches,
+    *,
+    scale: float,
+    images: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 8192,
+) -> float:
+    """Mean cross-entropy of class weights [C, D], as they are, on cached features.
+
+    Args:
+        weights: [C, D], or [C, D + 1] with a bias.
+        features: images with labels.
+        scale: factor on the logits.
+        images: applied to the features first, see :class:`mergetune.evaluation.Classifier`.
+        batch_size: images at a time.
+    """
     total = 0.0
     for x, labels, _ in features.batches(batch_size):
-        logits = scale * inputs(x.to(weights), weights) @ weights.T
+        x = x.to(weights) if images is None else images(x.to(weights))
+        logits = scale * inputs(x, weights) @ weights.T
         total += F.cross_entropy(logits, labels.to(logits.device), reduction="sum").item()
     return total / len(features)
 
@@ -78,7 +94,7 @@ def connectivity(
     zero_shot: Solution,
     tuned: Solution,
     merged: Solution,
-    features: FeatureCache,
+    features: Batches,
     *,
     points: int = 21,
     space: str = "embedding",

@@ -1,6 +1,6 @@
 """Loss and accuracy over the plane through three solutions (Garipov et al. 2018, arXiv 1802.10026).
 
-Shapes: N grid points a side, ... what is interpolated.
+Shapes: N grid points per side.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from tqdm import tqdm
 
 from mergetune.clip import FrozenClip
-from mergetune.data import FeatureCache
-from mergetune.evaluation.spans import measure, span
-from mergetune.solutions import Solution
+from mergetune.data import Batches
+from mergetune.solutions import Solution, measure, span
+from mergetune.solutions.space import SHARES
 
 
 class Corner(NamedTuple):
-    """A solution on the plane: its coordinates, cross-entropy and accuracy in percent."""
+    """A point on the plane: coordinates, cross-entropy and accuracy in percent."""
 
     x: float
     y: float
@@ -31,14 +31,14 @@ class Corner(NamedTuple):
 class Plane:
     """Cross-entropy and accuracy on a square grid of the plane through three solutions.
 
-    The coordinates are lengths: of an orthonormal basis with the first solution at (0, 0), the second at (d, 0), d > 0,
-    and the third at (x, y), y > 0.
+    Coordinates are lengths in an orthonormal basis with the first solution at (0, 0), the second at (d, 0) with d > 0,
+    and the third at (x, y) with y > 0.
 
     Attributes:
-        xs, ys: the grid's N coordinates each way.
-        loss: mean cross-entropy, N rows from the lowest y up, N numbers each from the lowest x up.
-        accuracy: percent, likewise.
-        solutions: the three by name, in their order.
+        xs, ys: the N coordinates of the grid in each direction, ascending.
+        loss: mean cross-entropy; loss[i][j] belongs to ys[i] and xs[j].
+        accuracy: accuracy in percent, in the same order.
+        solutions: name -> point of each solution, in the given order.
     """
 
     xs: tuple[float, ...]
@@ -54,39 +54,41 @@ class Plane:
 def plane(
     clip: FrozenClip,
     solutions: Mapping[str, Solution],
-    features: FeatureCache,
+    features: Batches,
     *,
     points: int = 21,
     margin: float = 0.25,
     space: str = "embedding",
     progress: bool = True,
 ) -> Plane:
-    """Loss and accuracy over the plane of three solutions, such as zero-shot, fine-tuned and merged.
+    """Measures loss and accuracy over the plane through three solutions, such as zero-shot, fine-tuned and merged.
 
     Args:
-        clip: the frozen CLIP of all three.
-        solutions: three of one kind by name.
-        features: images with labels on which loss and accuracy are taken.
-        points: N, the grid has N x N.
-        margin: room around the triangle on every side, in parts of its longer extent.
-        space: "embedding" spans the plane in class weights before their normalisation, "parameter" in what was trained.
-        progress: show a bar where stderr is a terminal.
+        clip: the frozen CLIP of all three solutions.
+        solutions: name -> solution, three solutions of one kind.
+        features: features with labels on which loss and accuracy are measured.
+        points: N; the grid has N x N points.
+        margin: width of the margin around the triangle on every side, as a share of the triangle's longer extent.
+        space: "embedding" spans the plane in class weights before normalisation, "parameter" in trained parameters.
+        progress: show a bar if stderr is a terminal.
 
     Raises:
-        ValueError: the three lie on one line, as a weight average of two of them does: they span no plane.
+        ValueError: the solutions lie on one line and span no plane (a weight average of two of them does), or an
+            argument is out of range.
     """
     if len(solutions) != 3:
-        raise ValueError(f"solutions must be three, got {len(solutions)}")
+        raise ValueError(f"solutions must hold three solutions, got {len(solutions)}")
     if points < 2:
-        raise ValueError(f"points must be at least 2 a side, got {points}")
+        raise ValueError(f"points must be at least 2 per side, got {points}")
     if not 0 <= margin < float("inf"):
         raise ValueError(f"margin must be at least 0 and finite, got {margin}")
-    at = span(clip, tuple(solutions.values()), features, space=space)
-    first, second = ((end.double() - at.ends[0].double()).flatten() for end in at.ends[1:])
+    at = span(clip, tuple(solutions.values()), features.classnames, space=space)
+    ends = torch.cat([end.double().flatten(1) for name, end in at.ends.items() if name != SHARES], 1)
+    first, second = ends[1:] - ends[0]
     d = first.norm().item()
     share = (first @ second).item() / d**2 if d else 0.0
     x, y = share * d, (second - share * first).norm().item()
-    # What is left of a third point on the line is its rounding to float32.
+    # The distance of a third point on the line is not exactly 0, because points are rounded to float32.
     if not y > 1e-5 * max(d, second.norm().item()) or not d:
         raise ValueError(f"solutions must span a plane, got three on one line: {', '.join(solutions)}")
     corners = zip((0.0, d, x), (0.0, 0.0, y), *measure(at, torch.eye(3, dtype=torch.float64), features), strict=True)
@@ -95,7 +97,7 @@ def plane(
     offsets = torch.linspace(-half, half, points, dtype=torch.float64)
     xs, ys = (left + right) / 2 + offsets, y / 2 + offsets
     loss, accuracy = [], []
-    # One row at a time: the text tower takes its N points at once, and the bar moves.
+    # One row per step: the text tower encodes its N points in one call, and the bar moves.
     for row in tqdm(ys.tolist(), "plane", unit="row", disable=None if progress else True):
         third_share = torch.full_like(xs, row / y)
         second_share = xs / d - third_share * share

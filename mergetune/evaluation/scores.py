@@ -16,12 +16,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergetune.data import FeatureCache
+from mergetune.data import Batches, FeatureCache
 from mergetune.solutions import inputs
 
-Classifier = Callable[[Sequence[str]], Tensor]
-"""Class names -> class weights [C, D], or [C, D + 1] with a bias, whose products with the features are the logits."""
-ImageMap = Callable[[Tensor], Tensor] | None
+ImageMap = Callable[[Tensor], Tensor]
+"""What is read of images [B, ...] -> image features [B, D]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """Class weights by class names, and what is done with image features before their product. It is called with names.
+
+    Attributes:
+        weights: class names -> class weights with the logit scale, [C, D], or [C, D + 1] with a bias.
+        images: what is read of images [B, ...] -> image features [B, D]; None takes cached features as they are.
+        bias: whether the weights hold a bias.
+    """
+
+    weights: Callable[[Sequence[str]], Tensor]
+    images: ImageMap | None = None
+    bias: bool = False
+
+    def __call__(self, classnames: Sequence[str]) -> Tensor:
+        """Class weights with the logit scale, [C, D], or [C, D + 1] with a bias."""
+        return self.weights(classnames)
+
+    def logits(self, classnames: Sequence[str], x: Tensor) -> Tensor:
+        """[B, C] for what is read of B images."""
+        weights = self.weights(classnames)
+        x = x.to(weights)
+        return inputs(x if self.images is None else self.images(x), weights) @ weights.T
 
 
 @dataclass(frozen=True)
@@ -91,48 +115,60 @@ class Hits:
 
 @torch.no_grad()
 def count_hits(
-    weights: Tensor, features: FeatureCache, *, images: ImageMap = None, first: int = 0, batch_size: int = 2048
+    weights: Tensor, features: Batches, *, images: ImageMap | None = None, first: int = 0, batch_size: int = 2048
 ) -> Hits:
     """Right answers of class weights on cached features.
 
     Args:
         weights: one row per class that may be answered, [C', D], or [C', D + 1] with a bias.
         features: image features with labels, of C classes.
-        images: applied to the features first, [B, D'] -> [B, D].
+        images: applied to the features first, see :class:`Classifier`.
         first: the row of the features' first class; the others follow it.
         batch_size: rows at a time.
     """
-    answers, change = [], images or (lambda x: x)
+    answers = []
     for x, _, _ in features.batches(batch_size):
-        answers.append((inputs(change(x.to(weights)), weights) @ weights.T).argmax(-1).cpu())
+        x = x.to(weights) if images is None else images(x.to(weights))
+        answers.append((inputs(x, weights) @ weights.T).argmax(-1).cpu())
     right = torch.cat(answers) == features.labels + first
     count = len(features.classnames)
     counts = (torch.bincount(labels, minlength=count).tolist() for labels in (features.labels[right], features.labels))
     return Hits(*map(tuple, counts))
 
 
-def accuracy(weights: Tensor, features: FeatureCache, *, normalize: bool = False, batch_size: int = 2048) -> Report:
-    """Accuracy of class weights on cached features.
+def accuracy(
+    weights: Tensor | Classifier,
+    features: Batches,
+    *,
+    normalize: bool = False,
+    images: ImageMap | None = None,
+    batch_size: int = 2048,
+) -> Report:
+    """Accuracy of a classifier, or of class weights, on cached features.
 
     Args:
-        weights: one row a class of ``features``, [C, D], or [C, D + 1] with a bias.
+        weights: a classifier; or one row per class of ``features``, [C, D], or [C, D + 1] with a bias.
         features: image features with labels.
         normalize: make the rows unit norm first, as for class features of a prompt.
+        images: applied to the features first; a classifier has its own.
         batch_size: rows at a time.
     """
-    if weights.ndim != 2 or len(weights) != len(features.classnames) or weights.shape[1] - features.dim not in (0, 1):
+    if isinstance(weights, Classifier):
+        weights, images = weights(features.classnames), weights.images
+    dim = weights.shape[-1] if images is not None else getattr(features, "dim", weights.shape[-1])
+    if weights.ndim != 2 or len(weights) != len(features.classnames) or weights.shape[1] - dim not in (0, 1):
         raise ValueError(
-            f"weights must have shape [C, D] = [{len(features.classnames)}, {features.dim}], got {list(weights.shape)}"
+            f"weights must have shape [C, D] = [{len(features.classnames)}, {dim}], got {list(weights.shape)}"
         )
     weights = F.normalize(weights, dim=-1) if normalize else weights
-    return count_hits(weights, features, batch_size=batch_size).report(features.classnames)
+    return count_hits(weights, features, images=images, batch_size=batch_size).report(features.classnames)
 
 
 # -- base to novel -----------------------------------------------------------------------------------------------------
 
 
 def score(
-    weights: Mapping[str, Tensor], tests: Mapping[str, FeatureCache], *, images: ImageMap = None
+    weights: Mapping[str, Tensor], tests: Mapping[str, Batches], *, images: ImageMap | None = None
 ) -> dict[str, Hits]:
     """Right answers on each set of test images, among the classes of that set.
 
@@ -142,7 +178,7 @@ def score(
     Args:
         weights: class weights of each set, [C, D], or [C, D + 1] with a bias.
         tests: the test images of each set.
-        images: applied to the features first, [B, D'] -> [B, D].
+        images: applied to the features first, see :class:`Classifier`.
     """
     found = {part: count_hits(weights[part], features, images=images) for part, features in tests.items()}
     if tests.keys() == {"base", "novel"}:
@@ -218,7 +254,8 @@ class Row:
 def base_to_novel(classify: Classifier, base: FeatureCache, novel: FeatureCache) -> BaseNovel:
     """Test a classifier on base and on novel classes, each among its own classes and among all."""
     tests = {"base": base, "novel": novel}
-    found = score({part: classify(features.classnames) for part, features in tests.items()}, tests)
+    weights = {part: classify(features.classnames) for part, features in tests.items()}
+    found = score(weights, tests, images=classify.images)
     home = {"seen": base, "unseen": novel} | tests
     return BaseNovel(**{part: hits.report(home[part].classnames) for part, hits in found.items()})
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -23,15 +24,17 @@ from tqdm import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache
-from mergetune.evaluation import accuracy, harmonic_mean, score
+from mergetune.evaluation import ImageMap, accuracy, classifier, harmonic_mean, score
 from mergetune.experiments.cells import Cell, Task
 from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates, train
 from mergetune.experiments.comparison_tables import REFERENCE, Comparison, summarise
 from mergetune.experiments.engine import Record, begun, counted, finish
 from mergetune.facts import CompareOptions
 from mergetune.io import MAX_WEIGHTS, read_regular, write_atomically
+from mergetune.solutions import Solution, load_solution
 
 RECORD, WEIGHTS = "cell.json", "class-weights.safetensors"
+MAPPED = "mapped"  # folder of the candidates that map image features
 
 
 def compare(
@@ -87,7 +90,7 @@ def compare(
     seen = [{key: record[key] for key in ("cell", "candidates")} for record in prepared]  # no results of earlier calls
     chosen = choose(seen, setup.choose)
     records = [
-        measure(by_name[cell.task], record, best, out / cell.folder)
+        measure(clip, by_name[cell.task], record, best, out / cell.folder)
         for cell, record, best in zip(cells, prepared, chosen, strict=True)
     ]
     return summarise(records, reference=reference, choose=setup.choose)
@@ -117,19 +120,28 @@ def prepare(
     for part, val in fold.val.items():
         weights[part], seconds = made.class_weights(val.classnames)
         mixing = [a + b for a, b in zip(mixing, seconds, strict=True)]
-    scores = validated(weights, fold.val)
+    images = [candidate.classify.images for candidate in made.found]
+    scores = validated(weights, fold.val, images)
     write_atomically(folder / WEIGHTS, serialize({part: w.contiguous() for part, w in weights.items()}))
     facts = ("row", "options", "experts", "data", "parameters")
     entries = [
         {name: getattr(c, name) for name in facts} | {"seconds": c.seconds + spent, "score": value}
         for c, spent, value in zip(made.found, mixing, scores, strict=True)
     ]
+    for number, candidate in enumerate(made.found):
+        if candidate.classify.images is not None and candidate.solution is not None:
+            candidate.solution.save(folder / MAPPED / str(number))
     return finish(folder / RECORD, record, {"candidates": entries, "left_out": made.left_out})
 
 
-def validated(weights: Mapping[str, Tensor], val: Mapping[str, FeatureCache]) -> list[float]:
+def validated(
+    weights: Mapping[str, Tensor], val: Mapping[str, FeatureCache], images: Sequence[ImageMap | None]
+) -> list[float]:
     """Accuracy of each candidate on validation images; of base and novel classes the harmonic mean. Percent."""
-    parts = [[accuracy(w, features).accuracy for w in weights[part]] for part, features in val.items()]
+    parts = [
+        [accuracy(w, features, images=own).accuracy for w, own in zip(weights[part], images, strict=True)]
+        for part, features in val.items()
+    ]
     return [harmonic_mean(*found) if len(found) == 2 else found[0] for found in zip(*parts, strict=True)]
 
 
@@ -161,7 +173,7 @@ def choose(records: Sequence[Record], how: str = "validation") -> list[dict[str,
     return chosen
 
 
-def measure(task: Task, record: Record, chosen: Mapping[str, int], folder: Path) -> Record:
+def measure(clip: FrozenClip, task: Task, record: Record, chosen: Mapping[str, int], folder: Path) -> Record:
     """Test the chosen candidates of a cell, or take their results from disk.
 
     Results of version 0.1 have no joint label space; it is added from the class weights, where they are still there.
@@ -172,7 +184,11 @@ def measure(task: Task, record: Record, chosen: Mapping[str, int], folder: Path)
         return record
     weights = deserialize(read_regular(kept, limit=MAX_WEIGHTS))
     tests = {part: task.test.select_classes(classes) for part, classes in halves.items()}
-    found = {row: score({part: weights[part][number] for part in tests}, tests) for row, number in chosen.items()}
+    found = {}
+    for row, number in chosen.items():
+        mapped = folder / MAPPED / str(number)
+        images = classifier(clip, load_solution(mapped)).images if mapped.is_dir() else None
+        found[row] = score({part: weights[part][number] for part in tests}, tests, images=images)
     return finish(folder / RECORD, record, {"chosen": dict(chosen)} | counted(found, halves))
 
 
@@ -180,10 +196,7 @@ def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, 
     """What a cell's result depends on beside the cell."""
     experts = setup.experts
     if isinstance(experts, Mapping):
-        experts = {
-            name: [s.kind, hashlib.sha256(s.parameter.cpu().contiguous().numpy().data).hexdigest()]
-            for name, s in experts.items()
-        }
+        experts = {name: [s.kind, _digest(s)] for name, s in experts.items()}
     return {
         "clip": clip.fingerprint,
         "templates": task.templates,
@@ -194,3 +207,12 @@ def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, 
         "fit": setup.fit,
         "grids": [setup.grid, MERGE_GRIDS],
     }
+
+
+def _digest(solution: Solution) -> str:
+    digest, state = hashlib.sha256(), solution.saved_state()
+    if state.keys() == {"weight", "bias"}:  # as version 0.1 laid out a head
+        state = {"weight": torch.cat([state["weight"], state["bias"][:, None]], 1)}
+    for tensor in state.values():
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from mergetune.facts import CompareOptions, FitOptions
 from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import METHODS
-from mergetune.solutions import Head, Prompt, Solution, zero_shot_like
+from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult, Job, fit_job, train_together, tune_job
 from mergetune.training.runs import RESULT
 
@@ -92,10 +92,10 @@ def candidates(
     train(clip, {folder: fold}, setup, progress=progress)
     experts, seconds = _experts(setup, fold, folder)
     first = next(iter(experts.values()))
-    together, head = Together(clip), isinstance(first, Head)
+    together, head = Together(clip), first.plain_head() is not None
     zero_shot = zero_shot_like(clip, first, fold.templates)
-    zero = together.classifier(partial(clip.class_embeddings, templates=fold.templates))
-    scaled = together.classifier(zero_shot) if head else lambda names: clip.logit_scale * zero(names)
+    zero = together.classifier(Classifier(partial(clip.class_embeddings, templates=fold.templates)))
+    scaled = together.classifier(zero_shot) if head else Classifier(lambda names: clip.logit_scale * zero(names))
     found = [Candidate("zero-shot", scaled, experts=0)]
     found += [
         together.candidate(title, solution, data=LABELLED, seconds=seconds[title])
@@ -105,8 +105,8 @@ def candidates(
     left_out: dict[str, str] = {}
     for group in _groups(experts):
         found += _merged(together, fold, zero_shot, group, left_out)
-        if not head:
-            size = sum(solution.parameter.numel() for solution in group)
+        if not head and all(classify.images is None for classify in own):
+            size = sum(solution.numbers for solution in group)
             found += _mixed(clip.logit_scale, zero, own[: len(group)], size)
         found += _mergetuned(together, setup, folder, group)
     return Candidates(found, together, left_out)
@@ -179,7 +179,7 @@ def _merged(
 ) -> list[Candidate]:
     """Merges of what was trained: context vectors, or head weights."""
     found, count, clip = [], len(group), together.clip
-    what = "context vectors" if isinstance(group[0], Prompt) else "weights"
+    what = "context vectors" if "ctx" in group[0].state() else "weights"
     for method, facts in METHODS.items():
         same = count == 1 and method in SAME_AS_WISE_FT
         if reason := "with one expert it is WiSE-FT" if same else LEFT_OUT.get(method):
@@ -219,7 +219,7 @@ def _mixed(scale: float, zero_shot: Classifier, experts: list[Classifier], size:
             zero, own = zero_shot(names), torch.stack([expert(names) for expert in experts])
             return scale * mix(zero, F.normalize(own[..., : zero.shape[1]], dim=-1))
 
-        return classify
+        return Classifier(classify)
 
     found, count = [], len(experts)
     for method, fixed in EMBEDDING_METHODS.items():

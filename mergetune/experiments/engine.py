@@ -12,21 +12,20 @@ Images and right answers are counted per class; :mod:`mergetune.experiments.tabl
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache
 from mergetune.evaluation import Classifier, Hits, Report, classifier, logit_ensemble, score, weight_average
 from mergetune.io import jsonable, read_regular_text, write_json
-from mergetune.solutions import Prompt, Solution
+from mergetune.solutions import Solution, space_of, stack_states
 
 Record = dict[str, Any]
 HOME = {"seen": "base", "unseen": "novel"}  # parts in the joint label space have the images and classes of others
@@ -44,6 +43,7 @@ class Candidate:
         data: what it was made with, beside its experts.
         parameters: numbers that must be kept to classify new class names.
         seconds: to make it, without its experts.
+        solution: what it classifies with, if it is one.
     """
 
     row: str
@@ -53,6 +53,7 @@ class Candidate:
     data: str = "none"
     parameters: int = 0
     seconds: float = 0.0
+    solution: Solution | None = None
 
 
 class Together:
@@ -69,14 +70,14 @@ class Together:
 
     def classifier(self, made: Solution | Classifier | str | Sequence[str]) -> Classifier:
         """The classifier of a solution or of zero-shot templates; of a classifier the same one, remembered."""
-        number = len(self._made)
-        self._made.append(classifier(self.clip, made) if isinstance(made, str | Sequence) else made)
+        whole, number = made if isinstance(made, Classifier) else classifier(self.clip, made), len(self._made)
+        self._made.append(made if isinstance(made, Solution) else whole)
         self._kept.clear()
-        return lambda names: self.encode(names)[number]
+        return Classifier(lambda names: self.encode(names)[number], whole.images, whole.bias)
 
     def candidate(self, row: str, solution: Solution, **facts: Any) -> Candidate:
         """The candidate of a solution, with other facts of :class:`Candidate`."""
-        return Candidate(row, self.classifier(solution), parameters=solution.parameter.numel(), **facts)
+        return Candidate(row, self.classifier(solution), parameters=solution.numbers, solution=solution, **facts)
 
     @torch.no_grad()
     def encode(self, names: Sequence[str]) -> list[Tensor]:
@@ -85,38 +86,39 @@ class Together:
         if names not in self._kept:
             for old in list(self._kept)[:-1]:
                 del self._kept[old]
-            found, groups = {}, {}
+            found: dict[int, Tensor] = {}
+            groups: dict[Hashable, dict[int, Solution]] = {}
             for i, made in enumerate(self._made):
-                if isinstance(made, Prompt):
-                    groups.setdefault(made.form, []).append(i)
+                if isinstance(made, Solution) and made.plain_head() is None:
+                    groups.setdefault(made.form, {})[i] = made
                 else:
-                    found[i] = (made if callable(made) else classifier(self.clip, made))(names)
+                    found[i] = (made if isinstance(made, Classifier) else classifier(self.clip, made))(names)
             for members in groups.values():
-                prompts = [self._made[i] for i in members]
-                stacked = torch.stack([prompt.parameter.to(self.clip.device) for prompt in prompts])
-                weights = prompts[0].encoder(self.clip, names)(stacked)
-                found |= dict(zip(members, self.clip.logit_scale * F.normalize(weights, dim=-1), strict=True))
+                space = space_of(self.clip, next(iter(members.values())), names)
+                states = stack_states([solution.state() for solution in members.values()], self.clip.device)
+                found |= dict(zip(members, space.scale * space.unit(space.classes(states)), strict=True))
             self._kept[names] = [found[i] for i in range(len(self._made))]
         return self._kept[names]
 
 
 def usual(zero_shot: Classifier, tuned: Classifier, merged: Classifier, *, name: str = "tuned") -> list[Candidate]:
-    """Zero-shot, a tuned solution, their mixtures half and half, and MERGETUNE."""
-    return [
-        Candidate("zero-shot", zero_shot),
-        Candidate(name, tuned),
-        Candidate("weight average", weight_average(zero_shot, tuned)),
-        Candidate("logit ensemble", logit_ensemble(zero_shot, tuned)),
-        Candidate("MERGETUNE", merged),
-    ]
+    """Zero-shot, a tuned solution, their mixtures half and half, and MERGETUNE.
+
+    Weights are averaged where both take the same image features.
+    """
+    found = [Candidate("zero-shot", zero_shot), Candidate(name, tuned)]
+    if zero_shot.images is tuned.images:
+        found.append(Candidate("weight average", weight_average(zero_shot, tuned)))
+    return [*found, Candidate("logit ensemble", logit_ensemble(zero_shot, tuned)), Candidate("MERGETUNE", merged)]
 
 
 def tested(candidates: Sequence[Candidate], tests: Mapping[str, FeatureCache]) -> dict[str, dict[str, Hits]]:
     """Row -> part -> right answers, as :func:`mergetune.evaluation.score` counts them."""
-    return {
-        candidate.row: score({part: candidate.classify(images.classnames) for part, images in tests.items()}, tests)
-        for candidate in candidates
-    }
+    found = {}
+    for candidate in candidates:
+        weights = {part: candidate.classify(images.classnames) for part, images in tests.items()}
+        found[candidate.row] = score(weights, tests, images=candidate.classify.images)
+    return found
 
 
 def counted(found: Mapping[str, Mapping[str, Hits]], classes: Mapping[str, Sequence[int]] | None = None) -> Record:

@@ -12,7 +12,7 @@ from mergetune.data import Dataset, cache_features
 from mergetune.evaluation import Report, connectivity, plot
 from mergetune.experiments.engine import Together, counted, reports, tested, usual
 from mergetune.io import write_json
-from mergetune.solutions import Head, Solution, zero_shot_like
+from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
 
 
@@ -102,7 +102,7 @@ def fit_dataset(
     result.save(out)
 
     tests = {part: test.select(half.test) for part, half in parts.items()}
-    if isinstance(result.solution, Head):  # it knows the classes that it learned, no others
+    if result.solution.classnames is not None:  # it knows the classes that it learned, no others
         tests = {classes: tests[classes]}
     table = usual(*map(Together(clip).classifier, (template, solutions[0], result.solution)), name="fine-tuned")
     by_row = reports(counted(tested(table, tests)), {part: images.classnames for part, images in tests.items()})

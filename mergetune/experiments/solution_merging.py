@@ -17,17 +17,10 @@ from mergetune.evaluation import accuracy, cross_entropy
 from mergetune.merging import StateDict
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import Method, find
-from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text, inputs
+from mergetune.solutions import Solution, Space, check_compatible, inputs, space_of, stacked
 from mergetune.training import fisher_diagonal
 
 FISHER_IMAGES = 256  # whose gradients make a Fisher diagonal of a prompt: each is a pass through the text tower
-
-
-def state_of(solution: Solution) -> dict[str, Tensor]:
-    """What is merged: ``ctx``, or ``weight`` and ``bias``."""
-    if isinstance(solution, Prompt):
-        return {"ctx": solution.ctx}
-    return {"weight": solution.weight} | ({} if solution.bias is None else {"bias": solution.bias})
 
 
 def merge_solutions(
@@ -64,14 +57,12 @@ def merge_solutions(
     if not experts:
         raise ValueError("experts must hold at least one solution, got none")
     first = experts[0]
-    solutions = [s.rescaled(first.logit_scale) if isinstance(s, Head) and isinstance(first, Head) else s
-                 for s in [*experts, *([] if base is None else [base])]]  # fmt: skip
+    solutions = [solution.in_form_of(first) for solution in [*experts, *([] if base is None else [base])]]
     for other in solutions[1:]:
         check_compatible(first, other)
-        check_same_text(first, other)
     if base is None and needs_base(method, len(experts), options):
         raise ValueError(f"{method} of {len(experts)} expert(s) needs a base, the zero-shot solution, got None")
-    states = [state_of(solution) for solution in solutions]
+    states = [solution.state() for solution in solutions]
     start, states = (states[-1], states[:-1]) if base is not None else (None, states)
     if start is not None and method in AVERAGES:
         start, states = None, [start, *states]
@@ -89,14 +80,7 @@ def merge_solutions(
     options |= _from_images(facts, options, first, states, clip, features)
     if missing := facts.missing(options):
         raise ValueError(f"{method} needs the option {missing[0]!r} ({facts.needs})")
-    merged = facts.load()(start, states, **options)
-    parameter = merged["ctx"] if isinstance(first, Prompt) else _joined(merged)
-    return first.with_parameter(parameter, notes=notes)
-
-
-def _joined(state: StateDict) -> Tensor:
-    """A head's parameter from its weight and bias."""
-    return torch.cat([state["weight"], state["bias"][:, None]], 1) if "bias" in state else state["weight"]
+    return first.with_state(facts.load()(start, states, **options), notes=notes)
 
 
 def _from_images(
@@ -113,69 +97,72 @@ def _from_images(
         return {}
     if clip is None or features is None:
         raise ValueError(f"{method.name} needs cached image features and their CLIP ({method.needs}): give --cache")
-    weights = _class_weights(like, clip, features.classnames)
-    scale, found = like.scale(clip), {}
+    space, found = space_of(clip, like, features.classnames), {}
     x = features.tensor().to(clip.device)
+    last: list[Any] = [None, None]  # AdaMerging asks for the same weights once for each expert
+
+    def weights(state: StateDict) -> Tensor:
+        """Class features as they meet images, [C, D] or [C, D + 1], differentiable."""
+        key = next(iter(state.values()))
+        if key is not last[0]:
+            last[:] = key, space.unit(space.classes(stacked(state, clip.device)))[0]
+        return last[1]
+
+    def images(state: StateDict) -> Callable[[Tensor], Tensor] | None:
+        if space.images is None:
+            return None
+        return lambda x: space.features(stacked(state, clip.device), x)[0]
 
     def predict(state: StateDict, x: Tensor, k: int = 0) -> Tensor:
-        classes = weights(state)
-        return scale * inputs(x, classes) @ classes.T
+        own, classes = images(state), weights(state)
+        return space.scale * inputs(x if own is None else own(x), classes) @ classes.T
 
     if method.name == "evolve":
-        found["score"] = lambda state: accuracy(weights(state).detach(), features).accuracy
+        found["score"] = lambda state: accuracy(weights(state).detach(), features, images=images(state)).accuracy
         if "space" not in options and options.get("method") in (None, merging.task_arithmetic):
             found |= {"space": {"weights": (0.0, 1.0, len(experts))}, "fixed": {"scale": 1.0}}
     elif method.name == "natural_niches":
         labels = features.labels.to(x.device)
         found["score"] = lambda state: predict(state, x).argmax(1).eq(labels).double()
     elif "metrics" in wanted:
-        losses = [cross_entropy(weights(state).detach(), features, scale=scale) for state in experts]
-        found["metrics"] = losses
+        made = [(weights(state).detach(), images(state)) for state in experts]
+        found["metrics"] = [cross_entropy(w, features, scale=space.scale, images=own) for w, own in made]
     elif "predict" in wanted:
         found |= {"predict": predict, "data": [x] * len(experts)}
     else:
-        found[wanted[0]] = [_fisher(like, state, clip, features) for state in experts]
+        found[wanted[0]] = [_fisher(space, like, state, clip, features) for state in experts]
     return found
 
 
-def _class_weights(like: Solution, clip: FrozenClip, classnames: Sequence[str]) -> Callable[[StateDict], Tensor]:
-    """State dict -> class weights [C, D], or [C, D + 1], differentiable."""
-    if isinstance(like, Head):
-        like.class_weights(clip, classnames)  # for its checks
-        if tuple(classnames) != like.classnames:
-            raise ValueError(f"features must have the head's {len(like.classnames)} classes, got {len(classnames)}")
-        return lambda state: _joined(state).to(clip.device)
-    encode = like.encoder(clip, classnames)
-    last: list[Any] = [None, None]  # AdaMerging asks for the same weights once for each expert
+def _fisher(
+    space: Space, like: Solution, state: StateDict, clip: FrozenClip, features: FeatureCache
+) -> dict[str, Tensor]:
+    """Diagonal Fisher information of a solution's state on unlabelled features.
 
-    def weights(state: StateDict) -> Tensor:
-        if state["ctx"] is not last[0]:
-            last[:] = state["ctx"], F.normalize(encode(state["ctx"].to(clip.device)[None])[0], dim=-1)
-        return last[1]
-
-    return weights
-
-
-def _fisher(like: Solution, state: StateDict, clip: FrozenClip, features: FeatureCache) -> dict[str, Tensor]:
-    """Diagonal Fisher information of a solution's parameters on unlabelled features.
-
-    A mean over images in either case, so that experts keep their scales. Heads: :func:`mergetune.fisher_diagonal`.
-    Prompts: squared gradients of log p(y | x), with y drawn from p, at up to ``FISHER_IMAGES`` images; each image has a
-    copy of the context vectors in one call of the text tower.
+    A mean over images, so that experts keep their scales. Of a plain head: :func:`mergetune.fisher_diagonal`, exactly.
+    Of all others: squared gradients of log p(y | x), with y drawn from p, at up to ``FISHER_IMAGES`` images; each image
+    has a copy of the state in one call.
     """
-    if isinstance(like, Head):
-        made = {"scale": like.logit_scale, "normalize": False, "unit_mean": False}
-        found = fisher_diagonal(features, _joined(state).to(clip.device), **made).cpu()
+    if like.plain_head() is not None:
+        made = {"scale": space.scale, "normalize": False, "unit_mean": False}
+        found = fisher_diagonal(features, space.classes(stacked(state, clip.device))[0], **made).cpu()
         return {"weight": found[:, : features.dim], **({"bias": found[:, -1]} if "bias" in state else {})}
-    encode, generator = like.encoder(clip, features.classnames), torch.Generator().manual_seed(0)
-    total = torch.zeros_like(state["ctx"])
+    generator = torch.Generator().manual_seed(0)
+    total = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     chosen = torch.randperm(len(features), generator=generator)[:FISHER_IMAGES]
     for index in chosen.split(32):
-        copies = state["ctx"].to(clip.device).expand(len(index), *total.shape).clone().requires_grad_()
+        copies = {
+            name: tensor.to(clip.device).expand(len(index), *tensor.shape).clone().requires_grad_()
+            for name, tensor in state.items()
+        }
         x = features.rows(index).to(clip.device)
         with torch.enable_grad():
-            logits = clip.logit_scale * torch.einsum("bd,bcd->bc", x, F.normalize(encode(copies), dim=-1))
+            unit = space.unit(space.classes(copies))
+            images = x if space.images is None else space.features(copies, x).diagonal(dim1=0, dim2=1).T
+            logits = space.scale * torch.einsum("bd,bcd->bc", inputs(images, unit), unit.expand(len(index), -1, -1))
             drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(x.device)
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), copies)
-        total += gradient.square().sum(0).to(total)
-    return {"ctx": total / len(chosen)}
+            loss = F.cross_entropy(logits, drawn, reduction="sum")
+            gradients = torch.autograd.grad(loss, list(copies.values()))
+        for name, gradient in zip(total, gradients, strict=True):
+            total[name] += gradient.square().sum(0).to(total[name])
+    return {name: tensor / len(chosen) for name, tensor in total.items()}

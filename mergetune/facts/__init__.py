@@ -1,4 +1,4 @@
-"""Options as data, and packages whose names are imported at their first use. Needs no torch."""
+"""Options as data, and packages that import their public names at first use. Needs no torch."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
 """The options of tune, fit, cache_features and compare as data. Needs no torch.
 
-One dataclass for each function: names, defaults, kinds of value, help, choices, and whether a value is recorded with
-the result. The commands are generated from them, resumed runs are compared by them, and a test holds the functions'
-keyword arguments to them.
+Each function has one dataclass with names, defaults, kinds of value, help, choices, and whether a value is recorded
+with the result. The commands are generated from these dataclasses, and a resumed run compares its recorded values. A
+test checks that the functions have the same keyword arguments.
 """
 
 from __future__ import annotations
@@ -17,21 +17,43 @@ from mergetune.facts.option_kinds import Option
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Solution = Any  # a prompt or a head: facts stand below them
+Solution = Any  # a prompt or a head; this file must not import the room of solutions
 
-TUNE_METHODS = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}  # of stage 1, and their titles
-POSITIONS = ("end", "middle", "front")  # of the class name in a prompt
+TUNE_METHODS = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}  # methods of stage 1 -> titles
+TOP_METHODS = {"residual": "residual", "map": "map"}  # put on a solution, and their titles in "CoOp + residual"
+OPTIMIZERS = ("sgd", "adam")
+COOP_SETTINGS: Mapping[str, Any] = {
+    "epochs": 50, "batch_size": 32, "lr": 2e-3, "momentum": 0.9, "weight_decay": 5e-4, "warmup_epochs": 1,
+    "warmup_lr": 1e-5, "optimizer": "sgd", "lam": None,
+}  # fmt: skip
+TUNE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(TUNE_METHODS, COOP_SETTINGS),
+    **{
+        method: COOP_SETTINGS | {
+            "epochs": 300, "batch_size": None, "lr": 1e-3, "weight_decay": 0.0, "warmup_epochs": 0, "optimizer": "adam",
+            "lam": lam,
+        }
+        for method, lam in (("residual", 8.0), ("map", 0.5))
+    },
+}  # fmt: skip
+"""The settings of each method of tune where an option is None. batch_size None: all images in each step."""
+POSITIONS = ("end", "middle", "front")  # places of the class name in a prompt
 PATH_GRIDS = ("even", "official", "random")
 SURROGATES = ("identity", "fisher", "cosine", "l2")
 SPACES = ("embedding", "parameter")
 MAX_PIXELS = 1 << 26  # 8192 x 8192, more than today's cameras take; decoding needs about 8 bytes per pixel
-BETA = 0.5  # of fit
+BETA = 0.5  # default of fit
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
-MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}  # tried by compare, the defaults first
+MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}  # values that compare tries; fit's defaults come first
 
 
 def _option(kind: str, default: Any, help: str, *, recorded: bool = True, **more: Any) -> Any:
-    """A field: see :class:`mergetune.facts.Option`; ``recorded``: whether results depend on it, beyond rounding."""
+    """Returns a dataclass field with an option, see :class:`mergetune.facts.Option`.
+
+    Args:
+        kind, default, help, more: fields of the option.
+        recorded: whether results depend on the value beyond rounding; such values are recorded with a result.
+    """
     metadata = {"option": Option("", kind, default, help, **more), "recorded": recorded}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -39,16 +61,19 @@ def _option(kind: str, default: Any, help: str, *, recorded: bool = True, **more
 
 
 def options_of(options: type) -> tuple[Option, ...]:
-    """The options of a dataclass of this file."""
+    """Returns the options of a dataclass of this file, in the order of its fields."""
     return tuple(replace(f.metadata["option"], name=f.name) for f in fields(options))
 
 
 def recorded(options: Any, **resolved: Any) -> dict[str, Any]:
-    """The values that are recorded with a result, and compared when a run is resumed.
+    """Returns the values that are recorded with a result and compared when a run is resumed.
 
     Args:
         options: an instance of a dataclass of this file.
-        resolved: what is recorded instead of the values given: what "auto" or None stand for.
+        resolved: values that replace those of ``options``, for example the precision that "auto" chose.
+
+    Raises:
+        ValueError: ``resolved`` names an option that is not recorded.
     """
     names = [f.name for f in fields(options) if f.metadata["recorded"]]
     if unknown := resolved.keys() - set(names):
@@ -57,44 +82,66 @@ def recorded(options: Any, **resolved: Any) -> dict[str, Any]:
 
 
 _precision = partial(
-    _option, "str", "auto", "Precision of the text tower; auto is the faster one on this machine.",
+    _option, "str", "auto", "Precision of the text tower: float32, bfloat16 or auto (the faster one on this machine).",
     choices=("auto", "float32", "bfloat16"),
 )  # fmt: skip
-_epochs = partial(_option, "int", 50, "Passes over the training images.")
-_lr = partial(_option, "float", 2e-3, "Learning rate of SGD.")
-_momentum = partial(_option, "float", 0.9, "Momentum of SGD.")
-_weight_decay = partial(_option, "float", 5e-4, "Weight decay of SGD.")
-_warmup_epochs = partial(_option, "int", 1, "Epochs at the warm-up learning rate, before the cosine.")
-_warmup_lr = partial(_option, "float", 1e-5, "Learning rate of the warm-up.")
 _backend = partial(
-    _option, "str", None, "Implementation of the loss: cpp, triton, cuda, compile or torch; none chooses.",
+    _option, "str", None, "Implementation of the loss: cpp, triton, cuda, compile or torch. Default: chosen by device.",
     none=True, recorded=False,
 )  # fmt: skip
-_cuda_graph = partial(_option, "bool", False, "On a GPU: capture one step and replay it.", recorded=False)
+_cuda_graph = partial(
+    _option, "bool", False, "On a GPU: record one training step as a CUDA graph and replay it.", recorded=False
+)
 
 
 @dataclass(frozen=True, eq=False)
 class TuneOptions:
     """The options of :func:`mergetune.tune`."""
 
-    method: str = _option("str", "coop", "coop, kgcoop or head.", choices=tuple(TUNE_METHODS))
-    template: str = _option("str", "a photo of a {}.", "Text with {} whose words the context starts from.")
-    n_ctx: int | None = _option("int", None, "Random start with so many context tokens.", none=True, least=1)
-    class_specific: bool = _option("bool", False, "Train context vectors of every class by themselves.")
-    position: str = _option("str", "end", "Place of the class name: end, middle or front.", choices=POSITIONS)
-    zero_shot: str | Sequence[str] | None = _option(
-        "strs", None, "Templates that KgCoOp stays near and a head starts from; the template if not given.", none=True
+    method: str = _option(
+        "str", "coop", "Method of stage 1: coop, kgcoop or head; or residual or map, which are put on a base.",
+        choices=(*TUNE_METHODS, *TOP_METHODS),
+    )  # fmt: skip
+    template: str = _option(
+        "str", "a photo of a {}.", "Template whose words initialise the context; {} stands for the class name."
     )
-    kg_weight: float = _option("float", 8.0, "Weight of KgCoOp's distance to zero-shot.")
+    n_ctx: int | None = _option(
+        "int", None, "Number of context tokens of a random start, instead of the template's words.", none=True, least=1
+    )
+    class_specific: bool = _option("bool", False, "Train separate context vectors for every class.")
+    position: str = _option(
+        "str", "end", "Place of the class name in the prompt: end, middle or front.", choices=POSITIONS
+    )
+    zero_shot: str | Sequence[str] | None = _option(
+        "strs", None, "Zero-shot templates that KgCoOp stays near and a head starts from. Default: the template.",
+        none=True,
+    )  # fmt: skip
+    kg_weight: float = _option("float", 8.0, "Weight of KgCoOp's distance to the zero-shot class embeddings.")
+    lam: float | None = _option(
+        "float", None, "Weight of the distance to the base. Default: 8 for a residual, 0.5 for a map.", none=True
+    )
     precision: str = _precision()
-    epochs: int = _epochs()
-    batch_size: int = _option("int", 32, "Images per step.")
-    lr: float = _lr()
-    momentum: float = _momentum()
-    weight_decay: float = _weight_decay()
-    warmup_epochs: int = _warmup_epochs()
-    warmup_lr: float = _warmup_lr()
-    seed: int = _option("int", 1, "Seed of the random start and the order of the batches.")
+    epochs: int | None = _option(
+        "int", None, "Passes over the training images. Default: 50; 300 for a residual or a map.", none=True
+    )
+    batch_size: int | None = _option(
+        "int", None, "Images per step. Default: 32; all images for a residual or a map.", none=True
+    )
+    lr: float | None = _option(
+        "float", None, "Learning rate. Default: 0.002; 0.001 for a residual or a map.", none=True
+    )
+    optimizer: str | None = _option(
+        "str", None, "Optimiser: sgd or adam. Default: sgd; adam for a residual or a map.", none=True
+    )
+    momentum: float | None = _option("float", None, "Momentum of SGD. Default: 0.9.", none=True)
+    weight_decay: float | None = _option(
+        "float", None, "Weight decay. Default: 0.0005; 0 for a residual or a map.", none=True
+    )
+    warmup_epochs: int | None = _option(
+        "int", None, "Epochs at the warm-up learning rate. Default: 1; 0 for a residual or a map.", none=True
+    )
+    warmup_lr: float | None = _option("float", None, "Learning rate of the warm-up. Default: 0.00001.", none=True)
+    seed: int = _option("int", 1, "Seed of the random start and of the batch order.")
     backend: str | None = _backend()
     cuda_graph: bool = _cuda_graph()
 
@@ -104,77 +151,94 @@ class FitOptions:
     """The options of :func:`mergetune.fit`."""
 
     zero_shot: str | Sequence[str] | Solution | None = _option(
-        "strs", None, "Zero-shot text with {}; several are ensembled.", none=True
+        "strs", None, "Zero-shot template; {} stands for the class name. Several are averaged.", none=True
     )
-    lam: float = _option("float", 8.0, "Weight of the zero-shot surrogate.")
+    lam: float = _option("float", 8.0, "Weight of the surrogate loss that keeps the solution near zero-shot.")
     beta: float | Sequence[float] = _option(
-        "float or floats", BETA, "Weight of the path to the fine-tuned solution; several for several of them."
+        "float or floats", BETA, "Weight of the path to the fine-tuned solution; one for all, or one per solution."
     )
-    tau: float = _option("float", 0.3, "Start: 0 at zero-shot, 1 at the fine-tuned solution.")
-    points: int = _option("int", 5, "Points on each path.")
+    tau: float = _option("float", 0.3, "Where training starts: 0 is zero-shot, 1 is the fine-tuned solution.")
+    points: int = _option("int", 5, "Number of points on each path.")
     grid: str | Sequence[float] = _option(
-        "str or floats", "even", "even, official or random; or the points themselves, with commas between."
+        "str or floats", "even",
+        "Points on each path: even, official or random; or the points in [0, 1] with commas between.",
+    )  # fmt: skip
+    surrogate: str = _option(
+        "str", "identity", "Surrogate of the zero-shot path: identity, fisher, cosine or l2.", choices=SURROGATES
     )
-    surrogate: str = _option("str", "identity", "identity, fisher, cosine or l2.", choices=SURROGATES)
-    space: str = _option("str", "embedding", "embedding or parameter.", choices=SPACES)
+    space: str = _option(
+        "str", "embedding", "What paths interpolate: class embeddings (embedding) or trained parameters (parameter).",
+        choices=SPACES,
+    )  # fmt: skip
     precision: str = _precision()
-    epochs: int = _epochs()
+    epochs: int = _option("int", 50, "Passes over the training images.")
     batch_size: int = _option("int", 128, "Images per step.")
-    lr: float = _lr()
-    momentum: float = _momentum()
-    weight_decay: float = _weight_decay()
-    warmup_epochs: int = _warmup_epochs()
-    warmup_lr: float = _warmup_lr()
-    seed: int = _option("int", 1, "Seed of the order of the batches, the views and the random grid.")
+    lr: float = _option("float", 2e-3, "Learning rate.")
+    optimizer: str = _option("str", "sgd", "Optimiser: sgd or adam.", choices=OPTIMIZERS)
+    momentum: float = _option("float", 0.9, "Momentum of SGD.")
+    weight_decay: float = _option("float", 5e-4, "Weight decay.")
+    warmup_epochs: int = _option("int", 1, "Epochs at the warm-up learning rate, before the cosine schedule.")
+    warmup_lr: float = _option("float", 1e-5, "Learning rate of the warm-up.")
+    seed: int = _option("int", 1, "Seed of the batch order, of the choice of views and of the random grid.")
     backend: str | None = _backend()
     cuda_graph: bool = _cuda_graph()
 
 
 @dataclass(frozen=True, eq=False)
 class CacheOptions:
-    """The options of :func:`mergetune.cache_features`. Recorded is what a cache is refused for."""
+    """The options of :func:`mergetune.cache_features`.
 
-    dtype: str = _option("str", "float32", "float32, bfloat16 or float16.", choices=CACHE_DTYPES)
-    views: int = _option("int", 1, "Views of each image; all but the first are augmented.")
+    An existing cache is used again only if its recorded options are equal.
+    """
+
+    dtype: str = _option("str", "float32", "Type of the features: float32, bfloat16 or float16.", choices=CACHE_DTYPES)
+    views: int = _option("int", 1, "Number of views of each training image; all but the first are augmented.")
     seed: int = _option("int", 0, "Seed of the augmented views.")
     batch_size: int = _option("int", 64, "Images per call of the image tower.", least=1, recorded=False)
     shard_size: int | None = _option(
-        "int", None, "Images per file, the most that a kill can lose; 1,024 or more if not given.",
+        "int", None, "Images per file; an interrupted build loses at most one file. Default: 1,024 or more.",
         none=True, least=1, recorded=False,
     )  # fmt: skip
-    workers: int = _option("int", 0, "Processes that decode images.", least=0, recorded=False)
+    workers: int = _option(
+        "int", 0, "Number of processes that decode images; 0 decodes in the main process.", least=0, recorded=False
+    )
     max_pixels: int = _option(
-        "int", MAX_PIXELS, "Largest width times height of an image that is decoded.", least=1, recorded=False
+        "int", MAX_PIXELS, "Largest allowed width times height of an image.", least=1, recorded=False
     )
     on_error: str = _option(
-        "str", "raise", "An unreadable image stops the build (raise) or is left out (skip).",
+        "str", "raise", "What an unreadable image does: raise stops the build, skip leaves the image out.",
         choices=("raise", "skip"), recorded=False,
     )  # fmt: skip
-    overwrite: bool = _option("bool", False, "Rebuild a cache of other images or another model.", recorded=False)
+    overwrite: bool = _option(
+        "bool", False, "Replace an existing cache of other images, options or another model.", recorded=False
+    )
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What all cells of :func:`mergetune.experiments.compare` share.
+    """The settings that all cells of :func:`mergetune.experiments.compare` share.
 
     Attributes:
-        experts: "coop:1", "kgcoop:1", "head:1": a method of :func:`mergetune.tune` and which of its trainings (each has
-            its own order of batches; all have the cell's images). Or solutions, by name, for a single cell.
-        shots: images a class; None is all.
+        experts: texts "METHOD:NUMBER" such as "coop:1" or "head:1": a method of :func:`mergetune.tune` and the number
+            of a training run. Runs with different numbers have the same images in different batch orders. For a
+            single cell also a mapping of names to solutions.
+        shots: training images per class; None uses all images.
         tune, fit: more keyword arguments of :func:`mergetune.tune` and :func:`mergetune.fit`.
-        grid: hyper-parameters that are tried for MERGETUNE.
-        choose: on each cell's own "validation" images, or on those of the "others": the other datasets' cells.
+        grid: name of an option of fit -> values that are tried for MERGETUNE.
+        choose: images on which hyper-parameters are chosen: "validation" uses the validation images of the same cell,
+            "others" those of the cells of all other datasets.
     """
 
     experts: tuple[str, ...] | Mapping[str, Solution] = _option(
-        "strs", ("coop:1",), "coop:1, coop:2, kgcoop:1, head:1 are trained; or saved solutions."
+        "strs", ("coop:1",), "Solutions to merge: METHOD:NUMBER trains one (coop:1, head:1); or saved solutions."
     )
     shots: int | None = _option("int", 16, "Images per class.", none=True, least=1)
     tune: dict[str, Any] = _option("object", {}, "More options of mergetune.tune.")
     fit: dict[str, Any] = _option("object", {}, "More options of mergetune.fit.")
-    grid: dict[str, tuple] = _option("object", MERGETUNE_GRID, "Values of fit's options that are tried for MERGETUNE.")
+    grid: dict[str, tuple] = _option("object", MERGETUNE_GRID, "Values of fit's options to try for MERGETUNE.")
     choose: str = _option(
-        "str", "validation", "Choose hyper-parameters on the cell's validation images, or on the others' ones.",
+        "str", "validation",
+        "Validation images on which hyper-parameters are chosen: the cell's (validation), or other datasets' (others).",
         choices=("validation", "others"),
     )  # fmt: skip
 
@@ -182,12 +246,13 @@ class CompareOptions:
         if self.choose not in ("validation", "others"):
             raise ValueError(f"choose must be validation or others, got {self.choose!r}")
         if not self.experts:
-            raise ValueError("experts must hold at least one, got none")
+            raise ValueError("experts must hold at least one expert, got none")
         if isinstance(self.experts, Mapping):
             return
         for expert in self.experts:
             method, _, number = expert.partition(":")
             if method not in TUNE_METHODS or not number.isdigit() or not int(number):
-                raise ValueError(f"experts must be like coop:1, of {', '.join(TUNE_METHODS)}, got {expert!r}")
+                methods = ", ".join(TUNE_METHODS)
+                raise ValueError(f"experts must be like coop:1, a method ({methods}) and a number, got {expert!r}")
         if len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts must not repeat, got {', '.join(self.experts)}")

@@ -1,4 +1,4 @@
-"""Packages whose public names are imported at their first use (PEP 562), so that light uses need no torch."""
+"""Packages that import their public names at first use (PEP 562), so that --help and lists need no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Face(ModuleType):
-    """A package with public names that are imported at their first use."""
+    """A package that imports its public names at first use."""
 
     _origins: Mapping[str, tuple[str, str]] = {}
     _packages: Collection[str] = ()
@@ -27,7 +27,7 @@ class _Face(ModuleType):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Python sets a submodule on its package when it is imported; a public name stays the function.
+        # Importing a submodule sets it on its package. A public name must stay the function of that name.
         if not (isinstance(value, ModuleType) and name in self._origins):
             super().__setattr__(name, value)
 
@@ -36,13 +36,13 @@ class _Face(ModuleType):
 
 
 def make_lazy(package: str, names: Mapping[str, str], packages: Collection[str] = ()) -> None:
-    """Make a package import its public names at their first use.
+    """Makes a package import its public names at first use.
 
     Args:
-        package: its name; it is being imported.
-        names: module -> the public names that come from it, with spaces between; ``public=attribute`` where
-            the package has another name for it than the module.
-        packages: submodules that are public themselves.
+        package: name of the package; its ``__init__`` makes the call.
+        names: module -> its public names, separated by spaces. ``public=attribute`` gives the package's name of an
+            attribute that has another name in the module.
+        packages: names of the package's public submodules.
     """
     face, origins = sys.modules[package], {}
     for module, found in names.items():

@@ -1,4 +1,4 @@
-"""Options as data: name, kind of value, default and help; and how values are read from text. Needs no torch."""
+"""Options as data (name, kind of value, default, help) and the reading of option values from text. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 
 class _Required:
-    """The default of an option without one."""
+    """Type of ``REQUIRED``, which stands for the default of an option that must be given."""
 
     def __repr__(self) -> str:
         return "required"
@@ -22,8 +22,8 @@ class Kind:
     """A kind of value.
 
     Attributes:
-        rule: how a value is written, for errors: "... must be {rule}".
-        read: text -> value, or a ValueError or KeyError; None where values cannot be written as text.
+        rule: how a value is written; errors say "... must be {rule}".
+        read: function from text to value, which raises ValueError or KeyError; None if no text stands for a value.
     """
 
     rule: str
@@ -81,12 +81,12 @@ class Option:
 
     Attributes:
         name: keyword of the function.
-        kind: one of ``KINDS``, or a kind that the caller of :func:`read_options` knows.
-        default: the function's.
-        help: one line.
-        none: whether None is a value; as text it is "none".
-        choices: the values, if there are a few only.
-        least: the smallest value that the command line takes; None leaves the check to the function.
+        kind: one of ``KINDS``, or of the kinds that the caller passes to :func:`read_options`.
+        default: default of the function.
+        help: one line of help.
+        none: whether None is a valid value; its text is "none".
+        choices: all valid values; empty if any value of the kind may be valid.
+        least: smallest value that the command line accepts; None leaves the check to the function.
     """
 
     name: str
@@ -98,20 +98,20 @@ class Option:
     least: int | None = None
 
     def shown(self) -> str:
-        """The default as text."""
+        """Returns the default as text."""
         return repr(self.default) if self.default is REQUIRED else str(self.default)
 
 
 def read_options(
     owner: str, options: Iterable[Option], given: Sequence[str], more_kinds: Mapping[str, Kind] | None = None
 ) -> dict[str, Any]:
-    """``["scale=0.3", "weights=1,2"]`` -> ``{"scale": 0.3, "weights": [1.0, 2.0]}``.
+    """Parses options: ``["scale=0.3", "weights=1,2"]`` -> ``{"scale": 0.3, "weights": [1.0, 2.0]}``.
 
     Args:
-        owner: what has the options, for errors: "ties", "mergetune.fit".
-        options: those that there are.
-        given: texts ``name=value``. "none" is None, where None is a value.
-        more_kinds: kinds of value that ``KINDS`` does not have.
+        owner: name of the method or function that takes the options, for errors: "ties", "mergetune.fit".
+        options: the options that the owner has.
+        given: texts ``name=value``. "none" means None for an option that may be None.
+        more_kinds: kinds of value in addition to ``KINDS``.
 
     Raises:
         ValueError: a text without ``=``, an unknown or repeated option, or a value that is not of the option's kind.
@@ -124,7 +124,7 @@ def read_options(
         if name not in known:
             raise ValueError(f"{owner} has no option {name!r}; it has {', '.join(known) or 'none'}")
         if name in found:
-            raise ValueError(f"options must not repeat, got {name!r} twice")
+            raise ValueError(f"options must not repeat, got {name!r} twice: give it once")
         found[name] = _read(owner, known[name], kinds[known[name].kind], text)
     return found
 

@@ -1,4 +1,4 @@
-"""Files and processes: atomic files, JSON, locks, tensors of others' files read without running code, and ranks."""
+"""Files and processes: atomic files, JSON, locks, safe reading of tensor files, and ranks under torchrun."""
 
 from typing import TYPE_CHECKING
 

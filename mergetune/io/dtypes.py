@@ -1,4 +1,4 @@
-"""Dtypes and their names: torch's ("float32"), and those of safetensors files ("F32")."""
+"""Names of dtypes in torch ("float32") and in safetensors files ("F32")."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STORED_DTYPES: Final = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name: "float32"."""
+    """The name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 STORED_NAMES: Final = {dtype_name(dtype): name for name, dtype in STORED_DTYPES.items()}
-"""A dtype's name ("float32") -> its name in safetensors files ("F32")."""
+"""Name of a dtype ("float32") -> name in safetensors files ("F32")."""
 
 FLOAT_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Name -> dtype, of those that features are stored in and models run in."""
+"""Name -> dtype, for the dtypes of stored features and of running models."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that are read only if they are regular ones."""
+"""Atomic writing of files, and reading that accepts regular files only."""
 
 import errno
 import hashlib
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 @contextmanager
 def writing_atomically(file: Path) -> Iterator[BinaryIO]:
-    """A stream to a file that is put in place whole at the end, or not at all, whatever happens to this process."""
+    """Context manager with a stream whose content becomes the file at the end; the file is never partly written."""
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as stream:
@@ -30,18 +30,18 @@ def writing_atomically(file: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Put a file in place whole, or leave the old one, whatever happens to this process or the power."""
+    """Writes a file atomically: after a crash or power failure, either the old or the whole new file exists."""
     with writing_atomically(file) as stream:
         stream.write(content)
 
 
 def remove_parts(folder: Path, name: str) -> None:
-    """Remove what killed processes left of a file while they wrote it."""
+    """Removes the partial copies of a file that killed processes left in the folder."""
     for part in folder.glob(f".{name}.*.part"):
         part.unlink(missing_ok=True)
 
 
-# Bytes that files may have which are read whole. Each limit is far above what there is.
+# Largest sizes in bytes of files that are read into memory. Each limit is far above usual sizes, which follow.
 MAX_SETTINGS = 1 << 26  # a JSON document with settings, of a backbone or a solution: 0.1 MB
 MAX_VOCABULARY = 1 << 28  # a tokenizer's vocabulary: 34 MB for 256,000 words
 MAX_IMAGE = 1 << 28  # a photo: 50 MB
@@ -49,7 +49,7 @@ MAX_LIST = 1 << 28  # a JSON document that lists images: ImageNet's 1.3 million 
 MAX_TABLE = 1 << 30  # a table or a cache's manifest
 MAX_WEIGHTS = 1 << 34  # weights that cannot be mapped into memory: 10 GB
 
-# O_NONBLOCK: to open a FIFO waits for its writer otherwise. O_NOCTTY: a terminal must not become this process's own.
+# O_NONBLOCK: opening a FIFO must not wait for its writer. O_NOCTTY: a terminal must not become the controlling one.
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -61,18 +61,18 @@ _KINDS = {
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A stream of a regular file's bytes.
+    """Opens a regular file for reading bytes. Links are followed.
 
-    The kind is that of the file that was opened, so no other file can take its place in between. A link is followed.
+    The kind of the file is checked after opening, so no other file can replace it between check and reading.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: a folder; a FIFO or a device, whose reading may never end; a socket.
+        OSError: the file does not exist or cannot be read.
+        ValueError: the path is a folder, a FIFO or device (whose reading may never end), or a socket.
     """
     try:
         descriptor = os.open(path, _READ)
     except OSError as error:
-        if error.errno != errno.ENXIO:  # what Linux answers for a socket
+        if error.errno != errno.ENXIO:  # Linux returns ENXIO for a socket
             raise
         raise ValueError(f"{path} must be a regular file, got a socket") from error
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -83,14 +83,14 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_regular(path: str | Path, *, limit: int = MAX_TABLE) -> bytes:
-    """All bytes of a regular file; raises as :func:`open_regular`.
+    """All bytes of a regular file; raises the errors of :func:`open_regular` as well.
 
     Args:
         path: the file.
-        limit: bytes that it may have. A file can say that it has terabytes and use no place on the disk.
+        limit: largest allowed size in bytes. A sparse file may have terabytes and use no space on the disk.
 
     Raises:
-        ValueError: it is larger, which is seen before anything is read, or it grows meanwhile.
+        ValueError: the file is larger (checked before reading), or grows during reading.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -103,7 +103,7 @@ def read_regular(path: str | Path, *, limit: int = MAX_TABLE) -> bytes:
 
 
 def read_regular_text(path: str | Path, *, limit: int = MAX_TABLE) -> str:
-    """A regular file's text in UTF-8, without a byte order mark; raises as :func:`read_regular`.
+    """The UTF-8 text of a regular file without byte order mark; raises the errors of :func:`read_regular` as well.
 
     Raises:
         UnicodeDecodeError: the file is not UTF-8.
@@ -112,7 +112,7 @@ def read_regular_text(path: str | Path, *, limit: int = MAX_TABLE) -> str:
 
 
 def sha256_regular(path: str | Path, *, limit: int = MAX_IMAGE) -> str:
-    """The SHA-256 of a regular file, read piece by piece; raises as :func:`read_regular`."""
+    """The SHA-256 of a regular file, read in pieces; raises the errors of :func:`read_regular`."""
     digest, left = hashlib.sha256(), limit
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -125,16 +125,20 @@ def sha256_regular(path: str | Path, *, limit: int = MAX_IMAGE) -> str:
 
 
 def require_regular(path: str | Path) -> None:
-    """Refuse what :func:`open_regular` refuses, before a library opens the path itself."""
+    """Raises the errors of :func:`open_regular` for a path that a library will open."""
     open_regular(path).close()
 
 
 def require_file(path: str | Path, message: str) -> None:
-    """Refuse what is no regular file: by its kind if it is there, or else with this message.
+    """Checks that a path is a regular file.
+
+    Args:
+        path: the path.
+        message: message of the error if the path does not exist.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: a folder, a FIFO, a device or a socket.
+        FileNotFoundError: the path does not exist.
+        ValueError: the path is a folder, a FIFO, a device or a socket.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(message)
@@ -143,12 +147,12 @@ def require_file(path: str | Path, message: str) -> None:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer with the bytes of an open file from a place on. Several threads may read one file at once.
+    """Fills a buffer with the bytes of an open file from an offset on. Several threads may read one file at once.
 
     Raises:
-        EOFError: the file ends before the buffer is full, as when it was cut off while it was open.
+        EOFError: the file ends before the buffer is full, for example because the file was cut off while open.
     """
-    while buffer:  # the system may give less than was asked for
+    while buffer:  # a read may return fewer bytes than requested
         count = os.preadv(descriptor, [buffer], offset)
         if not count:
             raise EOFError(f"the file ends {len(buffer)} bytes too early")

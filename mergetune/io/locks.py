@@ -1,4 +1,4 @@
-"""Locks: one process at a time works in a folder, and the system frees the lock when that process dies."""
+"""Locks that let one process at a time work in a folder; the system frees a lock when its process ends."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _held: set[int] = set()  # descriptors of the locks that this process holds
 
 @contextlib.contextmanager
 def locked(file: Path, *, busy: str) -> Iterator[None]:
-    """Hold the lock of a file, which is made if it is not there. The system frees it when the process dies.
+    """Context manager that holds the lock of a file; the system frees the lock when the process ends.
 
-    Where the file system has no locks, a warning says so.
+    If the file system has no locks, the function warns and continues without a lock.
 
     Args:
-        file: of the lock alone; it stays there, and is empty.
-        busy: what the error says where another process holds the lock.
+        file: an empty file for this lock only; created if missing, and not removed.
+        busy: message of the error if another process holds the lock.
 
     Raises:
         RuntimeError: another process holds the lock.
@@ -31,7 +31,7 @@ def locked(file: Path, *, busy: str) -> Iterator[None]:
         _lock(descriptor, file, busy)
         yield
     finally:
-        if descriptor in _held:  # else release_locks has closed it
+        if descriptor in _held:  # otherwise release_locks has closed the descriptor
             _held.discard(descriptor)
             os.close(descriptor)
 
@@ -43,17 +43,17 @@ def _lock(descriptor: int, file: Path, busy: str) -> None:
         raise RuntimeError(busy) from None
     except OSError as error:
         warn(
-            f"{file.parent} lies on a file system without locks ({error}): two processes at once would disturb each "
-            "other",
+            f"{file.parent} is on a file system without locks ({error}): do not let two processes work in this folder "
+            "at once",
             stacklevel=2,
         )
 
 
 def release_locks(worker: int = 0) -> None:
-    """In a forked process: let go of inherited locks, which would otherwise outlive a killed parent.
+    """Closes inherited locks in a forked process, so that they do not stay held after the parent is killed.
 
     Args:
-        worker: its number; not used, but a DataLoader's ``worker_init_fn`` is given it.
+        worker: not used; a DataLoader passes the worker's number to its ``worker_init_fn``.
     """
     while _held:
         os.close(_held.pop())

@@ -1,8 +1,8 @@
-"""Tensors of pickled modules and TorchScript archives, read without running anything that the file names.
+"""Reading of tensors from pickled modules and TorchScript archives without running code from the file.
 
-WiSE-FT saves its classifiers with ``pickle.dump``, others save whole modules with ``torch.save``: plain unpickling
-would import and run what such a file asks for. Here every name in it becomes an inert stand-in, but for the few that
-describe tensors. A TorchScript archive is a program beside a pickle of its modules: here the pickle alone is read.
+WiSE-FT saves classifiers with ``pickle.dump``, others save modules with ``torch.save``. Plain unpickling would run any
+code that such a file names. Here, every name in the file becomes an inert object, except for the few names that
+describe tensors. A TorchScript archive contains code and a pickle of its modules; only the pickle is read.
 """
 
 from __future__ import annotations
@@ -42,39 +42,40 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of torch.save's format before 1.6
-MAX_MODULES = 1 << 16  # of a TorchScript archive, each as often as it is used: modules that share modules can be many
-MAX_CODE = 1 << 28  # bytes of a TorchScript archive's code, which is compressed
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle in torch.save's format before torch 1.6
+MAX_MODULES = 1 << 16  # most modules of a TorchScript archive, counted per use: shared modules can multiply
+MAX_CODE = 1 << 28  # most bytes of a TorchScript archive's code after decompression
 
 
 def read_module(file: str | Path, *, only: str | None = None) -> dict[str, Tensor]:
-    """The parameters and buffers of a pickled module, or of dicts of modules and tensors, by their dotted names.
+    """Parameters and buffers of a pickled module, or of dicts of modules and tensors, by their dotted names.
 
     Args:
-        file: made by ``pickle.dump`` or ``torch.save``, in its zip format or the older one.
-        only: one submodule, as "classification_head": nothing else is returned, nor read where the format allows.
+        file: file that ``pickle.dump`` or ``torch.save`` wrote, in torch's zip format or the older format.
+        only: name of a submodule, such as "classification_head", whose tensors alone are returned. Other tensors are
+            not read if the format allows.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file; no tensors in it, or none of ``only``; tensors that repeat the numbers of the file
-            more than a few times.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a pickled module, holds no tensors (of ``only``), or its tensors are much larger
+            than the file because they repeat its numbers.
     """
     return _read(Path(file), only)[0]
 
 
 def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence[Any] = ()) -> Any:
-    """``torch.load`` with ``weights_only=True``, every refusal a ValueError.
+    """``torch.load`` with ``weights_only=True``, which raises ValueError for every refused file.
 
     Args:
-        file: in torch's zip format or the older one. The tensors of a TorchScript archive are read as
-            :func:`read_torchscript` does.
-        mmap: map the tensors of a zip format into memory; damage to their numbers is not noticed then.
-        allowed: types that the file may hold besides, see ``torch.serialization.safe_globals``.
+        file: file in torch's zip format or the older format. A TorchScript archive is read with
+            :func:`read_torchscript`.
+        mmap: memory-map the tensors of a file in zip format; damaged numbers are then not detected.
+        allowed: further types that the file may hold, see ``torch.serialization.safe_globals``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no regular file, damaged, or holds more than tensors and plain values; tensors that repeat the
-            numbers of the file more than a few times.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a regular file, is damaged, holds more than tensors and plain values, or its tensors
+            are much larger than the file because they repeat its numbers.
     """
     require_regular(file)
     if is_torchscript(file):
@@ -86,37 +87,37 @@ def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence
         return content
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        detail = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))  # not the advice to run it
+        detail = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))  # without torch's advice to run the file
         what = f"an object of {found[1]}" if found else f"more than tensors ({detail[1] if detail else 'a pickle'})"
         raise ValueError(
             f"{file} cannot be read as a checkpoint: it holds {what}, and pickled code is never run"
         ) from error
     except Exception as error:  # torch.load raises many kinds on files that are not checkpoints
-        advice = "weights_only" in str(error)  # to run it
+        advice = "weights_only" in str(error)  # torch's message advises to run the file
         reason = "it holds more than tensors" if advice else f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} cannot be read as a checkpoint: {reason}") from error
 
 
 def is_torchscript(file: str | Path) -> bool:
-    """Whether a file is a TorchScript archive: a zip file with code and its constants. A damaged zip file is none."""
+    """Whether a file is a TorchScript archive: a zip file with code and constants. False for a damaged zip file."""
     with open_regular(file) as stream:
         try:
             with zipfile.ZipFile(stream) as archive:
                 names = archive.namelist()
-        except Exception:  # zipfile raises many kinds on what is no zip file, or a damaged one
+        except Exception:  # zipfile raises many kinds on other and on damaged files
             return False
     return any("/code/" in name or name.rpartition("/")[2] == "constants.pkl" for name in names)
 
 
 def read_torchscript(file: str | Path) -> dict[str, Tensor]:
-    """The state dict of a traced or scripted module, as ``torch.jit.load(file).state_dict()``, which runs the archive.
+    """The state dict of a traced or scripted module, without running the archive as ``torch.jit.load`` would.
 
-    Which attributes are parameters and buffers stands in the code's class headers; nothing else of it is looked at.
+    The headers of the archive's classes say which attributes are parameters and buffers; other code is not read.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such an archive; one with modules that bring themselves back by code of their own; tensors that
-            repeat the numbers of the file more than a few times.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a TorchScript archive, has modules that restore themselves by running code, or its
+            tensors are much larger than the file because they repeat its numbers.
     """
     with open_regular(file) as stream:
         return _read_script(stream, file)
@@ -138,10 +139,10 @@ def _read_script(stream: BinaryIO, file: str | Path) -> dict[str, Tensor]:
 
 
 def convert_module(file: str | Path, out: str | Path, *, only: str | None = None) -> list[str]:
-    """Write the tensors of a pickled module as ``out``, a .safetensors file; see :func:`read_module`.
+    """Writes the tensors of a pickled module to a .safetensors file, which ``Head.from_checkpoint`` reads.
 
-    ``Head.from_checkpoint`` reads the result. A module's own attribute ``normalize`` (WiSE-FT: whether the head scales
-    its inputs to unit norm) is kept in the metadata.
+    ``file`` and ``only`` are those of :func:`read_module`. A module's attribute ``normalize`` (in WiSE-FT: whether the
+    head scales its inputs to unit norm) is stored in the metadata.
 
     Returns:
         The names of the tensors.
@@ -155,7 +156,7 @@ def convert_module(file: str | Path, out: str | Path, *, only: str | None = None
 
 
 def _read(file: Path, only: str | None) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    require_file(file, f"file must be a pickled module, got {file}, where there is no file")
+    require_file(file, f"file must be a pickled module, got {file}, which does not exist")
     inside = "" if only is None else f"{only}."
     try:
         found = dict(_walk(_unpickle(file), set()))
@@ -175,7 +176,7 @@ def _in(name: str, inside: str) -> bool:
 
 
 def _walk(value: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, _Piece | bool]]:
-    """The named tensors below a value, and the attributes ``normalize`` of modules."""
+    """Yields name and value of the tensors below a value, and of the attributes ``normalize`` of modules."""
     if isinstance(value, _Piece):
         yield prefix.removesuffix(".") or "weight", value
         return
@@ -193,7 +194,7 @@ def _walk(value: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, _
 
 @dataclass(frozen=True)
 class _Storage:
-    """Numbers in the file, read when they are asked for."""
+    """Numbers in the file, which ``content`` reads on demand."""
 
     dtype: torch.dtype
     count: int
@@ -202,7 +203,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor that is not made yet: a view on a storage."""
+    """The description of a tensor that is not created yet: a view of a storage."""
 
     storage: _Storage
     offset: int
@@ -219,7 +220,7 @@ class _Piece:
 
 
 def _made(pieces: Mapping[str, _Piece], stored: int) -> dict[str, Tensor]:
-    """The tensors of a file of ``stored`` bytes, each with numbers of its own. Each storage is read once."""
+    """Creates the tensors of a file with ``stored`` bytes, each with separate numbers; reads each storage once."""
     require_budget(pieces.values(), stored)
     by_storage: dict[int, list[str]] = {}
     for name, piece in pieces.items():
@@ -236,7 +237,7 @@ def _made(pieces: Mapping[str, _Piece], stored: int) -> dict[str, Tensor]:
 
 
 class TensorUnpickler(Unpickler):
-    """Knows tensors too, each as a piece of a storage that is read when it is asked for."""
+    """An unpickler that returns tensors as ``_Piece``; ``load`` maps a storage's key to a function that reads it."""
 
     def __init__(self, stream: io.BytesIO, load: Callable[[str], Callable[[], bytes]] | None = None) -> None:
         known = {
@@ -252,7 +253,7 @@ class TensorUnpickler(Unpickler):
         self.storages: dict[Any, _Storage] = {}
         self.left = (
             2 * stream.getbuffer().nbytes
-        )  # bytes unpacked inside, as text and as storages: each stands there once
+        )  # most bytes unpacked from the pickle: each occurs at most as text and as storage
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) < 2:
@@ -263,7 +264,7 @@ class TensorUnpickler(Unpickler):
         if pid[0] != "storage" or not isinstance(dtype, torch.dtype) or any(part is not None for part in view):
             raise pickle.UnpicklingError(f"a storage of a kind that is not understood: {pid!r}")
         if self.load_storage is None or not isinstance(key, str) or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError(f"a storage that is not there: {pid!r}")
+            raise pickle.UnpicklingError(f"a storage that is missing: {pid!r}")
         if (key, dtype, count) not in self.storages:
             self.storages[key, dtype, count] = _Storage(dtype, count, self.load_storage(key))
         return self.storages[key, dtype, count]
@@ -285,7 +286,7 @@ class TensorUnpickler(Unpickler):
             raise pickle.UnpicklingError("bytes that are used more than once")
 
     def storage_from_bytes(self, content: Any) -> _Storage:
-        """Plain pickles keep each storage as a torch.save file inside."""
+        """The storage in ``content``, which is a torch.save file: plain pickles contain storages in this form."""
         if not isinstance(content, bytes):
             raise pickle.UnpicklingError("a storage that is not understood")
         self.unpacks(content)
@@ -295,7 +296,7 @@ class TensorUnpickler(Unpickler):
         return storage
 
     def encode(self, text: Any, encoding: Any) -> bytes:
-        """Bytes in the older pickle protocols."""
+        """The bytes that older pickle protocols encode as text."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("bytes that are not understood")
         self.unpacks(text)
@@ -303,7 +304,7 @@ class TensorUnpickler(Unpickler):
 
 
 class _ScriptUnpickler(TensorUnpickler):
-    """Gives each TorchScript class a stand-in of its own, which keeps the class's name."""
+    """An unpickler that gives each TorchScript class a separate inert class with the same name."""
 
     def __init__(self, stream: io.BytesIO, load: Callable[[str], Callable[[], bytes]]) -> None:
         super().__init__(stream, load)
@@ -322,10 +323,10 @@ _HEADER = re.compile(
 
 
 def _script_classes(archive: zipfile.ZipFile, folder: str) -> dict[str, tuple[set[str], set[str]]]:
-    """{name of a module's class: names of its parameters, names of its buffers}."""
+    """{name of a module's class: (names of its parameters, names of its buffers)}."""
     files = [info for info in archive.infolist() if info.filename.startswith(folder) and info.filename.endswith(".py")]
     if sum(info.file_size for info in files) > MAX_CODE:
-        raise ValueError(f"its code has more than {MAX_CODE} bytes")
+        raise ValueError(f"the archive's code has more than {MAX_CODE} bytes")
     classes = {}
     for info in files:
         module = info.filename.removeprefix(folder).removesuffix(".py").replace("/", ".")
@@ -342,14 +343,14 @@ def _walk_script(
     budget: Iterator[int],
     prefix: str = "",
 ) -> Iterator[tuple[str, _Piece]]:
-    """The named parameters and buffers below a module, in the order of its own state dict."""
+    """Yields name and description of the parameters and buffers below a module, in the order of its state dict."""
     name, place = type(module).__name__, prefix.removesuffix(".") or "it"
     if name not in classes or any(module is other for other in above):
         raise ValueError(f"{place} is no module, or is inside itself")
     if not isinstance(module.state, dict):
-        raise ValueError(f"{place} is a {name}, which is read by code of its own")
+        raise ValueError(f"{place} is a {name}, which can only be restored by running its code")
     if next(budget, None) is None:
-        raise ValueError(f"it has more than {MAX_MODULES} modules")
+        raise ValueError(f"the archive has more than {MAX_MODULES} modules")
     for own in classes[name]:
         for key, value in module.state.items():
             if key in own and isinstance(value, _Piece):
@@ -383,32 +384,32 @@ def _pickled(archive: zipfile.ZipFile) -> str:
     names = archive.namelist()
     pickled = next((name for name in names if name.endswith("/data.pkl")), None)
     if pickled is None:
-        raise ValueError("it is a zip file, but none of torch.save's")
+        raise ValueError("the zip file was not written by torch.save")
     order = pickled.removesuffix("data.pkl") + "byteorder"
     if order in names and _stored(archive, order) != b"little":
-        raise ValueError("its numbers are big-endian")
+        raise ValueError("the file's numbers are big-endian")
     return pickled
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # torch never packs numbers; a bomb would be
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # torch never compresses numbers; zip bombs do
         raise ValueError(f"{name} is compressed")
     return archive.read(name)
 
 
 def _storages(content: Callable[[str], bytes], pickled: str) -> Callable[[str], Callable[[], bytes]]:
-    """What gives the numbers of each storage beside the pickle, when they are asked for."""
+    """Function from the key of a storage to a function that reads its bytes from the archive of the pickle."""
     folder = pickled.removesuffix("data.pkl")
     return lambda key: lambda: content(f"{folder}data/{key}")
 
 
 def _unpickle_legacy(stream: io.BytesIO) -> Any:
-    """torch.save's format before 1.6: magic number, version, machine, content, keys of the storages, the storages."""
+    """Reads torch.save's format before 1.6: magic number, version, machine, content, keys of storages, storages."""
     contents: dict[str, bytes] = {}
     made: dict[str, _Storage] = {}
     magic, _, machine = (TensorUnpickler(stream).load() for _ in range(3))
     if magic != LEGACY_MAGIC or not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise ValueError("it is not of torch.save's older format, or its numbers are big-endian")
+        raise ValueError("the file is not in torch.save's older format, or its numbers are big-endian")
 
     class Content(TensorUnpickler):
         def persistent_load(self, pid: Any) -> Any:

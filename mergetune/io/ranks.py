@@ -1,4 +1,4 @@
-"""Ranks of one job under torchrun: work that each does and all wait for."""
+"""Ranks of a job under torchrun: work that all ranks do together, and work of rank 0."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE = datetime.timedelta(days=7)  # ranks may finish far apart; a rank that died is torchrun's to notice
+PATIENCE = datetime.timedelta(days=7)  # ranks may finish at very different times; torchrun detects dead ranks
 
 
 @dataclass(frozen=True)
 class Team:
-    """The ranks that build together; one rank where there is no torchrun."""
+    """The ranks that work together; one rank without torchrun.
+
+    Attributes:
+        rank: number of this rank.
+        world: number of ranks.
+        group: process group of the ranks; None for one rank.
+    """
 
     rank: int = 0
     world: int = 1
     group: Any = None
 
     def each(self, work: Callable[[], Any]) -> list[Any]:
-        """Do the work on every rank and wait for all: their results. If one fails, all raise."""
+        """Does the work on every rank, waits for all ranks and returns their results. If one rank fails, all raise."""
         if self.world == 1:
             return [work()]
         result, error = None, None
@@ -41,20 +47,20 @@ class Team:
         return [outcome for outcome, _ in outcomes]
 
     def lead(self, work: Callable[[], Any]) -> Any:
-        """Do the work on rank 0 alone and share its result."""
+        """Does the work on rank 0 only and returns its result on every rank."""
         return self.each(work if self.rank == 0 else lambda: None)[0]
 
 
 @contextlib.contextmanager
 def torchrun_team() -> Iterator[Team]:
-    """The ranks of torch.distributed, joined here if torchrun started us and nobody did so yet."""
+    """Context manager with the ranks of torch.distributed, which is initialised here under torchrun if necessary."""
     launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if launched and not dist.is_initialized():
         dist.init_process_group("gloo")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         yield Team()
         return
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)  # the caller's own may be NCCL, or in a hurry
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)  # the caller's group may use NCCL or a short timeout
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), group)
     finally:

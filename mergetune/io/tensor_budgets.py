@@ -1,4 +1,4 @@
-"""How large the tensors of a file may be together: a tensor can repeat the file's numbers as often as it likes."""
+"""Limits of the total size of a file's tensors, because views can repeat the numbers of a small file without end."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-MAX_REPEATED = 4  # bytes of all tensors together, for each byte of the file: tied weights and views repeat a storage
-MAX_EXPANDED = 1 << 26  # bytes that all tensors together may have whatever the file's size is
+MAX_REPEATED = 4  # most bytes of all tensors per byte of the file: tied weights and views repeat a storage
+MAX_EXPANDED = 1 << 26  # bytes of all tensors that are always allowed
 
 
 class Sized(Protocol):
-    """A tensor, or one that is not made yet."""
+    """An object with a shape and a size in bytes: a tensor, or the description of a tensor that is not created yet."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -22,24 +22,24 @@ class Sized(Protocol):
 
 
 def require_budget(tensors: Collection[Sized], stored: int) -> None:
-    """Refuse tensors that would fill the memory from a file of ``stored`` bytes, once each has its own numbers."""
+    """Raises ValueError if separate copies of the tensors would need far more memory than the ``stored`` bytes."""
     needed = sum(tensor.nbytes for tensor in tensors)
     if needed > max(MAX_REPEATED * stored, MAX_EXPANDED):
         largest = max(tensors, key=lambda tensor: tensor.nbytes)
         raise ValueError(
             f"its tensors have {needed:,} bytes, the largest of them shape {list(largest.shape)}, and the file has "
-            f"{stored:,}: it may hold each number {MAX_REPEATED} times, or tensors of {MAX_EXPANDED:,} bytes in all"
+            f"{stored:,}: tensors may have {MAX_REPEATED} times the bytes of the file, or {MAX_EXPANDED:,} bytes in all"
         )
 
 
 def tensor_views(content: Any) -> Iterator[Tensor]:
-    """The different tensors in dicts and lists: of those that torch ties, which are one, the first."""
+    """Yields the different tensors in nested dicts and lists; tied tensors, which are equal views, only once."""
     seen: set[Any] = set()
     left = [content]
     while left:
         value = left.pop()
         if isinstance(value, Tensor):
-            if value.layout != torch.strided:  # sparse tensors repeat nothing
+            if value.layout != torch.strided:  # sparse tensors do not repeat numbers
                 continue
             where = value.data_ptr(), value.dtype, value.shape, value.stride()
             if where not in seen:

@@ -1,4 +1,4 @@
-"""Tensors from others' .pt, .npz and .safetensors files, read without ever executing what is pickled in them."""
+"""Reading of tensors from other projects' .pt, .npz and .safetensors files, without running pickled code."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from mergetune.io.files import require_regular
 from mergetune.io.pickled_modules import load_tensors_only
 from mergetune.io.unpickling import Inert
 
-EXTRAS = ("classes_", "classnames", "scale", "normalize", "logit_scale")  # beside a head's weight and bias
+EXTRAS = ("classes_", "classnames", "scale", "normalize", "logit_scale")  # metadata of a head beside weight and bias
 
 
-MAX_UNPACKED = 16  # bytes of all arrays of a .npz file, for each byte of the file: weights hardly shrink
-FREE_UNPACKED = 1 << 26  # bytes of all arrays whatever the file's size is
+MAX_UNPACKED = 16  # most bytes of all arrays of a .npz file per byte of the file: weights compress little
+FREE_UNPACKED = 1 << 26  # bytes of all arrays that are always allowed
 
 
 class _Forgetful(Inert):
-    """Drops its state: an optimiser's is as large as the model."""
+    """An inert object that drops its state: the state of an optimiser is as large as the model."""
 
     def __setstate__(self, _: Any) -> None: ...
 
 
-_numpy_scalar = np.float64().__reduce__()[0]  # what pickles of numpy's numbers call; numpy 1 and 2 name it differently
+_numpy_scalar = np.float64().__reduce__()[0]  # function in pickles of numpy scalars; its name differs in numpy 1 and 2
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
-# Dassl saves its scheduler as an object, which holds the optimiser. None of them is made: a stand-in is.
+# Dassl saves its scheduler as an object that holds the optimiser. Inert objects replace both.
 _ALLOWED = [
     *(
         (_Forgetful, name)
@@ -58,7 +58,7 @@ _ALLOWED = [
 
 
 def read_safetensors(file: Path) -> dict[str, Any]:
-    """Tensors, memory-mapped, and what the metadata says of a head, by name."""
+    """The memory-mapped tensors of a file by name, and the entries of its metadata that describe a head."""
     content: dict[str, Any] = {}
     require_regular(file)
     try:
@@ -72,15 +72,15 @@ def read_safetensors(file: Path) -> dict[str, Any]:
 
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file; refused are objects, which are pickles, and what is packed to fill the memory."""
+    """The arrays of a .npz file by name. Pickled objects and zip bombs raise ValueError."""
     require_regular(file)
     try:
         with np.load(file, allow_pickle=False) as opened:
             unpacked, stored = sum(entry.file_size for entry in opened.zip.infolist()), file.stat().st_size
             if unpacked > max(MAX_UNPACKED * stored, FREE_UNPACKED):
                 raise ValueError(
-                    f"its arrays have {unpacked:,} bytes and the file has {stored:,}: they must have at most "
-                    f"{MAX_UNPACKED} times as many, or {FREE_UNPACKED:,}"
+                    f"its arrays have {unpacked:,} bytes and the file has {stored:,}: arrays must have at most "
+                    f"{MAX_UNPACKED} times the bytes of the file, or {FREE_UNPACKED:,}"
                 )
             return {name: opened[name] for name in opened.files}
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files
@@ -88,7 +88,7 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
 
 
 def load_tensors(file: Path) -> dict[str, Any]:
-    """:func:`load_torch` of a dict."""
+    """:func:`load_torch` for a file that must hold a dict."""
     content = load_torch(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a dict, got {type(content).__name__}")
@@ -96,5 +96,8 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 
 def load_torch(file: Path, *, mmap: bool = False) -> Any:
-    """:func:`mergetune.io.load_tensors_only` with the few other types that checkpoints hold."""
+    """:func:`mergetune.io.load_tensors_only` for checkpoints, which may also hold optimisers and numpy scalars.
+
+    Optimisers and schedulers become inert objects without state.
+    """
     return load_tensors_only(file, mmap=mmap, allowed=_ALLOWED)

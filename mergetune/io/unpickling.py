@@ -1,4 +1,4 @@
-"""The unpickler that runs nothing: what a file names is known here, or an inert stand-in, or refused."""
+"""An unpickler that runs no code of a file: each name in the file is known, replaced by an inert object, or refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 
 class Inert:
-    """Stands in for whatever else a file names. It does nothing, and keeps the state that it is given."""
+    """Replaces an unknown class or function of a file. Calls do nothing; the object only stores its state."""
 
     state: Any = None
 
@@ -25,14 +25,14 @@ class Inert:
     append = extend = add = __setitem__ = __call__
 
 
-class Unpickler(pickle._Unpickler):  # the one written in Python: the other one can be made to take all memory
-    """Knows dicts, lists, plain values and what it is told. Whatever a file does with anything else comes to nothing.
+class Unpickler(pickle._Unpickler):  # Python's implementation: a file can make the one in C use all memory
+    """Reads dicts, lists, plain values and known objects from a pickle; other objects become inert.
 
     Args:
         stream: the pickle.
-        known: (module, name) in the file -> what is taken for it. A class that is to get a state is a subclass of
-            :class:`Inert`; functions are called with what the file says, and must be safe for any arguments.
-        others: what everything else is taken for; None refuses the file.
+        known: (module, name) in the file -> class or function to use. Classes that receive a state must be subclasses
+            of :class:`Inert`. Functions get arguments from the file and must be safe for any arguments.
+        others: class for all other names; None refuses a file with other names.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)

@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_version(package: str = "mergetune", *, otherwise: str = "unknown") -> str:
-    """The version of an installed package, or ``otherwise`` where there is none."""
+    """The version of an installed package, or ``otherwise`` if the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

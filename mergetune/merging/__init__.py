@@ -1,4 +1,4 @@
-"""Merging models afterwards: pure functions on state dicts, ``method(base, experts, *, options) -> state dict``."""
+"""Merging of trained models: pure functions on state dicts, ``method(base, experts, *, options) -> state dict``."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,7 @@
-"""Averages of weights: plain, WiSE-FT, spherical, Model Stock, by metrics, by Fisher information. K experts."""
+"""Weight averages: plain, WiSE-FT, spherical, Model Stock, by metrics and by Fisher information.
+
+K is the number of experts, tau_k = expert_k - base the task vector of expert k.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from mergetune.merging.sources import Part, StateDict, floating, over_parts
 def average(base: StateDict | None, experts: Sequence[StateDict], *, weights: Sequence[float] | None = None) -> Merge:
     """Weight average (uniform soup, arXiv 2203.05482): ``sum_k weights_k expert_k / sum_k weights_k``.
 
-    Needs: no data. Meaningful for any number of experts and any tensors. The base is not averaged; put it among the
-    experts if it shall be.
+    Needs: no data. Meaningful for any number of experts and any tensors. The base is not part of the average; to
+    include it, pass it as one of the experts.
 
     Args:
-        base: gives dtype and names, nothing else; may be None.
-        weights: one for each expert; None is 1 for all.
+        base: state dict that gives only the dtypes and the order of names; None takes both from the first expert.
+        weights: one number per expert; None weights all experts equally.
     """
     weights = per_expert("weights", weights, len(experts))
     total = sum(weights)
@@ -40,21 +43,26 @@ def wise_ft(base: StateDict, experts: Sequence[StateDict], *, alpha: float = 0.5
     Needs: no data (alpha may be chosen on validation images). Meaningful for the zero-shot base and one expert.
 
     Args:
-        alpha: 0 is the base, 1 the expert; the paper recommends 0.5 where nothing is known. Outside [0, 1] it
-            extrapolates.
+        alpha: 0 gives the base, 1 the expert; the paper recommends 0.5 if alpha cannot be chosen on data. Values
+            outside [0, 1] extrapolate.
     """
     return Merge(lambda part: ((1 - alpha) * part.base).add_(part.experts[0], alpha=alpha))
 
 
 @method
 def slerp(base: StateDict | None, experts: Sequence[StateDict], *, t: float = 0.5) -> Merge:
-    """Spherical interpolation of each tensor a, b with angle w between them, taken as vectors.
+    """Spherical interpolation of two models, tensor by tensor (Shoemake, SIGGRAPH 1985).
 
-    ``sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b`` (Shoemake, SIGGRAPH 1985; per tensor and without normalising a
-    and b, as mergekit does); ``(1 - t) a + t b`` where ``|cos w| > 0.9995``, as there, or where one is zero. A base and
-    its fine-tune are usually that close: there it is :func:`wise_ft`.
+    With tensors a and b as vectors and w the angle between them, the result is
+    ``sin((1 - t) w) / sin(w) a + sin(t w) / sin(w) b``. As in mergekit, a and b are not normalised, and
+    ``(1 - t) a + t b`` is used where ``|cos w| > 0.9995``; here also where a or b is zero. A base and its fine-tuned
+    model are usually that close, so for them slerp gives the result of :func:`wise_ft`.
 
-    Needs: no data. Meaningful for two: base (t 0) and one expert (t 1), or no base and two experts. Two passes.
+    Needs: no data. Meaningful for two models: base (t = 0) and one expert (t = 1), or no base and two experts. Reads
+    the inputs twice.
+
+    Args:
+        t: position on the way from the first model (0) to the second (1).
     """
     if len(experts) + (base is not None) != 2:
         raise ValueError(
@@ -84,19 +92,20 @@ def _slerp_scales(name: str, ends: Sequence[StateDict], t: float) -> tuple[float
 
 @method
 def model_stock(base: StateDict, experts: Sequence[StateDict]) -> Merge:
-    """Model Stock: the experts' mean, pulled to the base by their angle (arXiv 2403.19522; mergekit: model_stock.py).
+    """Model Stock: the mean of the experts, pulled to the base (arXiv 2403.19522; mergekit: model_stock.py).
 
-    In each tensor, with tau_k = expert_k - base and cos the mean of the cosines between two of them::
+    In each tensor, with cos the mean cosine over all pairs of task vectors::
 
         t      = K cos / (1 + (K - 1) cos)
         merged = base + t * mean_k tau_k
 
-    The paper has this for two experts and for one angle between any two of several; the mean over pairs is mergekit's.
-    As there, a product of norms below 1e-6 counts as that, so tensors that hardly moved stay near the base, and
-    experts that go against each other (cos < 0) take t below 0. Where the denominator vanishes the base stays.
+    The paper states the formula for two experts, and for several with equal angles; the mean over pairs is mergekit's.
+    As in mergekit, a product of two norms below 1e-6 is replaced by 1e-6, so tensors that hardly moved stay near the
+    base, and opposing experts (cos < 0) give a negative t. Where the denominator is (nearly) zero or negative, the
+    base is returned.
 
-    Needs: no data. Meaningful for two or more experts fine-tuned from one base alike, such as with several seeds; any
-    tensors. Two passes.
+    Needs: no data. Meaningful for two or more experts fine-tuned from one base in the same way, for example with
+    several seeds; any tensors. Reads the inputs twice.
     """
     grams: dict[str, Tensor] = {}
     for name, gram in over_parts(_gram_of_deltas, floating(base), base, experts):
@@ -111,7 +120,7 @@ def _gram_of_deltas(part: Part) -> tuple[str, Tensor]:
 
 
 def _stock_step(gram: Tensor) -> float:
-    """Products of task vectors [K, K] -> t."""
+    """t of :func:`model_stock`, from the inner products of the task vectors, [K, K]."""
     count, norms = len(gram), gram.diagonal().sqrt()
     cosines = (gram / torch.outer(norms, norms).clamp(min=1e-6)).clamp(-1, 1)
     cosine = cosines[(*torch.triu_indices(count, count, 1),)].mean().item()
@@ -128,17 +137,19 @@ def metrics_average(
     higher_is_better: bool = False,
     penalty: float = 1.0,
 ) -> Merge:
-    """Metrics-weighted averaging of checkpoints (MWA, arXiv 2504.18580): better or later checkpoints count more.
+    """Metrics-weighted average of checkpoints (MWA, arXiv 2504.18580): better or later checkpoints weigh more.
 
-    Computed: ``sum_k w_k expert_k`` with ``w_k = m_k^penalty / sum_j m_j^penalty`` where more is better (steps,
-    accuracy), and ``m_k^-penalty`` for losses. The paper weights by training loss or steps with one penalty factor;
-    its exact formula was not at hand, this power law is our reading of it.
+    The result is ``sum_k w_k expert_k`` with ``w_k = m_k^penalty / sum_j m_j^penalty`` if higher metrics m are better
+    (steps, accuracy), and with ``-penalty`` as the exponent otherwise (losses). The paper weights by training loss or
+    steps with one penalty factor. This power law is our reading: we did not have the exact formula.
 
-    Needs: one number for each expert, no data. Meaningful for several checkpoints of one run, any tensors.
+    Needs: one number per expert, no data. Meaningful for several checkpoints of one run, any tensors.
 
     Args:
-        metrics: positive numbers: training losses, or with ``higher_is_better`` steps or accuracies.
-        penalty: 0 is the plain average, large takes the best alone.
+        base: state dict that gives only the dtypes and the order of names; None takes both from the first expert.
+        metrics: one positive number per expert: a training loss, or with ``higher_is_better`` steps or accuracy.
+        higher_is_better: whether a larger metric gives a larger weight.
+        penalty: 0 gives the plain average, a large penalty the best checkpoint alone.
     """
     numbers = per_expert("metrics", metrics, len(experts))
     if min(numbers) <= 0:
@@ -163,23 +174,24 @@ def fisher_average(
 ) -> Merge:
     """Fisher-weighted average (arXiv 2111.09832), element by element.
 
-    ``sum_k c_k max(F_k, floor) expert_k / sum_k c_k max(F_k, floor)`` with the diagonal Fisher information ``F_k`` of
-    each expert and ``c_k = weights_k``, or ``weights_k / |F_k|`` (authors' code: model_merging/merging.py).
+    ``sum_k c_k max(F_k, floor) expert_k / sum_k c_k max(F_k, floor)``, where ``F_k`` is the diagonal Fisher information
+    of expert k and ``c_k = weights_k``, or ``weights_k / |F_k|`` (authors' code: model_merging/merging.py).
 
     Needs: the Fisher diagonals, which need data (:func:`mergetune.fisher_diagonal` for class weights, with
-    ``unit_mean=False``). Meaningful for several experts, the zero-shot solution may be one of them; any tensors.
+    ``unit_mean=False``). Meaningful for several experts, including the zero-shot solution; any tensors.
 
     Args:
-        base: gives dtype and names, nothing else; may be None.
-        fishers: one state dict for each expert, of its names and shapes, not negative.
-        weights: lambda of the paper, one for each expert, not negative; None is 1 for all.
-        floor: Fisher values below it count as it (authors' code: 1e-6), as they are given, before ``normalize``.
-        favor_first: only the first expert's values are raised to ``floor`` (authors' code), so that it stays where no
-            Fisher has anything; else everybody's, and there the weighted average is taken. That is also where nothing
-            is left since the first one's weight is 0.
-        normalize: "norm" divides each weight by the L2 norm of F_k over all tensors (a first pass over the diagonals),
-            so that an expert does not outweigh another by the scale of its gradients. The authors' script does so by
-            default; None is the paper's formula.
+        base: state dict that gives only the dtypes and the order of names; None takes both from the first expert.
+        fishers: F_k, one state dict per expert with the expert's names and shapes; values must not be negative.
+        weights: lambda of the paper, one number per expert, not negative; None is 1 for all.
+        floor: smaller Fisher values are raised to this value before ``normalize`` applies (authors' code: 1e-6).
+        favor_first: True raises only the Fisher values of the first expert to ``floor`` (authors' code). Elements
+            without Fisher information in any expert then take the first expert's value, or the average by ``weights``
+            if the first weight is 0. False raises the values of all experts; such elements take the average by
+            ``weights``.
+        normalize: "norm" divides each weight by the L2 norm of F_k over all tensors, so that no expert dominates
+            through the scale of its gradients; this reads the Fisher diagonals once more. It is the default of the
+            authors' script. None is the paper's formula.
     """
     weights = per_expert("weights", weights, len(experts))
     check_choice("normalize", normalize, (None, "norm"))

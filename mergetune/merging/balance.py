@@ -1,4 +1,7 @@
-"""Merging of task vectors by competition and balance between experts and parameters: PCB, SCE, DELTA, OTA-FFG."""
+"""Merging of task vectors with a weight for each element or tensor: PCB, SCE, delta-guided fusion, OTA-FFG.
+
+K is the number of experts, tau_k = expert_k - base the task vector of expert k.
+"""
 
 from __future__ import annotations
 
@@ -28,33 +31,36 @@ def pcb(
     clip: float = 1e-4,
     between: str = "raw",
 ) -> Merge:
-    """PCB-Merging: parameters compete within and between experts (arXiv 2410.02396; authors' code: pcb-merging.py).
+    """PCB-Merging: elements compete within and between experts (arXiv 2410.02396; authors' code: pcb-merging.py).
 
-    With ``a_k = |tau_k|`` clamped to its ``clip`` and ``1 - clip`` quantiles and ``norm`` the map of an expert's values
-    to [0, 1]::
+    ``a_k`` is ``|tau_k|`` clamped to its ``clip`` and ``1 - clip`` quantiles; ``norm`` maps the values of an expert
+    linearly to [0, 1]::
 
-        balance_k = exp(K norm(a_k)^2) * between_k                                 within, between
-        share_k   = norm(max(balance_k, its 1 - ratio quantile))                   the rest drops to 0
+        balance_k = exp(K norm(a_k)^2) * between_k               competition within and between experts
+        share_k   = norm(max(balance_k, its 1 - ratio quantile))       elements below the quantile get share 0
         merged    = base + scale * sum_k share_k sign(tau_k) a_k / sum_k share_k
 
-    Needs: no data. Meaningful for several experts, any tensors; of one expert it keeps what moved most. Four
-    passes more, for the order statistics.
+    Needs: no data. Meaningful for several experts, any tensors; for one expert it keeps the elements that moved most.
+    Reads the inputs four more times for the quantiles.
 
     Args:
-        ratio: of the elements of an expert, what keeps a share.
-        scale: lambda; the paper searches it, also one for each expert.
-        scope: quantiles and ``norm`` "global" over all tensors of an expert (authors' code), or in each "tensor".
-        clip: 0.01 % there, 1 % in the code for CLIP.
-        between: "raw", ``tanh(tau_k sum_j tau_j)``, depends on the scale of tau. The authors' code for CLIP has, with
-            ``n_k = sign(tau_k) norm(a_k)``, "normalized", ``tanh(tau_k sum_j n_j)`` (vision_source_code/pcb.py, ratio
-            0.05 and scale 1.2), and where it searches lambdas "pairs", ``sum_j tanh(n_k n_j)`` (pcb_ES.py).
+        ratio: share of an expert's elements that keep a share above 0.
+        scale: lambda of the paper, which searches it, also with one value per expert.
+        scope: "global" takes quantiles and ``norm`` over all tensors of an expert (authors' code), "tensor" over each
+            tensor alone.
+        clip: quantile of the clamping; 0.01 % in the authors' code, 1 % in their code for CLIP.
+        between: competition between experts. "raw" is ``tanh(tau_k sum_j tau_j)``, which depends on the scale of tau.
+            The authors' code for CLIP uses ``n_k = sign(tau_k) norm(a_k)``: "normalized" is ``tanh(tau_k sum_j n_j)``
+            (vision_source_code/pcb.py, with ratio 0.05 and scale 1.2), "pairs" is ``sum_j tanh(n_k n_j)`` (pcb_ES.py,
+            which searches lambda).
     """
     check_fraction("ratio", ratio)
     check_choice("scope", scope, SCOPES)
     check_choice("between", between, ("raw", "normalized", "pairs"))
     if not 0 <= clip < 0.5:
         raise ValueError(f"clip must be in [0, 0.5), got {clip}")
-    limits: dict[str, list[list[float]]] = {}  # name -> [4][K]: a's lowest and highest, balance's quantile and highest
+    # name -> [4][K]: lowest and highest a, then quantile and maximum of the balance
+    limits: dict[str, list[list[float]]] = {}
 
     def magnitude(part: Part) -> Tensor:
         low, high = (column(row, part.experts) for row in limits[part.name][:2])
@@ -88,7 +94,7 @@ def pcb(
 
 
 def _unit(values: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor:
-    """[K, n] from low to high -> from 0 to 1; 0 where both are the same."""
+    """Maps row k of values [K, n] linearly from [low_k, high_k] to [0, 1]; 0 if low_k equals high_k."""
     least, most = column(low, values), column(high, values)
     return (values - least) / torch.where(most > least, most - least, math.inf)
 
@@ -102,32 +108,34 @@ def sce(
     scale: float = 1.0,
     select: str = "vectors",
 ) -> Merge:
-    """SCE: select, calculate, erase, in each tensor (FuseChat, arXiv 2408.07990; authors' code: sce_merging.py).
+    """SCE: select, calculate and erase in each tensor (FuseChat, arXiv 2408.07990; authors' code: sce_merging.py).
 
-    Select: the ``density`` of elements with the highest variance over the experts, of those where it is not zero.
-    Calculate: each expert's weight is the mean square of its selected tau_k. Erase: values against the sign of
-    ``sum_k tau_k`` drop out. ``merged = base + scale * sum_k weight_k tau_k / sum_k weight_k`` over what is left.
+    Select: of the elements whose variance over the experts is not zero, the share ``density`` with the highest
+    variance. Calculate: the weight of each expert is the mean square of its selected tau_k. Erase: values whose sign
+    differs from that of ``sum_k tau_k`` are dropped. The result is
+    ``base + scale * sum_k weight_k tau_k / sum_k weight_k`` over the remaining values.
 
     Needs: no data. Meaningful for several experts (one alone has no variance), any tensors. Reads each tensor four
-    times more.
+    more times.
 
     Args:
-        density: the authors' configuration has 10 %.
-        scale: 1 is the paper's.
-        select: what the selection holds for: the "vectors" (paper, mergekit) or only the "weights" (authors' code).
+        density: share of elements to select; 10 % in the authors' configuration.
+        scale: factor of the merged task vector; 1 in the paper.
+        select: where the selection applies: to the merged "vectors" (paper, mergekit), or only to the "weights"
+            (authors' code).
     """
     check_fraction("density", density)
     check_choice("select", select, ("vectors", "weights"))
 
     def variance(part: Part) -> Tensor:
         deltas = part.deltas
-        return (deltas - deltas.mean(0)).square().mean(0, keepdim=True)  # torch.var is 50 times slower over so few rows
+        return (deltas - deltas.mean(0)).square().mean(0, keepdim=True)  # torch.var is 50 times slower over few rows
 
     def selected(part: Part, threshold: float) -> Tensor:
         return (variance(part) >= threshold).expand(len(experts), -1)
 
     def statistics(name: str) -> tuple[float, list[float]]:
-        """The least variance that is selected, and the experts' weights."""
+        """The smallest selected variance, and the weights of the experts."""
         threshold, numel = 0.0, source(base, name).numel
         if density < 1:
             moved = sum(over_parts(lambda part: int(variance(part).count_nonzero()), [name], base, experts))
@@ -154,18 +162,18 @@ def sce(
 
 @method
 def delta_guided(base: StateDict, experts: Sequence[StateDict], *, power: float = 1.0, per: str = "tensor") -> Merge:
-    """Delta-guided fusion (CoDiEmb, arXiv 2508.11442): who moved a parameter further has more say in it.
+    """Delta-guided fusion (CoDiEmb, arXiv 2508.11442): experts that moved a parameter further weigh more in it.
 
-    Computed: ``base + sum_k w_k tau_k`` with ``w_k = |tau_k|^power / sum_j |tau_j|^power``, |.| the L2 norm of the
-    tensor, or the magnitude of the element. The paper weights checkpoints for each learnable parameter by its deviation
-    from the pretrained value; its exact formula was not at hand and the authors' code has no such step: this is our
-    reading of it.
+    The result is ``base + sum_k w_k tau_k`` with ``w_k = |tau_k|^power / sum_j |tau_j|^power``, where |.| is the L2
+    norm of the tensor or the magnitude of the element. The paper weights checkpoints for each learnable parameter by
+    the deviation from the pretrained value. This formula is our reading: we did not have the paper's exact formula, and
+    the authors' code has no such step.
 
-    Needs: no data. Meaningful for several experts, any tensors. Two passes with per="tensor".
+    Needs: no data. Meaningful for several experts, any tensors. Reads the inputs twice with per="tensor".
 
     Args:
-        power: 0 is the plain average, large takes who moved furthest.
-        per: "tensor" or "element".
+        power: 0 gives the plain average, a large power the expert that moved furthest.
+        per: "tensor" for one weight per tensor, "element" for one weight per element.
     """
     check_choice("per", per, ("tensor", "element"))
     if not power >= 0:
@@ -200,22 +208,23 @@ def ota_ffg(
 ) -> Merge:
     """OTA merging with Fast Fisher Grafting (arXiv 2509.11167; authors' code: mergekit/merge_methods/ota.py).
 
-    Grafting: of each tau_k the ``density`` with the highest saliency ``v_k tau_k^2``, if it is not 0, stays, m_k.
-    Aggregation of each element: ``base + sum_k m_k p_k tau_k / sum_k m_k p_k`` with ``p_k = v_k^power + epsilon``;
-    where nothing stays, the base.
+    Grafting: the mask m_k keeps the share ``density`` of elements of tau_k with the highest saliency ``v_k tau_k^2``;
+    elements with saliency 0 are never kept. Aggregation: each element is
+    ``base + sum_k m_k p_k tau_k / sum_k m_k p_k`` with ``p_k = v_k^power + epsilon``, or the base if no expert keeps
+    the element.
 
-    Needs: Adam's second moments ``exp_avg_sq`` of each expert's training, or squared gradients taken again (data).
-    Meaningful for one expert (grafting alone) or several; any tensors. Two passes more.
+    Needs: Adam's second moments ``exp_avg_sq`` of each expert's training, or squared gradients computed on data.
+    Meaningful for one expert (grafting alone) or several; any tensors. Reads the inputs two more times.
 
     Args:
-        second_moments: v_k, one state dict for each expert, of its names and shapes, not negative.
-        density: the authors set a threshold for each expert instead, the highest that keeps its accuracy; they show
-            40 %.
-        power: 0.5 makes Adam's preconditioner; authors' default.
-        epsilon: authors' configuration.
-        trim: "global" over all tensors of an expert, or in each "tensor".
-        rank_one: replace v_k of matrices by ``rows columns' / total``, its sums, as Adafactor does (the paper's
-            memory-light form).
+        second_moments: v_k, one state dict per expert with the expert's names and shapes; values must not be negative.
+        density: share of elements to keep. The authors choose one threshold per expert instead, the highest that keeps
+            the expert's accuracy; they report 40 %.
+        power: 0.5 gives Adam's preconditioner; authors' default.
+        epsilon: added to the weights; the default is the authors' value.
+        trim: "global" compares saliencies over all tensors of an expert, "tensor" within each tensor.
+        rank_one: replace v_k of a matrix by ``rows columns' / total`` with its row sums, column sums and total sum,
+            as Adafactor does (the memory-saving form of the paper).
     """
     check_states("second_moments", second_moments, experts)
     if not power > 0:

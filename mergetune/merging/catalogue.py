@@ -1,4 +1,4 @@
-"""The merging methods by name: what each needs, its options from text, and how it is applied to files."""
+"""Merging methods by name: reading their options from text, and applying them to files."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mergetune.merging.methods import find
 from mergetune.merging.plans import facts_of, plan_of
 from mergetune.merging.sources import TensorFile
 
-AVERAGES = ("average", "metrics_average", "fisher_average")  # of solutions: a base is one of what is averaged
+AVERAGES = ("average", "metrics_average", "fisher_average")  # for solutions, a base is one of the averaged models
 
 
 # -- options from text -------------------------------------------------------------------------------------------------
 
 
 def parse_options(method: str, given: Sequence[str]) -> dict[str, Any]:
-    """``["scale=0.3", "weights=1,2"]`` -> keyword arguments of a method.
+    """Parses the options of a method: ``["scale=0.3", "weights=1,2"]`` -> ``{"scale": 0.3, "weights": [1.0, 2.0]}``.
 
-    Numbers, text and lists with commas; "none" where None is a value; names of safetensors files for state dicts
-    (``fishers=a.safetensors,b.safetensors``); for ``evolve`` a method's name, ``space=density:0.1:1,weights:0:1:2`` and
-    ``start=density:1,weights:0.5:0.5``.
+    Values are numbers, text, or lists with commas; "none" stands for None. State dicts are given as safetensors files
+    (``fishers=a.safetensors,b.safetensors``). ``evolve`` takes the name of a method,
+    ``space=density:0.1:1,weights:0:1:2`` and ``start=density:1,weights:0.5:0.5``.
 
     Raises:
-        ValueError: no ``=``, an option that the method does not have, or a value that is none of its kind; says which
-            options there are.
+        ValueError: a text without ``=``, an option that the method does not have, or a value of another kind; the
+            message lists the options of the method.
     """
     facts = find(method)
     options = read_options(facts.name, facts.options, given, _KINDS)
@@ -53,12 +53,16 @@ _KINDS = {
 def merge_files(
     method: str, base: str | Path | None, experts: Sequence[str | Path], out: str | Path, options: Mapping[str, Any]
 ) -> None:
-    """Merge safetensors files into one: streamed where the method works tensor by tensor, else in memory.
+    """Merges safetensors files into one file.
+
+    The files are read and written in pieces if the method works tensor by tensor; otherwise they are held in memory.
 
     Args:
-        method: a name of the catalogue.
-        base: a file, or "zeros" or "ones" for experts that are differences already, as LoRA's and IA3's are; or None.
-        experts, out, options: files, and the method's options.
+        method: name of a method, see :func:`mergetune.merging.methods.find`.
+        base: a file; "zeros" for LoRA factors or "ones" for IA3 vectors, which are relative to such a base; or None.
+        experts: files to merge.
+        out: file to write.
+        options: keyword arguments of the method.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -68,7 +72,7 @@ def merge_files(
     if needed := facts.missing(options):
         why = f"-o {needed[0]}=..."
         if needed[0] in facts.from_images and facts.option(needed[0]).kind == "object":
-            why = "images and a model, which files of tensors do not have: merge solutions, with --cache"
+            why = "images and a model, which .safetensors files do not have: merge solutions, with --cache"
         elif facts.option(needed[0]).kind == "object":
             why = f"{needed[0]}, which cannot be given as text: call mergetune.merging from Python"
         raise ValueError(f"{facts.name} needs {why} ({facts.needs})")
@@ -82,7 +86,7 @@ def merge_files(
 
 
 def needs_base(method: str, experts: int, options: Mapping[str, Any] | None = None) -> bool:
-    """Whether a method needs the zero-shot solution beside so many experts."""
+    """Whether a method needs a base for this number of experts; the options matter for ``evolve`` only."""
     facts = find(method)
     if facts.name == "evolve" and options and "method" in options:
         facts = facts_of(options["method"])

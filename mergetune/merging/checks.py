@@ -1,4 +1,4 @@
-"""Checks of what merging methods are given."""
+"""Checks of the arguments of merging methods."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from mergetune.merging.sources import StateDict, floating, source, stretches
 
 
 def check(method: Method, base: StateDict | None, experts: Sequence[StateDict]) -> list[str]:
-    """Refuse what a method cannot merge.
+    """Checks that a method can merge these models, and returns the tensor names.
 
     Returns:
-        The names, in the order of the base (of the first expert without one).
+        The names in the order of the base, or of the first expert if the base is None.
 
     Raises:
-        TypeError: something is no state dict, or a tensor is floating point in one and not in another.
-        ValueError: base or experts are missing or too many, names or shapes differ, or integers do.
+        TypeError: an argument is not a state dict, or a tensor is floating point in one model and not in another.
+        ValueError: the base is missing or not allowed, the number of experts is wrong, or the models differ in names,
+            shapes or integer values.
     """
     title = method.name
     if isinstance(experts, Mapping) or not isinstance(experts, Sequence):
@@ -29,9 +30,9 @@ def check(method: Method, base: StateDict | None, experts: Sequence[StateDict]) 
         if not isinstance(state, Mapping) and not (state is None and argument == "base"):
             raise TypeError(f"{argument} must be a state dict, got {type(state).__name__}")
     if base is None and method.base:
-        raise ValueError(f"{title} needs a base: it merges differences from it, got None")
+        raise ValueError(f"{title} needs a base, got None: the method merges differences from the base")
     if base is not None and method.base is False:
-        raise ValueError(f"{title} takes no base: pass None")
+        raise ValueError(f"base must be None for {title}, got a state dict")
     if not method.least <= len(experts) <= (method.most or len(experts)):
         rule = f"{method.least}" if method.most == method.least else f"at least {method.least}"
         rule = f"{method.least} to {method.most}" if method.most not in (None, method.least) else rule
@@ -41,8 +42,8 @@ def check(method: Method, base: StateDict | None, experts: Sequence[StateDict]) 
         if different := sorted(reference.keys() ^ expert.keys()):
             where = "lacks" if different[0] in reference else "holds"
             raise ValueError(
-                f"experts[{k}] must hold the tensors of {title}, got {len(different)} other names: it {where} "
-                f"{different[0]!r}"
+                f"experts[{k}] must hold the tensors of {title}, got {len(different)} different names: "
+                f"experts[{k}] {where} {different[0]!r}"
             )
     for name in reference:
         like = source(reference, name)
@@ -55,19 +56,23 @@ def check(method: Method, base: StateDict | None, experts: Sequence[StateDict]) 
                     f"experts[{k}][{name!r}] must have shape {list(like.shape)} as {title} has, got {list(found.shape)}"
                 )
             if found.dtype.is_floating_point != like.dtype.is_floating_point:
+                rule = "floating point" if like.dtype.is_floating_point else "integer or bool"
                 raise TypeError(
-                    f"experts[{k}][{name!r}] must be {like.dtype} as in {title}, or of its kind, got {found.dtype}"
+                    f"experts[{k}][{name!r}] must be {rule}, as {title} has {like.dtype}, got {found.dtype}"
                 )
             if not like.dtype.is_floating_point and not all(
                 torch.equal(found.read(a, b).to(like.device, torch.int64), like.read(a, b).long())
                 for a, b in stretches(like.numel)
             ):
-                raise ValueError(f"experts[{k}][{name!r}] must equal {title}'s: {like.dtype} values cannot be merged")
+                raise ValueError(
+                    f"experts[{k}][{name!r}] must equal {title}[{name!r}], got other values: "
+                    f"{like.dtype} tensors cannot be merged"
+                )
     return list(reference)
 
 
 def per_expert(argument: str, values: Sequence[float] | None, count: int, default: float = 1.0) -> list[float]:
-    """One finite number for each expert."""
+    """The values as a list of ``count`` finite floats; None gives ``default`` for every expert."""
     if values is None:
         return [default] * count
     numbers = [float(value) for value in values]
@@ -79,7 +84,7 @@ def per_expert(argument: str, values: Sequence[float] | None, count: int, defaul
 
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:
-    """[K] numbers, shaped to multiply [K, ...]."""
+    """K numbers as a tensor [K, 1, ...] that broadcasts over ``like``, [K, ...]."""
     return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -94,9 +99,9 @@ def check_fraction(argument: str, value: float, *, zero: bool = False) -> None:
 
 
 def check_states(argument: str, states: Sequence[StateDict], experts: Sequence[StateDict]) -> None:
-    """Refuse what does not go with the experts: one state dict for each, of the same names (shapes: see Part.of)."""
+    """Checks for one state dict per expert with the experts' names; ``Part.of`` checks the shapes."""
     if isinstance(states, Mapping) or len(states) != len(experts):
         raise ValueError(f"{argument} must hold one state dict for each of {len(experts)} experts, got {len(states)}")
     for k, state in enumerate(states):
         if missing := [name for name in floating(experts[0]) if name not in state]:
-            raise ValueError(f"{argument}[{k}] must hold the experts' tensors, it lacks {missing[0]!r}")
+            raise ValueError(f"{argument}[{k}] must hold the tensors of the experts, but lacks {missing[0]!r}")

@@ -1,4 +1,7 @@
-"""Merging by coefficients that are learned on unlabelled inputs: AdaMerging and expert merging."""
+"""Merging with coefficients that are learned on unlabelled inputs: AdaMerging and Expert Merging.
+
+Shapes: K experts, B batch, C classes, N_k inputs of the task of expert k.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from mergetune.merging.sources import StateDict, floating
 from mergetune.merging.task_vectors import layerwise
 
 Predict = Callable[[dict[str, Tensor], Tensor, int], Any]
-"""Weights, inputs [B, ...] of expert k's task, k -> logits [B, C], differentiable in the weights."""
+"""Function of weights, inputs [B, ...] and k that returns the logits [B, C] of these weights on the task of expert k.
+
+The logits must be differentiable in the weights."""
 
 
 def adamerging(base: StateDict, experts: Sequence[StateDict], **options) -> dict[str, Tensor]:
@@ -28,7 +33,7 @@ def adamerging(base: StateDict, experts: Sequence[StateDict], **options) -> dict
     Needs: unlabelled inputs of every expert's task and the model. Meaningful for one or several experts, any tensors.
 
     Args:
-        options: of :func:`entropy_coefficients`.
+        options: keyword arguments of :func:`entropy_coefficients`.
     """
     return layerwise(base, experts, coefficients=entropy_coefficients(base, experts, **options))
 
@@ -37,10 +42,10 @@ def expert_merging(base: StateDict, experts: Sequence[StateDict], **options) -> 
     """Expert Merging (arXiv 2509.25712): task arithmetic with the coefficients of :func:`alignment_coefficients`.
 
     Needs: unlabelled inputs of every expert's task and the model. Meaningful for one or several experts, any tensors.
-    Without the chunks of layers of Expert Merging++.
+    The chunks of layers of Expert Merging++ are not implemented.
 
     Args:
-        options: of :func:`alignment_coefficients`.
+        options: keyword arguments of :func:`alignment_coefficients`.
     """
     return layerwise(base, experts, coefficients=alignment_coefficients(base, experts, **options))
 
@@ -58,22 +63,23 @@ def entropy_coefficients(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Coefficients in [0, 1] that make the merged model sure of unlabelled inputs (AdaMerging, arXiv 2310.02575).
+    """Learns coefficients in [0, 1] that make the merged model confident on unlabelled inputs (arXiv 2310.02575).
 
-    Adam on ``sum_k mean_x H(softmax(logits_k(x)))``; coefficients are clamped as they are used. The defaults are those
-    of the authors' code (main_layer_wise_adamerging.py). It adds the means of two batches of 16 for each task and step:
-    twice the mean over 32, and Adam's steps do not depend on that factor. So there is one batch of 32 here.
+    Adam minimises the entropy ``sum_k mean_x H(softmax(logits_k(x)))`` of the merged model; the coefficients are
+    clamped to [0, 1] in the forward pass. The defaults are those of the authors' code (main_layer_wise_adamerging.py),
+    except for the batch: the code adds the means of two batches of 16 per task and step, which is twice the mean over
+    one batch of 32. Adam does not depend on this factor, so this function uses one batch of 32.
 
     Args:
-        predict: weights, inputs, k -> logits [B, C] for expert k's task.
-        data: inputs of each expert's task, [N_k, ...], K of them; no labels. Use validation or test-time images that
-            no figure is reported on.
-        per: "tensor" learns one coefficient for each tensor and expert (layer-wise), "expert" one for each expert.
-        start: of every coefficient.
-        steps: of Adam.
-        batch_size: inputs of each task at a step.
-        lr: Adam's.
-        seed: of the batches.
+        predict: function of weights, inputs and k that returns logits [B, C] for the task of expert k.
+        data: K tensors [N_k, ...], the unlabelled inputs of each expert's task. Use validation or test-time images, but
+            no images whose accuracy you report.
+        per: "tensor" learns one coefficient per tensor and expert (layer-wise), "expert" one per expert.
+        start: initial value of every coefficient.
+        steps: number of Adam steps.
+        batch_size: inputs per task and step.
+        lr: learning rate of Adam.
+        seed: seed of the batches.
 
     Returns:
         Name of each floating-point tensor -> K coefficients.
@@ -120,31 +126,36 @@ def alignment_coefficients(
     exclude: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Coefficients with which the merged model answers each expert's inputs as the expert does (arXiv 2509.25712).
+    """Learns coefficients with which the merged model predicts like each expert on its inputs (arXiv 2509.25712).
 
-    With ``c = sigmoid(raw)``, what is minimised is::
+    With coefficients ``c = sigmoid(raw)``, the loss is::
 
         mean_k a_k (T^2 CE(softmax(expert_k / T), merged / T) + hidden MSE(features)) + stay sum_k mean |c_k - start|
 
-    by AdamW with weight decay 1e-5, gradients clipped to norm 1, and ``lr`` falling to its tenth along a cosine within
-    50 steps, then again within 100, 200 and so on. Form and defaults follow the authors' code (expert_merging_base.py,
-    InternVL/model_merging.py and parametric_task_vector_model.py); steps and batch size are ours.
+    AdamW minimises the loss with weight decay 1e-5 and gradients clipped to norm 1. ``lr`` falls to a tenth along a
+    cosine within 50 steps, restarts and falls within 100 steps, then 200 and so on. Form and defaults follow the
+    authors' code (expert_merging_base.py, InternVL/model_merging.py and parametric_task_vector_model.py); steps and
+    batch size are our choice.
 
     Args:
-        predict: weights, inputs, k -> logits [B, C], or (logits, list of hidden features) to align those too.
-        data: inputs of each expert's task, [N_k, ...], K of them; no labels.
-        per: "tensor" or "expert".
-        start: of every coefficient, within (0, 1).
+        predict: function of weights, inputs and k that returns logits [B, C], or (logits, list of hidden features) to
+            align the features as well.
+        data: K tensors [N_k, ...], the unlabelled inputs of each expert's task.
+        per: "tensor" learns one coefficient per tensor and expert, "expert" one per expert.
+        start: initial value of every coefficient, within (0, 1).
         steps, batch_size, seed: as in :func:`entropy_coefficients`.
-        lr: AdamW's, at the start of each cosine.
-        temperature: T, of the logits.
-        hidden: weight of the mean squared difference of the features, mean over layers.
-        stay: weight of the coefficients' distance from their start, mean over tensors.
-        task_weights: a_k, one for each expert; None is 1 for all.
-        exclude: patterns of names, such as ``"text.*"`` (fnmatch), whose tensors keep the base.
+        lr: learning rate of AdamW at the start of each cosine.
+        temperature: T, which divides the logits.
+        hidden: weight of the mean squared difference of the hidden features, averaged over layers.
+        stay: weight of the distance of the coefficients from their start, averaged over tensors.
+        task_weights: a_k, one number per expert; None is 1 for all.
+        exclude: patterns of tensor names, such as ``"text.*"`` (fnmatch); matching tensors keep the base.
 
     Returns:
-        Name of each floating-point tensor -> K coefficients, zeros for those excluded.
+        Name of each floating-point tensor -> K coefficients, which are 0 for excluded tensors.
+
+    Raises:
+        ValueError: an argument is out of range, a pattern matches no tensor, or the loss is not finite.
     """
     if not 0 < start < 1:
         raise ValueError(f"start must be within (0, 1), got {start}")
@@ -203,7 +214,10 @@ def _learn(
     exclude: Sequence[str] = (),
     clip: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Learn coefficients [tensors or 1, K]; ``loss`` takes them bounded, the merged weights, and a batch a task."""
+    """Learns raw coefficients, [tensors, K] or [1, K], by gradient descent.
+
+    ``loss`` takes the coefficients after ``bound``, the merged weights, and one batch per task.
+    """
     check(method, base, experts)
     check_choice("per", per, ("tensor", "expert"))
     if len(data) != len(experts) or not all(len(inputs) for inputs in data):
@@ -237,20 +251,20 @@ def _learn(
 
 
 def _learned(names: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """The names that no pattern matches."""
+    """The names of the tensors whose coefficients are learned: those that no pattern matches."""
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a list of patterns, got {exclude!r}")
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"exclude must hold patterns of the tensors' names, got {pattern!r}, which matches none")
+            raise ValueError(f"exclude must hold patterns of tensor names, got {pattern!r}, which matches no tensor")
     kept = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in exclude)]
     if not kept:
-        raise ValueError(f"exclude must leave something to learn, got {list(exclude)}, which match every tensor")
+        raise ValueError(f"exclude must leave at least one tensor, got {list(exclude)}, which match every tensor")
     return kept
 
 
 def _floats(state: StateDict) -> dict[str, Tensor]:
-    """Half types as float32, everything else as it is."""
+    """Detached tensors: float16 and bfloat16 as float32, other dtypes unchanged."""
     half = (torch.float16, torch.bfloat16)
     return {name: t.detach().float() if t.dtype in half else t.detach() for name, t in state.items()}
 

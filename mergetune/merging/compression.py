@@ -1,4 +1,4 @@
-"""Task vectors compressed to signs and one magnitude (ComPEFT), and their size."""
+"""ComPEFT: task vectors compressed to signs and one magnitude, and the compressed size."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from mergetune.merging.trimming import trim, trim_thresholds
 
 @method
 def compeft(base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2, alpha: float = 1.0) -> Merge:
-    """ComPEFT: the tuned residual as signs and one number (arXiv 2311.13171, algorithm 1).
+    """ComPEFT: the task vector compressed to signs and one magnitude (arXiv 2311.13171, algorithm 1).
 
-    ``base + alpha * std(tau) * sign(tau)`` where |tau| is among the largest ``density`` of all tensors together, the
-    base elsewhere; std is that of the whole tau. :func:`compeft_size` says what the residual takes then. For LoRA the
-    residual are the factors themselves, so its base is zeros; for IA3 it is ones.
+    Elements whose |tau| is among the largest share ``density`` of all tensors together become
+    ``base + alpha * std(tau) * sign(tau)``; the other elements keep the base. std is taken over all elements of tau.
+    :func:`compeft_size` returns the compressed size. For LoRA factors use a base of zeros, for IA3 vectors one of ones.
 
-    Needs: no data (the paper chooses alpha on validation). Meaningful for one expert, any tensors. Two passes more.
+    Needs: no data (the paper chooses alpha on validation images). Meaningful for one expert, any tensors. Reads the
+    inputs two more times.
 
     Args:
         density: k of the paper, which tries 5 to 50 %.
-        alpha: the paper tries 0.5 to 10.
+        alpha: factor of the magnitude; the paper tries 0.5 to 10.
     """
     thresholds = trim_thresholds(base, experts, density, "global", None)
 
@@ -47,17 +48,20 @@ def compeft(base: StateDict, experts: Sequence[StateDict], *, density: float = 0
 
 @dataclass(frozen=True)
 class CompressedSize:
-    """What a residual takes, in bytes, rounded up.
+    """Sizes of a task vector of n elements, of which a share k is not zero after :func:`compeft`.
+
+    Sizes are in bytes, rounded up. Every compressed form has 16 bits for the magnitude.
 
     Attributes:
-        parameters: its elements.
-        kept: those that are not zero after compression.
-        dense: 16 bits for each element, as it is stored without compression.
-        masks: two bits for each element, and 16 for the one number (arXiv 2311.13171).
-        golomb: with the places of what is kept in Golomb code, ``b + 1 / (1 - (1 - k)^(2^b))`` bits each where
-            ``b = 1 + floor(log2(log(golden ratio - 1) / log(1 - k)))``, a sign each, and 16 (as arXiv 1903.02891 has it
-            for sparse ternary updates).
-        entropy: the least for independent elements, ``-(1 - k) log2(1 - k) - k log2(k / 2)`` bits each, and 16.
+        parameters: n.
+        kept: number of elements that are not zero after compression.
+        dense: size without compression, with 16 bits per element.
+        masks: size as two masks, with 2 bits per element (arXiv 2311.13171).
+        golomb: size with a sign bit per kept element and Golomb-coded positions (arXiv 1903.02891, for sparse ternary
+            updates): ``b + 1 / (1 - (1 - k)^(2^b))`` bits per position with
+            ``b = 1 + floor(log2(log(golden ratio - 1) / log(1 - k)))``.
+        entropy: smallest possible size for independent elements, ``-(1 - k) log2(1 - k) - k log2(k / 2)`` bits per
+            element.
     """
 
     parameters: int
@@ -70,7 +74,11 @@ class CompressedSize:
 
 @torch.no_grad()
 def compeft_size(base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2) -> CompressedSize:
-    """The size of the one expert's residual after :func:`compeft`."""
+    """Sizes of an expert's task vector after :func:`compeft`.
+
+    Args:
+        base, experts, density: as in :func:`compeft`; ``experts`` holds one expert.
+    """
     check(METHODS["compeft"], base, experts)
     thresholds = trim_thresholds(base, experts, density, "global", None)
     parameters = sum(source(base, name).numel for name in floating(base))
@@ -84,7 +92,7 @@ def compeft_size(base: StateDict, experts: Sequence[StateDict], *, density: floa
 
 
 def _golomb_bits(k: float) -> float:
-    """Bits for the place of each of the elements that are kept, a share of k."""
+    """Bits per position of a kept element, if a share k of the elements is kept."""
     if k in (0, 1):
         return 0.0
     b = max(0, 1 + math.floor(math.log2(math.log((math.sqrt(5) - 1) / 2) / math.log(1 - k))))

@@ -1,4 +1,4 @@
-"""Merging by evolution: options found by CMA-ES, models evolved by M2N2."""
+"""Merging by evolution: CMA-ES searches the options of a method, M2N2 evolves a population of models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from mergetune.merging.task_vectors import task_arithmetic
 
 @dataclass(frozen=True)
 class Evolved:
-    """What :func:`evolve_options` found.
+    """Best options that :func:`evolve_options` found.
 
     Attributes:
-        options: for the method; lists where several values were asked for.
-        score: with them.
-        trials: how many were scored.
+        options: option of the method -> best value; a list where ``space`` gives a count.
+        score: score of the model merged with these options.
+        trials: number of scored models.
     """
 
     options: dict[str, float | list[float]]
@@ -36,13 +36,15 @@ class Evolved:
 def evolve(
     base: StateDict | None, experts: Sequence[StateDict], *, method: Callable = task_arithmetic, **options
 ) -> dict[str, Tensor]:
-    """Evolutionary merging (arXiv 2403.13187, parameter space): a method with what :func:`evolve_options` finds for it.
+    """Evolutionary merging (arXiv 2403.13187, parameter space): a merging method with searched options.
 
-    Needs: a score, which needs labelled validation data. Meaningful for what the method is meaningful for.
+    Merges with ``method`` and the options that :func:`evolve_options` finds.
+
+    Needs: a score, which needs labelled validation data. Meaningful for the same inputs as ``method``.
 
     Args:
         method: any method of this package.
-        options: of :func:`evolve_options`.
+        options: keyword arguments of :func:`evolve_options`.
     """
     fixed = dict(options.get("fixed") or {})
     found = evolve_options(base, experts, method=method, **options)
@@ -62,21 +64,26 @@ def evolve_options(
     backend: str = "cma",
     seed: int = 0,
 ) -> Evolved:
-    """Options of a merging method that score best, by CMA-ES (arXiv 2403.13187, parameter space).
+    """Searches the options with which a merging method scores best, by CMA-ES (arXiv 2403.13187, parameter space).
 
-    The paper searches weights and densities of DARE-TIES for each layer with optuna's CMA-ES; here any numeric options
-    of any method, such as ``space={"weights": (0, 1, len(experts)), "density": (0.1, 1)}`` of :func:`ties`.
+    The paper searches the weights and densities of DARE-TIES for each layer with optuna's CMA-ES. This function
+    searches any numeric options of any method, for example
+    ``space={"weights": (0, 1, len(experts)), "density": (0.1, 1)}`` of :func:`ties`.
 
     Args:
-        score: merged weights -> what is to be large. Take it on validation data.
-        space: option -> (low, high), or (low, high, count) for a list of numbers.
-        fixed: further options, as they are.
-        start: option -> where its search starts, one number for all values of a list or one for each; options that are
-            not named, and None, start in the middle of their ranges. mergekit-evolve starts at weights 1 / K and
-            density 1.
-        trials: merged models to score, the start first; steps begin at a sixth of the range (paper).
-        backend: "cma" or "optuna" (which needs ``cmaes`` too).
-        seed: of the search.
+        score: function from merged weights to a number; larger is better. Compute the score on validation data.
+        space: option -> range (low, high) of a number, or (low, high, count) of a list of ``count`` numbers.
+        fixed: options that are not searched -> their values.
+        start: option -> value where the search starts, one number or one per element of a list. Other options start in
+            the middle of their ranges. mergekit-evolve starts at weights 1 / K and density 1.
+        trials: number of merged models to score; the start is scored first. The initial step size is a sixth of the
+            range (paper).
+        backend: "cma" or "optuna" (which also needs ``cmaes``).
+        seed: seed of the search.
+
+    Raises:
+        ValueError: an argument is out of range, or a score is not finite.
+        ImportError: the package of ``backend`` is not installed.
     """
     check(facts_of(method), base, experts)
     check_choice("backend", backend, ("cma", "optuna"))
@@ -86,7 +93,7 @@ def evolve_options(
         raise ValueError(f"trials must be at least 1, got {trials}")
     axes = [(option, *ends[:2]) for option, ends in space.items() for _ in range(int(ends[2]) if len(ends) == 3 else 1)]
     begin = _start(space, start or {})
-    begin += [0.5] * (len(begin) < 2)  # CMA-ES needs two dimensions; a second one may do nothing
+    begin += [0.5] * (len(begin) < 2)  # CMA-ES needs two dimensions; the second one may have no effect
     scored: list[tuple[float, dict[str, Any]]] = []
 
     def cost(point: Sequence[float]) -> float:
@@ -102,12 +109,12 @@ def evolve_options(
 
     search = _cma if backend == "cma" else _optuna
     search(cost, begin, trials, seed)
-    value, options = max(scored, key=lambda trial: trial[0])  # of several the first
+    value, options = max(scored, key=lambda trial: trial[0])  # the first of equal scores
     return Evolved(options, value, len(scored))
 
 
 def _start(space: Mapping[str, tuple], start: Mapping[str, float | Sequence[float]]) -> list[float]:
-    """Where the search starts, along every axis, 0 to 1 within its range."""
+    """Start of the search along every axis, scaled from the option's range to [0, 1]."""
     if unknown := [option for option in start if option not in space]:
         raise ValueError(f"start must hold options of space, {', '.join(space)}, got {unknown[0]!r}")
     found = []
@@ -116,7 +123,7 @@ def _start(space: Mapping[str, tuple], start: Mapping[str, float | Sequence[floa
         several = isinstance(given, Iterable)
         values = list(given) if several else [given] * count
         if several and (not counts or len(values) != count):
-            rule = f"a number, or {count} of them" if counts else "a number"
+            rule = f"a number or {count} numbers" if counts else "a number"
             raise ValueError(f"start[{option!r}] must be {rule}, got {given}")
         if not all(low <= value <= high for value in values):
             raise ValueError(f"start[{option!r}] must be within its range, {low} to {high}, got {given}")
@@ -129,11 +136,11 @@ def _cma(cost: Callable[[Sequence[float]], float], begin: list[float], trials: i
         import cma
     except ImportError as error:
         raise ImportError("evolve with backend='cma' needs pycma: pip install cma") from error
-    options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}  # 0 would be the time
+    options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}  # pycma takes the time as seed if the seed is 0
     strategy = cma.CMAEvolutionStrategy(begin, 1 / 6, options)
     cost(begin)
     trials -= 1
-    while trials > 0:  # its own stopping rules aside: the budget is given
+    while trials > 0:  # pycma's stopping rules are ignored: ``trials`` fixes the budget
         points = strategy.ask()
         costs = [cost(point) for point in points[:trials]]
         trials -= len(costs)
@@ -150,7 +157,7 @@ def _optuna(cost: Callable[[Sequence[float]], float], begin: list[float], trials
     first, verbosity = {f"x{i}": x for i, x in enumerate(begin)}, optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        sampler = optuna.samplers.CmaEsSampler(x0=first, seed=seed)  # its first step is 1/6 too
+        sampler = optuna.samplers.CmaEsSampler(x0=first, seed=seed)  # its initial step size is 1/6 as well
         study = optuna.create_study(sampler=sampler)
         study.enqueue_trial(first)
         study.optimize(lambda trial: cost([trial.suggest_float(name, 0, 1) for name in first]), n_trials=trials)
@@ -170,28 +177,37 @@ def natural_niches(
     mutation: float = 0.0,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """M2N2: models compete for examples, attract those who solve others, and mate at a split point (arXiv 2508.16204).
+    """M2N2: evolves a population of models that compete for examples (arXiv 2508.16204).
 
-    With s_p the scores of member p on the examples and ``f_p = s_p / (sum_q s_q)^alpha`` its shares of them: parent a
-    is drawn by ``sum f_a``, parent b by ``sum max(0, f_b - f_a)``. The child interpolates all their parameters in a row
-    spherically, with weight w up to a random split point and 1 - w behind it. It replaces the member with the smallest
-    ``sum f`` if it is better itself. Follows the authors' code (natural_niches_fn.py) but for two things: children
-    that score nothing stay until the population is full (there the next child takes their place), and where nobody
-    attracts or scores the draw is uniform (there 0 / 0 gives NaN).
+    Member p has scores s_p on N examples and the shares ``f_p = s_p / (sum_q s_q)^alpha`` of them. In each step parent
+    a is drawn with probability proportional to ``sum f_a``, and parent b to ``sum max(0, f_b - f_a)``, so b solves
+    examples that a does not. The child interpolates the concatenated parameters of a and b spherically, with weight w
+    before a random split point and 1 - w after the split point. If the population is full, the model with the smallest
+    ``sum f`` (possibly the child) is removed.
 
-    Needs: a score for each of N labelled examples (not those that are reported). Meaningful for two or more models, the
-    base among them if it is given; any tensors. Holds ``population`` models in float32.
+    The steps follow the authors' code (natural_niches_fn.py) with two differences. Children with score 0 stay until the
+    population is full; in the authors' code the next child replaces them. If all weights of a draw are 0, the draw is
+    uniform; in the authors' code 0 / 0 gives NaN.
+
+    Needs: a score for each of N labelled examples, none of which may be used for reported results. Meaningful for two
+    or more models, including the base if given; any tensors. Holds ``population`` models in float32 in memory.
 
     Args:
-        score: merged weights -> scores of N examples, not negative, such as 0 or 1 for right.
-        population: P; authors' default.
-        steps: children; the authors' default is 50,000 for a small network.
-        alpha: of the competition; 0 is none.
-        mutation: standard deviation of noise on children; the authors use 0.01 from scratch, none for trained models.
-        seed: of everything drawn.
+        base: a further member of the first population, or None.
+        score: function from merged weights to the scores of N examples, not negative; for example 1 for a right answer
+            and 0 for a wrong one.
+        population: maximum number of members, P; authors' default.
+        steps: number of children; the authors' default is 50,000 for a small network.
+        alpha: strength of the competition; 0 is no competition.
+        mutation: standard deviation of the noise added to children; the authors use 0.01 for models trained from
+            scratch, and none for fine-tuned models.
+        seed: seed of all random draws.
 
     Returns:
         The member with the highest mean score.
+
+    Raises:
+        ValueError: fewer than 2 or more than ``population`` models, or scores that are negative or not finite.
     """
     check(METHODS["natural_niches"], base, experts)
     seeds = ([] if base is None else [base]) + list(experts)
@@ -206,7 +222,7 @@ def natural_niches(
     def scores(vector: Tensor) -> Tensor:
         found = torch.as_tensor(score(model(vector))).detach().cpu().double()
         if found.ndim != 1 or not found.isfinite().all() or (found < 0).any():
-            raise ValueError(f"score must give numbers [N], not negative, got {list(found.shape)} {found}")
+            raise ValueError(f"score must give numbers [N], finite and not negative, got {list(found.shape)} {found}")
         return found
 
     generator = torch.Generator().manual_seed(seed)
@@ -229,7 +245,10 @@ def natural_niches(
 
 
 def mate(a: Tensor, b: Tensor, weight: float, split: int) -> Tensor:
-    """Spherical interpolation of two vectors: ``weight`` is b's share before the split point, a's from there on."""
+    """Spherical interpolation of two vectors.
+
+    The weight of b is ``weight`` before index ``split`` and ``1 - weight`` from there on.
+    """
     cosine = (a.double() @ b.double() / (a.double().norm() * b.double().norm())).item()
     angle = math.acos(min(1.0, max(-1.0, cosine))) if math.isfinite(cosine) else 0.0
 
@@ -243,7 +262,7 @@ def mate(a: Tensor, b: Tensor, weight: float, split: int) -> Tensor:
 
 
 def _shares(solved: Tensor, alpha: float) -> Tensor:
-    """Scores [P, N] -> each member's shares of the examples."""
+    """Each member's shares of the examples, [P, N], from the scores [P, N]."""
     total = solved.sum(0)
     return solved / torch.where(total > 0, total, 1.0).pow(alpha)
 

@@ -1,6 +1,6 @@
-"""The merging methods as data: what each merges and needs, where it comes from, its options. Needs no torch.
+"""The merging methods as data: requirements, suitable inputs, source and options of each. Needs no torch.
 
-A test holds every entry to its function: names and defaults of options, their kinds, and the choices it accepts.
+A test checks every entry against its function: names, kinds, defaults and choices of the options.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class Method:
     """A merging method, ``(base, experts, *, options) -> state dict``.
 
     Attributes:
-        name: as ``mergetune merge`` takes it.
-        title: as tables show it.
-        source: paper.
-        needs: data or none.
-        meaningful: what it is meaningful for.
-        function: dotted name.
-        base: whether it needs a base; None where it works with and without.
-        least: experts that it needs.
-        most: experts that it takes; None is any number.
-        options: its options.
-        from_images: the options that are computed from cached features where solutions are merged.
-        images: the images that these are computed from: "none", "images without labels" or "labelled images".
+        name: name for ``mergetune merge``.
+        title: name in tables.
+        source: the paper.
+        needs: the data that the method needs.
+        meaningful: the inputs for which the method is meaningful.
+        function: dotted name of the function.
+        base: True if a base is required, False if none is allowed, None if the base is optional.
+        least: smallest number of experts.
+        most: largest number of experts; None is any number.
+        options: keyword arguments of the function.
+        from_images: names of the options that are computed from cached features when solutions are merged.
+        images: images from which these options are computed: "none", "images without labels" or "labelled images".
     """
 
     name: str
@@ -49,25 +49,25 @@ class Method:
     images: str = "none"
 
     def load(self) -> Callable[..., Any]:
-        """The function. Imports torch."""
+        """Imports the function, and torch with it, and returns the function."""
         module, _, name = self.function.rpartition(".")
         return getattr(import_module(module), name)
 
     def option(self, name: str) -> Option:
-        """One of its options."""
+        """The option of a name."""
         return next(option for option in self.options if option.name == name)
 
     def missing(self, given: Any) -> list[str]:
-        """The options without a default that are not among ``given`` names."""
+        """Names of the options without a default that ``given`` does not contain."""
         return [option.name for option in self.options if option.default is REQUIRED and option.name not in given]
 
     def shown(self) -> dict[str, str]:
-        """Name of each option -> its default as text, or where it comes from."""
+        """Name of each option -> its default as text, or "from the cache" if computed from images."""
         return {o.name: "from the cache" if o.name in self.from_images else o.shown() for o in self.options}
 
 
 def find(name: str) -> Method:
-    """The method of a name; dashes are underscores.
+    """The method of a name, in which dashes count as underscores.
 
     Raises:
         ValueError: no method has the name; lists all methods.
@@ -78,15 +78,15 @@ def find(name: str) -> Method:
     return found
 
 
-_WEIGHTS = Option("weights", "floats", None, "Weight of each expert.", none=True)
+_WEIGHTS = Option("weights", "floats", None, "Weight of each expert; equal weights if not given.", none=True)
 _SCALE = Option("scale", "float", 1.0, "Factor of the merged task vector.")
-_PREDICT = Option("predict", "object", help="Weights, inputs and the number of an expert -> logits.")
-_DATA = Option("data", "object", help="Inputs of each expert's task, without labels.")
-_PER = Option("per", "str", "tensor", "One coefficient for each tensor and expert, or for each expert.",
+_PREDICT = Option("predict", "object", help="Function of weights, inputs and expert number that returns logits.")
+_DATA = Option("data", "object", help="Unlabelled inputs of each expert's task.")
+_PER = Option("per", "str", "tensor", "Learn one coefficient per tensor and expert, or one per expert.",
               choices=("tensor", "expert"))  # fmt: skip
-_TRIM = Option("trim", "str", "global", "Trim all tensors of an expert together, or each tensor by itself.",
+_TRIM = Option("trim", "str", "global", "Trim all tensors of an expert together, or each tensor separately.",
                choices=("global", "tensor"))  # fmt: skip
-_DIVIDE = Option("divide", "str", "count", "Divide by the number of agreeing values, by their weight, or by nothing.",
+_DIVIDE = Option("divide", "str", "count", "Divide the sum by the number of agreeing values, by their weight, or by 1.",
                  choices=("count", "weight", "none"))  # fmt: skip
 
 _ALL = (
@@ -94,7 +94,7 @@ _ALL = (
         "adamerging",
         title="AdaMerging",
         source="arXiv 2310.02575",
-        needs="unlabelled inputs of every expert's task and the model",
+        needs="the model and unlabelled inputs of every expert's task",
         meaningful="one or several experts, any tensors",
         function="mergetune.merging.adamerging",
         base=True,
@@ -102,8 +102,8 @@ _ALL = (
             _PREDICT,
             _DATA,
             _PER,
-            Option("start", "float", 0.3, "Value at which every coefficient starts."),
-            Option("steps", "int", 500, "Steps of Adam."),
+            Option("start", "float", 0.3, "Initial value of every coefficient."),
+            Option("steps", "int", 500, "Number of Adam steps."),
             Option("batch_size", "int", 32, "Inputs of each task per step."),
             Option("lr", "float", 1e-3, "Learning rate of Adam."),
             Option("seed", "int", 0, "Seed of the batches."),
@@ -125,13 +125,13 @@ _ALL = (
         "compeft",
         title="ComPEFT",
         source="arXiv 2311.13171",
-        needs="no data (the paper chooses alpha on validation)",
+        needs="no data (the paper chooses alpha on validation images)",
         meaningful="one expert, any tensors",
         function="mergetune.merging.compeft",
         base=True,
         most=1,
         options=(
-            Option("density", "float", 0.2, "Share of the elements that keep their sign."),
+            Option("density", "float", 0.2, "Share of the elements, those of largest magnitude, that keep their sign."),
             Option("alpha", "float", 1.0, "Factor of the standard deviation that replaces the magnitudes."),
         ),
     ),
@@ -144,15 +144,15 @@ _ALL = (
         function="mergetune.merging.dare",
         base=True,
         options=(
-            Option("density", "float", 0.1, "Share of the elements that are kept at random."),
+            Option("density", "float", 0.1, "Share of the elements that are kept, chosen at random."),
             _SCALE,
             _WEIGHTS,
-            Option("rescale", "str", "density", "Divide by the density, restore a norm, or do neither.",
+            Option("rescale", "str", "density", "Divide by the density, restore a norm (l1, l2, linf), or do neither.",
                    none=True, choices=("density", "l1", "l2", "linf")),
-            Option("consensus", "str", None, "Elect signs as TIES does, by sum or count; none adds.",
+            Option("consensus", "str", None, "Elect signs by sum or count as TIES does; none adds the task vectors.",
                    none=True, choices=("sum", "count")),
             _DIVIDE,
-            Option("seed", "int", 0, "Seed of the masks."),
+            Option("seed", "int", 0, "Seed of the random masks."),
         ),
     ),
     Method(
@@ -165,8 +165,10 @@ _ALL = (
         base=True,
         least=2,
         options=(
-            Option("power", "float", 1.0, "0 is the plain average; a large power takes the one that moved furthest."),
-            Option("per", "str", "tensor", "Weigh each tensor or each element.", choices=("tensor", "element")),
+            Option("power", "float", 1.0,
+                   "Exponent: 0 is the plain average; a large power takes the expert that moved furthest."),
+            Option("per", "str", "tensor", "Compute one weight per tensor or per element.",
+                   choices=("tensor", "element")),
         ),
     ),
     Method(
@@ -174,17 +176,18 @@ _ALL = (
         title="Evolutionary merging",
         source="arXiv 2403.13187",
         needs="a score, which needs labelled validation data",
-        meaningful="what the method is meaningful for",
+        meaningful="the same inputs as the method whose options are searched",
         function="mergetune.merging.evolve",
         base=None,
         options=(
-            Option("score", "object", help="Merged weights -> a number that is to be large."),
-            Option("space", "ranges", help="Range of each option that is searched."),
-            Option("method", "method", "task_arithmetic", "The merging method whose options are searched."),
+            Option("score", "object", help="Function of the merged weights whose value is maximised."),
+            Option("space", "ranges", help="Range of each searched option."),
+            Option("method", "method", "task_arithmetic", "Merging method whose options are searched."),
             Option("fixed", "object", None, "Options of the method that are not searched.", none=True),
-            Option("start", "starts", None, "Where the search of each option starts; none is mid-range.", none=True),
+            Option("start", "starts", None, "Start of the search for each option; default: middle of the range.",
+                   none=True),
             Option("trials", "int", 100, "Number of merged models to score."),
-            Option("backend", "str", "cma", "Package of the search.", choices=("cma", "optuna")),
+            Option("backend", "str", "cma", "Package that runs the search.", choices=("cma", "optuna")),
             Option("seed", "int", 0, "Seed of the search."),
         ),
         from_images=("score",),
@@ -194,7 +197,7 @@ _ALL = (
         "expert_merging",
         title="Expert Merging",
         source="arXiv 2509.25712",
-        needs="unlabelled inputs of every expert's task and the model",
+        needs="the model and unlabelled inputs of every expert's task",
         meaningful="one or several experts, any tensors",
         function="mergetune.merging.expert_merging",
         base=True,
@@ -202,15 +205,15 @@ _ALL = (
             _PREDICT,
             _DATA,
             _PER,
-            Option("start", "float", 0.1, "Value at which every coefficient starts, within (0, 1)."),
-            Option("steps", "int", 50, "Steps of AdamW."),
+            Option("start", "float", 0.1, "Initial value of every coefficient, within (0, 1)."),
+            Option("steps", "int", 50, "Number of AdamW steps."),
             Option("batch_size", "int", 16, "Inputs of each task per step."),
             Option("lr", "float", 0.5, "Learning rate of AdamW at the start of each cosine."),
-            Option("temperature", "float", 1.0, "Temperature of the logits."),
-            Option("hidden", "float", 1.0, "Weight of the difference of hidden features."),
-            Option("stay", "float", 5.0, "Weight of the coefficients' distance from their start."),
+            Option("temperature", "float", 1.0, "Temperature that divides the logits."),
+            Option("hidden", "float", 1.0, "Weight of the difference between hidden features."),
+            Option("stay", "float", 5.0, "Weight of the distance of the coefficients from their start."),
             Option("task_weights", "floats", None, "Weight of each expert's task.", none=True),
-            Option("exclude", "strs", (), "Patterns of tensor names that keep the base."),
+            Option("exclude", "strs", (), "Name patterns of the tensors that keep the base."),
             Option("seed", "int", 0, "Seed of the batches."),
         ),
         from_images=("predict", "data"),
@@ -221,16 +224,16 @@ _ALL = (
         title="Fisher-weighted average",
         source="arXiv 2111.09832",
         needs="the Fisher diagonals, which need data (fisher_diagonal for class weights, with unit_mean=False)",
-        meaningful="several experts, the zero-shot solution may be one of them; any tensors",
+        meaningful="several experts, including the zero-shot solution; any tensors",
         function="mergetune.merging.fisher_average",
         base=None,
         least=2,
         options=(
             Option("fishers", "states", help="Diagonal Fisher information of each expert."),
             _WEIGHTS,
-            Option("floor", "float", 1e-6, "Fisher values below this count as this."),
-            Option("favor_first", "bool", True, "Raise only the first expert's values to the floor."),
-            Option("normalize", "str", None, "Divide each weight by the norm of its Fisher diagonal.",
+            Option("floor", "float", 1e-6, "Smaller Fisher values are raised to this value."),
+            Option("favor_first", "bool", True, "Raise only the first expert's Fisher values to the floor."),
+            Option("normalize", "str", None, "norm divides each weight by the norm of the expert's Fisher diagonal.",
                    none=True, choices=("norm",)),
         ),
         from_images=("fishers",),
@@ -240,24 +243,25 @@ _ALL = (
         "layerwise",
         title="Task arithmetic with coefficients for each tensor",
         source="arXiv 2310.02575",
-        needs="the coefficients, no data",
+        needs="coefficients, no data",
         meaningful="one or several experts, any tensors",
         function="mergetune.merging.layerwise",
         base=True,
-        options=(Option("coefficients", "object", help="Name of each tensor -> one number for each expert."),),
+        options=(Option("coefficients", "object", help="Name of each tensor -> one number per expert."),),
     ),
     Method(
         "lines",
         title="LiNeS",
         source="arXiv 2410.17146",
-        needs="no data (the paper chooses one of alpha, beta on validation images)",
-        meaningful="one or several experts whose names hold block numbers; prompts and heads have none and are refused",
+        needs="no data (the paper chooses alpha or beta on validation images)",
+        meaningful="one or several experts whose tensor names hold block numbers; not prompts and heads",
         function="mergetune.merging.lines",
         base=True,
         options=(
-            Option("alpha", "float", None, "Scale of the first block.", none=True),
-            Option("beta", "float", None, "What the last block has more than the first.", none=True),
-            Option("layer", "object", None, "Tensor name -> (block, number of blocks).", none=True),
+            Option("alpha", "float", None, "Scale of the task vector in the first block.", none=True),
+            Option("beta", "float", None, "Amount by which the scale grows from the first block to the last.",
+                   none=True),
+            Option("layer", "object", None, "Function from tensor name to (block, number of blocks).", none=True),
         ),
     ),
     Method(
@@ -265,16 +269,16 @@ _ALL = (
         title="LoRA-LEGO",
         source="arXiv 2409.16167",
         needs="no data; scikit-learn",
-        meaningful="several experts that hold LoRA factors only, *lora_A* [r, n] and *lora_B* [m, r] in pairs "
-        "(PEFT's names), also of different ranks",
+        meaningful="several experts that hold only LoRA factors, pairs of *lora_A* [r, n] and *lora_B* [m, r] "
+        "(PEFT's names); ranks may differ",
         function="mergetune.merging.subspace.lora_lego",
         base=False,
         least=2,
         options=(
-            Option("rank", "int", None, "Rank of the result; none is the largest rank of an expert.", none=True),
+            Option("rank", "int", None, "Rank of the result; default: the largest rank of the experts.", none=True),
             Option("scales", "floats", None, "LoRA's factor alpha / r of each expert.", none=True),
-            Option("norms", "bool", True, "Restore the norms that averaging in a cluster loses."),
-            Option("outputs", "bool", True, "Correct the variance of the output for the rank."),
+            Option("norms", "bool", True, "Restore the norms that averaging within a cluster reduces."),
+            Option("outputs", "bool", True, "Correct the variance of the output for the changed rank."),
             Option("seed", "int", 0, "Seed of k-means."),
         ),
     ),
@@ -282,14 +286,14 @@ _ALL = (
         "metrics_average",
         title="Metrics-weighted averaging",
         source="arXiv 2504.18580",
-        needs="one number for each expert, no data",
+        needs="one number per expert, no data",
         meaningful="several checkpoints of one run, any tensors",
         function="mergetune.merging.metrics_average",
         base=None,
         options=(
-            Option("metrics", "floats", help="A positive number of each expert: loss, steps or accuracy."),
-            Option("higher_is_better", "bool", False, "Larger numbers count more."),
-            Option("penalty", "float", 1.0, "0 is the plain average; a large penalty takes the best alone."),
+            Option("metrics", "floats", help="One positive number per expert: loss, steps or accuracy."),
+            Option("higher_is_better", "bool", False, "Larger metrics give larger weights."),
+            Option("penalty", "float", 1.0, "Exponent: 0 is the plain average; a large penalty takes the best expert."),
         ),
         from_images=("metrics",),
         images=LABELLED,
@@ -299,7 +303,8 @@ _ALL = (
         title="Model Stock",
         source="arXiv 2403.19522",
         needs="no data",
-        meaningful="two or more experts fine-tuned from one base alike, such as with several seeds; any tensors",
+        meaningful="two or more experts fine-tuned from one base in the same way, for example with several seeds; "
+        "any tensors",
         function="mergetune.merging.model_stock",
         base=True,
         least=2,
@@ -308,17 +313,17 @@ _ALL = (
         "natural_niches",
         title="M2N2",
         source="arXiv 2508.16204",
-        needs="a score for each of N labelled examples (not those that are reported)",
-        meaningful="two or more models, the base among them if it is given; any tensors",
+        needs="a score for each of N labelled examples, none of which may be used for reported results",
+        meaningful="two or more models, including the base if given; any tensors",
         function="mergetune.merging.natural_niches",
         base=None,
         options=(
-            Option("score", "object", help="Merged weights -> scores of N examples, not negative."),
-            Option("population", "int", 20, "Number of models that are kept."),
+            Option("score", "object", help="Function of the merged weights that returns N scores, not negative."),
+            Option("population", "int", 20, "Maximum number of models in the population."),
             Option("steps", "int", 1000, "Number of children."),
-            Option("alpha", "float", 1.0, "Strength of the competition; 0 is none."),
-            Option("mutation", "float", 0.0, "Standard deviation of the noise on children."),
-            Option("seed", "int", 0, "Seed of everything drawn."),
+            Option("alpha", "float", 1.0, "Strength of the competition; 0 is no competition."),
+            Option("mutation", "float", 0.0, "Standard deviation of the noise added to children."),
+            Option("seed", "int", 0, "Seed of all random draws."),
         ),
         from_images=("score",),
         images=LABELLED,
@@ -328,40 +333,41 @@ _ALL = (
         title="Forgetting by task-vector negation",
         source="arXiv 2212.04089",
         needs="no data (the paper chooses scale so that a control task keeps 95 % of its accuracy)",
-        meaningful="one expert or several, all of which are forgotten; any tensors",
+        meaningful="one or several experts whose tasks are to be forgotten; any tensors",
         function="mergetune.merging.negate",
         base=True,
-        options=(Option("scale", "float", 1.0, "Factor of the task vectors that are subtracted."),),
+        options=(Option("scale", "float", 1.0, "Factor of the subtracted task vectors."),),
     ),
     Method(
         "opcm",
         title="OPCM",
         source="arXiv 2501.09522",
         needs="no data",
-        meaningful="several experts that share matrices; their order counts",
+        meaningful="several experts with matrices; the order of the experts matters",
         function="mergetune.merging.subspace.opcm",
         base=True,
         least=2,
         options=(
-            Option("alpha", "float", 0.5, "Share of the singular values whose space is protected."),
-            Option("project", "object", None, "Tensor name -> whether it is projected.", none=True),
+            Option("alpha", "float", 0.5, "Share of the sum of singular values whose space is protected."),
+            Option("project", "object", None, "Function from tensor name to whether the tensor is projected.",
+                   none=True),
         ),
     ),
     Method(
         "ota_ffg",
         title="OTA merging with Fast Fisher Grafting",
         source="arXiv 2509.11167",
-        needs="Adam's second moments exp_avg_sq of each expert's training, or squared gradients taken again (data)",
+        needs="Adam's second moments exp_avg_sq of each expert's training, or squared gradients computed on data",
         meaningful="one expert (grafting alone) or several; any tensors",
         function="mergetune.merging.ota_ffg",
         base=True,
         options=(
             Option("second_moments", "states", help="Second moments of each expert's gradients."),
-            Option("density", "float", 0.4, "Share of the elements with the highest saliency that is grafted."),
+            Option("density", "float", 0.4, "Share of the elements, those of highest saliency, that is kept."),
             Option("power", "float", 0.5, "Exponent of the second moments in the weights."),
-            Option("epsilon", "float", 1e-26, "Added to the weights."),
+            Option("epsilon", "float", 1e-26, "Number added to every weight."),
             _TRIM,
-            Option("rank_one", "bool", False, "Replace the moments of matrices by their rank-one form."),
+            Option("rank_one", "bool", False, "Replace the second moments of matrices by a rank-one approximation."),
         ),
         from_images=("second_moments",),
         images=UNLABELLED,
@@ -371,16 +377,17 @@ _ALL = (
         title="PCB-Merging",
         source="arXiv 2410.02396",
         needs="no data",
-        meaningful="several experts, any tensors; of one expert it keeps what moved most",
+        meaningful="several experts, any tensors; for one expert it keeps the elements that moved most",
         function="mergetune.merging.pcb",
         base=True,
         options=(
-            Option("ratio", "float", 0.1, "Share of an expert's elements that take part."),
+            Option("ratio", "float", 0.1, "Share of an expert's elements that are merged."),
             _SCALE,
-            Option("scope", "str", "global", "Rank all tensors of an expert together, or each tensor by itself.",
+            Option("scope", "str", "global", "Rank all tensors of an expert together, or each tensor separately.",
                    choices=("global", "tensor")),
-            Option("clip", "float", 1e-4, "Quantile at which magnitudes are clipped from below and above."),
-            Option("between", "str", "raw", "How experts compete.", choices=("raw", "normalized", "pairs")),
+            Option("clip", "float", 1e-4, "Quantile at which magnitudes are clipped from below and from above."),
+            Option("between", "str", "raw", "Form of the competition between experts.",
+                   choices=("raw", "normalized", "pairs")),
         ),
     ),
     Method(
@@ -395,7 +402,7 @@ _ALL = (
         options=(
             Option("density", "float", 0.1, "Share of the elements, those of highest variance, that is selected."),
             _SCALE,
-            Option("select", "str", "vectors", "Select for the task vectors, or for the weights only.",
+            Option("select", "str", "vectors", "Apply the selection to the task vectors, or only to the weights.",
                    choices=("vectors", "weights")),
         ),
     ),
@@ -404,11 +411,11 @@ _ALL = (
         title="Spherical interpolation",
         source="Shoemake, SIGGRAPH 1985",
         needs="no data",
-        meaningful="two: base (t 0) and one expert (t 1), or no base and two experts",
+        meaningful="two models: base (t = 0) and one expert (t = 1), or no base and two experts",
         function="mergetune.merging.slerp",
         base=None,
         most=2,
-        options=(Option("t", "float", 0.5, "Place on the way from the first (0) to the second (1)."),),
+        options=(Option("t", "float", 0.5, "Position on the way from the first model (0) to the second (1)."),),
     ),
     Method(
         "task_arithmetic",
@@ -418,14 +425,14 @@ _ALL = (
         meaningful="one or several experts, any tensors",
         function="mergetune.merging.task_arithmetic",
         base=True,
-        options=(Option("scale", "float", 0.4, "Factor of the sum of task vectors."), _WEIGHTS),
+        options=(Option("scale", "float", 0.4, "Factor of the sum of the task vectors."), _WEIGHTS),
     ),
     Method(
         "ties",
         title="TIES",
         source="arXiv 2306.01708",
         needs="no data",
-        meaningful="several experts, any tensors; of one expert it only trims",
+        meaningful="several experts, any tensors; one expert is only trimmed",
         function="mergetune.merging.ties",
         base=True,
         options=(
@@ -433,7 +440,7 @@ _ALL = (
             _SCALE,
             _WEIGHTS,
             _TRIM,
-            Option("sign", "str", "sum", "Elect signs by the sum of values or by the count of signs.",
+            Option("sign", "str", "sum", "Elect signs by the sum of the values or by the count of the signs.",
                    choices=("sum", "count")),
             _DIVIDE,
         ),
@@ -443,7 +450,7 @@ _ALL = (
         title="TSV-Merge",
         source="arXiv 2412.00081",
         needs="no data",
-        meaningful="several experts that share matrices",
+        meaningful="several experts with matrices",
         function="mergetune.merging.subspace.tsv_m",
         base=True,
         least=2,
@@ -454,17 +461,17 @@ _ALL = (
         title="WIDEN",
         source="arXiv 2408.03092",
         needs="no data",
-        meaningful="several experts; matrices, for tensors of more dimensions [m, n x ...], and vectors",
+        meaningful="several experts with matrices and vectors; larger tensors count as matrices [m, n x ...]",
         function="mergetune.merging.subspace.widen",
         base=True,
         least=2,
         options=(
-            Option("ratio", "float", 1.0, "Multiple of the mean rank above which a column is calibrated."),
-            Option("calibration", "float", 1.0, "Score of the columns that are calibrated."),
+            Option("ratio", "float", 1.0, "Columns ranked above this multiple of the mean rank are calibrated."),
+            Option("calibration", "float", 1.0, "Score of the calibrated columns."),
             _SCALE,
             Option("normalize", "bool", False, "Divide the scores by their sum over the experts."),
             Option("rows", "strs", ("model.embed_tokens.weight", "token_embedding.weight"),
-                   "Ends of the names of matrices whose rows are the units."),
+                   "Name endings of matrices that are scored by row instead of by column."),
         ),
     ),
     Method(
@@ -476,7 +483,7 @@ _ALL = (
         function="mergetune.merging.wise_ft",
         base=True,
         most=1,
-        options=(Option("alpha", "float", 0.5, "0 is the base, 1 the expert."),),
+        options=(Option("alpha", "float", 0.5, "Weight of the expert: 0 is the base, 1 the expert."),),
     ),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Order statistics of many values in bounded memory: each pass over the stretches comes nearer."""
+"""Exact order statistics of many values in bounded memory: each pass over the values narrows the search."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ def order_statistics(
     experts: Sequence[StateDict],
     ranks: Sequence[int],
 ) -> list[list[float]]:
-    """Exact order statistics of more values than fit in memory, mostly in one pass.
+    """Exact order statistics of more values than fit in memory, usually in one pass.
 
-    A sample says between which two values each one lies. A pass counts what lies below these, and keeps what lies
-    between: about two percent of all values for each rank, an eighth at most. Where the sample was wrong, a further
-    pass looks where the counts say.
+    A sample gives two bounds for each order statistic. A pass counts the values below the bounds and keeps the values
+    between them: about two percent of all values per rank, an eighth at most. If the order statistic lies outside the
+    bounds, the counts tell the next pass where to look.
 
     Args:
-        measure: part -> K rows of values, [K, n]. None: the magnitudes of the experts' differences from the base, which
-            are counted without being stored.
-        names: of the tensors whose values are ordered together.
-        ranks: 0 is the smallest value of a row.
+        measure: function from a part to K rows of values, [K, n]. None measures the magnitudes of the task vectors,
+            which are counted without being stored.
+        names: the tensors whose values are ordered together.
+        base, experts: the state dicts, see :func:`over_parts`.
+        ranks: ranks within a row; 0 is the smallest value.
 
     Returns:
         For each rank the values of the K rows.
@@ -66,14 +67,15 @@ def order_statistics(
 
 @dataclass
 class _Search:
-    """For one order statistic among N values.
+    """The search for one order statistic among N values.
 
     Attributes:
         rank: 0 is the smallest value.
-        sample: values, sorted, that are spread as those are that are left.
-        upto: how many values are smaller than ``high``.
-        low, high: it lies between these, or is found.
-        under: how many values are at most ``low``.
+        sample: sorted sample of the values that remain candidates.
+        upto: number of values smaller than ``high``.
+        low, high: bounds between which the order statistic lies until it is found.
+        under: number of values that are at most ``low``.
+        found: the order statistic, once it is known.
     """
 
     rank: int
@@ -85,17 +87,23 @@ class _Search:
     found: float | None = None
 
     def bounds(self) -> tuple[float, float]:
-        """Two values between which it is likely to lie, near each other; its bounds where the sample has none."""
-        left = self.sample[(self.sample > self.low) & (self.sample < self.high)]  # NaN is not
+        """Two close values between which the order statistic probably lies; low or high where the sample ends."""
+        left = self.sample[(self.sample > self.low) & (self.sample < self.high)]  # excludes NaN
         if not len(left):
             return self.low, self.high
         at = (self.rank - self.under) / max(self.upto - self.under, 1)
-        width = min(0.005 + 2 / math.sqrt(len(left)), 0.25)  # never all of them: each pass must come nearer
+        width = min(0.005 + 2 / math.sqrt(len(left)), 0.25)  # never the whole sample: each pass must narrow the search
         first, last = math.floor((at - width) * len(left)), math.ceil((at + width) * len(left))
         return self.low if first < 0 else float(left[first]), self.high if last >= len(left) else float(left[last])
 
     def narrow(self, low: float, high: float, counts: list[int], between: np.ndarray) -> None:
-        """Take up what :func:`mergetune.ops.count_around` saw around two bounds; ``between`` may be a part of it."""
+        """Updates the search with the result of :func:`mergetune.ops.count_around` for two bounds.
+
+        Args:
+            low, high: the two bounds.
+            counts: number of values below low, equal to low, between low and high, and equal to high.
+            between: values between the bounds; all of them, or a sample if they are too many.
+        """
         below, at_low, inside, at_high = np.cumsum(counts).tolist()
         if self.rank < below:
             self.high, self.upto = low, below
@@ -108,19 +116,19 @@ class _Search:
         elif self.rank < at_high:
             self.found = high
         elif high == math.inf:
-            self.found = math.nan  # which is in no order: it comes last
+            self.found = math.nan  # NaN values rank last
         else:
             self.low, self.under = high, at_high
 
 
 FEW = 2**18
-"""So many values are simply sorted."""
+"""Up to this number of values, all values are sorted in memory."""
 
 
 def _sample(
     measure: Callable[[Part], Tensor], names: Sequence[str], base: StateDict | None, experts: Sequence[StateDict]
 ) -> np.ndarray:
-    """Sorted values of short pieces, evenly spread over the tensors, [K, n]."""
+    """Sorted sample of the values, [K, n], from short pieces spread evenly over the tensors."""
     ends = np.cumsum([source(experts[0], name).numel for name in names])
     rows = []
     for place in np.linspace(0, ends[-1], min(max(int(ends[-1]) // 2**17, 16), 256), endpoint=False).astype(np.int64):

@@ -1,9 +1,10 @@
-"""Merging methods written as plans, and how a plan becomes a function on state dicts.
+"""Merging methods as plans, and the decorator that turns a plan into a function on state dicts.
 
-A method that works tensor by tensor is written as a plan: it checks its options, reads what it must know of all tensors
-(a first pass, if any) and returns a :class:`Merge`, which makes one stretch of one merged tensor. :func:`method` turns
-the plan into a function on state dicts; :func:`mergetune.merging.merge_files` runs the same plan over files. Stretches
-are worked on by several threads, each alone on its own, and come back in order. So all ways give the same bits.
+A method that works tensor by tensor is written as a plan. The plan checks its options, computes the statistics of all
+tensors that it needs (in passes over the inputs) and returns a :class:`Merge`, which computes one stretch of one merged
+tensor. :func:`method` turns the plan into a function on state dicts; :func:`mergetune.merging.merge_files` runs the
+same plan on files. Several threads work on stretches, one thread per stretch, and the results are used in order, so
+memory, files and any number of threads give the same bits.
 
 Shapes: K experts, n elements of a stretch.
 """
@@ -29,11 +30,12 @@ Options = ParamSpec("Options")
 
 @dataclass(frozen=True)
 class Merge:
-    """How a part is merged.
+    """Computes merged values of a tensor.
 
     Attributes:
-        part: the merged values of a part, in the shape of its base. Never the memory of its inputs.
-        whole: whether it needs tensors whole; else it is called for one stretch after the other.
+        part: function from a part to its merged values, in the shape of the part's base. The result must not share
+            memory with the inputs.
+        whole: whether ``part`` gets whole tensors; otherwise it gets one stretch at a time.
     """
 
     part: Callable[[Part], Tensor]
@@ -44,7 +46,8 @@ class TensorMethod(Protocol[Options]):
     """A method that works tensor by tensor: ``(base, experts, *, options) -> state dict``.
 
     Attributes:
-        plan: the same arguments -> how each part is merged. For :func:`mergetune.merging.merge_files`.
+        plan: function of the same arguments that returns the :class:`Merge`; used by
+            :func:`mergetune.merging.merge_files`.
     """
 
     __name__: str
@@ -54,9 +57,9 @@ class TensorMethod(Protocol[Options]):
 
 
 def method(plan: Callable[Options, Merge]) -> TensorMethod[Options]:
-    """Turn a plan ``(base, experts, *, options) -> Merge`` into a method, which takes the same and gives a state dict.
+    """Decorator that turns a plan ``(base, experts, *, options) -> Merge`` into a method that returns a state dict.
 
-    What the method merges and needs is the entry of its name in ``METHODS``.
+    ``METHODS`` must have an entry with the name of the plan; the method checks base and experts by this entry.
     """
     facts = METHODS[plan.__name__]
     planned: Callable[..., Merge] = plan
@@ -81,7 +84,7 @@ def method(plan: Callable[Options, Merge]) -> TensorMethod[Options]:
 
 
 def facts_of(function: Callable[..., Any]) -> Method:
-    """What is known of a method.
+    """The entry of a merging function in ``METHODS``.
 
     Raises:
         ValueError: the function is not a merging method.
@@ -93,14 +96,14 @@ def facts_of(function: Callable[..., Any]) -> Method:
 
 
 def plan_of(function: Callable[..., Any]) -> Callable[..., Merge] | None:
-    """The plan of a method that works tensor by tensor; None for another one."""
+    """The plan of a method that works tensor by tensor; None for other methods."""
     return getattr(function, "plan", None)
 
 
 def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDict]) -> Iterator[tuple[str, Tensor]]:
-    """The merged tensors in order, flat, in pieces, each with its tensor's name.
+    """Yields (tensor name, merged values) in flat pieces, in the order of the tensors and their elements.
 
-    Dtypes are those of the base (of the first expert without one).
+    Dtypes are those of the base, or of the first expert if the base is None.
 
     Raises:
         ValueError: a merged value is not finite.
@@ -122,7 +125,10 @@ def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDi
 
 
 def _finite(merged: Tensor, part: Part) -> Tensor:
-    """Merged values of a part in their dtype; what is the same everywhere may be infinite."""
+    """The merged values of a part in the stored dtype, checked to be finite.
+
+    Infinite values are allowed where base and experts are equal, for example in an attention mask.
+    """
     like = part.stored[0] if part.stored_base is None else part.stored_base
     if merged.numel() != part.end - part.begin:
         raise ValueError(f"{part.name}: merged must hold {part.end - part.begin} values, got {merged.numel()}")
@@ -131,8 +137,8 @@ def _finite(merged: Tensor, part: Part) -> Tensor:
         if not all(torch.equal(row, like) for row in part.stored):
             bad = int((~found.isfinite()).sum())
             raise ValueError(
-                f"{part.name} must be finite after merging, got {bad} NaN or infinite values: an input holds them, or "
-                f"they are too large for {like.dtype}"
+                f"{part.name} must be finite after merging, got {bad} NaN or infinite values: an input holds such "
+                f"values, or merged values are too large for {like.dtype}"
             )
         return like  # a mask with -inf
     return found

@@ -1,4 +1,4 @@
-"""State dicts in memory or in files, read stretch by stretch."""
+"""State dicts in memory or in files, read in stretches (runs of consecutive elements of a tensor)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ T = TypeVar("T")
 
 StateDict = Mapping[str, Tensor]
 STRETCH = 2**18
-"""Elements at a time: a stretch of every checkpoint fits the processor's cache. Part of the definition of ``dare``."""
+"""Elements per stretch, so that a stretch of every checkpoint fits the processor's cache.
+
+The masks of ``dare`` depend on this number."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One tensor of one checkpoint, wherever it is.
+    """One tensor of one state dict, in memory or in a file.
 
     Attributes:
-        shape, dtype, device: the tensor's.
-        read: begin, end -> that stretch of its elements, [end - begin], in its own dtype. Not to be written to.
+        shape, dtype, device: of the tensor.
+        read: function of begin and end that returns these elements, [end - begin], in the tensor's dtype. The result
+            may share memory with the tensor: do not write to it.
     """
 
     shape: torch.Size
@@ -47,15 +50,23 @@ class Source:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file as a state dict that holds nothing in memory: each access reads from the file.
+    """A safetensors file as a state dict: each access reads a tensor from the file, nothing stays in memory.
 
-    Pass it wherever a method takes a state dict. The file may be replaced meanwhile: this still reads the old one.
+    Merging methods accept a ``TensorFile`` wherever they take a state dict. If the file is replaced, the object still
+    reads the old file.
+
+    Args:
+        path: the safetensors file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a safetensors file, or has tensors of an unsupported dtype.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} must be a safetensors file")
+            raise FileNotFoundError(f"{self.path} must be a safetensors file, got no such file")
         try:
             with safe_open(self.path, "pt"):  # checks sizes, offsets and the header
                 pass
@@ -95,16 +106,21 @@ class TensorFile(Mapping[str, Tensor]):
             try:
                 read_at(self._file.fileno(), stretch.view(torch.uint8).numpy().data, at)
             except EOFError:
-                raise ValueError(f"{self.path} ends before {name} does: it was cut off while it was read") from None
+                raise ValueError(f"{self.path} ends within {name}: the file was cut off while it was read") from None
             return stretch
 
         return Source(torch.Size(entry["shape"]), dtype, torch.device("cpu"), read)
 
 
 class Constant(Mapping[str, Tensor]):
-    """A state dict as another one, with one number in place of its floating-point values; takes no memory.
+    """A state dict like another one, but with one number as every floating-point value; takes no memory.
 
-    The base of what are differences already: 0 for LoRA's factors (as peft merges them), 1 for IA3's.
+    ``Constant`` serves as the base of experts without a base checkpoint: 0 for LoRA factors (as peft merges them), 1
+    for IA3 vectors.
+
+    Args:
+        like: state dict that gives names, shapes, dtypes and all values that are not floating point.
+        value: the number.
     """
 
     def __init__(self, like: StateDict, value: float = 0.0) -> None:
@@ -132,24 +148,24 @@ class Constant(Mapping[str, Tensor]):
 
 
 def source(state: StateDict, name: str) -> Source:
-    """One tensor of a state dict, wherever it is."""
+    """The :class:`Source` of one tensor of a state dict."""
     if isinstance(state, TensorFile | Constant):
         return state.source(name)
     tensor = state[name].detach()
-    flat = lru_cache(lambda: tensor.reshape(-1))  # a copy, if the tensor is transposed: only if it is read, and once
+    flat = lru_cache(lambda: tensor.reshape(-1))  # copies a transposed tensor once, and only if the tensor is read
     return Source(tensor.shape, tensor.dtype, tensor.device, lambda begin, end: flat()[begin:end])
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The same stretch of one tensor in base and experts; or the tensors whole, in their shape.
+    """The same stretch of one tensor in base and experts, or the whole tensor in its shape.
 
     Attributes:
         name, shape: of the tensor.
-        begin, end: which of its elements.
-        stored_base: [n], as it is stored; None where there is no base.
-        stored: the experts, K of [n], as they are stored.
-        whole: whether ``base`` and ``experts`` have the tensor's shape.
+        begin, end: range of the elements; n = end - begin.
+        stored_base: the base's elements, [n], in the stored dtype; None without a base.
+        stored: the elements of each of the K experts, [n], in the stored dtypes.
+        whole: whether ``base`` and ``experts`` have the tensor's shape instead of n elements.
     """
 
     name: str
@@ -162,10 +178,10 @@ class Part:
 
     @cached_property
     def base(self) -> Tensor:
-        """[n], or its shape; float32, or float64 where an input is.
+        """The base's elements, [n] or the tensor's shape, as float32, or float64 if any input is float64.
 
         Raises:
-            ValueError: there is no base. Methods that need one refuse its absence before they read a part.
+            ValueError: the part has no base. Methods that need a base check for one before they read a part.
         """
         if self.stored_base is None:
             raise ValueError(f"base must hold {self.name!r}, got None")
@@ -173,7 +189,7 @@ class Part:
 
     @cached_property
     def experts(self) -> Tensor:
-        """[K, n], or [K, *shape]. The dtype of base."""
+        """The experts' elements, [K, n] or [K, *shape], in the dtype of ``base``."""
         rows = torch.empty(len(self.stored), len(self.stored[0]), dtype=self._dtype, device=self.stored[0].device)
         for row, stored in zip(rows, self.stored, strict=True):
             row.copy_(stored)
@@ -190,7 +206,12 @@ class Part:
         return self.experts - self.base
 
     def of(self, argument: str, states: Sequence[StateDict]) -> Tensor:
-        """The same stretch of other state dicts (``argument`` names them in errors), [len(states), n]."""
+        """The same stretch of other state dicts, [len(states), n].
+
+        Args:
+            argument: name of the argument that holds the state dicts, for errors.
+            states: state dicts with a tensor of this name and shape.
+        """
         rows = torch.empty(len(states), self.end - self.begin, dtype=self._dtype, device=self.stored[0].device)
         for k, state in enumerate(states):
             found = source(state, self.name)
@@ -205,10 +226,11 @@ class Part:
 def over_parts(
     function: Callable[[Part], T], names: Iterable[str], base: StateDict | None, experts: Sequence[StateDict]
 ) -> Iterator[T]:
-    """``function`` of every stretch of some tensors, in order.
+    """Yields ``function(part)`` for every stretch of the named tensors, in order.
 
-    On a CPU several threads share the stretches out; each computes alone, so that the bits do not depend on how many
-    there are. A few stretches are in work at a time, whatever the tensors' sizes. A function must not call this again.
+    On a CPU several threads work on different stretches. Torch uses one thread within a stretch, so the bits do not
+    depend on the number of threads. Memory holds only a few stretches at a time, for tensors of any size. ``function``
+    must not call ``over_parts``.
     """
 
     def work(tensor: _Tensor, begin: int, end: int) -> T:
@@ -235,14 +257,15 @@ def over_parts(
 
 @lru_cache(maxsize=1)
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """Threads in each of which torch computes alone.
+    """A pool of threads, in each of which torch computes on one thread only.
 
-    ``torch.set_num_threads`` holds for the thread that calls it and for threads to come, so it is set back afterwards.
+    ``torch.set_num_threads`` acts on the calling thread and on all threads that start later, so the number is set back
+    at the end.
     """
     ready = Barrier(threads + 1)
 
     def alone() -> None:
-        torch.get_num_threads()  # takes up the number for new threads, which the first computation would else do later
+        torch.get_num_threads()  # applies the default for new threads now; else the first computation applies it later
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         ready.wait()
@@ -252,7 +275,7 @@ def _workers(threads: int) -> ThreadPoolExecutor:
         for _ in range(threads):
             pool.submit(int)
         ready.wait()
-    except BaseException:  # no thread could be started: those that could must not wait for it
+    except BaseException:  # a thread could not be started: the others must not wait for this thread
         ready.abort()
         pool.shutdown(wait=False)
         raise
@@ -260,11 +283,11 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_workers.cache_clear)  # the threads stay with the parent
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked child does not inherit the threads
 
 
 def whole(name: str, base: StateDict | None, experts: Sequence[StateDict]) -> Part:
-    """A tensor whole, in its shape."""
+    """The part that holds a whole tensor in its shape."""
     tensor = tensor_of(name, base, experts)
     return replace(tensor.part(0, tensor.numel), whole=True)
 
@@ -282,7 +305,7 @@ class _Tensor:
         return self.experts[0].numel
 
     def part(self, begin: int, end: int) -> Part:
-        """A stretch of it, all on the base's device (the first expert's without one)."""
+        """A stretch of the tensor, on the device of the base, or of the first expert without a base."""
         device = (self.experts[0] if self.base is None else self.base).device
         start = None if self.base is None else self.base.read(begin, end)
         rows = [expert.read(begin, end).to(device) for expert in self.experts]
@@ -294,13 +317,13 @@ def tensor_of(name: str, base: StateDict | None, experts: Sequence[StateDict]) -
 
 
 def stretches(numel: int, step: int | None = None) -> Iterator[tuple[int, int]]:
-    """Begin and end of each."""
+    """Begin and end of each stretch of a tensor with ``numel`` elements; ``step`` elements each, or STRETCH."""
     step = step or STRETCH
     return ((begin, min(begin + step, numel)) for begin in range(0, numel, step))
 
 
 def sources(state: StateDict) -> Iterator[tuple[str, Source]]:
-    """All tensors of a state dict, in its order."""
+    """Name and :class:`Source` of each tensor of a state dict, in its order."""
     return ((name, source(state, name)) for name in state)
 
 

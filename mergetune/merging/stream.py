@@ -1,4 +1,4 @@
-"""Merging safetensors files: read, merged and written stretch by stretch, so that no checkpoint is held in memory."""
+"""Merging of safetensors files, read and written in stretches so that no checkpoint is held in memory."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ def merge_files(
     out_file: str | Path,
     **options,
 ) -> None:
-    """Merge safetensors files into one: the same bits as ``method`` on the state dicts in memory, in little memory.
+    """Merges safetensors files into one file, with little memory and the same bits as ``method`` on state dicts.
 
-    Element-wise methods hold a few stretches of every checkpoint at a time, some MB, and a few percent of the values
-    where they look for a threshold; those on matrices and ``widen`` hold the tensor in work with its factors. Methods
-    with statistics of all tensors (said in their docstrings) read the inputs more than once. The output has the header
-    of the base, or of the first expert without one: the same order of tensors and metadata. It appears whole or not at
-    all; it may replace an input.
+    Element-wise methods hold a few stretches of every checkpoint (some MB), and a few percent of the values while they
+    search a threshold. Methods on matrices and ``widen`` hold one tensor and its factors. Methods that need statistics
+    of all tensors read the inputs more than once; their docstrings say how often. The output has the header of the
+    base, or of the first expert without a base: the same order of tensors and the same metadata. The output file
+    appears only when complete, and may replace an input.
 
     Args:
         method: a method that works tensor by tensor, such as ``task_arithmetic`` or ``ties``.
-        base_file: None for methods without a base. A number is the base in every element, for experts that are
-            differences already: 0 for LoRA factors, 1 for IA3's.
-        expert_files: one or more.
-        out_file: is replaced if it is there.
-        options: the method's. Options that are state dicts may be :class:`TensorFile`, so that they too are read from
-            files.
+        base_file: file of the base; None for methods without a base. A number stands for a base with this value in
+            every element: 0 for LoRA factors, 1 for IA3 vectors.
+        expert_files: one or more files.
+        out_file: file to write; an existing file is replaced.
+        options: keyword arguments of the method. An option that takes state dicts also takes :class:`TensorFile`
+            objects.
 
     Raises:
         FileNotFoundError: an input is missing.
-        ValueError: the method does not work tensor by tensor, an input is no safetensors file, or it cannot be merged.
+        ValueError: the method does not work tensor by tensor, an input is not a safetensors file, or the inputs cannot
+            be merged.
     """
     plan = plan_of(method)
     if plan is None:
-        raise ValueError(f"method must work tensor by tensor, got {getattr(method, '__name__', method)}")
+        name = getattr(method, "__name__", method)
+        raise ValueError(f"method must work tensor by tensor, got {name}: call the function on TensorFile objects")
     if isinstance(expert_files, str | Path):
         raise TypeError(f"expert_files must be a list of files, got {expert_files!r}")
     given = TensorFile(base_file) if isinstance(base_file, str | Path) else None

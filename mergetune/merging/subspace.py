@@ -1,6 +1,6 @@
-"""Merging of matrices: magnitudes and directions of columns, singular vectors, projections, LoRA's ranks.
+"""Merging of matrices by columns, singular vectors, projections and LoRA ranks: WIDEN, TSV-Merge, OPCM, LoRA-LEGO.
 
-Shapes: K experts, [m, n] a matrix, r its rank or that of its LoRA factors; tau_k = expert_k - base.
+Shapes: K experts, [m, n] a matrix, r the rank of the matrix or of LoRA factors; tau_k = expert_k - base.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ def widen(
     normalize: bool = False,
     rows: Sequence[str] = ("model.embed_tokens.weight", "token_embedding.weight"),
 ) -> Merge:
-    """WIDEN: columns whose magnitude or direction moved more count more (arXiv 2408.03092; authors' code).
+    """WIDEN: columns whose magnitude or direction moved more weigh more (arXiv 2408.03092; authors' code).
 
-    A matrix is split into its columns' norms and directions. Within expert k, columns are ranked (0 to 1) by how
-    far the norm moved, and by ``1 - cos`` to the base's direction. Either ranking gives scores: softmax over the
-    experts, and ``calibration`` where the rank is above ``ratio`` times the expert's mean rank. With s_k the mean of
-    both scores, ``merged = base + scale * sum_k s_k tau_k``. In vectors and scalars |tau_k| itself takes the place of
-    the rank.
+    Each column of a matrix has a norm and a direction. Within expert k, columns are ranked (0 to 1) by the change of
+    the norm, and by ``1 - cos`` between the new and the base's direction. Each ranking gives scores: the softmax over
+    the experts, replaced by ``calibration`` where the rank is above ``ratio`` times the expert's mean rank. With s_k
+    the mean of both scores, ``merged = base + scale * sum_k s_k tau_k``. For vectors and scalars, |tau_k| replaces the
+    rank.
 
-    The authors' scores have no fixed sum: over K experts it is about ``K * calibration / 2 + 0.45``. They merge two;
-    four experts that are alike step 2.5 times as far as one of them, and such a sum of task vectors collapses. Then
-    make ``scale`` smaller, or ``normalize``.
+    The authors' scores have no fixed sum over the experts: the sum is about ``K * calibration / 2 + 0.45``. The authors
+    merge two experts. With four similar experts the merged task vector is 2.5 times as long as that of one expert,
+    and the merged model collapses. Use a smaller ``scale`` or ``normalize`` in this case.
 
-    Needs: no data. Meaningful for several experts; matrices, for tensors of more dimensions [m, n x ...], and vectors.
+    Needs: no data. Meaningful for several experts with matrices and vectors; tensors with more dimensions count as
+    matrices [m, n x ...].
 
     Args:
-        ratio: the paper's t.
-        calibration: the paper's s.
-        scale: of the step; 1 is the authors'.
+        ratio: t of the paper.
+        calibration: s of the paper.
+        scale: factor of the merged task vector; 1 in the authors' code.
         normalize: divide the scores by their sum over the experts, so that with ``scale`` 1 the result stays between
             the experts; needs a positive ``calibration``.
-        rows: names (their ends) of matrices whose rows are the units, as token embeddings' are. Others can be added:
-            the ``ctx`` of a soft prompt is rows of the token table, too.
+        rows: name endings of matrices that are ranked by row instead of by column, as token embeddings are. You can add
+            other names, for example ``ctx`` of a soft prompt, whose rows are token embeddings.
     """
     if normalize and not calibration > 0:
         raise ValueError(f"calibration must be positive with normalize=True, got {calibration}")
@@ -57,7 +58,7 @@ def widen(
         return torch.where(high, calibration, significance.softmax(0))
 
     def by_rank(moved: Tensor) -> Tensor:
-        """How far each of n units moved, [K, n] -> their scores."""
+        """Scores [K, n] of n rows or columns, from the distances [K, n] that they moved."""
         ranks, n = moved.argsort(dim=1, stable=True).argsort(dim=1), moved.shape[1]
         return scores(ranks.to(moved) / n, ranks > ratio * (n - 1) / 2)
 
@@ -81,18 +82,18 @@ def widen(
 
 @method
 def tsv_m(base: StateDict, experts: Sequence[StateDict], *, scale: float = 1.0) -> Merge:
-    """TSV-Merge: task singular vectors made orthogonal to each other (arXiv 2412.00081; authors' code: TSVM_utils.py).
+    """TSV-Merge: makes the singular vectors of all tasks orthogonal (arXiv 2412.00081; authors' code: TSVM_utils.py).
 
-    Of each matrix tau_k the first ``min(m, n) // K`` singular triples are kept; all U and all V side by side are
-    replaced by the nearest matrices with orthonormal columns (``U = P S Q' -> P Q'``), and
-    ``merged = base + scale * U diag(S) V'``. Other tensors take the mean of tau_k, and so do matrices with fewer rows
-    or columns than there are experts.
+    Each matrix tau_k keeps its first ``min(m, n) // K`` singular triples. The kept U of all experts, side by side, are
+    replaced by the nearest matrix with orthonormal columns (``U = P S Q' -> P Q'``), and so are the V. The result is
+    ``base + scale * U diag(S) V'``. Other tensors, and matrices with fewer than K rows or columns, take
+    ``base + scale * mean_k tau_k``.
 
-    Needs: no data. Meaningful for several experts that share matrices. The authors average CLIP's ``text_projection``
-    too, here it is a matrix like any other.
+    Needs: no data. Meaningful for several experts with matrices. The authors average CLIP's ``text_projection``; this
+    function treats it like any other matrix.
 
     Args:
-        scale: alpha; 1 is the paper's choice without validation.
+        scale: alpha of the paper; 1 is the paper's choice without validation.
     """
 
     def merge(part: Part) -> Tensor:
@@ -121,25 +122,27 @@ def opcm(
     alpha: float = 0.5,
     project: Callable[[str], bool] | None = None,
 ) -> Merge:
-    """OPCM: experts one after the other, each projected away from what is merged (arXiv 2501.09522; fusion_bench).
+    """OPCM: merges experts one after the other, each projected away from the merge so far (arXiv 2501.09522).
 
     With ``D_1 = tau_1`` and ``U S V'`` the singular value decomposition of D_(t-1)::
 
-        M = U' tau_t V, its diagonal set to 0, and its first q rows in its first q columns, where
-            S_1 .. S_q is what stays within ``alpha`` of the sum of S
-        D_t    = D_(t-1) + U M V'                                   tensors that are not projected: D_(t-1) + tau_t
+        M      = U' tau_t V with the diagonal set to 0 and the top left q x q block set to 0, where
+                 S_1 + .. + S_q is at most ``alpha`` times the sum of S
+        D_t    = D_(t-1) + U M V'                                   D_(t-1) + tau_t for tensors without projection
         merged = base + D_K * mean_t |tau_t| / |D_K|                norms over all tensors together
 
-    Only the part of tau_t that lies in both spaces of D_(t-1) is changed. Directions in which D_(t-1) is zero (up to
-    rounding) have no defined singular vectors and are left alone.
+    The projection changes only the part of tau_t that lies in both the row and the column space of D_(t-1). Directions
+    in which D_(t-1) is zero (up to rounding) have no defined singular vectors and are not changed. The reference
+    implementation is fusion_bench.
 
-    Needs: no data. Meaningful for several experts that share matrices; their order counts. Each decomposition is made
-    twice, for the norm and for the result.
+    Needs: no data. Meaningful for several experts with matrices; the order of the experts matters. Each decomposition
+    is computed twice, for the norm and for the result.
 
     Args:
-        alpha: 0.5 in the authors' configuration.
-        project: whether the tensor of a name is projected, if it is a matrix; None is all of them. fusion_bench
-            projects the weights of ``nn.Linear`` only: neither embeddings nor raw parameters with two dimensions.
+        alpha: share of the sum of singular values that is protected; 0.5 in the authors' configuration.
+        project: function from a tensor name to whether this matrix is projected; None projects every matrix.
+            fusion_bench projects the weights of ``nn.Linear`` only: neither embeddings nor other two-dimensional
+            parameters.
     """
     check_fraction("alpha", alpha, zero=True)
 
@@ -184,37 +187,43 @@ def lora_lego(
     outputs: bool = True,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """LoRA-LEGO: ranks of several LoRAs, clustered (arXiv 2409.16167).
+    """LoRA-LEGO: clusters the ranks of several LoRAs (arXiv 2409.16167).
 
-    The i-th row of A and the i-th column of B, side by side, are one unit. The units of all experts at one place are
-    clustered by k-means; the centroids mu_c are the rows and columns of the merged factors. They are then scaled
-    twice, against the loss of norm in averaging and the growth of variance with the rank, as public reimplementations
-    have it; the paper's text was not at hand::
+    Unit i of a LoRA layer is row i of A joined with column i of B. For each layer, k-means clusters the units of all
+    experts; the centroids mu_c are the rows of A and columns of B of the merged LoRA. Two corrections follow, because
+    averaging reduces norms and the variance of the output grows with the rank. Their formulas come from public
+    reimplementations: we did not have the paper's text::
 
         norms:   mu_c *= mean_(i in c) max|u_i| / max|mu_c|      over the whole unit u_i = [a_i; b_i]
-        outputs: B *= sqrt(r / rank)                             r the largest rank of an expert
+        outputs: B *= sqrt(r / rank)                             r is the largest rank of the experts
 
-    Needs: no data; scikit-learn. Meaningful for several experts that hold LoRA factors only, ``*lora_A*`` [r, n] and
-    ``*lora_B*`` [m, r] in pairs (PEFT's names), also of different ranks. LoRA's own factor alpha / r is not in a
-    state dict: give it as ``scales`` where experts differ in it. Works on pairs, so it is not for :func:`merge_files`.
+    Needs: no data; scikit-learn. Meaningful for several experts that hold only LoRA factors, in pairs of ``*lora_A*``
+    [r, n] and ``*lora_B*`` [m, r] (PEFT's names); ranks may differ. A state dict does not contain LoRA's factor
+    alpha / r: pass ``scales`` if the experts differ in it. The method merges pairs of tensors, so :func:`merge_files`
+    does not take it.
 
     Args:
-        base: None; LoRA factors are differences already.
-        rank: clusters, the rank of the result; None is r.
-        scales: alpha / r of each expert, positive. A and B are multiplied by its square root, so the result's own
-            factor is 1: set its alpha to its rank. None multiplies by nothing, and the result keeps the experts' one.
-        norms, outputs: whether to scale so.
-        seed: of k-means.
+        base: must be None: LoRA factors have no base checkpoint.
+        rank: number of clusters, which is the rank of the result; None takes r.
+        scales: positive factor alpha / r of each expert. A and B are multiplied by its square root, so the factor of
+            the result is 1: set alpha of the result to its rank. None changes nothing: the result has the experts'
+            common factor.
+        norms, outputs: whether to apply the corrections above.
+        seed: seed of k-means.
 
     Returns:
-        Factors in the first expert's dtype.
+        Merged factors with the first expert's names and dtypes.
+
+    Raises:
+        ValueError: the experts hold tensors that are not pairs of LoRA factors, or an argument is out of range.
+        ImportError: scikit-learn is not installed.
     """
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise ImportError("lora_lego needs scikit-learn: pip install scikit-learn") from error
     if base is not None:
-        raise ValueError("lora_lego takes no base: pass None")
+        raise ValueError("base must be None for lora_lego, got a state dict")
     if isinstance(experts, Mapping) or len(experts) < 2:
         raise ValueError(f"lora_lego needs a list of at least 2 experts, got {len(experts)}")
     factors = per_expert("scales", scales, len(experts))
@@ -229,7 +238,7 @@ def lora_lego(
         largest = max(len(e[a]) for e in experts)
         clusters = largest if rank is None else rank
         if not 1 <= clusters <= len(units):
-            raise ValueError(f"rank must be from 1 to the experts' ranks together, {len(units)}, got {clusters}")
+            raise ValueError(f"rank must be from 1 to the sum of the experts' ranks, {len(units)}, got {clusters}")
         means = KMeans(
             clusters,
             n_init=10,  # pyright: ignore[reportArgumentType]  # the stubs know the default "auto" alone, not numbers
@@ -249,16 +258,15 @@ def lora_lego(
 
 
 def _lora_pairs(experts: Sequence[StateDict]) -> list[tuple[str, str]]:
-    """Names of A and B at each place, after checking that all experts have them and that they fit."""
+    """Names of A and B of each LoRA layer, after a check that all experts have them with fitting shapes."""
     for k, expert in enumerate(experts):
         if different := sorted(experts[0].keys() ^ expert.keys()):
-            raise ValueError(f"experts[{k}] must hold the tensors of experts[0], they differ in {different[0]!r}")
+            raise ValueError(f"experts[{k}] must hold the tensors of experts[0], but they differ in {different[0]!r}")
         for name in expert:
             other = name.replace("lora_A", "lora_#").replace("lora_B", "lora_A").replace("lora_#", "lora_B")
             if other == name or other not in expert or len(source(expert, name).shape) != 2:
                 raise ValueError(
-                    f"lora_lego needs LoRA factors, matrices in pairs of lora_A and lora_B, and nothing else, got "
-                    f"{name!r} in experts[{k}]"
+                    f"experts[{k}] must hold only LoRA factors, in pairs of matrices lora_A and lora_B, got {name!r}"
                 )
     pairs = [(name, name.replace("lora_A", "lora_B")) for name in experts[0] if "lora_A" in name]
     for a, b in pairs:

@@ -1,4 +1,4 @@
-"""Trimming of task vectors: thresholds of magnitude by tensor or over the whole model."""
+"""Trimming of task vectors: thresholds of magnitude per tensor or over the whole model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCOPES = ("global", "tensor")
 
 
 def scope_groups(base: StateDict, scope: str) -> list[list[str]]:
-    """Names of the tensors that are trimmed together."""
+    """Groups of tensor names that are trimmed together: one group if "global", one per tensor if "tensor"."""
     names = [name for name in floating(base) if source(base, name).numel]
     return [names] if scope == "global" and names else [[name] for name in names]
 
@@ -25,10 +25,16 @@ def scope_groups(base: StateDict, scope: str) -> list[list[str]]:
 def trim_thresholds(
     base: StateDict, experts: Sequence[StateDict], density: float, scope: str, measure: Callable[[Part], Tensor] | None
 ) -> dict[str, list[float]]:
-    """For each tensor and expert the least of the largest ``int(density * elements)`` values of a measure.
+    """Thresholds that keep the share ``density`` of the largest values of a measure.
 
     Args:
-        measure: part -> [K, n], not negative; None: the magnitudes of the deltas.
+        base, experts: the state dicts.
+        density: the threshold is the smallest of the ``int(density * elements)`` largest values.
+        scope: "global" takes one threshold per expert over all tensors, "tensor" one per expert and tensor.
+        measure: function from a part to values [K, n], not negative; None measures the magnitudes of the deltas.
+
+    Returns:
+        Name of each tensor -> the K thresholds of the experts.
     """
     check_fraction("density", density)
     check_choice("trim", scope, SCOPES)
@@ -45,17 +51,17 @@ def trim_thresholds(
 
 
 def trim(deltas: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """[K, n] with 0 in place of what does not reach its expert's threshold in magnitude."""
+    """Deltas [K, n] in which elements with a magnitude below the expert's threshold are replaced by 0."""
     rows = zip(deltas, _below(thresholds, deltas), strict=True)
     return torch.stack([F.hardshrink(row, limit.item()) for row, limit in rows])
 
 
 def reach(values: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """1 where [K, n] reach their expert's threshold, else 0. By arithmetic, much faster on a CPU than by booleans."""
+    """1 where values [K, n] are at least the expert's threshold, else 0; faster on a CPU than a boolean mask."""
     return (values - _below(thresholds, values)[:, None]).relu_().sign_()
 
 
 def _below(thresholds: Sequence[float], like: Tensor) -> Tensor:
-    """The next numbers below thresholds, [K]: what is above them reaches the thresholds."""
+    """The next smaller numbers, [K]: a value above them is at least the threshold."""
     limits = torch.tensor(thresholds, dtype=like.dtype, device=like.device)
     return torch.nextafter(limits, torch.full_like(limits, -math.inf))

@@ -1,8 +1,7 @@
-"""The torch ops: their definitions, their implementations, and the choice among them.
+"""The torch ops: definitions, implementations (backends), and the choice of a backend.
 
-``ops.<name>`` runs an op, ``ops.reference.<name>`` is its definition. A backend that is asked for by name runs, or
-raises where it is not there; nothing falls back in silence. This is the only room that touches torch.ops and the native
-core.
+``ops.<name>`` runs an op, ``ops.reference.<name>`` is its definition. If a call names a backend, this backend runs or
+the call raises; nothing falls back silently. Only this package uses torch.ops and the native core.
 """
 
 from mergetune.ops import reference

@@ -1,4 +1,4 @@
-"""Whether an implementation agrees with an op's definition: the tolerances, and the comparison."""
+"""Comparison of an implementation with the definition of its op: tolerances and measured differences."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import torch
 from mergetune.ops.backends import Implementation, Op
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Error that is always allowed, as a share of the largest value of a result, by the dtype of the arguments."""
+"""Dtype of the arguments -> error that is always allowed, as a share of the largest value of a result."""
 
 SMALLEST = 1e-2
-"""Results whose largest value is below this are held to it: with one class the loss is 0, and any rounding is more."""
+"""Least value that errors are divided by: with one class the loss is 0, and every rounding error would be too large."""
 
 ROUNDING = 8
-"""Times the error of plain torch in the same dtype is allowed on top: other orders of sums round otherwise."""
+"""Multiple of plain torch's error in the same dtype that is allowed in addition: sums in another order round
+differently."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The result that is farthest from the definition, of those that one call gives.
+    """The result of a call that differs most from the definition.
 
     Attributes:
-        result: its name ("grad").
-        error: its largest difference from the definition in float64, as a share of the definition's largest value.
-        allowed: what the tolerance allows.
+        result: name of the result ("grad").
+        error: largest difference from the definition in float64, as a share of the definition's largest value.
+        allowed: largest error that the tolerance allows.
     """
 
     result: str
@@ -35,20 +36,23 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
-        return self.error <= self.allowed  # NaN does not
+        return self.error <= self.allowed  # False for NaN
 
 
 def compare_with_definition(
     op: Op, implementation: Implementation, arguments: Any, dtype: torch.dtype
 ) -> Difference | None:
-    """How far an implementation is from the definition in float64, and how far it may be.
+    """Compares an implementation with the definition of its op in float64.
 
     Args:
-        arguments: the op's, as one object.
-        dtype: the dtype of the arguments; the tolerance depends on it.
+        op: the op.
+        implementation: an implementation of the op.
+        arguments: arguments of the op as one object.
+        dtype: dtype of the arguments, on which the tolerance depends.
 
     Returns:
-        None where the definition itself is not finite: no implementation can be judged by that.
+        The first result that differs too much, else the result with the largest error. None if the definition is not
+        finite: then the implementation cannot be judged.
     """
     truth, plain = op.truth(arguments), op.results(op.implementations["torch"], arguments)
     if not all(value.isfinite().all() for value in truth.values()):

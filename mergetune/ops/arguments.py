@@ -1,4 +1,4 @@
-"""What each op takes, as one checked object.
+"""The arguments of each op as one object that checks shapes and dtypes.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P all points; M prompts encoded together,
 T packed tokens, Q queries, S tokens of the shared prefix, H heads, d width of a head.
@@ -14,21 +14,21 @@ from torch import Tensor
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError, naming the argument, unless the tensor has this shape."""
+    """Raises ValueError with the argument's name if the tensor has another shape."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def real_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that an op computes in: float64 for float64, else float32.
+    """The dtype in which an op computes: float64 for float64 tensors, else float32.
 
-    Half types cannot hold logits of 100 x cosine.
+    Half types are too coarse for logits of 100 times a cosine.
     """
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class LossArguments(NamedTuple):
-    """What ``lmc_loss`` takes, in the order of its schema; :func:`mergetune.ops.reference.lmc_loss` describes each."""
+    """Arguments of ``lmc_loss`` in the order of its schema, described in :func:`mergetune.ops.reference.lmc_loss`."""
 
     x: Tensor
     labels: Tensor
@@ -44,7 +44,7 @@ class LossArguments(NamedTuple):
     anchor_dots: Tensor | None
 
     def check(self) -> None:
-        """Raises ValueError or TypeError, naming the argument, where shapes or the labels' dtype do not fit."""
+        """Raises ValueError or TypeError with the argument's name if shapes or the labels' dtype do not fit."""
         x, w = self.x, self.w
         if w.ndim != 2 or x.ndim != 2:
             raise ValueError(f"x and w must have shapes [B, D] and [C, D], got {list(x.shape)} and {list(w.shape)}")
@@ -67,12 +67,12 @@ class LossArguments(NamedTuple):
             expect_shape("anchor_dots", self.anchor_dots, (len(self.anchors), len(x), classes))
 
     def shape_class(self) -> str:
-        """Calls of about this size take one implementation: "small", "medium" or "large" by the logits B * C."""
+        """Size class of the call, by which its backend is chosen: "small", "medium" or "large" by B * C logits."""
         return _size(len(self.x) * len(self.w), 4096, 131072)
 
 
 class PathArguments(NamedTuple):
-    """What ``path_cross_entropy`` takes; :func:`mergetune.ops.reference.path_cross_entropy` describes each."""
+    """Arguments of ``path_cross_entropy``, described in :func:`mergetune.ops.reference.path_cross_entropy`."""
 
     dots: Tensor
     labels: Tensor
@@ -82,7 +82,7 @@ class PathArguments(NamedTuple):
     rscale: Tensor
 
     def check(self) -> None:
-        """Raises ValueError or TypeError, naming the argument, where shapes or dtypes do not fit."""
+        """Raises ValueError or TypeError with the argument's name if shapes or dtypes do not fit."""
         dots, points = self.dots, len(self.anchor)
         if dots.dtype not in (torch.float32, torch.float64) or self.rscale.dtype != dots.dtype:
             raise TypeError(
@@ -95,12 +95,12 @@ class PathArguments(NamedTuple):
         expect_shape("rscale", self.rscale, (points, classes))
 
     def shape_class(self) -> str:
-        """As :meth:`LossArguments.shape_class`."""
+        """Size class of the call, as in :meth:`LossArguments.shape_class`."""
         return _size(self.dots[0].numel(), 4096, 131072)
 
 
 class AttentionArguments(NamedTuple):
-    """What ``prefix_attention`` takes; :func:`mergetune.ops.reference.prefix_attention` describes each."""
+    """Arguments of ``prefix_attention``, described in :func:`mergetune.ops.reference.prefix_attention`."""
 
     q: Tensor
     k: Tensor
@@ -115,12 +115,12 @@ class AttentionArguments(NamedTuple):
         return self.q, self.k, self.v, self.prefix_k, self.prefix_v
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> AttentionArguments:
-        """The same call on other tensors, in the order of :attr:`tensors`."""
+        """The same arguments with other tensors, given in the order of :attr:`tensors`."""
         q, k, v, prefix_k, prefix_v = tensors
         return self._replace(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
 
     def check(self) -> None:
-        """Raises ValueError or TypeError, naming the argument, where shapes or dtypes do not fit."""
+        """Raises ValueError or TypeError with the argument's name if shapes or dtypes do not fit."""
         q = self.q
         if q.ndim != 4:
             raise ValueError(f"q must have shape [M, T, H, d], got {list(q.shape)}")
@@ -137,7 +137,7 @@ class AttentionArguments(NamedTuple):
             raise TypeError(f"q, k, v, prefix_k and prefix_v must have one dtype, got {q.dtype} and others")
 
     def shape_class(self) -> str:
-        """Calls of about this size take one implementation: "small", "medium" or "large" by the queries M * Q."""
+        """Size class of the call, by which its backend is chosen: "small", "medium" or "large" by M * Q queries."""
         return _size(self.q.shape[0] * self.q.shape[1], 128, 1024)
 
 

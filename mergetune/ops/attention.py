@@ -1,4 +1,4 @@
-"""prefix_attention: attention of packed sequences behind a shared prefix, forward and backward.
+"""prefix_attention: attention of packed sequences that share a prefix, forward and backward.
 
 Shapes: M prompts encoded together, T packed tokens, Q queries, S tokens of the prefix, H heads, d width of a head.
 """
@@ -37,18 +37,18 @@ def prefix_attention(
     causal: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of packed sequences behind a shared prefix.
+    """Attention of packed sequences that share a prefix.
 
-    :func:`mergetune.ops.reference.prefix_attention` defines it and describes the other arguments. Arithmetic of half
-    types is float32; differentiable once.
+    :func:`mergetune.ops.reference.prefix_attention` is the definition and describes the other arguments. Half types are
+    computed in float32. The op is differentiable once, except with backend "torch".
 
     Args:
         backend: "cpp" (float32, float64, bfloat16), "triton" (float32, bfloat16, float16), "compile" (the definition
-            through torch.compile) or "torch" (the definition itself, differentiable as often as one likes). None takes
-            the native core on a CPU, and on a GPU the fastest one that was verified there.
+            through torch.compile) or "torch" (the definition, differentiable any number of times). None takes the
+            native core on a CPU, and on a GPU the fastest backend that was verified on this GPU.
 
     Returns:
-        Same shape as q.
+        The attention output, in the shape of q.
     """
     arguments = AttentionArguments(q, k, v, prefix_k, prefix_v, tuple(lengths), causal)
     backend = choose("prefix_attention", "q", q, arguments, backend)
@@ -70,7 +70,14 @@ def prefix_attention_backward(
     causal: bool = True,
     backend: str | None = None,
 ) -> Gradients:
-    """Gradients of :func:`prefix_attention` to q, k, v, prefix_k and prefix_v; the probabilities are made again."""
+    """Gradients of :func:`prefix_attention` with respect to q, k, v, prefix_k and prefix_v.
+
+    The probabilities of the forward pass are computed again.
+
+    Args:
+        d_out: gradient with respect to the output, in the shape and dtype of q.
+        q, k, v, prefix_k, prefix_v, lengths, causal, backend: as in :func:`prefix_attention`.
+    """
     arguments = AttentionArguments(q, k, v, prefix_k, prefix_v, tuple(lengths), causal)
     backend = choose("prefix_attention", "q", q, arguments, backend)
     if backend in ("torch", "compile"):
@@ -97,7 +104,7 @@ def _compiled() -> Callable[..., Tensor]:
 def _from_definition(
     definition: Callable[[], Callable[..., Tensor]],
 ) -> tuple[Callable[[AttentionArguments], Tensor], Callable[[Tensor, AttentionArguments], Gradients]]:
-    """Forward and backward of the definition, or of a compiled copy, the latter by autograd."""
+    """Forward and backward function of the definition or a compiled copy; the backward uses autograd."""
 
     def backward(d_out: Tensor, arguments: AttentionArguments) -> Gradients:
         with torch.enable_grad():
@@ -145,21 +152,28 @@ def _offsets(lengths: tuple[int, ...]) -> Tensor:
 
 
 def _heads(t: Tensor) -> tuple[int, int, int, int]:
-    """A tensor [M, rows, H, d] as the core takes it: address and strides."""
+    """Address and strides of a tensor [M, rows, H, d], for the native core."""
     return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
 
 
 def _adjacent(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with the values of a head side by side."""
+    """The tensors with contiguous values of each head."""
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def _call(
     kernel: Callable, inputs: tuple[Tensor, ...], others: tuple[Tensor, ...], arguments: AttentionArguments
 ) -> None:
-    """Run a kernel of the core on q, k, v, prefix_k, prefix_v and, behind the offsets, on what the kernel is about."""
+    """Runs a kernel of the native core.
+
+    Args:
+        kernel: function of the core.
+        inputs: q, k, v, prefix_k and prefix_v.
+        others: the output; for the backward kernel d_out and the gradients to fill.
+        arguments: arguments of the op.
+    """
     q, k, _, prefix_k, _ = inputs
-    offsets = _offsets(arguments.lengths)  # held here: the cache may drop it while the core runs
+    offsets = _offsets(arguments.lengths)  # keeps a reference: the cache may drop the tensor while the core runs
     kernel(
         dtype_name(q.dtype),
         *(_heads(t) for t in inputs),
@@ -171,11 +185,11 @@ def _call(
     )
 
 
-# -- how implementations are compared ---------------------------------------------------------------------------------
+# -- comparison of implementations ------------------------------------------------------------------------------------
 
 
 def _results(implementation: Implementation, arguments: AttentionArguments) -> dict[str, Tensor]:
-    """The output, and the gradients for a gradient of the output that depends on its shape alone."""
+    """Output and gradients, with a fixed d_out that depends only on the output's shape."""
     out = implementation.run(arguments)
     d_out = torch.linspace(-1, 1, out.numel(), dtype=torch.float32, device=out.device).sin().view(out.shape)
     gradients = implementation.run_backward(d_out.to(out.dtype), arguments)

@@ -1,8 +1,7 @@
-"""The implementations of every op by backend, and what ``backend=`` may name.
+"""The ops, their implementations by backend, and the checks of the argument ``backend``.
 
-An op is an :class:`Op` with its definition; each :class:`Implementation` of it is registered beside it.
-``backend="name"`` takes exactly that implementation, or raises. What ``backend=None`` takes is decided in
-:mod:`mergetune.ops.selection`.
+Each :class:`Implementation` of an op is registered in its :class:`Op`. ``backend="name"`` takes exactly this
+implementation, or raises. :mod:`mergetune.ops.selection` chooses the implementation for ``backend=None``.
 """
 
 from __future__ import annotations
@@ -28,10 +27,12 @@ class Implementation:
     """One implementation of one op.
 
     Attributes:
-        backend: its name in ``backend=``.
-        run: the op's arguments as one object -> its results. A loss brings its gradient.
-        backward: gradient of the output, arguments -> gradients, for an op whose backward is an op of its own.
-        dtypes: what it computes in; None for every float dtype.
+        backend: name for the argument ``backend``.
+        run: function from the op's arguments, as one object, to its results. The results of a loss include its
+            gradient.
+        backward: function from the gradient of the output and the arguments to the gradients, for ops with a separate
+            backward op; else None.
+        dtypes: dtypes of arguments that the implementation accepts; None accepts every float dtype.
     """
 
     backend: str
@@ -40,31 +41,31 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] | None = None
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Whether it computes in this dtype."""
+        """Whether the implementation accepts arguments of this dtype."""
         return self.dtypes is None or dtype in self.dtypes
 
     def run_backward(self, d_out: Tensor, arguments: Any) -> Any:
-        """The gradients of the arguments.
+        """The gradients with respect to the arguments.
 
         Raises:
-            TypeError: the op's backward is no op of its own.
+            TypeError: the implementation has no backward function.
         """
         if self.backward is None:
-            raise TypeError(f"backend {self.backend!r} must have a backward of its own, got None")
+            raise TypeError(f"backend {self.backend!r} must have a backward function, got None")
         return self.backward(d_out, arguments)
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op, and how its implementations are compared.
+    """An op with its implementations and the functions that compare them.
 
     Attributes:
-        name: the op's.
-        results: implementation, arguments -> everything it computes, gradients included, by name.
-        truth: the same from the definition in float64.
-        problems: shape class, dtype, device -> random arguments; the first are those that are timed.
-        dtypes: those that are verified on a device.
-        implementations: by backend; :meth:`register` adds to them.
+        name: name of the op.
+        results: function from implementation and arguments to all results by name, including gradients.
+        truth: function from arguments to the same results of the definition in float64.
+        problems: function from shape class, dtype and device to a list of random arguments; the first are timed.
+        dtypes: dtypes for which implementations are verified.
+        implementations: backend -> implementation; :meth:`register` adds entries.
     """
 
     name: str
@@ -75,20 +76,20 @@ class Op:
     implementations: dict[str, Implementation] = field(default_factory=dict)
 
     def register(self, implementation: Implementation) -> None:
-        """Adds an implementation, or replaces the one with its backend's name."""
+        """Adds an implementation; replaces an existing one of the same backend."""
         self.implementations[implementation.backend] = implementation
 
 
 OPS: dict[str, Op] = {}
-"""The ops that have more than one implementation for a GPU, by name."""
+"""Name -> op, for the ops with several implementations for a GPU."""
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on any device."""
+    """Whether Triton kernels run in Triton's interpreter, which works on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# torch.compile can trace neither the native core nor Python's import system: it asks once, while it traces.
+# torch.compile can trace neither the native core nor Python's import system, so these functions run once per trace.
 @torch.compiler.assume_constant_result
 def _cuda_is_built() -> bool:
     return bool(build_info()["cuda_archs"])
@@ -100,7 +101,7 @@ def _triton_is_installed() -> bool:
 
 
 def missing(backend: str, device: str) -> Exception | None:
-    """Why a backend cannot run on a type of device ("cpu", "cuda"), as the error to raise; None where it can."""
+    """The error to raise if a backend cannot run on a type of device ("cpu", "cuda"); None if the backend can run."""
     if backend == "cuda" and not _cuda_is_built():
         return RuntimeError("backend 'cuda' was not built: nvcc was not found, or MERGETUNE_CUDA=0 was set")
     if backend == "triton" and not _triton_is_installed():
@@ -112,18 +113,23 @@ def missing(backend: str, device: str) -> Exception | None:
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that can be asked for here."""
+    """Names of the backends that can run on this machine."""
     gpu = torch.cuda.is_available()
     there = {"triton": gpu and _triton_is_installed(), "cuda": gpu and _cuda_is_built()}
     return tuple(name for name in BACKENDS if there.get(name, True))
 
 
 def check_backend(backend: str, device: str, among: Sequence[str]) -> None:
-    """Refuses a backend that an op does not have, or that is not there or not for the device.
+    """Checks that a backend exists and can run on a type of device.
+
+    Args:
+        backend: name of the backend.
+        device: "cpu" or "cuda".
+        among: names of the op's backends.
 
     Raises:
-        ValueError: no such backend, or not for this type of device.
-        RuntimeError: it was not built, or a package is missing.
+        ValueError: the op does not have the backend, or the backend does not run on this type of device.
+        RuntimeError: the backend was not built, or its package is not installed.
     """
     if backend not in among:
         raise ValueError(f"backend must be None or one of {', '.join(among)}, got {backend!r}")
@@ -132,7 +138,13 @@ def check_backend(backend: str, device: str, among: Sequence[str]) -> None:
 
 
 def requested(op: str, name: str, tensor: Tensor, backend: str) -> str:
-    """The backend of an op that was asked for, checked against the device and dtype of the argument ``name``.
+    """Checks a backend that the caller named, and returns its name.
+
+    Args:
+        op: name of the op.
+        name: name of the argument whose device and dtype are checked.
+        tensor: value of this argument.
+        backend: name of the backend.
 
     Raises:
         ValueError, RuntimeError: see :func:`check_backend`.

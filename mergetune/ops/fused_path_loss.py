@@ -1,4 +1,4 @@
-"""The path loss as GEMM, one fused pass over the rows, GEMM: by the native core on a CPU, by compiled CUDA on a GPU.
+"""The LMC loss as two GEMMs with a fused row pass between them: native core on a CPU, compiled CUDA on a GPU.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P = 1 + K * N points in all.
 """
@@ -20,7 +20,7 @@ _MIN_SQUARED_NORM = 1e-24  # the square of F.normalize's floor
 
 
 def fused_path_cross_entropy(arguments: PathArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`mergetune.ops.reference.path_cross_entropy` in one pass; nothing of size [P, B, C] is made."""
+    """:func:`mergetune.ops.reference.path_cross_entropy` in one pass, without a tensor of size [P, B, C]."""
     dots, labels, anchor, alpha, weight, rscale = arguments
     dots = dots if dots.stride(-1) == 1 else dots.contiguous()
     labels, anchor = labels.long().contiguous(), anchor.long().contiguous()
@@ -48,7 +48,7 @@ def fused_path_cross_entropy(arguments: PathArguments) -> tuple[Tensor, Tensor, 
 
 
 def fused_lmc_loss(arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, its terms and the gradient to w, in :func:`real_dtype`."""
+    """The loss, its terms [2 + K] and the gradient with respect to w, [C, D], in :func:`real_dtype`."""
     real = real_dtype(arguments.w)
     x, w, anchors = (t.to(real) for t in (arguments.x, arguments.w, arguments.anchors))
     (classes, _), batch, k, n = w.shape, len(x), len(anchors), len(arguments.alphas) if len(anchors) else 0
@@ -83,7 +83,10 @@ def fused_lmc_loss(arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def path_points_of(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchor, position and weight of every point: the endpoint w, which "starts" at w itself, then each path."""
+    """Index of the end (0 for w, k for anchor k), position and weight of every point, [P] each.
+
+    The first point is the endpoint w, with index 0, position 1 and weight 1. The N points of each path follow.
+    """
     if alphas.device.type == "cpu":
         return _points_of(tuple(alphas.tolist()), tuple(betas.tolist()))
     k, n, one = len(betas), len(alphas), alphas.new_ones(1, dtype=torch.float64)
@@ -112,19 +115,19 @@ class ClassWeights:
     anchors: Tensor  # [K, C, D]
     w1: Tensor | None
     curvature: Tensor | None
-    anchor: Tensor  # [P], 0 for w itself
+    anchor: Tensor  # [P], 0 for w, k for anchor k
     alpha: Tensor  # float64 [P]
     scale: float
     normalize: bool
 
     def native(self) -> tuple:
-        """As the core takes them."""
+        """The fields as arguments of the native core."""
         tensors = self.w, self.anchors, self.w1, self.curvature, self.anchor, self.alpha
         return *map(address, tensors), self.scale, self.normalize, len(self.anchors), *self.w.shape, len(self.anchor)
 
 
 def path_scales_cpp(ends: ClassWeights) -> tuple[Tensor, Tensor]:
-    """Logit scale over the norm of every interpolated weight, [P, C], and the products that it was made from."""
+    """Logit scale over the norm of every interpolated class weight, [P, C], and the inner products of the path ends."""
     rscale = ends.w.new_empty(len(ends.anchor), len(ends.w))
     products = torch.empty(len(ends.w), 1 + 2 * len(ends.anchors), dtype=torch.float64)
     core.path_scales_cpu(
@@ -136,7 +139,15 @@ def path_scales_cpp(ends: ClassWeights) -> tuple[Tensor, Tensor]:
 def class_gradient_cpp(
     ends: ClassWeights, rscale: Tensor, d_rscale: Tensor, products: Tensor, lam: float, grad: Tensor
 ) -> Tensor:
-    """Adds to ``grad`` what reaches w through the norms, and the surrogate's gradient; returns the surrogate, [1]."""
+    """Adds to ``grad`` the gradients through the norms and of the surrogate; returns the surrogate, [1].
+
+    Args:
+        ends: the path ends and points.
+        rscale, products: results of :func:`path_scales_cpp`.
+        d_rscale: gradient with respect to ``rscale``, [P, C].
+        lam: weight of the surrogate.
+        grad: gradient with respect to w, [C, D], changed in place.
+    """
     surrogate = torch.empty(1, dtype=torch.float64)
     core.class_gradient_cpu(
         dtype_name(grad.dtype), ends.native(), rscale.data_ptr(), d_rscale.data_ptr(), products.data_ptr(), lam,
@@ -146,12 +157,12 @@ def class_gradient_cpp(
 
 
 def path_scales_torch(ends: ClassWeights) -> tuple[Tensor, Tensor | None]:
-    """:func:`path_scales_cpp` where there are no compiled passes; its products are the squared norms, [P, C]."""
+    """:func:`path_scales_cpp` in plain torch; the second result are the squared norms, [P, C]."""
     w, anchors, anchor, a = ends.w, ends.anchors, ends.anchor, ends.alpha[:, None]
     if not ends.normalize:
         return w.new_full((len(anchor), len(w)), ends.scale), None
     lengths = torch.linalg.vector_norm(w, dim=-1)[None], torch.linalg.vector_norm(anchors, dim=-1)
-    own = torch.cat(lengths).double() ** 2  # [K + 1, C], as is cross: |end|^2 and end.w
+    own = torch.cat(lengths).double() ** 2  # |end|^2, [K + 1, C]; cross holds end.w, [K + 1, C]
     cross = torch.cat([own[:1], (anchors * w).sum(-1).double()])
     squares = (1 - a) ** 2 * own[anchor] + 2 * a * (1 - a) * cross[anchor] + a**2 * own[0]
     return (ends.scale * squares.clamp_min(_MIN_SQUARED_NORM).rsqrt()).to(w.dtype), squares
@@ -160,12 +171,12 @@ def path_scales_torch(ends: ClassWeights) -> tuple[Tensor, Tensor | None]:
 def class_gradient_torch(
     ends: ClassWeights, rscale: Tensor, d_rscale: Tensor, squares: Tensor | None, lam: float, grad: Tensor
 ) -> Tensor:
-    """:func:`class_gradient_cpp` where there are no compiled passes."""
+    """:func:`class_gradient_cpp` in plain torch."""
     w, alpha, real = ends.w, ends.alpha[:, None], ends.w.dtype
     if squares is not None:  # d rscale / d w = -rscale / |t|^2 * (alpha (1 - alpha) a + alpha^2 w)
         pull = torch.where(squares > _MIN_SQUARED_NORM, -d_rscale.double() * rscale / squares, 0.0)
         grad.addcmul_(w, (pull * alpha**2).sum(0).to(real)[:, None])
-        to_anchors = (pull * alpha * (1 - alpha)).to(real)[1:].chunk(max(len(ends.anchors), 1))  # a chunk a path
+        to_anchors = (pull * alpha * (1 - alpha)).to(real)[1:].chunk(max(len(ends.anchors), 1))  # one per path
         for end, shares in zip(ends.anchors, to_anchors, strict=False):
             grad.addcmul_(end, shares.sum(0)[:, None])
     if ends.w1 is None:

@@ -1,4 +1,4 @@
-"""The torch.library namespace that the ops are defined in."""
+"""The torch.library namespace of the ops."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The native core: loaded here and nowhere else, after torch, so that both share their OpenMP threads."""
+"""Loading of the native core. Only this file loads the core, after torch, so that both share their OpenMP threads."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ try:
 except ImportError as error:
     raise ImportError(
         f"mergetune's native core could not be loaded ({error}). Build it with `pip install .` in the source tree "
-        "(a C++17 compiler is all that it needs), or reinstall the wheel: `pip install --force-reinstall mergetune`."
+        "(this needs only a C++17 compiler), or reinstall the wheel: `pip install --force-reinstall mergetune`."
     ) from error
 
 
 def build_info() -> dict[str, Any]:
-    """How the native core was built: version, compiler, OpenMP, CPU variants and the one in use, CUDA architectures."""
+    """Facts of the native core: version, compiler, OpenMP, CPU variants, the variant in use, CUDA architectures."""
     return core.build_info()
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's values begin, as the core takes it; 0 for nothing."""
+    """Address of a tensor's values for the native core; 0 for None or an empty tensor."""
     return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()

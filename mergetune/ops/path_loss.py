@@ -1,4 +1,4 @@
-"""lmc_loss, the LMC objective with its gradient, and path_cross_entropy, its pass over the rows.
+"""lmc_loss, the LMC objective with its gradient, and path_cross_entropy, the row pass of the fused loss.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P = 1 + K * N points in all.
 """
@@ -39,30 +39,31 @@ def lmc_loss(
     anchor_dots: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The LMC objective; :func:`mergetune.ops.reference.lmc_loss` defines it and describes the other arguments.
+    """The LMC objective: the loss of class weights, of their surrogate and of their paths to the anchors.
 
-    All points of all paths share K + 1 products: ``x.(a + t(w - a)) = (1-t) x.a + t x.w``, and the squared norm of the
-    interpolated weight is a quadratic in t. The forward also makes the gradient; the backward only scales it.
+    :func:`mergetune.ops.reference.lmc_loss` is the definition and describes the other arguments. All points of all
+    paths share K + 1 products: ``x.(a + t(w - a)) = (1-t) x.a + t x.w``, and the squared norm of the interpolated
+    weight is a quadratic in t. The forward pass also computes the gradient; the backward pass only scales the gradient.
 
     Args:
-        anchor_dots: ``x @ anchors[k].T``, [K, B, C], where the caller has them already.
-        backend: "cpp", "triton", "cuda", "compile" (the definition through torch.compile) or "torch" (the definition
-            itself). None takes the native core on a CPU, and on a GPU the fastest one that was verified there.
+        anchor_dots: ``x @ anchors[k].T``, [K, B, C], if the caller has these products; None computes them.
+        backend: "cpp", "triton", "cuda", "compile" (the definition through torch.compile) or "torch" (the definition).
+            None takes the native core on a CPU, and on a GPU the fastest backend that was verified on this GPU.
 
     Returns:
-        The loss, differentiable once and in ``w`` alone, and its unweighted terms [2 + K].
+        The loss and its unweighted terms, [2 + K]. The loss is differentiable once and in ``w`` alone; with backend
+        "torch" it is differentiable any number of times, also in ``x``, ``anchors``, ``alphas``, ``betas``, ``w1`` and
+        ``curvature``.
     """
-    detached = (None if t is None else t.detach() for t in (w1, curvature, anchor_dots))
-    w1, curvature, anchor_dots = detached
-    arguments = LossArguments(
-        x.detach(), labels, w, anchors.detach(), alphas.detach(), betas.detach(),
-        scale, w1, curvature, lam, normalize, anchor_dots,
-    )  # fmt: skip
+    if backend != "torch":
+        x, anchors, alphas, betas = x.detach(), anchors.detach(), alphas.detach(), betas.detach()
+        w1, curvature, anchor_dots = (None if t is None else t.detach() for t in (w1, curvature, anchor_dots))
+    arguments = LossArguments(x, labels, w, anchors, alphas, betas, scale, w1, curvature, lam, normalize, anchor_dots)
     arguments.check()
-    backend = choose("lmc_loss", "w", w, arguments, backend)
-    if backend in ("torch", "compile"):
-        return _defined_loss(arguments, reference.lmc_loss if backend == "torch" else _compiled_loss())
-    loss, terms, _ = torch.ops.mergetune.lmc_loss(*arguments, backend)
+    taken = choose("lmc_loss", "w", w, arguments, backend)
+    if taken in ("torch", "compile"):
+        return _defined_loss(arguments, reference.lmc_loss if taken == "torch" else _compiled_loss())
+    loss, terms, _ = torch.ops.mergetune.lmc_loss(*arguments, taken)
     return loss, terms
 
 
@@ -76,10 +77,13 @@ def path_cross_entropy(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of every path point and its gradient in one pass.
+    """Cross-entropy of every path point and its gradients, in one pass for float32 and float64.
 
-    :func:`mergetune.ops.reference.path_cross_entropy` defines it. float32 and float64; nothing of size [P, B, C] is
-    made.
+    :func:`mergetune.ops.reference.path_cross_entropy` is the definition and describes arguments and results. The
+    backends "cpp" and "cuda" make no tensor of size [P, B, C].
+
+    Args:
+        backend: "cpp", "cuda" or "torch" (the definition). None chooses as in :func:`lmc_loss`.
     """
     arguments = PathArguments(dots, labels, anchor, alpha, weight, rscale)
     arguments.check()
@@ -91,9 +95,9 @@ def path_cross_entropy(
 
 
 def _defined_loss(arguments: LossArguments, definition: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The definition, or a compiled copy of it, in :func:`real_dtype`; differentiable in w."""
+    """The definition, or a compiled copy of it, in :func:`real_dtype`."""
     real, labels, classes = real_dtype(arguments.w), arguments.labels, len(arguments.w)
-    # On a GPU and in a compiled graph torch's own assertion looks at the labels, without waiting for them.
+    # On a GPU and in a compiled graph torch's assertion checks the labels without a synchronisation.
     looked_at = labels.device.type == "cpu" and not torch.compiler.is_compiling()
     if looked_at and len(bad := labels[(labels < 0) | (labels >= classes)]):
         raise ValueError(f"labels must lie in [0, {classes - 1}], got {bad[0]}")
@@ -111,7 +115,7 @@ def _compiled_loss() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _with_gradient(definition: Callable[[], Callable]) -> Callable[[LossArguments], tuple[Tensor, Tensor, Tensor]]:
-    """The definition as the other implementations are: the gradient is made at once."""
+    """The definition in the form of the other implementations: a function that also returns the gradient."""
 
     def run(arguments: LossArguments) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
@@ -134,7 +138,7 @@ def _defined_path(arguments: PathArguments) -> tuple[Tensor, Tensor, Tensor]:
     return reference.path_cross_entropy(*arguments)
 
 
-# -- how implementations are compared ---------------------------------------------------------------------------------
+# -- comparison of implementations ------------------------------------------------------------------------------------
 
 
 def _loss_results(implementation: Implementation, arguments: LossArguments) -> dict[str, Tensor]:
@@ -154,7 +158,7 @@ def _path_truth(arguments: PathArguments) -> dict[str, Tensor]:
 
 
 def in_float64(arguments: Any) -> Any:
-    """Arguments with every float tensor in float64."""
+    """The arguments with every float tensor converted to float64."""
     cast = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments)
     return type(arguments)(*cast)
 
@@ -213,7 +217,7 @@ library.define(
     "Tensor grad)"
 )
 for _key in ("CPU", "CUDA"):
-    # Under autocast the products inside would be rounded to a half type: the op computes in its own precision.
+    # Autocast is off inside the op: it would round the products to a half type.
     library.impl("lmc_loss", torch.autocast(_key.lower(), enabled=False)(_kernel), _key)
 torch.library.register_fake("mergetune::lmc_loss", _fake, lib=library)
 torch.library.register_autograd("mergetune::lmc_loss", _backward, setup_context=_setup, lib=library)

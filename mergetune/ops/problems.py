@@ -1,6 +1,6 @@
-"""Random arguments on which the implementations of an op are compared: sizes of real use, and odd ones.
+"""Random arguments on which the implementations of an op are compared: realistic sizes and unusual ones.
 
-The first of each list is of real use, and is what is timed. All of a list lie in the shape class that they are for.
+The first entry of each list has a realistic size and is timed. All entries of a list lie in its shape class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mergetune.ops.arguments import AttentionArguments, LossArguments, PathArgum
 
 @dataclass(frozen=True)
 class LossSize:
-    """Sizes of a loss: B, C, D, K, N, and which of the optional arguments it has."""
+    """Sizes of a loss problem: B, C, D, K, N, and which optional arguments are given."""
 
     batch: int
     classes: int
@@ -31,7 +31,10 @@ class LossSize:
 
 @dataclass(frozen=True)
 class AttentionSize:
-    """Sizes of an attention: M prompts, C texts of 2 to 8 tokens, S, H, d, and whether only last tokens ask."""
+    """Sizes of an attention problem: M prompts, C texts of 2 to 8 tokens, S, H, d.
+
+    ``last_only`` gives queries only for the last token of each text.
+    """
 
     prompts: int
     texts: int
@@ -79,7 +82,7 @@ ATTENTION_SIZES = {
 
 
 def loss_problems(shape_class: str, dtype: torch.dtype, device: torch.device) -> list[LossArguments]:
-    """Arguments of lmc_loss: unit features, class weights near one another as in training, a logit scale of 100."""
+    """Arguments of lmc_loss: unit features, w, anchors and w1 near each other as in training, a logit scale of 100."""
     return [_loss_problem(size, dtype, device) for size in LOSS_SIZES[shape_class]]
 
 
@@ -106,7 +109,7 @@ def _loss_problem(size: LossSize, dtype: torch.dtype, device: torch.device) -> L
 
 
 def path_problems(shape_class: str, dtype: torch.dtype, device: torch.device) -> list[PathArguments]:
-    """Arguments of path_cross_entropy, of the sizes of :func:`loss_problems`."""
+    """Arguments of path_cross_entropy in the sizes of :func:`loss_problems`."""
     return [_path_problem(size, dtype, device) for size in LOSS_SIZES[shape_class]]
 
 
@@ -125,7 +128,7 @@ def _path_problem(size: LossSize, dtype: torch.dtype, device: torch.device) -> P
 
 
 def attention_problems(shape_class: str, dtype: torch.dtype, device: torch.device) -> list[AttentionArguments]:
-    """Arguments of prefix_attention: sorted lengths from 2 to 8, as class names have."""
+    """Arguments of prefix_attention with sorted lengths from 2 to 8, as of class names."""
     return [_attention_problem(size, dtype, device) for size in ATTENTION_SIZES[shape_class]]
 
 
@@ -139,7 +142,7 @@ def _attention_problem(size: AttentionSize, dtype: torch.dtype, device: torch.de
 
 
 class _Draws:
-    """Normal and uniform random numbers that are the same on every device and leave the global generator alone."""
+    """Random numbers that are equal on every device and do not use the global generator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.generator = device, torch.Generator().manual_seed(0)

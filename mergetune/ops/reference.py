@@ -1,4 +1,4 @@
-"""Plain-torch definition of every op: the specification that kernels are held to.
+"""Plain-torch definition of every op: the specification with which implementations are compared.
 
 Shapes: B batch, C classes, D embedding width, K anchors, N points on a path, P all points (endpoint and paths),
 M prompts encoded together, T packed tokens, H heads. For merging: K experts, n elements.
@@ -25,25 +25,27 @@ def lmc_loss(
     lam: float = 0.0,
     normalize: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The LMC objective (arXiv 2601.10497), point by point.
+    """The LMC objective (arXiv 2601.10497): loss of w, surrogate loss to w1, and loss on the paths to the anchors.
 
-    ``loss = CE(w) + lam * S(w; w1) + sum_k betas[k] * mean_n CE(anchors[k] + alphas[n] * (w - anchors[k]))``, where CE
-    takes the logits ``scale * x @ t.T`` and t is the interpolated weight, made unit norm *after* the interpolation
-    where ``normalize`` (official code: trainers/kgcoop_coop_LMC.py), and ``S = 1/2 mean_c sum_d curvature[c,d] (t -
-    t1)[c,d]^2``. On unit norm and without a curvature, S is the official ``mean_c (1 - cos)``.
+    ``loss = CE(w) + lam * S(w; w1) + sum_k betas[k] * mean_n CE(anchors[k] + alphas[n] * (w - anchors[k]))``. CE(t) is
+    the cross-entropy of the logits ``scale * x @ unit(t).T``. With ``normalize``, ``unit`` scales every row to unit
+    norm, so points on a path are normalised *after* the interpolation (official code: trainers/kgcoop_coop_LMC.py);
+    otherwise ``unit`` changes nothing. The surrogate is
+    ``S(w; w1) = 1/2 mean_c sum_d curvature[c,d] (unit(w) - unit(w1))[c,d]^2``, which is the official
+    ``mean_c (1 - cos)`` with ``normalize`` and without a curvature.
 
     Args:
         x: image features, [B, D].
-        labels: class of each, int64 [B].
-        w: what is searched, [C, D].
-        anchors: fine-tuned solutions, [K, C, D]; K may be 0.
+        labels: class of each image, int64 [B].
+        w: class weights of the trained solution, [C, D].
+        anchors: class weights of the fine-tuned solutions, [K, C, D]; K may be 0.
         alphas: points on each path, [N]; 0 is the anchor, 1 is w.
         betas: weight of each path, [K].
         scale: logit scale.
-        w1: the zero-shot solution, [C, D]; None leaves S out.
-        curvature: diagonal of H, [C, D]; None is the identity.
+        w1: class weights of the zero-shot solution, [C, D]; None leaves S out.
+        curvature: diagonal of the curvature matrix, [C, D]; None is the identity.
         lam: weight of S.
-        normalize: unit norm per class, as for class embeddings; False for heads.
+        normalize: True for class embeddings, which have unit norm per class; False for heads.
 
     Returns:
         The loss, and its terms without their weights: [2 + K] = (CE(w), S, mean CE on each path).
@@ -66,21 +68,21 @@ def lmc_loss(
 def path_cross_entropy(
     dots: Tensor, labels: Tensor, anchor: Tensor, alpha: Tensor, weight: Tensor, rscale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of P points on straight paths, and its gradient, from the products with their ends.
+    """Cross-entropy of P points on straight paths, and its gradients, from the products of features and path ends.
 
     The logits of point p are ``((1 - alpha[p]) * dots[anchor[p]] + alpha[p] * dots[0]) * rscale[p]``.
 
     Args:
-        dots: ``x @ w.T`` and then ``x @ anchors[k].T``, [K + 1, B, C].
-        labels: int64 [B].
-        anchor: which row of ``dots`` each path starts from, int64 [P].
-        alpha: position on the path, float64 [P].
-        weight: weight of each point in the total, float64 [P].
-        rscale: logit scale over the norm of the interpolated class weight, [P, C].
+        dots: ``x @ w.T``, followed by ``x @ anchors[k].T``, [K + 1, B, C].
+        labels: class of each image, int64 [B].
+        anchor: index in ``dots`` of the end where each point's path starts, int64 [P]; 0 is w.
+        alpha: position of each point on its path, float64 [P].
+        weight: weight of each point in the total loss, float64 [P].
+        rscale: logit scale divided by the norm of the interpolated class weight, [P, C].
 
     Returns:
-        Mean cross-entropy of each point, float64 [P]; gradient of the weighted total to ``dots[0]``, [B, C]; and to
-        ``rscale``, [P, C].
+        Mean cross-entropy of each point, float64 [P], and the gradients of the weighted total with respect to
+        ``dots[0]``, [B, C], and to ``rscale``, [P, C].
     """
     with torch.enable_grad():
         dots_w, rscale = dots[0].detach().requires_grad_(), rscale.detach().requires_grad_()
@@ -107,16 +109,19 @@ def prefix_attention(
 ) -> Tensor:
     """Attention of packed sequences that all begin with the same prefix.
 
-    Every query sees the whole prefix of its prompt, and of its own sequence what stands before it (all, if not causal).
+    Every query attends to the whole prefix of its prompt and to its sequence: if causal, up to the query's token, else
+    to all tokens of the sequence.
 
     Args:
-        q: the sequences' queries, one after the other, [M, T, H, d]; or only the last of each, [M, len(lengths), H, d].
-        k, v: the sequences' keys and values, [M, T, H, d] with T = sum(lengths).
-        prefix_k, prefix_v: the shared prefix of each prompt, [M, S, H, d]; S may be 0.
-        lengths: length of each sequence. Runs of equal length are computed together, so sort them.
+        q: queries of the sequences, one sequence after the other, [M, T, H, d]; or only the query of each sequence's
+            last token, [M, len(lengths), H, d].
+        k, v: keys and values of the sequences, [M, T, H, d] with T = sum(lengths).
+        prefix_k, prefix_v: keys and values of the prefix of each prompt, [M, S, H, d]; S may be 0.
+        lengths: length of each sequence. Adjacent sequences of equal length are computed together, so sort by length.
+        causal: whether a token attends only to itself and to earlier tokens of its sequence.
 
     Returns:
-        Same shape as q.
+        The attention output, in the shape of q.
     """
     total, last_only = sum(lengths), q.shape[1] == len(lengths) != sum(lengths)
     if k.shape[1] != total or (q.shape[1] != total and not last_only):
@@ -126,7 +131,7 @@ def prefix_attention(
     runs = _runs(lengths)
     rows = [length * count for length, count in runs]
     query_rows = [count for _, count in runs] if last_only else rows
-    # [M, C, H, n, d] a run; the prefix is [M, 1, H, S, d]
+    # each run is [M, C, H, n, d]; the prefix is [M, 1, H, S, d]
     split = lambda t, sizes: [  # noqa: E731
         part.unflatten(1, (count, -1)).transpose(2, 3) for part, (_, count) in zip(t.split(sizes, 1), runs, strict=True)
     ]
@@ -169,24 +174,26 @@ def merge_deltas(
     votes: Tensor | None = None,
     shares: Tensor | None = None,
 ) -> Tensor:
-    """Task vectors trimmed or masked, a sign elected for each element, its deltas added (TIES, arXiv 2306.01708).
+    """Merges task vectors: trims or masks them, elects a sign per element, and adds the deltas with this sign.
 
-    ``base + scale * sum_k weights[k] delta[k]`` over the deltas of the elected sign, divided by the sum of their shares
-    where that is not 0. Without a vote all deltas are added and nothing is divided.
+    The result is ``base + scale * sum_k weights[k] delta[k] / divisor`` over the deltas of the elected sign (TIES,
+    arXiv 2306.01708). The divisor is the sum of the shares of these experts, or 1 if that sum is 0. Without a vote all
+    deltas are added and not divided.
 
     Args:
-        base: [n]; None: the experts are the deltas, and nothing is added to the result.
+        base: [n]. None means that the experts are the deltas and that the result is the scaled sum alone.
         experts: [K, n]; delta = expert - base.
-        weights: [K].
-        scale: of what is added to the base.
-        limits: the least magnitude that is kept, [K]; smaller deltas count as 0.
-        kept: False where a delta counts as 0, bool [K, n].
-        vote: elects by the "sum" of deltas, or by the "count" of their signs; 0 elects plus.
-        votes: weight of each expert in that, [K]; None is 1.
-        shares: what each expert of the elected sign adds to the divisor, [K]; None divides by nothing.
+        weights: weight of each expert, [K].
+        scale: factor of the sum that is added to the base.
+        limits: smallest magnitude of each expert that is kept, [K]; smaller deltas count as 0.
+        kept: bool [K, n]; deltas count as 0 where False.
+        vote: elects the sign of the "sum" of the deltas, or of the sum of their signs ("count"); 0 elects plus. None
+            elects no sign.
+        votes: weight of each expert in the election, [K]; None is 1.
+        shares: contribution of each expert of the elected sign to the divisor, [K]; None does not divide.
 
     Returns:
-        [n]. NaN is not hidden by an election; an infinite delta is where it is outvoted.
+        Merged tensor, [n]. A NaN delta always gives NaN; an infinite delta has no effect where its sign is not elected.
     """
     delta = experts if base is None else experts - base
     if limits is not None:
@@ -208,15 +215,15 @@ def merge_deltas(
 
 
 def count_around(values: Tensor, low: float, high: float, *, base: Tensor | None = None) -> tuple[list[int], Tensor]:
-    """How many values lie below ``low``, equal it, lie between, equal ``high`` (0 if both are one); those between.
+    """Counts of values below ``low``, equal to ``low``, between the bounds, and equal to ``high``; and those between.
 
     Args:
         values: [n].
-        low, high: may be infinite; low <= high.
-        base: what is counted are the magnitudes of the differences from it, [n].
+        low, high: bounds with low <= high; they may be infinite. If low equals high, the last count is 0.
+        base: [n]; if given, the magnitudes of ``values - base`` are counted instead of the values.
 
     Returns:
-        Four counts, in which NaN is not; and the values between, in their order.
+        The four counts, without NaN values; and the values between the bounds in their order.
     """
     values = values if base is None else (values - base).abs()
     between = values[(values > low) & (values < high)]

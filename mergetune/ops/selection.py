@@ -1,11 +1,12 @@
-"""What ``backend=None`` takes: the native core on a CPU, on a GPU what was verified there, plain torch until then.
+"""The choice of an implementation for ``backend=None``.
 
-On a GPU the choice comes from the verdict of :mod:`mergetune.ops.verification`. At its first call in a process the
-chosen implementation is compared with the definition on the caller's own data: where they differ, or where it raises,
-a warning says so, and the definition is used from then on. A backend that is asked for by name never comes here.
+On a CPU the native core is chosen, on a GPU the backend in the verdict of :mod:`mergetune.ops.verification`, and plain
+torch if the GPU has no verdict. The first call of a chosen implementation in a process is compared with the definition
+on the caller's data. If the results differ or the implementation raises, a warning says so, and the definition is used
+from then on. A backend that the caller names is never replaced.
 
-``MERGETUNE_BACKEND=torch`` takes plain torch on every device; ``MERGETUNE_BACKEND=verified`` goes by the verdict on a
-CPU too.
+``MERGETUNE_BACKEND=torch`` chooses plain torch on every device; ``MERGETUNE_BACKEND=verified`` uses verdicts on a CPU
+as well.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mergetune.ops.verdicts import VerdictFile, device_facts, read_verdicts
 
 VARIABLE = "MERGETUNE_BACKEND"
 VERIFIED = "verified"
-"""In place of a backend's name: the one of the verdict, looked up when the op runs."""
+"""Stands for the verdict's backend in compiled graphs; the backend is looked up when the op runs."""
 
 Key = tuple[str, str, str, str]  # op, device ("cuda:0"), dtype ("torch.float32"), shape class
 
@@ -37,17 +38,17 @@ _refused: dict[Key, str] = {}
 
 
 def choose(op: str, name: str, tensor: Tensor, arguments: Any, backend: str | None) -> str:
-    """The backend that a call takes.
+    """The name of the backend for a call.
 
     Args:
-        op: its name.
-        name: of the argument whose device and dtype decide.
-        tensor: that argument.
-        arguments: all of them, as one object.
-        backend: what the caller asked for.
+        op: name of the op.
+        name: name of the argument whose device and dtype decide.
+        tensor: value of this argument.
+        arguments: all arguments as one object.
+        backend: the caller's choice; None chooses here.
 
     Returns:
-        A backend's name; in code that torch.compile traces also :data:`VERIFIED`, for :func:`run_verified`.
+        Name of a backend. While torch.compile traces, also :data:`VERIFIED`, which :func:`run_verified` resolves.
     """
     if backend is not None:
         return requested(op, name, tensor, backend)
@@ -61,10 +62,10 @@ def choose(op: str, name: str, tensor: Tensor, arguments: Any, backend: str | No
 
 
 def goes_by_verdict(device: torch.device) -> bool:
-    """Whether ``backend=None`` means the verdict's choice on a device.
+    """Whether ``backend=None`` uses the verdict on a device.
 
     Raises:
-        ValueError: MERGETUNE_BACKEND has another value than torch and verified.
+        ValueError: MERGETUNE_BACKEND is neither empty, torch nor verified.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "torch", VERIFIED):
@@ -73,20 +74,20 @@ def goes_by_verdict(device: torch.device) -> bool:
 
 
 def run_verified(op: str, tensor: Tensor, arguments: Any, *, d_out: Tensor | None = None) -> Any:
-    """Runs the verdict's implementation inside a compiled graph: the op, or with ``d_out`` its backward."""
+    """Runs the verdict's implementation of an op, or with ``d_out`` of its backward, inside a compiled graph."""
     key = op, str(tensor.device), str(tensor.dtype), arguments.shape_class()
 
     def run() -> Any:
         found = OPS[op].implementations[_compared_choice(key, arguments)]
         return found.run(arguments) if d_out is None else found.run_backward(d_out, arguments)
 
-    # These two, and the comparison of the others, differentiate inside.
+    # "torch", "compile" and the first comparison use autograd inside.
     direct = key in _compared and chosen(key) not in ("torch", "compile")
     return run() if direct else _outside_of_dispatch(run, tensor.device)
 
 
 def _outside_of_dispatch(run: Callable[[], Any], device: torch.device) -> Any:
-    """Runs in a thread of its own: within an op's kernel autograd is switched off, for this thread."""
+    """Runs in another thread: within an op's kernel, torch switches autograd off for the calling thread."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def work() -> Any:
@@ -98,17 +99,17 @@ def _outside_of_dispatch(run: Callable[[], Any], device: torch.device) -> Any:
 
 
 def _compared_choice(key: Key, arguments: Any) -> str:
-    """The verdict's backend, once it has been compared with the definition on the caller's data; else "torch"."""
+    """The verdict's backend if it agrees with the definition on the caller's data, else "torch"."""
     backend = chosen(key)
     if backend == "torch" or key in _compared:
         return backend
     if key[1].startswith("cuda") and torch.cuda.is_current_stream_capturing():
-        return backend  # a graph's kernels cannot be looked at while it is captured: the verdict stands
+        return backend  # results cannot be compared while a CUDA graph is captured: the verdict decides
     return backend if _agrees(key, backend, arguments) else "torch"
 
 
 def chosen(key: Key) -> str:
-    """The verdict's backend for a key; "torch" where there is none, or it has been refused in this process."""
+    """The verdict's backend for a key; "torch" without a verdict or after a refusal in this process."""
     op, device, dtype, shape_class = key
     if key in _refused:
         return "torch"
@@ -125,20 +126,20 @@ def _chosen_when_compiled(op: str, device: str, dtype: str, shape_class: str) ->
 
 
 def _agrees(key: Key, backend: str, arguments: Any) -> bool:
-    """The comparison at the first call, remembered."""
+    """Compares a backend with the definition on the caller's data, and remembers the outcome for this process."""
     op, device, name, shape_class = key
     dtype = getattr(torch, name.removeprefix("torch."))
-    # Copies that autograd may use, whatever mode the caller is in.
+    # The copies are made outside of inference mode, so that autograd can use them.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
         arguments = type(arguments)(*(t.detach().clone() if isinstance(t, Tensor) else t for t in arguments))
         try:
             difference = compare_with_definition(OPS[op], OPS[op].implementations[backend], arguments, dtype)
         except Exception as error:
-            OPS[op].implementations["torch"].run(arguments)  # where the arguments are at fault, this raises too
+            OPS[op].implementations["torch"].run(arguments)  # raises as well if the arguments are wrong
             trouble = f"raised {type(error).__name__}: {str(error)[:200]}"
         else:
             if difference is None:
-                return False  # not finite: the definition shows it, and the next call compares again
+                return False  # the definition is not finite: it is used now, and the next call compares again
             if difference.agrees:
                 _compared.add(key)
                 return True
@@ -153,26 +154,26 @@ def _agrees(key: Key, backend: str, arguments: Any) -> bool:
 
 
 def take_verdicts(device: torch.device, found: VerdictFile | None) -> None:
-    """Uses these verdicts on a device from now on, in this process; None is plain PyTorch for all."""
+    """Uses these verdicts on a device for the rest of this process; None uses plain PyTorch for all ops."""
     forget(device)
     _choices[str(indexed(device))] = _choices_of(found)
     _settled.add(str(indexed(device)))
 
 
 def has_verdicts(device: torch.device) -> bool:
-    """Whether :func:`take_verdicts` has settled a device in this process."""
+    """Whether :func:`take_verdicts` was called for a device in this process."""
     return str(indexed(device)) in _settled
 
 
 def indexed(device: torch.device) -> torch.device:
-    """The device as tensors name theirs: "cuda" is the current one, "cuda:0"."""
+    """The device with its index, as tensors report it: "cuda" becomes the current device, such as "cuda:0"."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def forget(device: torch.device) -> None:
-    """Drops what this process knows about a device: the next call reads the verdict and compares again."""
+    """Forgets choices and comparisons for a device in this process: the next call reads the verdict again."""
     name = str(indexed(device))
     _choices.pop(name, None)
     _settled.discard(name)
@@ -182,12 +183,12 @@ def forget(device: torch.device) -> None:
 
 
 def refusals() -> dict[str, str]:
-    """What was refused in this process on the caller's own data: "op device dtype size" -> backend and trouble."""
+    """Backends refused in this process on the caller's data: "op device dtype size" -> backend and reason."""
     return {" ".join(key): trouble for key, trouble in _refused.items()}
 
 
 def _read_choices(device: torch.device) -> dict[tuple[str, str, str], str]:
-    """The verdict's choices; none, with one line that says so, where there is no verdict or a damaged one."""
+    """The verdict's choices for a device; empty, with a warning, if the verdict is missing or damaged."""
     try:
         found = read_verdicts(device_facts(device))
     except ValueError as error:
@@ -195,8 +196,8 @@ def _read_choices(device: torch.device) -> dict[tuple[str, str, str], str]:
         return {}
     if found is None:
         warnings.warn(
-            f"No kernel has been verified on {device} yet, so plain PyTorch is used there. "
-            "`mergetune doctor --kernels` verifies them once; so does the first `fit` or `tune` on a GPU.",
+            f"No kernel has been verified on {device} yet, so plain PyTorch is used. "
+            "`mergetune doctor --kernels` verifies the kernels once; so does the first `fit` or `tune` on a GPU.",
             stacklevel=2,
         )
         return {}

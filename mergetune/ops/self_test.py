@@ -1,4 +1,4 @@
-"""A self-test of the ops: each default backend against its definition, on a small random case in float64."""
+"""Self-test of the ops: compares each default backend with the definition on a small random case in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergetune.ops.task_vectors import count_around, merge_deltas
 
 
 def self_test() -> dict[str, float]:
-    """Largest relative difference of each op from its definition on the CPU, on a small random case in float64."""
+    """Name of each op -> largest relative difference from its definition, on a small random float64 case on the CPU."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     x, labels = torch.nn.functional.normalize(draw(33, 24), dim=-1), torch.arange(33) % 7

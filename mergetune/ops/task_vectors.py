@@ -1,4 +1,4 @@
-"""merge_deltas and count_around: task vectors merged, and counts that find their order statistics.
+"""merge_deltas merges task vectors; count_around counts values around bounds, to find order statistics.
 
 Shapes: K experts, n elements.
 """
@@ -30,15 +30,17 @@ def merge_deltas(
     shares: Sequence[float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Task vectors trimmed, elected and added in one pass; see :func:`mergetune.ops.reference.merge_deltas`.
+    """Trims task vectors, elects signs and adds the deltas in one pass.
 
-    Not differentiable. Runs in the calling thread alone: callers have a stretch for each.
+    :func:`mergetune.ops.reference.merge_deltas` is the definition and describes the arguments. The op is not
+    differentiable. It runs in the calling thread only: callers use one thread per stretch.
 
     Args:
-        base, experts: as checkpoints hold them, [n] each: float32, float64, float16, bfloat16, also mixed.
+        base, experts: stored values, [n] each, in float32, float64, float16 or bfloat16, also mixed.
+        backend: "cpp" or "torch" (the definition). None takes the native core on a CPU, and plain torch on a GPU.
 
     Returns:
-        [n] float32; float64 where an input is.
+        Merged values, [n], in float32, or float64 if an input is float64.
     """
     experts = list(experts)
     if not experts or experts[0].ndim != 1 or not len(experts[0]):
@@ -51,7 +53,7 @@ def merge_deltas(
     if vote not in (None, "sum", "count"):
         raise ValueError(f"vote must be None, sum or count, got {vote!r}")
     if vote is None and (votes is not None or shares is not None):
-        raise ValueError("votes and shares must be None where there is no vote")
+        raise ValueError("votes and shares must be None without a vote, got vote=None: set vote, or leave them out")
     if kept is not None:
         expect_shape("kept", kept, (k, n))
         if kept.dtype != torch.bool:
@@ -78,7 +80,7 @@ def merge_deltas(
     if vote is not None and votes is None:
         given["votes"] = [1.0] * k
     numbers = [v if v is None else torch.tensor(v, dtype=torch.float64, device="cpu") for v in given.values()]
-    held = [start, kept if kept is None else kept.contiguous(), *numbers]  # as are the rows, while the core runs
+    held = [start, kept if kept is None else kept.contiguous(), *numbers]  # referenced while the core runs
     start_at, kept_at, limits_at, weights_at, votes_at, shares_at = (0 if t is None else t.data_ptr() for t in held)
     out = torch.empty(n, dtype=real, device="cpu")
     arguments = (
@@ -92,10 +94,13 @@ def merge_deltas(
 def count_around(
     values: Tensor, low: float, high: float, *, base: Tensor | None = None, backend: str | None = None
 ) -> tuple[list[int], Tensor]:
-    """Counts that find an order statistic, in one pass; see :func:`mergetune.ops.reference.count_around`.
+    """Counts values around two bounds in one pass, to find an order statistic.
+
+    :func:`mergetune.ops.reference.count_around` is the definition and describes arguments and results.
 
     Args:
-        values, base: [n], of the dtypes of :func:`merge_deltas`.
+        values, base: [n] each, in the dtypes of :func:`merge_deltas`.
+        backend: as in :func:`merge_deltas`.
     """
     backend = _backend(values, backend)
     expect_shape("values", values, (values.numel(),))
@@ -105,7 +110,7 @@ def count_around(
         raise ValueError(f"low must be at most high, got {low} and {high}")
     dtype, rows = _alike([values, *([] if base is None else [base])])
     real = real_dtype(rows[0])
-    low, high = torch.tensor([low, high], dtype=real, device="cpu").tolist()  # as the values can be
+    low, high = torch.tensor([low, high], dtype=real, device="cpu").tolist()  # rounded to the dtype of the values
     if backend == "torch" or not len(values):
         rows = [row.to(real) for row in rows]
         return reference.count_around(rows[0], low, high, base=None if base is None else rows[1])
@@ -119,7 +124,10 @@ _STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _alike(rows: list[Tensor], kept: Tensor | None = None) -> tuple[str, list[Tensor]]:
-    """Rows in one dtype, the widest real one where they differ, as the core reads them; and the dtype's name."""
+    """Name of a common dtype, and the rows in it, contiguous and aligned for the native core.
+
+    Rows of different dtypes become float32, or float64 if one of them is float64.
+    """
     if wrong := [row.dtype for row in rows if not row.dtype.is_floating_point]:
         raise TypeError(f"values must be floating point, got {wrong[0]}")
     if len(devices := {str(t.device) for t in (*rows, kept) if t is not None}) > 1:
@@ -128,12 +136,13 @@ def _alike(rows: list[Tensor], kept: Tensor | None = None) -> tuple[str, list[Te
     if len({row.dtype for row in rows}) > 1:
         rows = [row.to(max(map(real_dtype, rows), key=lambda dtype: dtype.itemsize)) for row in rows]
     rows = [row.contiguous() for row in rows]
-    rows = [row.clone() if row.data_ptr() % row.dtype.itemsize else row for row in rows]  # as memory-mapped files have
+    # Rows of memory-mapped files may be misaligned.
+    rows = [row.clone() if row.data_ptr() % row.dtype.itemsize else row for row in rows]
     return dtype_name(rows[0].dtype), rows
 
 
 def _backend(tensor: Tensor, backend: str | None) -> str:
-    """The native core for a CPU, plain torch for a GPU, or what is asked for."""
+    """The named backend, after a check; for None the native core on a CPU and plain torch on a GPU."""
     if backend is None:
         return "cpp" if tensor.device.type == "cpu" else "torch"
     check_backend(backend, tensor.device.type, ("cpp", "torch"))

@@ -1,7 +1,7 @@
-"""The child process of the verification: tries implementations one after the other and reports each in a line.
+"""The child process of the verification: tries implementations one after the other and reports each on one line.
 
-It is killed from outside where an implementation hangs: a spinning GPU kernel cannot be stopped from within. Its report
-goes through a pipe of its own.
+The parent kills the child if an implementation hangs, because a GPU kernel that loops for ever cannot be stopped within
+its process. The report goes through a separate pipe.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from mergetune.ops.agreement import Difference, compare_with_definition
 from mergetune.ops.backends import OPS
 from mergetune.ops.verdicts import Trial
 
-REPEATS = 3  # comparisons on the first problem: what goes wrong now and then is wrong
-ROUNDS, ROUND_SECONDS = 15, 1.0  # timed calls, and the time after which no further one is made
+REPEATS = 3  # comparisons on the first problem, to find errors that occur only sometimes
+ROUNDS, ROUND_SECONDS = 15, 1.0  # most timed calls, and the time after which no further call starts
 
 
 @dataclass(frozen=True)
 class Case:
-    """One implementation to be tried: an op's, by backend, for a dtype ("float32") and a shape class."""
+    """One implementation to try: op, backend, dtype ("float32") and shape class."""
 
     op: str
     backend: str
@@ -44,7 +44,7 @@ def try_case(case: Case, device: torch.device) -> Trial:
     """Compares one implementation with the definition on every problem, and times it on the first.
 
     Raises:
-        Exception: whatever the implementation raises.
+        Exception: any error of the implementation.
     """
     op, dtype = OPS[case.op], getattr(torch, case.dtype)
     found, problems = op.implementations[case.backend], op.problems(case.shape_class, dtype, device)
@@ -65,7 +65,7 @@ def try_case(case: Case, device: torch.device) -> Trial:
 
 
 def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call: on a GPU between two events of its stream."""
+    """Median time of a call in seconds; on a GPU the time between two events of its stream."""
     for _ in range(3):
         work()
     seconds, began = [], time.perf_counter()
@@ -90,7 +90,7 @@ def _finite(value: float) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tries implementations of ops and reports each in a line.")
+    parser = argparse.ArgumentParser(description="Tries implementations of ops and reports each on one line.")
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--import", dest="modules", action="append", default=[], help="registers implementations")
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("cases", help="a JSON list of cases")
     options = parser.parse_args()
     _end_with_parent()
-    stream = os.fdopen(options.report, "w", buffering=1)  # apart from stdout, where a compiler may print
+    stream = os.fdopen(options.report, "w", buffering=1)  # not stdout, to which a compiler may print
 
     def report(**line: Any) -> None:
         stream.write(json.dumps(line) + "\n")
@@ -121,14 +121,14 @@ def main() -> None:
             trial = Trial(backend=case.backend, status="raised", detail=f"{type(error).__name__}: {str(error)[:500]}")
             fatal = options.device.type == "cuda" and not _device_works(options.device)
         report(end=asdict(case), trial=trial.model_dump(), fatal=fatal)
-        if fatal:  # after a fault on the device nothing works in this process any more
+        if fatal:  # after a device fault, no further trial can run in this process
             sys.exit(3)
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone: nobody would kill it then."""
+    """Makes this process end when its parent ends, because only the parent kills a child that hangs."""
     parent = os.getppid()
-    if sys.platform == "linux":  # the kernel's own signal comes even where no thread of ours can run
+    if sys.platform == "linux":  # the kernel's signal arrives even if no thread of this process can run
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
     def watch() -> None:

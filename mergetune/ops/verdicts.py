@@ -1,7 +1,7 @@
-"""Verdicts: which implementations agreed with the definition on a device, how fast they were, which one is taken.
+"""Verdicts: agreement with the definition, times, and the chosen implementation of each op on a device.
 
-A verdict file holds what one run of :mod:`mergetune.ops.verification` found. Its name and its first fields tell for
-which device, driver and versions it was made; with any other it is not read.
+A verdict file holds the results of one run of :mod:`mergetune.ops.verification`. Its name and first fields state the
+device, driver and versions for which it is valid; with others the file is not used.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mergetune.io import installed_version, open_regular, write_json
 from mergetune.ops import native
 
 FORMAT = 1
-MAX_BYTES = 1 << 20  # of a verdict file; one has about 20 kB
+MAX_BYTES = 1 << 20  # largest verdict file; a usual one has about 20 kB
 HOME_VARIABLE = "MERGETUNE_HOME"
 
 Status = Literal["agreed", "wrong", "raised", "crashed", "hung", "not tried"]
 
 
 class Trial(BaseModel):
-    """What one implementation did on the problems of one op, dtype and shape class.
+    """The outcome of one implementation on the problems of one op, dtype and shape class.
 
     Attributes:
-        backend: its name.
-        status: "agreed" with the definition, "wrong", "raised" an error, "crashed" its process, "hung" until it was
-            killed, or "not tried" for want of time.
-        detail: what is to be known of that: the result that was wrong, the error.
-        error, allowed: largest difference from the definition and what the tolerance allows, as shares of the largest
+        backend: name of the implementation.
+        status: "agreed" with the definition, "wrong", "raised" an error, "crashed" its process, "hung" until killed, or
+            "not tried" because of the time limit or an earlier crash.
+        detail: explanation of the status, such as the wrong result or the error.
+        error, allowed: largest difference from the definition and the largest allowed one, as shares of the largest
             value.
-        seconds: median of one call with its gradient, on the first problem.
+        seconds: median time of one call with its gradient, on the first problem.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +52,7 @@ class Trial(BaseModel):
 
 
 class Verdict(BaseModel):
-    """All trials of one op, dtype and shape class, and the backend that is taken: the fastest that agreed."""
+    """All trials of one op, dtype and shape class; ``chosen`` is the fastest backend that agreed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,13 +63,13 @@ class Verdict(BaseModel):
 
     @property
     def chosen(self) -> str:
-        """ "torch" where nothing else agreed and was faster."""
+        """Name of the fastest backend that agreed with the definition; "torch" if none did."""
         agreed = [trial for trial in self.trials if trial.status == "agreed" and trial.seconds is not None]
         return min(agreed, key=lambda trial: trial.seconds or 0.0).backend if agreed else "torch"
 
 
 class DeviceFacts(BaseModel):
-    """What a verdict holds for: it is made anew where one of these differs."""
+    """Device, driver and versions for which a verdict is valid; if one of them changes, a new verdict is needed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -85,13 +85,13 @@ class DeviceFacts(BaseModel):
 
 
 class VerdictFile(BaseModel):
-    """One run of the verification.
+    """The results of one run of the verification.
 
     Attributes:
-        format: of this file.
-        facts: the device, driver and versions.
-        verdicts: one for each op, dtype and shape class.
-        seconds: how long the run took.
+        format: format number of the file.
+        facts: device, driver and versions.
+        verdicts: one verdict per op, dtype and shape class.
+        seconds: duration of the run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -119,10 +119,10 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 def folder() -> Path:
-    """Where verdicts are kept: below MERGETUNE_HOME, else below the user's cache folder.
+    """The folder of the verdicts: below MERGETUNE_HOME, else below XDG_CACHE_HOME or the user's cache folder.
 
     Raises:
-        OSError: the user has no home, and neither variable names a folder.
+        OSError: the user has no home folder, and neither variable is set.
     """
     home = os.environ.get(HOME_VARIABLE)
     if home:
@@ -130,7 +130,7 @@ def folder() -> Path:
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # a user without a home
-        raise OSError(f"there is no folder for verdicts: {error}; set {HOME_VARIABLE} to one") from error
+        raise OSError(f"verdicts need a folder, got none: {error}; set {HOME_VARIABLE} to a folder") from error
     return cache / "mergetune" / "kernels"
 
 
@@ -141,10 +141,10 @@ def verdict_path(facts: DeviceFacts) -> Path:
 
 
 def read_verdicts(facts: DeviceFacts) -> VerdictFile | None:
-    """The verdict for these facts; None where there is none.
+    """The stored verdict for these facts; None without a stored verdict.
 
     Raises:
-        ValueError: the file is damaged; names it, the field, and how to make it anew.
+        ValueError: the file is damaged; the message names the file, the field, and the command that renews it.
     """
     path = "the verdict"
     try:
@@ -152,7 +152,7 @@ def read_verdicts(facts: DeviceFacts) -> VerdictFile | None:
         with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+            raise ValueError(f"the file has more than {MAX_BYTES} bytes")
         found = VerdictFile.model_validate_json(content)
     except OSError:
         return None
@@ -165,11 +165,11 @@ def read_verdicts(facts: DeviceFacts) -> VerdictFile | None:
     return found if found.facts == facts else None
 
 
-REMEDY = "`mergetune doctor --kernels` makes it anew."
+REMEDY = "`mergetune doctor --kernels` makes a new one."
 
 
 def write_verdicts(found: VerdictFile) -> Path:
-    """Puts a verdict in its place. Raises OSError where that cannot be written."""
+    """Writes a verdict to its file and returns the path. Raises OSError if writing fails."""
     path = verdict_path(found.facts)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found.model_dump())
@@ -178,7 +178,7 @@ def write_verdicts(found: VerdictFile) -> Path:
 
 @lru_cache(maxsize=1)
 def _driver() -> str:
-    """Version of the NVIDIA driver, as the kernel module tells, else as the CUDA library does."""
+    """Version of the NVIDIA driver, from the kernel module or else from the CUDA library."""
     try:
         match = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
         if match:
@@ -195,7 +195,7 @@ def _driver() -> str:
 
 @lru_cache(maxsize=1)
 def _kernels() -> str:
-    """A digest of everything of ours that computes: the Triton kernels, the native core, the ops themselves."""
+    """Digest of the code that computes ops: the Triton kernels, the native core and the files of this package."""
     import mergetune.kernels
 
     files = [Path(native.core.__file__), *Path(__file__).parent.glob("*.py")]

@@ -1,8 +1,9 @@
-"""Verification: every implementation for a device is tried once in a child process under a time limit.
+"""Verification: tries every implementation for a device once, in a child process with a time limit.
 
-The child (:mod:`mergetune.ops.trials`) compares each with the definition, loss and gradient, for each op, dtype and
-shape class on random data, and times it. One that hangs or crashes costs its own process only: the child is killed, the
-trial recorded, and a new child goes on with the others. What was found is kept per device, driver and versions.
+For each op, dtype and shape class, the child (:mod:`mergetune.ops.trials`) compares results and gradients of each
+implementation with the definition on random data, and times the implementation. If an implementation hangs or crashes,
+the child is killed, the trial is recorded, and a new child continues with the others. The verdicts are stored per
+device, driver and versions.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ from mergetune.ops.verdicts import (
     write_verdicts,
 )
 
-LIMIT, CASE_LIMIT, START_LIMIT = 240.0, 60.0, 120.0  # seconds: of all, of one trial, until the child is ready
+LIMIT, CASE_LIMIT, START_LIMIT = 240.0, 60.0, 120.0  # seconds: in total, per trial, until the child is ready
 Progress = Callable[[int, int, str], None]
 
 
 def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
-    """Verifies the kernels of a device if ``backend=None`` goes by the verdict there and none is kept yet.
+    """Verifies the kernels of a device if ``backend=None`` uses a verdict on this device and none is stored.
 
-    Takes minutes at most, once per device, driver and versions. Processes that need the same verdict wait for the one
-    that makes it. Where it cannot be made, a warning says why, and plain PyTorch is used.
+    A verification takes a few minutes, once per device, driver and versions. Only one process verifies at a time; other
+    processes wait for its verdict. If the verification fails, a warning gives the reason, and plain PyTorch is used.
 
     Args:
-        device: where the ops will run.
-        progress: show a bar where stderr is a terminal.
+        device: device of the ops.
+        progress: show a bar if stderr is a terminal.
     """
     if not goes_by_verdict(device) or _known(device):
         return
@@ -68,22 +69,24 @@ def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
 
             try:
                 found = verify(device, progress=show)
-            except Exception as error:  # no executable, no temporary folder, a full disk, ...: training goes on
+            except Exception as error:  # no executable, no temporary folder, a full disk, ...: training must continue
                 warnings.warn(
                     f"kernels could not be verified on {device}: {error}. Plain PyTorch is used.", stacklevel=2
                 )
-                take_verdicts(device, None)  # once is enough for this process
+                take_verdicts(device, None)  # this process does not try again
                 return
         keep(device, found)
 
 
 def keep(device: torch.device, found: VerdictFile) -> None:
-    """Uses a verdict in this process, and writes it where later processes find it, with a warning where it cannot."""
+    """Uses a verdict in this process and stores it for later processes; warns if storing fails."""
     take_verdicts(device, found)
     try:
         write_verdicts(found)
     except OSError as error:
-        warnings.warn(f"the verdict on {device} could not be kept, and is made again next time: {error}", stacklevel=3)
+        warnings.warn(
+            f"the verdict on {device} could not be stored, so the next process verifies again: {error}", stacklevel=3
+        )
 
 
 def verify(
@@ -97,23 +100,23 @@ def verify(
     case_limit: float = CASE_LIMIT,
     progress: Progress | None = None,
 ) -> VerdictFile:
-    """Tries every implementation that can run on a device, in a child process under time limits.
+    """Tries every implementation that can run on a device, in a child process with time limits.
 
     Args:
         device: "cpu" or a GPU.
-        ops: names of the ops; None takes all.
-        dtypes: None takes those of each op.
-        shape_classes: of "small", "medium" and "large".
-        modules: imported in the child first; they may register further implementations.
-        limit: seconds in all; what is not tried by then is not taken.
-        case_limit: seconds of one trial, compilation included, after which the child is killed.
-        progress: is told the trials done, their number and the present one.
+        ops: names of the ops; None tries all ops.
+        dtypes: dtypes to try; None tries the dtypes of each op.
+        shape_classes: some of "small", "medium" and "large".
+        modules: modules that the child imports first; they may register further implementations.
+        limit: total time in seconds; implementations that are not tried within this time are not used.
+        case_limit: seconds per trial, with compilation, after which the child is killed.
+        progress: called with the number of finished trials, the number of all trials, and the current trial.
 
     Returns:
-        A verdict for each op, dtype and shape class. It is not kept: see :func:`keep`.
+        A verdict for each op, dtype and shape class. :func:`keep` stores the result.
 
     Raises:
-        RuntimeError: the child does not start.
+        RuntimeError: the child process does not start.
     """
     device, began = indexed(device), time.monotonic()
     cases = _cases(device, ops or tuple(OPS), dtypes, shape_classes)
@@ -134,7 +137,7 @@ def verify(
                     progress(len(trials), len(cases), f"{case.op} {case.backend} {case.dtype} {case.shape_class}")
                 trial = child.wait_for_trial(case, min(case_limit, max(1.0, began + limit - time.monotonic())))
                 trials[case] = trial
-                if trial.status in ("hung", "crashed"):  # its other trials would cost a child each
+                if trial.status in ("hung", "crashed"):  # each further trial of this backend would cost a child
                     reason = f"{trial.status} with {case.dtype}, {case.shape_class} size"
                     same = [c for c in left if (c.op, c.backend) == (case.op, case.backend) and c not in trials]
                     trials |= {c: Trial(backend=c.backend, status="not tried", detail=reason) for c in same}
@@ -159,7 +162,7 @@ def _cases(
     dtypes: Sequence[torch.dtype] | None,
     shape_classes: Sequence[str],
 ) -> list[Case]:
-    """What is tried, in this order: what compiles for long comes last, rare dtypes behind float32."""
+    """The cases to try, in order: float32 before other dtypes, and "compile", which is slow, last."""
     found = [
         Case(name, backend, dtype_name(dtype), shape_class)
         for name in ops
@@ -168,22 +171,23 @@ def _cases(
         for shape_class in shape_classes
         for backend, implementation in OPS[name].implementations.items()
         if implementation.takes(dtype) and missing(backend, device.type) is None
-        if not (backend == "triton" and device.type == "cpu")  # interpreted, it takes minutes
+        if not (backend == "triton" and device.type == "cpu")  # Triton's interpreter takes minutes
     ]
     return sorted(found, key=lambda case: (case.backend == "compile", case.dtype != "float32"))
 
 
 class _Child:
-    """A process that tries cases, read without ever waiting for longer than is allowed; killed at the end."""
+    """A process that tries cases; all waits have time limits, and the process is killed at the end."""
 
     def __init__(self, device: torch.device, cases: Sequence[Case], modules: Sequence[str]) -> None:
         if not sys.executable:
-            raise RuntimeError("Python does not tell its own program, so no process can be started")
+            raise RuntimeError("sys.executable must name the Python program, got none: no process can be started")
         reading, writing = os.pipe()
         self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.place = tempfile.TemporaryDirectory(prefix="mergetune-", ignore_cleanup_errors=True)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
-        # As this process found mergetune, from a folder that has none: inside a clone the sources would be taken.
+        # The child imports mergetune from the paths of this process, and starts in an empty folder: in the root of a
+        # source tree it would import the sources.
         environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
         places = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
         environment["PYTHONPATH"] = os.pathsep.join(places)
@@ -210,36 +214,36 @@ class _Child:
     def __exit__(self, *_: object) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver is left to it
+        with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver cannot be awaited
             self.process.wait(10)
         self.errors.close()
         self.place.cleanup()
 
     def wait_until_ready(self, seconds: float) -> None:
-        """Raises RuntimeError where the process does not report within that time."""
+        """Waits for the process's first report; raises RuntimeError if none comes within this time."""
         line = self._next(seconds)
         if line is None or "ready" not in line:
             raise RuntimeError(f"the process that tries the kernels does not start: {self._last_error()}")
 
     def next_case(self) -> Case | None:
-        """The case that it begins; None where it has ended."""
+        """The case that the process begins; None if the process has ended."""
         line = self._next(START_LIMIT)
         return None if line is None or "begin" not in line else Case(**line["begin"])
 
     def wait_for_trial(self, case: Case, seconds: float) -> Trial:
-        """The trial of the case that has begun."""
+        """The trial of the case that has begun; "hung" after ``seconds``, "crashed" if the process ends early."""
         began = time.monotonic()
         line = self._next(seconds)
         if line is not None and line.get("end") == asdict(case):
             with suppress(ValidationError, TypeError):
                 return Trial(**line["trial"])
         if line is None and time.monotonic() - began >= seconds:
-            detail = f"killed after {seconds:.0f} s: it hangs, or is as slow as that here"
+            detail = f"killed after {seconds:.0f} s: the implementation hangs or is too slow"
             return Trial(backend=case.backend, status="hung", detail=detail)
         return Trial(backend=case.backend, status="crashed", detail=self._last_error())
 
     def _read(self, reading: int) -> None:
-        """Hands on the lines of the report, and None behind the last; what is no line of it ends the report."""
+        """Puts the lines of the report in the queue, then None; a line that is not a report ends the reading."""
         with suppress(ValueError), os.fdopen(reading, encoding="utf-8") as stream:
             for line in stream:
                 found = json.loads(line)
@@ -249,7 +253,7 @@ class _Child:
         self.lines.put(None)
 
     def _next(self, seconds: float) -> dict[str, Any] | None:
-        """The next line of the report; None where the process has ended or the time is over."""
+        """The next line of the report; None if the process has ended or the time is over."""
         try:
             return self.lines.get(timeout=seconds)
         except queue.Empty:
@@ -257,16 +261,16 @@ class _Child:
 
     def _last_error(self) -> str:
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(1)  # it may have closed its report and be about to end
+            self.process.wait(1)  # the process may have closed its report just before it ends
         code = self.process.poll()
         self.errors.seek(0)
         said = self.errors.read().decode(errors="replace").strip().splitlines()
         state = "is still running" if code is None else f"ended with code {code}"
-        return f"it {state}; last line: {said[-1][:300] if said else 'none'}"
+        return f"the process {state}; last line: {said[-1][:300] if said else 'none'}"
 
 
 def _known(device: torch.device) -> bool:
-    """Whether this process has a verdict for the device, or takes up one that is kept."""
+    """Whether this process has a verdict for the device; a stored verdict is loaded."""
     if has_verdicts(device):
         return True
     found = kept_verdicts(device)
@@ -276,7 +280,7 @@ def _known(device: torch.device) -> bool:
 
 
 def kept_verdicts(device: torch.device) -> VerdictFile | None:
-    """The verdict that is kept for a device; None where there is none. A damaged one is none: it is replaced."""
+    """The stored verdict of a device; None if no verdict is stored or the file is damaged."""
     try:
         return read_verdicts(device_facts(device))
     except (ValueError, OSError):
@@ -285,7 +289,7 @@ def kept_verdicts(device: torch.device) -> VerdictFile | None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One process of a user verifies at a time. Where the folder cannot be locked, none waits."""
+    """Lets one process of a user verify at a time; if the folder cannot be locked, processes do not wait."""
     try:
         folder().mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder() / ".lock", os.O_CREAT | os.O_RDWR, 0o600)

@@ -1,41 +1,60 @@
-"""What is trained, a prompt or a head: saved, loaded, read from others' files, exported."""
+"""What is trained: a named state that edits a frozen CLIP. Kinds, files, and the spaces that solutions lie in."""
 
 from typing import TYPE_CHECKING
 
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.solutions.base import Encoder, inputs
+    from mergetune.solutions.base import Solution, State, check_same_shapes, inputs, stack_states, stacked
     from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
-    from mergetune.solutions.exports import push_to_hub, to_coop, to_head, to_hub, zero_shot_classifier
+    from mergetune.solutions.coop_files import to_coop
+    from mergetune.solutions.exports import push_to_hub, to_head, to_hub, zero_shot_classifier
     from mergetune.solutions.head import Head
     from mergetune.solutions.kinds import (
-        Solution,
+        KINDS,
         check_compatible,
-        check_same_text,
         interpolate,
         load_solution,
         open_solution,
         zero_shot_like,
     )
+    from mergetune.solutions.linear_map import LinearMap
     from mergetune.solutions.prompt import Prompt
+    from mergetune.solutions.residual import Residual, open_taskres
+    from mergetune.solutions.space import Space, Span, image_features, measure, space_of, span
+    from mergetune.solutions.stack import Stack
+    from mergetune.solutions.templates import Templates
 
 __all__ = [
-    "Encoder",
+    "KINDS",
     "Head",
     "HeadFile",
+    "LinearMap",
     "Prompt",
     "PromptFile",
+    "Residual",
     "Solution",
+    "Space",
+    "Span",
+    "Stack",
+    "State",
+    "Templates",
     "check_compatible",
-    "check_same_text",
+    "check_same_shapes",
+    "image_features",
     "inputs",
     "interpolate",
     "load_solution",
+    "measure",
     "open_solution",
+    "open_taskres",
     "push_to_hub",
     "read_head",
     "read_prompt",
+    "space_of",
+    "span",
+    "stack_states",
+    "stacked",
     "to_coop",
     "to_head",
     "to_hub",
@@ -46,13 +65,17 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.solutions.base": "Encoder inputs",
+        "mergetune.solutions.base": "Solution State check_same_shapes inputs stack_states stacked",
         "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
-        "mergetune.solutions.exports": "push_to_hub to_coop to_head to_hub zero_shot_classifier",
+        "mergetune.solutions.coop_files": "to_coop",
+        "mergetune.solutions.exports": "push_to_hub to_head to_hub zero_shot_classifier",
         "mergetune.solutions.head": "Head",
-        "mergetune.solutions.kinds": (
-            "Solution check_compatible check_same_text interpolate load_solution open_solution zero_shot_like"
-        ),
+        "mergetune.solutions.kinds": ("KINDS check_compatible interpolate load_solution open_solution zero_shot_like"),
+        "mergetune.solutions.linear_map": "LinearMap",
         "mergetune.solutions.prompt": "Prompt",
+        "mergetune.solutions.residual": "Residual open_taskres",
+        "mergetune.solutions.space": "Space Span image_features measure space_of span",
+        "mergetune.solutions.stack": "Stack",
+        "mergetune.solutions.templates": "Templates",
     },
 )

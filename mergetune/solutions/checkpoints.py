@@ -90,12 +90,9 @@ def read_prompt(path: str | Path) -> PromptFile:
         FileNotFoundError: no checkpoint there.
         ValueError: not a checkpoint, foreign objects in it, or no context vectors.
     """
-    file = _find(Path(path))
+    file = checkpoint_file(path)
     content = load_tensors(file)
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{file} must hold a state_dict, got {type(state).__name__}")
-    state = {name.removeprefix("module.").removeprefix("prompt_learner."): value for name, value in state.items()}
+    state = state_dict_of(file, content)
     unused = KGCOOP_UNUSED if "bias_vectors" in state else ()
     kept = [name for name in state if name not in CLASS_DEPENDENT + PRODA_ONLY and not name.startswith(unused)]
     ctx = state.get("ctx")
@@ -113,6 +110,29 @@ def read_prompt(path: str | Path) -> PromptFile:
         ctx = ctx[0]
     epoch = content.get("epoch")
     return PromptFile(ctx=ctx.detach().float().clone(), epoch=epoch if isinstance(epoch, int) else None, file=file)
+
+
+def state_dict_of(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a checkpoint's state_dict, without the prefixes of wrappers and of CoOp's learner.
+
+    Raises:
+        ValueError: there is no state_dict.
+    """
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{file} must hold a state_dict, got {type(state).__name__}")
+    return {name.removeprefix("module.").removeprefix("prompt_learner."): value for name, value in state.items()}
+
+
+def read_arrays(file: Path) -> dict[str, Tensor]:
+    """The floating-point arrays of a .pt, .pth, .npz or .safetensors file, as float32, by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a pickle, a damaged file, or an entry that is no floating-point array.
+    """
+    require_file(file, f"path must be a file of arrays, got {file}, where there is no file")
+    return {str(name): _floats(f"{file}: {name}", value) for name, value in _read_dict(file).items()}
 
 
 def read_head(path: str | Path, *, name: str | None = None, logit_scale: float | None = None) -> HeadFile:
@@ -237,7 +257,13 @@ def _read_dict(file: Path) -> dict[str, Any]:
     return content
 
 
-def _find(path: Path) -> Path:
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint at a path: the file itself, or of a folder the one that Dassl names, else the latest.
+
+    Raises:
+        FileNotFoundError: nothing there.
+    """
+    path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():

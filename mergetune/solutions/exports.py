@@ -1,6 +1,6 @@
-"""Solutions in other projects' formats: CoOp's checkpoint, a plain linear head, open_clip's classifier, a Hub folder.
+"""Solutions in other projects' formats: a plain linear head, open_clip's classifier, a folder for the Hub.
 
-Shapes: C classes, D embedding width, W text-tower width, L context length, n context tokens.
+Shapes: C classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,77 +18,13 @@ from huggingface_hub import HfApi, ModelCardData
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.clip import PRECISIONS, FrozenClip, fill
+from mergetune.clip import FrozenClip
 from mergetune.io import write_atomically
+from mergetune.solutions.base import Solution
 from mergetune.solutions.head import Head
-from mergetune.solutions.kinds import Solution
-from mergetune.solutions.prompt import Prompt
+from mergetune.solutions.space import image_features, span
 
 HEAD_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
-
-
-def to_coop(
-    solution: Prompt,
-    folder: str | Path,
-    *,
-    clip: FrozenClip,
-    classnames: Sequence[str] | None = None,
-    epoch: int = 50,
-    dtype: str = "float32",
-) -> Path:
-    """Write ``prompt_learner/model.pth.tar-N`` as CoOp saves it, and the text file ``checkpoint`` beside it.
-
-    CoOp's own evaluation runs it: ``--model-dir FOLDER --load-epoch N --eval-only``, with N_CTX (or a CTX_INIT of as
-    many words), CSC and CLASS_TOKEN_POSITION of TRAINER.COOP set to the solution's, as the file tells none of them.
-    Optimiser and scheduler are None: there is nothing to resume. (CoOp: trainers/coop.py; Dassl: utils/torchtools.py.)
-
-    Args:
-        solution: a prompt whose text ends in "." behind the name, as CoOp's do.
-        folder: CoOp's output directory.
-        clip: the CLIP that it was made for; its embedded class names go into the file, as CoOp's do.
-        classnames: C names; those of a class-specific prompt if None.
-        epoch: N.
-        dtype: "float32", as with CoOp's PREC fp32 and amp; "float16", as with fp16, rounds the context vectors.
-
-    Returns:
-        The checkpoint's path.
-
-    Raises:
-        TypeError: a head.
-        ValueError: a text or a CLIP that CoOp does not have; class names that do not fit.
-    """
-    if not isinstance(solution, Prompt):
-        raise TypeError(f"solution must be a prompt, got a {solution.kind}: CoOp has no other")
-    if solution.template.split("{}")[1] != ".":
-        raise ValueError(f"solution must have '.' behind the class name, as CoOp has, got {solution.template!r}")
-    if clip.first_token != 1:
-        raise ValueError(f"clip must have one start token before a text, as CoOp's has, got {clip.first_token}")
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype must be float32 or float16, got {dtype!r}")
-    if epoch < 1:
-        raise ValueError(f"epoch must be at least 1, got {epoch}")
-    classnames = _classnames(solution, classnames)
-    solution.encoder(clip, classnames)  # checks that all of them belong together
-    texts = [fill(solution.template, name.replace("_", " ")) for name in classnames]
-    embedded = clip.text.token_embedding.weight[clip.tokenize(texts)]
-    tensors = {
-        "ctx": solution.ctx,
-        "token_prefix": embedded[:, :1],
-        "token_suffix": embedded[:, 1 + solution.n_ctx :],
-    }
-    content = {
-        "state_dict": OrderedDict((name, _plain(tensor).to(PRECISIONS[dtype])) for name, tensor in tensors.items()),
-        "epoch": epoch,
-        "optimizer": None,
-        "scheduler": None,
-        "val_result": None,
-    }
-    folder = Path(folder) / "prompt_learner"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"model.pth.tar-{epoch}"
-    write_atomically(file, _torch_bytes(content))
-    write_atomically(folder / "checkpoint", f"{file.name}\n".encode())
-    return file
 
 
 def to_head(
@@ -120,7 +55,7 @@ def to_head(
         raise ValueError(f"file must end in {', '.join(HEAD_SUFFIXES)}, got {file.name!r}")
     head = _as_head(solution, clip, classnames)
     head = head.rescaled(1.0) if fold_scale else head
-    tensors = {"weight": _plain(head.weight)} | ({} if head.bias is None else {"bias": _plain(head.bias)})
+    tensors = {"weight": plain_tensor(head.weight)} | ({} if head.bias is None else {"bias": plain_tensor(head.bias)})
     extras = {"classnames": list(head.classnames), "scale": head.logit_scale}
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
@@ -130,7 +65,7 @@ def to_head(
         np.savez(stream, **{name: tensor.numpy() for name, tensor in tensors.items()}, **extras)
         content = stream.getvalue()
     else:
-        content = _torch_bytes({**tensors, **extras})
+        content = torch_bytes({**tensors, **extras})
     write_atomically(file, content)
     return head
 
@@ -152,15 +87,13 @@ def zero_shot_classifier(
     Raises:
         ValueError: a head with a bias, for which such a classifier has no place.
     """
-    if isinstance(solution, Head):
-        if solution.bias is not None:
-            raise ValueError("solution must be a prompt or a head without bias, got a head with one: use to_head")
-        classifier = solution.rescaled(clip.logit_scale).class_weights(clip, _classnames(solution, classnames)).T
-    else:
-        classifier = solution.class_embeddings(clip, _classnames(solution, classnames)).T
+    head = _as_head(solution, clip, classnames, whole=False).rescaled(clip.logit_scale)
+    if head.bias is not None:
+        raise ValueError("solution must be a prompt or a head without bias, got a head with one: use to_head")
+    classifier = head.weight.to(clip.device).T
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(file), _torch_bytes(_plain(classifier)))
+        write_atomically(Path(file), torch_bytes(plain_tensor(classifier)))
     return classifier
 
 
@@ -212,29 +145,49 @@ def push_to_hub(
     return str(url)
 
 
-def _classnames(solution: Solution, classnames: Sequence[str] | None) -> tuple[str, ...]:
+def classnames_of(solution: Solution, classnames: Sequence[str] | None) -> tuple[str, ...]:
     names = solution.classnames if classnames is None else classnames
     if names is None:
         raise ValueError("classnames must be given for a prompt that is shared by all classes")
     return tuple(names)
 
 
-def _as_head(solution: Solution, clip: FrozenClip | None, classnames: Sequence[str] | None) -> Head:
-    if isinstance(solution, Head):
-        if classnames is not None and tuple(classnames) != solution.classnames:
-            raise ValueError(f"classnames must be the head's own {len(solution.classnames)}, or None")
-        return solution
+def _as_head(
+    solution: Solution, clip: FrozenClip | None, classnames: Sequence[str] | None, *, whole: bool = True
+) -> Head:
+    """A solution's classifier as a plain linear head.
+
+    Args:
+        solution: of any kind that leaves image features as they are.
+        clip: the CLIP that it was made for; only a linear head needs none.
+        classnames: of a solution without classes of its own, or some of its classes unless ``whole``.
+        whole: refuse to leave out classes of the solution's own.
+    """
+    own = solution.classnames
+    if whole and own is not None and classnames is not None and tuple(classnames) != own:
+        raise ValueError(f"classnames must be the {solution.kind}'s own {len(own)}, or None")
+    plain = solution.plain_head()
+    if plain is not None and (whole or classnames is None):
+        return plain
     if clip is None:
-        raise ValueError("clip must be given for a prompt: it makes the class embeddings")
-    names = _classnames(solution, classnames)
-    return Head(solution.class_embeddings(clip, names), names, logit_scale=solution.scale(clip))
+        raise ValueError(f"clip must be given for a {solution.kind}: it makes the class embeddings")
+    names = classnames_of(solution, classnames)
+    if solution.image_input != "feature" or image_features(clip, solution) is not None:
+        raise ValueError(
+            f"solution must take image features as the CLIP gives them, got a {solution.kind} that changes them: save "
+            "it with solution.save, and classify with mergetune"
+        )
+    at = span(clip, [solution], names)
+    weights = at.space.unit(at.ends["classes"])[0]
+    bias = weights[:, -1].contiguous() if weights.shape[1] > clip.embed_dim else None
+    return Head(weights[:, : clip.embed_dim].contiguous(), names, bias, logit_scale=at.space.scale)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _torch_bytes(content: Any) -> bytes:
+def torch_bytes(content: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(content, stream)
     return stream.getvalue()
@@ -246,26 +199,15 @@ def _card(solution: Solution, license: str | None, repo_id: str) -> str:
     complete = backbone.startswith(("hf-hub:", "local-dir:"))
     name, _, pretrained = backbone.partition("/")
     arguments = f"{backbone!r}" if complete else f"{name!r}, pretrained={pretrained!r}" if backbone else "..."
+    title, tag, what = solution.card()
     data = ModelCardData(
         library_name="mergetune",
         pipeline_tag="zero-shot-image-classification",
-        tags=["clip", "open_clip", "mergetune", "prompt-tuning" if isinstance(solution, Prompt) else "linear-head"],
+        tags=["clip", "open_clip", "mergetune", tag],
         license=license,
         base_model=backbone.removeprefix("hf-hub:") if backbone.startswith("hf-hub:") else None,
     )
     classes = solution.classnames or ()
-    if isinstance(solution, Prompt):
-        title = "Soft prompt for CLIP"
-        specific = f" for each of {len(classes)} classes" if classes else ""
-        what = (
-            f"{solution.n_ctx} context vectors{specific} around the class name: text `{solution.template}`, class name "
-            f"at the {solution.position}."
-        )
-    else:
-        title, what = (
-            "Linear head for CLIP",
-            f"[{len(classes)}, {solution.weight.shape[1]}], on unit-norm image features.",
-        )
     names = "solution.classnames" if classes else '["cat", "dog"]'
     listed = f"\nClasses: {', '.join(classes[:100])}{', ...' if len(classes) > 100 else ''}\n" if classes else ""
     return f"""---

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mergetune.clip import FrozenClip, check_classnames
-from mergetune.solutions.base import (
-    Encoder,
-    check_finite,
-    check_same_classes,
-    common_fields,
-    read_solution,
-    write_solution,
-)
+from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
+from mergetune.solutions.base import Solution, State, check_finite, common_fields
 from mergetune.solutions.checkpoints import HeadFile, read_head, read_sklearn
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class Head(Solution):
     """A linear classifier on image features: ``logits = scale * (x @ weight.T + bias)``.
 
     Attributes:
@@ -34,6 +26,7 @@ class Head:
         logit_scale: factor on the logits; 1 for weights that hold it already, as others' heads do.
         backbone, fingerprint: the CLIP that it was made for, if known; the fingerprint is the image tower's.
         notes: settings and origin, JSON-able, kept with the file.
+        normalize: whether the rows are made unit norm before the product: a cosine classifier.
     """
 
     weight: Tensor
@@ -43,9 +36,12 @@ class Head:
     backbone: str | None = None
     fingerprint: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    normalize: bool = False
 
     kind: ClassVar[str] = "head"
-    normalize: ClassVar[bool] = False
+    tensors: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    surrogate_on: ClassVar[str] = "classes"
+    needed_settings: ClassVar[Mapping[str, Any]] = {"logit_scale": int | float}
 
     def __post_init__(self) -> None:
         check_finite("weight", self.weight)
@@ -59,6 +55,8 @@ class Head:
             check_finite("bias", self.bias)
             if tuple(self.bias.shape) != (len(self.weight),):
                 raise ValueError(f"bias must have shape [C] = [{len(self.weight)}], got {list(self.bias.shape)}")
+            if self.normalize:
+                raise ValueError("bias must be None where rows are made unit norm, got one")
         if not 0 < self.logit_scale < float("inf"):
             raise ValueError(f"logit_scale must be positive and finite, got {self.logit_scale}")
 
@@ -116,73 +114,57 @@ class Head:
         names = found.name_rows(classnames)
         return cls(found.weight, names, found.bias, logit_scale=found.scale, notes=notes)
 
-    @property
-    def parameter(self) -> Tensor:
-        """What is searched and interpolated: [C, D], or [C, D + 1] with the bias as a constant feature's weight."""
-        return self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
+    # -- as a solution -------------------------------------------------------------------------------------------------
 
-    def with_parameter(self, parameter: Tensor, **changes: Any) -> Head:
-        """A head with this :attr:`parameter`, copied as float32; ``changes`` are of other fields."""
-        parameter = parameter.detach().float().clone()
-        if self.bias is None:
-            return replace(self, weight=parameter, **changes)
-        return replace(self, weight=parameter[:, :-1].contiguous(), bias=parameter[:, -1].contiguous(), **changes)
+    def edit(self, clip: FrozenClip, states: State) -> Edit:
+        """Its rows are the class weights; the bias is the weight of a constant 1."""
+        weight, bias = states["weight"], states.get("bias")
+        values = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
+        return Edit(rows=(ClassRows(self.classnames, values),), normalize=self.normalize, scale=self.logit_scale)
+
+    def zero_shot_points(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> list[Head]:
+        """The zero-shot classifier of these templates, with a bias of 0 if this head has one."""
+        point = Head.zero_shot(clip, classnames, templates, bias=self.bias is not None)
+        return [replace(point.rescaled(self.logit_scale), normalize=self.normalize)]
+
+    def plain_head(self) -> Head | None:
+        """Itself, unless its rows are made unit norm."""
+        return None if self.normalize else self
 
     def rescaled(self, logit_scale: float) -> Head:
         """The same logits with another factor on them: weight and bias take up the difference."""
+        if self.normalize:  # the length of its rows does not matter
+            return self
         factor = self.logit_scale / logit_scale
         bias = None if self.bias is None else self.bias * factor
         return replace(self, weight=self.weight * factor, bias=bias, logit_scale=logit_scale)
 
-    def scale(self, clip: FrozenClip | None = None) -> float:
-        """Logit scale of its class weights."""
-        return self.logit_scale
-
-    def encoder(self, clip: FrozenClip, classnames: Sequence[str], *, precision: torch.dtype | None = None) -> Encoder:
-        """A head is its own class weights."""
-        self._check_clip(clip)
-        check_same_classes("classnames", check_classnames(classnames), self.classnames)
-        return lambda parameter: parameter
-
-    def class_weights(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
-        """Its rows for these classes, [C, D], or [C, D + 1] with the bias.
-
-        Of two classes with one name it is the first, unless all its classes are asked for, in their order.
-        """
-        self._check_clip(clip)
-        if tuple(classnames) == self.classnames:
-            return self.parameter.to(clip.device)
-        row = {name: i for i, name in reversed(list(enumerate(self.classnames)))}
-        unknown = [name for name in classnames if name not in row]
-        if unknown:
-            raise ValueError(f"classnames must be among the head's {len(row)} classes, got {unknown[0]!r}")
-        return self.parameter[[row[name] for name in classnames]].to(clip.device)
-
-    def class_embeddings(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
-        """The weight's rows for these classes, made unit norm, [C, D]: directions only, without bias and scale."""
-        return F.normalize(self.class_weights(clip, classnames)[:, : self.weight.shape[1]], dim=-1)
-
-    def _check_clip(self, clip: FrozenClip) -> None:
-        if self.weight.shape[1] != clip.embed_dim:
-            raise ValueError(f"weight must have the embedding's width {clip.embed_dim}, got {list(self.weight.shape)}")
-        if self.fingerprint is not None and self.fingerprint != clip.image_fingerprint:
-            raise ValueError(
-                f"clip must be the one that the head was made for ({self.backbone}, image fingerprint "
-                f"{self.fingerprint[:12]}), got {clip.name} ({clip.image_fingerprint[:12]})"
-            )
-
-    def save(self, path: str | Path) -> None:
-        """Write ``solution.safetensors`` and ``solution.json`` into the folder ``path``."""
-        tensors = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
-        write_solution(self, path, tensors, {"logit_scale": self.logit_scale})
+    def settings(self) -> dict[str, Any]:
+        return {"logit_scale": self.logit_scale} | ({"normalize": True} if self.normalize else {})
 
     @classmethod
-    def load(cls, path: str | Path) -> Head:
-        """Read what :meth:`save` wrote."""
-        config, tensors = read_solution(path, cls.kind, {"weight"}, {"logit_scale": int | float})
-        return cls(
-            weight=tensors["weight"],
-            bias=tensors.get("bias"),
-            logit_scale=config["logit_scale"],
-            **common_fields(config),
-        )
+    def restore(cls, config: Mapping[str, Any], tensors: State) -> Head:
+        unit = config.get("normalize", False)
+        return cls(**tensors, logit_scale=config["logit_scale"], normalize=unit, **common_fields(config))
+
+    def check_width(self, clip: FrozenClip) -> None:
+        if self.weight.shape[1] != clip.embed_dim:
+            raise ValueError(f"weight must have the embedding's width {clip.embed_dim}, got {list(self.weight.shape)}")
+
+    def check_line(self, other: Solution, *, space: str = "parameter") -> None:
+        """Also refuse another logit scale: the same weights would not mean the same logits."""
+        super().check_line(other)  # class weights are the state: there is one space
+        if other.logit_scale is None or abs(self.logit_scale / other.logit_scale - 1) > 1e-6:
+            raise ValueError(
+                f"heads on one path must have one logit_scale, got {self.logit_scale} and {other.logit_scale}"
+            )
+        if self.normalize != other.normalize:
+            raise ValueError(f"heads on one path must agree in normalize, got {self.normalize} and {other.normalize}")
+
+    @property
+    def form(self) -> Hashable:
+        return self.kind, tuple(self.weight.shape), self.bias is None, self.classnames, self.logit_scale, self.normalize
+
+    def card(self) -> tuple[str, str, str]:
+        size = f"[{len(self.classnames)}, {self.weight.shape[1]}]"
+        return "Linear head for CLIP", "linear-head", f"{size}, on unit-norm image features."

@@ -1,35 +1,59 @@
-"""Solutions of any kind: opened, put in another's form, compared, interpolated."""
+"""The kinds of solutions, by name; solutions of any kind opened, put in another's form, interpolated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from mergetune.clip import PLAIN, FrozenClip, words_before
-from mergetune.solutions.base import CONFIG, check_same_classes, read_config
+from mergetune.clip import PLAIN, FrozenClip, check_templates
+from mergetune.solutions.base import CONFIG, Solution, read_config, stacked
 from mergetune.solutions.head import Head
+from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.prompt import Prompt
+from mergetune.solutions.residual import Residual
+from mergetune.solutions.stack import Stack
+from mergetune.solutions.templates import Templates
 
-#: What is trained, interpolated and saved, of either kind.
-Solution = Prompt | Head
+KINDS: dict[str, type[Solution]] = {kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, Stack)}
+
+S = TypeVar("S", bound=Solution)
+
+
+def kind_named(name: object) -> type[Solution]:
+    """The class of a kind.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {name!r}")
+    return KINDS[name]
 
 
 def load_solution(path: str | Path) -> Solution:
-    """Read a saved solution of either kind."""
-    kind = read_config(Path(path)).get("kind")
-    kinds = {cls.kind: cls for cls in (Prompt, Head)}
-    if kind not in kinds:
-        raise ValueError(f"{Path(path) / CONFIG}: kind must be one of {', '.join(kinds)}, got {kind!r}")
-    return kinds[kind].load(path)
+    """Read a saved solution of any kind.
+
+    Args:
+        path: a folder that :meth:`Solution.save` wrote.
+    """
+    try:
+        kind = kind_named(read_config(Path(path)).get("kind"))
+    except ValueError as error:
+        raise ValueError(f"{Path(path) / CONFIG}: {error}") from error if "kind must" in str(error) else error
+    return kind.load(path)
 
 
 def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[str] = PLAIN) -> Solution:
-    """The zero-shot solution in the form of another: a prompt of the template's words, or a head."""
-    if isinstance(like, Head):
-        return Head.zero_shot(clip, like.classnames, template, bias=like.bias is not None).rescaled(like.logit_scale)
-    words = template if isinstance(template, str) else template[0]
-    prompt = Prompt.from_template(clip, words if words_before(words) else PLAIN, position=like.position)
-    return prompt if like.classnames is None else prompt.per_class(like.classnames)
+    """The zero-shot solution in the form of another: a prompt of the first template's words, a head, no residual.
+
+    Raises:
+        ValueError: there is no zero-shot solution in this form.
+    """
+    points = like.zero_shot_points(clip, like.classnames or (), check_templates(template))
+    if not points:
+        raise ValueError(f"a zero-shot solution must exist in the form of the solution, got a {like.kind}: it has none")
+    return points[0]
 
 
 def open_solution(
@@ -59,38 +83,30 @@ def open_solution(
             raise ValueError(f"{path} must hold a prompt or a head: {no_prompt}; {no_head}") from no_head
 
 
-def interpolate(a: Solution, b: Solution, t: float) -> Solution:
-    """``(1 - t) a + t b`` of what was trained: context vectors, or head weights. Logit scale and the rest are b's."""
-    a = a.rescaled(b.logit_scale) if isinstance(a, Head) and isinstance(b, Head) else a
+def interpolate(a: Solution, b: S, t: float) -> S:
+    """The solution at ``t`` on the line from a (0) to b (1), in the space of what was trained.
+
+    Args:
+        a, b: solutions of one kind and shape. Logit scale, texts and notes are those of b.
+        t: ``(1 - t) a + t b`` for kinds with a straight line.
+    """
+    a = a.in_form_of(b)
     check_compatible(a, b)
-    check_same_text(a, b)
-    return b.with_parameter((1 - t) * a.parameter.to(b.parameter) + t * b.parameter)
+    found = b.between(stacked(a.state()), stacked(b.state()), t)
+    return b.with_state({name: tensor[0] for name, tensor in found.items()})
 
 
-def check_compatible(a: Solution, b: Solution) -> None:
-    """Refuse two solutions that cannot stand on one straight line."""
+def check_compatible(a: Solution, b: Solution, *, space: str = "parameter") -> None:
+    """Refuse two solutions that cannot stand on one line.
+
+    Args:
+        a, b: the ends.
+        space: "parameter", the line of what was trained, or "embedding", that of the class embeddings.
+
+    Raises:
+        TypeError: two kinds.
+        ValueError: shapes, classes, texts or scales that differ.
+    """
     if type(a) is not type(b):
         raise TypeError(f"solutions on one path must be of one kind, got {a.kind} and {b.kind}")
-    if a.parameter.shape != b.parameter.shape:
-        raise ValueError(
-            f"solutions on one path must have one shape, got {list(a.parameter.shape)} and {list(b.parameter.shape)}"
-        )
-    if a.classnames is not None and b.classnames is not None:  # contexts of one shape both have them
-        check_same_classes("classnames", a.classnames, b.classnames)
-    if isinstance(a, Head) and isinstance(b, Head) and abs(a.logit_scale / b.logit_scale - 1) > 1e-6:
-        raise ValueError(f"heads on one path must have one logit_scale, got {a.logit_scale} and {b.logit_scale}")
-
-
-def check_same_text(a: Solution, b: Solution) -> None:
-    """Refuse two prompts with other words behind the class name, or the name at another position.
-
-    No straight line of context vectors joins them.
-    """
-    if not (isinstance(a, Prompt) and isinstance(b, Prompt)):
-        return
-    if a.template.split("{}")[1] != b.template.split("{}")[1]:
-        raise ValueError(f"templates on one path of context vectors must end alike, got {a.template!r}, {b.template!r}")
-    if a.position != b.position:
-        raise ValueError(
-            f"prompts on one path of context vectors must have one position, got {a.position}, {b.position}"
-        )
+    a.check_line(b, space=space)

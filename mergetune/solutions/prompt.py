@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mergetune.clip import FrozenClip, arrange, check_classnames, check_templates, fill, text_encoder
-from mergetune.solutions.base import (
-    Encoder,
-    check_finite,
-    check_same_classes,
-    common_fields,
-    read_solution,
-    write_solution,
+from mergetune.clip import (
+    PLAIN,
+    Context,
+    Edit,
+    FrozenClip,
+    check_classnames,
+    check_templates,
+    words_before,
+    words_before_name,
 )
+from mergetune.solutions.base import Solution, State, check_finite, common_fields
 from mergetune.solutions.checkpoints import read_prompt
 
 POSITIONS = ("end", "middle", "front")
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class Prompt(Solution):
     """Context vectors around the class name (CoOp, arXiv 2109.01134).
 
     Attributes:
@@ -49,8 +50,10 @@ class Prompt:
     position: str = "end"
 
     kind: ClassVar[str] = "prompt"
-    normalize: ClassVar[bool] = True
-    """Class embeddings are unit norm; interpolation comes before the normalisation."""
+    tensors: ClassVar[tuple[str, ...]] = ("ctx",)
+    tower: ClassVar[str] = "text"
+    surrogate_on: ClassVar[str] = "classes"
+    needed_settings: ClassVar[Mapping[str, Any]] = {"template": str}
 
     def __post_init__(self) -> None:
         check_finite("ctx", self.ctx)
@@ -73,12 +76,17 @@ class Prompt:
 
         Its class embeddings are those of ``clip.class_embeddings(classnames, template)``. With the class name at
         another position they are not: that is CoOp's start from words, no zero-shot solution.
+
+        Raises:
+            TypeError: a CLIP that takes no prompts, naming its text tower.
+            ValueError: a template without words before the class name.
         """
         check_templates(template)
-        words = _words_before_name(clip, template)
+        embedding = clip.text.token_embedding.weight
+        words = words_before_name(clip, template)
         if not len(words):
             raise ValueError(f"template must hold at least one word before {{}}, got {template!r}")
-        ctx = clip.text.token_embedding.weight[words].detach().float().clone()
+        ctx = embedding[words].detach().float().clone()
         return cls(ctx=ctx, template=template, backbone=clip.name, fingerprint=clip.text_fingerprint, position=position)
 
     @classmethod
@@ -139,20 +147,6 @@ class Prompt:
         """n, the number of context vectors."""
         return self.ctx.shape[-2]
 
-    @property
-    def parameter(self) -> Tensor:
-        """What is searched and interpolated."""
-        return self.ctx
-
-    @property
-    def form(self) -> tuple:
-        """What prompts have in common that can be encoded together, stacked."""
-        return self.template.split("{}")[1], self.position, tuple(self.ctx.shape), self.classnames
-
-    def with_parameter(self, ctx: Tensor, **changes: Any) -> Prompt:
-        """A prompt with these context vectors, copied as float32; ``changes`` are of other fields."""
-        return replace(self, ctx=ctx.detach().float().clone(), **changes)
-
     def per_class(self, classnames: Sequence[str]) -> Prompt:
         """The same prompt with a context of its own for every class."""
         if self.classnames is not None:
@@ -160,84 +154,78 @@ class Prompt:
         ctx = self.ctx.expand(len(classnames), -1, -1)
         return replace(self, ctx=ctx.clone(), classnames=tuple(classnames))
 
-    def scale(self, clip: FrozenClip) -> float:
-        """Logit scale of its class weights."""
-        return clip.logit_scale
+    # -- as a solution -------------------------------------------------------------------------------------------------
 
-    def encoder(self, clip: FrozenClip, classnames: Sequence[str], *, precision: torch.dtype | None = None) -> Encoder:
-        """Context vectors [M, n, W] or [M, C, n, W] -> class features [M, C, D] float32, not normalised."""
-        self._check_clip(clip)
-        classnames = check_classnames(classnames)
-        if self.classnames is not None:
-            check_same_classes("classnames", classnames, self.classnames)
-        template, first = self.template, clip.first_token
-        words = _words_before_name(clip, template)
-        if len(words) != self.n_ctx and set(template.split("{}")[0].split()) == {"X"}:
-            template = template.replace("X", "a", self.n_ctx)  # "X" is two tokens for some tokenizers, "a" is one
-            words = _words_before_name(clip, template)
-        tokens = clip.tokenize([fill(template, name) for name in classnames])
-        if len(words) != self.n_ctx or (tokens[:, first : first + self.n_ctx] != words).any():
-            raise ValueError(
-                f"template must hold {self.n_ctx} tokens before {{}}, one for each context vector, got "
-                f"{self.template!r}"
-            )
-        text, where = clip.text_as(precision or torch.float32), {"first": first, "context": self.n_ctx}
-        places = None
-        if self.position != "end":
-            ends = _name_ends(clip, template, classnames)
-            tokens, places = arrange(tokens, ends, position=self.position, **where)
-        return text_encoder(text, tokens, places=places, shared=self.classnames is None, **where)
+    def edit(self, clip: FrozenClip, states: State) -> Edit:
+        """The class embeddings of this text with the context vectors of each setting."""
+        return Edit(context=Context(states["ctx"], self.template, self.position, self.classnames))
 
-    @torch.no_grad()
-    def class_weights(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
-        """Class features as they are interpolated: [C, D] float32, not normalised."""
-        encoder = self.encoder(clip, classnames)
-        return encoder(self.ctx.to(clip.device)[None])[0]
+    def zero_shot_points(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> list[Prompt]:
+        """The words of each template, and of the plain "a photo of a {}." last; those of this prompt's length first.
 
-    def class_embeddings(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
-        """A plain zero-shot classifier for any class names: [C, D] float32, unit norm.
-
-        Raises:
-            ValueError: class-specific contexts and other class names; a text that does not fit the tower; another CLIP.
+        A dataset's own template may have no words before the name: "{} texture.".
         """
-        return F.normalize(self.class_weights(clip, classnames), dim=-1)
+        texts = [template for template in (*templates, PLAIN) if words_before(template)]
+        points = [Prompt.from_template(clip, template, position=self.position) for template in texts]
+        points = points if self.classnames is None else [point.per_class(classnames) for point in points]
+        return sorted(points, key=lambda point: point.ctx.shape != self.ctx.shape)
 
-    def _check_clip(self, clip: FrozenClip) -> None:
-        if self.ctx.shape[-1] != clip.text.width:
-            raise ValueError(f"ctx must have the text tower's width {clip.text.width}, got {list(self.ctx.shape)}")
-        if self.fingerprint is not None and self.fingerprint != clip.text_fingerprint:
-            raise ValueError(
-                f"clip must be the one that the prompt was made for ({self.backbone}, text fingerprint "
-                f"{self.fingerprint[:12]}), got {clip.name} ({clip.text_fingerprint[:12]})"
-            )
+    def zero_shot_classes(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """The class embeddings of all templates together: context vectors have those of one text only."""
+        return clip.class_embeddings(classnames, templates)
 
-    def save(self, path: str | Path) -> None:
-        """Write ``solution.safetensors`` and ``solution.json`` into the folder ``path``."""
-        write_solution(self, path, {"ctx": self.ctx}, {"template": self.template, "position": self.position})
+    def in_form_of(self, like: Solution) -> Prompt:
+        """With context vectors for each class, if the other prompt has them."""
+        if like.classnames is None or self.classnames is not None:
+            return self
+        return self.per_class(like.classnames)
+
+    def settings(self) -> dict[str, Any]:
+        return {"template": self.template, "position": self.position}
 
     @classmethod
-    def load(cls, path: str | Path) -> Prompt:
-        """Read what :meth:`save` wrote."""
-        config, tensors = read_solution(path, cls.kind, {"ctx"}, {"template": str})
+    def restore(cls, config: Mapping[str, Any], tensors: State) -> Prompt:
         position = config.get("position", "end")  # files from before the other positions do not have it
-        return cls(ctx=tensors["ctx"], template=config["template"], position=position, **common_fields(config))
+        return cls(**tensors, template=config["template"], position=position, **common_fields(config))
+
+    def check_width(self, clip: FrozenClip) -> None:
+        if self.ctx.shape[-1] != clip.text.width:
+            raise ValueError(f"ctx must have the text tower's width {clip.text.width}, got {list(self.ctx.shape)}")
+
+    def check_line(self, other: Solution, *, space: str = "parameter") -> None:
+        """Also refuse other words behind the class name and another position: no line of context vectors joins them."""
+        super().check_line(other, space=space)
+        there = other.settings()
+        template, position = there["template"], there["position"]
+        if space == "embedding":
+            return
+        if self.template.split("{}")[1] != template.split("{}")[1]:
+            raise ValueError(
+                f"templates on one path of context vectors must end alike, got {self.template!r}, {template!r}"
+            )
+        if self.position != position:
+            raise ValueError(
+                f"prompts on one path of context vectors must have one position, got {self.position}, {position}"
+            )
+
+    @property
+    def form(self) -> Hashable:
+        """Only the words behind the class name matter: the words before it are replaced."""
+        return self.kind, self.template.split("{}")[1], self.position, tuple(self.ctx.shape), self.classnames
+
+    @property
+    def identity(self) -> tuple[Tensor | str, ...]:
+        return self.ctx, self.template, self.position
+
+    def card(self) -> tuple[str, str, str]:
+        specific = f" for each of {len(self.classnames)} classes" if self.classnames else ""
+        what = (
+            f"{self.n_ctx} context vectors{specific} around the class name: text `{self.template}`, class name at the "
+            f"{self.position}."
+        )
+        return "Soft prompt for CLIP", "prompt-tuning", what
 
 
 def placeholder_template(n_ctx: int, suffix: str = ".") -> str:
     """CoOp's stand-in text: "X X X X {}."."""
     return " ".join(["X"] * n_ctx) + " {}" + suffix
-
-
-def _words_before_name(clip: FrozenClip, template: str) -> Tensor:
-    """Token ids of a template before its class name."""
-    # With no name and with two names: two words may begin alike, as a sentencepiece "▁" before each.
-    tokens = clip.tokenize([template.split("{}")[0], fill(template, "cat"), fill(template, "dog")])
-    return tokens[0, clip.first_token : int((tokens != tokens[0]).any(0).int().argmax())]
-
-
-def _name_ends(clip: FrozenClip, template: str, classnames: Sequence[str]) -> Tensor:
-    """Where each class name ends in the template's texts: the position of the first token behind it, [C]."""
-    texts = [template.split("{}")[0] + name for name in classnames]
-    room = 2 * clip.text.context_length  # the texts themselves fit; a further word need not
-    alone, followed = (clip.tokenizer([text + more for text in texts], context_length=room) for more in ("", " x"))
-    return (alone != followed).int().argmax(1).to(clip.device)

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mergetune.data import FeatureCache
+from mergetune.data import Batches
 from mergetune.solutions import inputs
 
 
 @torch.no_grad()
 def fisher_diagonal(
-    features: FeatureCache | Tensor,
+    features: Batches | Tensor,
     w1: Tensor,
     *,
     scale: float,
@@ -41,8 +41,10 @@ def fisher_diagonal(
     """
     weights = (F.normalize(w1, dim=-1) if normalize else w1).float()
     total = torch.zeros_like(weights, dtype=torch.float64)
-    cached = isinstance(features, FeatureCache)
-    parts = (rows for rows, _, _ in features.batches(batch_size)) if cached else features.split(batch_size)
+    if isinstance(features, Tensor):
+        parts = iter(features.split(batch_size))
+    else:
+        parts = (rows for rows, _, _ in features.batches(batch_size))
     for part in parts:
         x = inputs(part.to(weights), weights)
         p = (scale * x @ weights.T).softmax(-1)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from mergetune.clip import FrozenClip
-from mergetune.data import FeatureCache
-from mergetune.facts import FitOptions, TuneOptions
-from mergetune.solutions import Head, Solution
+from mergetune.data import Batches
+from mergetune.facts.function_options import OPTIMIZERS
+from mergetune.solutions import Solution
 from mergetune.training.objective import Objective
 
 TOWER_PRECISIONS = ("float32", "bfloat16")
@@ -21,22 +21,34 @@ TOWER_PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Training:
-    """The published optimiser of CoOp's family: SGD, one warm-up epoch at a constant rate, then cosine by epoch."""
+    """The optimiser and its schedule: warm-up epochs at a constant rate, then a cosine by epoch.
+
+    The defaults beside epochs, batch_size and lr are those of CoOp's family.
+
+    Attributes:
+        batch_size: images per step; None is all of them.
+        optimizer: "sgd" or "adam".
+    """
 
     epochs: int
-    batch_size: int
+    batch_size: int | None
     lr: float
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup_epochs: int = 1
     warmup_lr: float = 1e-5
     seed: int = 1
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("seed", 0)):
             value = getattr(self, name)
+            if name == "batch_size" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2^32, got {self.seed}")
         for name, positive in (("lr", True), ("warmup_lr", True), ("momentum", False), ("weight_decay", False)):
@@ -70,11 +82,11 @@ class Job:
     clip: FrozenClip
     objective: Objective
     start: Solution
-    features: FeatureCache
+    features: Batches
     training: Training
     settings: dict[str, Any]
     cuda_graph: bool
-    val: FeatureCache | None
+    val: Batches | None
     resume: str | Path | None
     progress: bool
 
@@ -85,27 +97,44 @@ class Job:
 
     @property
     def batch_size(self) -> int:
-        return min(self.training.batch_size, len(self.features))
+        size = self.training.batch_size
+        return len(self.features) if size is None else min(size, len(self.features))
 
     @property
     def pace(self) -> Hashable:
-        """Equal for jobs that can go in lockstep: with one text encoder, and as many steps an epoch, and epochs."""
-        if isinstance(self.start, Head) or self.cuda_graph:  # there is no encoder to share; a graph is of one run
+        """Key of jobs that can be trained together: same text encoder, same number of steps per epoch and of epochs."""
+        if self.objective.space.encoder is None or self.cuda_graph:  # no encoder to share; a graph is of one run
             return id(self)
         encoder = id(self.clip), self.features.classnames, self.start.form, self.settings["precision"]
         return encoder, self.batches, self.training.epochs
 
 
-def training_of(options: TuneOptions | FitOptions) -> Training:
+def training_of(options: Any) -> Training:
+    """The training of :class:`TuneOptions` or :class:`FitOptions`."""
     return Training(**{field.name: getattr(options, field.name) for field in fields(Training)})
 
 
-def check_features(clip: FrozenClip, features: FeatureCache, val: FeatureCache | None) -> None:
+def without_sgd(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, without its optimiser if that is SGD: files of version 0.1, which had no other, agree."""
+    return {name: value for name, value in settings.items() if (name, value) != ("optimizer", "sgd")}
+
+
+def check_features(clip: FrozenClip, solution: Solution, features: Batches, val: Batches | None) -> None:
+    """Refuse images that do not belong to the CLIP, to the solution, or to each other.
+
+    Raises:
+        ValueError: says which.
+    """
     for name, cache in (("features", features), ("val", val)):
         if cache is None:
             continue
-        if cache.dim != clip.embed_dim:
-            raise ValueError(f"{name} must have the embedding's width {clip.embed_dim}, got {cache.dim}")
+        if cache.holds != solution.image_input:
+            raise ValueError(
+                f"{name} must hold what a {solution.kind} reads of images, {solution.image_input}, got {cache.holds}"
+            )
+        width = getattr(cache, "dim", clip.embed_dim)
+        if width != clip.embed_dim:
+            raise ValueError(f"{name} must have the embedding's width {clip.embed_dim}, got {width}")
         if cache.fingerprint and cache.fingerprint != clip.image_fingerprint:
             raise ValueError(
                 f"{name} must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got "

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mergetune.clip import TextEncoder
+from mergetune.solutions import State
 from mergetune.training.jobs import Job
 from mergetune.training.objective import Batch, Objective, products_with, together
 from mergetune.training.runs import FitResult, TrainingRun
@@ -61,11 +60,11 @@ def _groups(runs: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
             by_pace.setdefault(run.job.pace, []).append(run)
     for alike in by_pace.values():
         parts = 1
-        if len(alike) > 1:
-            # More prompts in a call, and the tower makes every activation twice: that costs what lockstep saves.
-            prompts = max(run.job.objective.prompts for run in alike)
-            encode = cast(TextEncoder, alike[0].job.objective.encode)  # a pace is shared by prompts alone
-            parts = math.ceil(len(alike) / max(1, encode.at_once // prompts))
+        encoder = alike[0].job.objective.space.encoder
+        if len(alike) > 1 and encoder is not None:
+            # Beyond this many states the encoder recomputes activations, which costs as much as lockstep saves.
+            settings = max(run.job.objective.settings for run in alike)
+            parts = math.ceil(len(alike) / max(1, encoder.at_once // settings))
         for part in range(parts):
             yield alike[part::parts]
 
@@ -81,12 +80,14 @@ def _train(runs: Sequence[TrainingRun]) -> None:
         for epoch in bar:
             began, active = time.perf_counter(), [run for run in runs if len(run.history) == epoch]
             records = [run.begin(epoch) for run in active]
-            gradients = partial(_gradients, [r.job.objective for r in active], [r.parameter for r in active])
+            gradients = partial(_gradients, [r.job.objective for r in active], [r.state for r in active])
             for step, batches in enumerate(zip(*(run.batches(epoch, products[run]) for run in active), strict=True)):
                 if job.cuda_graph and captured is None:
                     captured = _capture(gradients, batches)
                 for run, record, found in zip(active, records, (captured or gradients)(batches), strict=True):
-                    loss, terms, run.parameter.grad = found
+                    loss, terms, gradient = found
+                    for parameter, own in zip(run.state.values(), gradient, strict=True):
+                        parameter.grad = own
                     run.optimizer.step()
                     record[step] = torch.cat([loss[None], terms])
             for run, record in zip(active, records, strict=True):
@@ -98,15 +99,16 @@ def _train(runs: Sequence[TrainingRun]) -> None:
 
 
 def _gradients(
-    objectives: Sequence[Objective], parameters: Sequence[Tensor], batches: Sequence[Batch]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Each run's loss of its batch, the terms and the gradient to its parameter, all by one backward."""
-    losses, terms = zip(*together(objectives, parameters, batches), strict=True)
-    gradients = torch.autograd.grad(losses, parameters)
-    return list(zip([loss.detach() for loss in losses], terms, gradients, strict=True))
+    objectives: Sequence[Objective], states: Sequence[State], batches: Sequence[Batch]
+) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Each run's loss of its batch, the terms and the gradients to its state, all by one backward."""
+    losses, terms = zip(*together(objectives, states, batches), strict=True)
+    gradients = iter(torch.autograd.grad(losses, [tensor for state in states for tensor in state.values()]))
+    own = [[next(gradients) for _ in state] for state in states]
+    return list(zip([loss.detach() for loss in losses], terms, own, strict=True))
 
 
-def _capture(gradients: Callable[..., list[tuple[Tensor, ...]]], batches: Sequence[Batch]) -> Callable[..., list]:
+def _capture(gradients: Callable[..., list], batches: Sequence[Batch]) -> Callable[..., list]:
     """The same function as one CUDA graph: batches are copied to where the first ones lie, the results stay in place.
 
     The optimisers step outside of it, so that their learning rates may change.
@@ -126,7 +128,7 @@ def _capture(gradients: Callable[..., list[tuple[Tensor, ...]]], batches: Sequen
     with torch.cuda.graph(graph):
         results = gradients(static)
 
-    def replay(batches: Sequence[Batch]) -> list[tuple[Tensor, ...]]:
+    def replay(batches: Sequence[Batch]) -> list:
         for places, batch in zip(static, batches, strict=True):
             for place, new in zip(tensors(places), tensors(batch), strict=True):
                 place.copy_(new, non_blocking=True)
@@ -142,9 +144,9 @@ def _anchor_products(job: Job, most: int) -> Tensor | None:
     if objective.anchors is None or features.views > 1:
         return None
     shape = len(objective.anchors), len(features), len(features.classnames)
-    if objective.space != "embedding" or 4 * math.prod(shape) > most:
+    if objective.anchors.state is not None or objective.space.images is not None or 4 * math.prod(shape) > most:
         return None
     products = torch.empty(shape, device=device)
     for x, _, part in features.batches(4096):
-        products[:, part] = products_with(objective.anchors, x.to(device))
+        products[:, part] = products_with(objective.anchors.classes, x.to(device))
     return products

@@ -7,7 +7,7 @@ Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -18,43 +18,74 @@ from torch import Tensor
 
 from mergetune import ops
 from mergetune.facts.function_options import PATH_GRIDS
-from mergetune.solutions import Encoder, inputs
+from mergetune.solutions import Space, State, inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Anchors:
+    """The fine-tuned solutions w2, at the far ends of the paths.
+
+    Attributes:
+        classes: their class features, [K, C, D], for space "embedding".
+        images: their image features for what is read of B images, [K, B, D], for space "embedding"; None where those
+            are the trained solution's.
+        state: their stacked state, for space "parameter"; None is space "embedding".
+        betas: weight of each path, [K].
+        alphas: fixed path points, [N]; None draws ``points`` uniform ones at every step.
+        points: N.
+    """
+
+    classes: Tensor
+    betas: Tensor
+    alphas: Tensor | None
+    points: int
+    images: Callable[[Tensor], Tensor] | None = None
+    state: State | None = None
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def draw(self, generator: torch.Generator | None) -> Tensor:
+        """The path points of a step, [N]."""
+        if self.alphas is not None:
+            return self.alphas
+        return torch.rand(self.points, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Near:
+    """The zero-shot solution w1, and how the surrogate measures the distance to it.
+
+    Attributes:
+        lam: weight of the surrogate.
+        surrogate: one of ``SURROGATES``; "identity" and "fisher" are diagonal, "cosine" and "l2" are the official
+            code's.
+        classes: class features of w1, [C, D]: the surrogate is taken on class embeddings.
+        curvature: the diagonal of "fisher", [C, D].
+        distance: states -> the surrogate, [M]: it is taken on the state, ``classes`` is None.
+    """
+
+    lam: float
+    surrogate: str = "identity"
+    classes: Tensor | None = None
+    curvature: Tensor | None = None
+    distance: Callable[[State], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The loss of a solution's parameter on a batch of features. Without anchors and w1 it is plain cross-entropy.
+    """The loss of a solution's state on a batch. Without anchors and w1 it is plain cross-entropy.
 
     Attributes:
-        encode: parameters [M, ...] -> class weights [M, C, D].
-        scale: logit scale.
-        normalize: class weights are made unit norm after interpolation (prompts) or taken as they are (heads).
-        anchors: class weights of the fine-tuned solutions, [K, C, D], in space "embedding"; their parameters [K, ...]
-            in space "parameter".
-        betas: weight of each anchor's path, [K].
-        alphas: fixed path points, [N]; None draws ``points`` uniform ones at every step.
-        points: N.
-        space: "embedding" interpolates class weights, "parameter" what is trained.
-        w1: class weights of the zero-shot solution, [C, D].
-        lam: weight of the surrogate.
-        surrogate: one of ``SURROGATES``; "identity" and "fisher" are diagonal, "cosine" and "l2" are
-            the official code's.
-        curvature: the diagonal of "fisher", [C, D].
+        space: of the solution.
+        anchors: the fine-tuned solutions, and their paths.
+        near: the zero-shot solution, and the surrogate.
         backend: see :func:`mergetune.ops.lmc_loss`.
     """
 
-    encode: Encoder
-    scale: float
-    normalize: bool
-    anchors: Tensor | None = None
-    betas: Tensor | None = None
-    alphas: Tensor | None = None
-    points: int = 0
-    space: str = "embedding"
-    w1: Tensor | None = None
-    lam: float = 0.0
-    surrogate: str = "identity"
-    curvature: Tensor | None = None
+    space: Space
+    anchors: Anchors | None = None
+    near: Near | None = None
     backend: str | None = None
 
     @property
@@ -64,15 +95,16 @@ class Objective:
         return ("endpoint", "surrogate", *(f"path_{k + 1}" for k in range(paths)))
 
     @property
-    def prompts(self) -> int:
-        """How many parameters a call encodes: the solution's own, and in space "parameter" every point's."""
-        if self.anchors is None or self.space == "embedding":
+    def settings(self) -> int:
+        """Number of states that one call encodes: the solution's, and in space "parameter" every path point's."""
+        anchors = self.anchors
+        if anchors is None or anchors.state is None:
             return 1
-        return 1 + len(self.anchors) * (self.points if self.alphas is None else len(self.alphas))
+        return 1 + len(anchors) * (anchors.points if anchors.alphas is None else len(anchors.alphas))
 
     def __call__(
         self,
-        parameter: Tensor,
+        state: State,
         x: Tensor,
         labels: Tensor,
         generator: torch.Generator | None = None,
@@ -81,126 +113,171 @@ class Objective:
         """The loss and its terms without their weights.
 
         Args:
-            parameter: what is trained.
-            x: image features, [B, D].
+            state: what is trained.
+            x: image features, [B, D], or what the solution reads of images.
             labels: [B].
             generator: draws the path points of grid "random".
             anchor_dots: :meth:`anchor_products` of x, where they are known, [K, B, C].
 
         Returns:
-            The loss, differentiable in ``parameter``, and [2 + K] terms, named by ``term_names``.
+            The loss, differentiable in ``state``, and [2 + K] terms, named by ``term_names``.
         """
-        return together([self], [parameter], [(x, labels, generator, anchor_dots)])[0]
+        return together([self], [state], [(x, labels, generator, anchor_dots)])[0]
 
     def anchor_products(self, x: Tensor) -> Tensor | None:
         """``x @ anchors.T``, [K, B, C], which can be made once for all features; None where it is not needed."""
-        if self.anchors is None or self.space != "embedding":
+        if self.anchors is None or self.anchors.state is not None or self.space.images is not None:
             return None
-        return products_with(self.anchors, x)
+        return products_with(self.anchors.classes, x)
 
-    def _loss_at(
-        self,
-        w: Tensor,
-        x: Tensor,
-        labels: Tensor,
-        alphas: Tensor | None = None,
-        anchor_dots: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Endpoint and surrogate, and with ``alphas`` the paths to the anchors, from the class weights w [C, D]."""
-        anchors, betas = (w.new_empty(0, *w.shape), w.new_empty(0)) if alphas is None else self._paths
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def stack(self, state: State, alphas: Tensor | None) -> list[State]:
+        """What a step encodes, as stacked states: the state, and the points of its paths in space "parameter"."""
+        end = {name: tensor[None] for name, tensor in state.items()}
+        if alphas is None or self.anchors is None or self.anchors.state is None:
+            return [end]
+        found = [end]
+        for k in range(len(self.anchors)):
+            anchor = {name: tensor[k : k + 1] for name, tensor in self.anchors.state.items()}
+            found.append(self.space.between(anchor, end, alphas))
+        return found
+
+    def loss(
+        self, states: list[State], classes: list[Tensor], x: Tensor, labels: Tensor, alphas: Tensor | None,
+        anchor_dots: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The loss and its terms.
+
+        Args:
+            states: of :meth:`stack`.
+            classes: their class features, [M, C, D] each.
+            x, labels: the batch.
+            alphas: the path points, [N]; None where there are no paths.
+            anchor_dots: see :meth:`__call__`.
+        """
+        anchors, space = self.anchors, self.space
+        w = classes[0][0]
+        near, distance = (None, None) if self.near is None else (self.near, self.near.distance)
+        diagonal = near is not None and near.classes is not None and self._is_diagonal
+        fused = anchors is not None and alphas is not None and anchors.state is None and space.images is None
+        features = space.features(states[0], x)
         loss, terms = ops.lmc_loss(
-            inputs(x, w),
+            inputs(features if space.images is None else features[0], w),
             labels,
             w,
-            anchors,
-            w.new_empty(0) if alphas is None else alphas,
-            betas,
-            scale=self.scale,
-            w1=self.w1 if self._is_diagonal else None,
-            curvature=self.curvature,
-            lam=self.lam,
-            normalize=self.normalize,
+            anchors.classes if anchors is not None and fused else w.new_empty(0, *w.shape),
+            alphas if alphas is not None and fused else w.new_empty(0),
+            anchors.betas if anchors is not None and fused else w.new_empty(0),
+            scale=space.scale,
+            w1=near.classes if near is not None and diagonal else None,
+            curvature=None if near is None else near.curvature,
+            lam=near.lam if near is not None and diagonal else 0.0,
+            normalize=space.normalize,
             anchor_dots=anchor_dots,
-            backend=self.backend,
+            backend=self.backend if space.images is None else "torch",  # the others give images no gradient
         )
-        if self.w1 is None or self._is_diagonal:
+        if near is not None and not diagonal:
+            surrogate = self._surrogate(w) if distance is None else distance(states[0])[0]
+            loss = loss + near.lam * surrogate
+            terms = torch.cat([terms[:1], surrogate.detach()[None].to(terms), terms[2:]])
+        if anchors is None or alphas is None or fused:
             return loss, terms
-        if self.surrogate == "cosine":
-            surrogate = (1 - F.cosine_similarity(w, self.w1, dim=-1)).mean()
+        if anchors.state is None:
+            points = self._embedding_paths(anchors, w, features, x, labels, alphas)
         else:
-            ends = (F.normalize(w, dim=-1), F.normalize(self.w1, dim=-1)) if self.normalize else (w, self.w1)
-            surrogate = torch.linalg.vector_norm(ends[0] - ends[1], dim=-1).mean()
-        return loss + self.lam * surrogate, torch.cat([terms[:1], surrogate.detach()[None].to(terms), terms[2:]])
+            points = torch.stack(
+                [
+                    self._points(weights, space.features(state, x), labels).mean()
+                    for state, weights in zip(states[1:], classes[1:], strict=True)
+                ]
+            )
+        return loss + (anchors.betas.to(points) * points).sum(), torch.cat([terms, points.detach()])
 
-    def _alphas(self, generator: torch.Generator | None) -> Tensor | None:
-        """The path points of a step, [N]; None where there are no paths."""
-        if self.anchors is None or self.alphas is not None:
-            return self.alphas
-        return torch.rand(self.points, generator=generator, dtype=torch.float64)
+    def _points(self, weights: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy at each of M points, [M]: of class features [M, C, D], image features [B, D] or [M, B, D].
 
-    def _stack(self, parameter: Tensor, alphas: Tensor | None) -> Tensor:
-        """What a step encodes, [P, ...]: the parameter, and behind it the points of its paths in space "parameter"."""
-        if alphas is None or self.space == "embedding":
-            return parameter[None]
-        t = alphas.to(parameter).view(1, len(alphas), *(1,) * parameter.ndim)
-        anchors, _ = self._paths
-        path = anchors[:, None] + t * (parameter - anchors[:, None])
-        return torch.cat([parameter[None], path.flatten(0, 1)])
+        Every point's class features come from the text tower itself: the definition of LMC.
+        """
+        unit = self.space.unit(weights)
+        x = inputs(features, unit)
+        logits = self.space.scale * x @ unit.mT
+        repeated = labels.repeat(len(logits))
+        return F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none").view(len(logits), -1).mean(1)
 
-    def _loss(
-        self, weights: Tensor, x: Tensor, labels: Tensor, alphas: Tensor | None, anchor_dots: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The loss and its terms from the class weights of :meth:`_stack`, [P, C, D]."""
-        if alphas is None or self.space == "embedding":
-            return self._loss_at(weights[0], x, labels, alphas, anchor_dots)
-        # Every point's class weights come from the encoder itself, all points in one call: the definition of LMC.
-        loss, terms = self._loss_at(weights[0], x, labels)
-        unit = F.normalize(weights[1:], dim=-1) if self.normalize else weights[1:]
-        logits = self.scale * torch.einsum("bd,pcd->pbc", inputs(x, unit), unit)
-        points = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(unit)), reduction="none")
-        anchors, betas = self._paths
-        points = points.view(len(anchors), -1).mean(1)
-        return loss + (betas.to(points) * points).sum(), torch.cat([terms, points.detach()])
+    def _embedding_paths(
+        self, anchors: Anchors, w: Tensor, features: Tensor, x: Tensor, labels: Tensor, alphas: Tensor
+    ) -> Tensor:
+        """Mean cross-entropy over the points of each path, [K], where image features differ between its ends."""
+        t = alphas.to(w).view(-1, 1, 1)
+        assert anchors.images is not None  # the trained solution changes images, and its anchors are of its form
+        theirs = anchors.images(x)
+        found = []
+        for k in range(len(anchors)):
+            weights = anchors.classes[k] + t * (w - anchors.classes[k])
+            images = F.normalize(theirs[k] + t * (features[0] - theirs[k]), dim=-1)
+            found.append(self._points(weights, images, labels).mean())
+        return torch.stack(found)
 
-    @property
-    def _paths(self) -> tuple[Tensor, Tensor]:
-        """The anchors and the weights of their paths, where there are paths."""
-        if self.anchors is None or self.betas is None:
-            raise ValueError("anchors and betas must be given where there are path points, got None")
-        return self.anchors, self.betas
+    def _surrogate(self, w: Tensor) -> Tensor:
+        """The official code's distances of class features [C, D]."""
+        near = self.near
+        assert near is not None and near.classes is not None
+        if near.surrogate == "cosine":
+            return (1 - F.cosine_similarity(w, near.classes, dim=-1)).mean()
+        return torch.linalg.vector_norm(self.space.unit(w) - self.space.unit(near.classes), dim=-1).mean()
 
     @property
     def _is_diagonal(self) -> bool:
         """Whether the fused op computes the surrogate: on unit norm, 1 - cos is the identity's 1/2 |t - t1|^2."""
-        return self.surrogate in ("identity", "fisher") or (self.surrogate == "cosine" and self.normalize)
+        surrogate = "" if self.near is None else self.near.surrogate
+        return surrogate in ("identity", "fisher") or (surrogate == "cosine" and self.space.normalize)
 
 
 def products_with(anchors: Tensor, x: Tensor) -> Tensor:
-    """Features [B, D] times the anchors' class weights [K, C, D], [K, B, C]."""
+    """Features [B, D] times the anchors' class features [K, C, D], [K, B, C]."""
     return inputs(x, anchors) @ anchors.mT
 
 
 Batch = tuple[Tensor, Tensor, torch.Generator | None, Tensor | None]
-"""What a call of an objective takes behind the parameter."""
+"""What a call of an objective takes behind the state."""
 
 
 def together(
-    objectives: Sequence[Objective], parameters: Sequence[Tensor], batches: Sequence[Batch]
+    objectives: Sequence[Objective], states: Sequence[State], batches: Sequence[Batch]
 ) -> list[tuple[Tensor, Tensor]]:
-    """What each objective gives for its own parameter and batch, with one call of the encoder that all of them share.
+    """What each objective gives for its own state and batch, with one call of the text tower that all of them share.
 
     Returns:
         Loss and terms of each, as :meth:`Objective.__call__` does.
     """
-    alphas = [objective._alphas(batch[2]) for objective, batch in zip(objectives, batches, strict=True)]
-    stacks = [objective._stack(w, points) for objective, w, points in zip(objectives, parameters, alphas, strict=True)]
-    encode, sizes = objectives[0].encode, [len(stack) for stack in stacks]
-    # One alone is not copied: a head is its own class weights, and they may be many.
-    weights = encode(torch.cat(stacks)).split(sizes) if len(stacks) > 1 else [encode(stacks[0])]
-    return [
-        objective._loss(w, x, labels, points, dots)
-        for objective, w, (x, labels, _, dots), points in zip(objectives, weights, batches, alphas, strict=True)
+    alphas = [
+        None if objective.anchors is None else objective.anchors.draw(batch[2])
+        for objective, batch in zip(objectives, batches, strict=True)
     ]
+    stacks = [objective.stack(w, points) for objective, w, points in zip(objectives, states, alphas, strict=True)]
+    classes = iter(_classes(objectives[0].space, [state for stack in stacks for state in stack]))
+    return [
+        objective.loss(stack, [next(classes) for _ in stack], x, labels, points, dots)
+        for objective, stack, (x, labels, _, dots), points in zip(objectives, stacks, batches, alphas, strict=True)
+    ]
+
+
+def _classes(space: Space, states: Sequence[State]) -> list[Tensor]:
+    """Class features of each stacked state, with one call for those of one shape."""
+    if len(states) == 1:  # not copied: a head is its own class features, and they may be many
+        return [space.classes(states[0])]
+    groups: dict[tuple, list[int]] = {}
+    for i, state in enumerate(states):
+        groups.setdefault(tuple(tensor.shape[1:] for tensor in state.values()), []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in groups.values():
+        joined = {name: torch.cat([states[i][name] for i in members]) for name in states[members[0]]}
+        sizes = [len(next(iter(states[i].values()))) for i in members]
+        made = space.classes(joined)
+        made = made.expand(sum(sizes), -1, -1) if len(made) == 1 else made  # they may not depend on the state
+        found |= dict(zip(members, made.split(sizes), strict=True))
+    return [found[i] for i in range(len(states))]
 
 
 def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from mergetune.data import Batches
 from mergetune.evaluation import accuracy
 from mergetune.io import (
     installed_version,
@@ -25,7 +26,7 @@ from mergetune.io import (
     write_atomically,
     write_json,
 )
-from mergetune.solutions import Head, Solution, load_solution
+from mergetune.solutions import Solution, State, load_solution
 from mergetune.training.jobs import Job
 from mergetune.training.objective import Batch
 
@@ -68,15 +69,15 @@ class FitResult:
 class TrainingRun:
     """The state of a training run: what it is made of, its epochs, and how it is kept on disk.
 
-    Every epoch draws from a generator of its own, seeded by (seed, epoch): the state that a resumed run needs is the
-    parameter, its momentum and the history, no more.
+    Every epoch draws from a generator of its own, seeded by (seed, epoch): what a resumed run needs is the solution's
+    state, the optimiser's and the history, no more.
     """
 
     def __init__(self, job: Job, which: str) -> None:
         self.job, self.which, training, device = job, which, job.training, job.clip.device
         self.settings = {
             **job.settings,
-            "start": short_digest(job.start.parameter),
+            "start": short_digest(*job.start.state().values()),
             "features": job.features.digest,
             "val": None if job.val is None else job.val.digest,
             "clip": job.clip.name,
@@ -84,12 +85,18 @@ class TrainingRun:
         }
         self.names = ("loss", *job.objective.term_names)
         self.labels = job.features.labels.to(device)
-        self.parameter = job.start.parameter.detach().float().to(device).clone().requires_grad_()
-        self.optimizer = torch.optim.SGD(
-            [self.parameter], lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
+        self.state = {
+            name: tensor.detach().float().to(device).clone().requires_grad_()
+            for name, tensor in job.start.state().items()
+        }
+        parameters, decay = list(self.state.values()), training.weight_decay
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(parameters, lr=training.lr, weight_decay=decay)
+            if training.optimizer == "adam"
+            else torch.optim.SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=decay)
         )
         self.history: list[dict[str, float]] = []
-        self.best, self.best_epoch = self.parameter.detach().clone(), 0
+        self.best, self.best_epoch = self._copy(), 0
         self.seconds, self.steps = 0.0, 0
         self.folder = None if job.resume is None else Path(job.resume)
         if self.folder is not None:
@@ -115,7 +122,7 @@ class TrainingRun:
 
     def end(self, epoch: int, record: Tensor) -> None:
         """Check an epoch, evaluate it and write it down."""
-        _check_finite(record, self.parameter, self.names, epoch, self.which)
+        _check_finite(record, self.state, self.names, epoch, self.which)
         self.steps += len(record)
         entry = {
             "epoch": epoch + 1,
@@ -123,18 +130,18 @@ class TrainingRun:
             **dict(zip(self.names, record.mean(0).tolist(), strict=True)),
         }
         if self.job.val is not None:
-            weights = self.job.objective.encode(self.parameter.detach()[None])[0]
-            entry["val_accuracy"] = accuracy(weights, self.job.val, normalize=self.job.start.normalize).accuracy
+            entry["val_accuracy"] = self._val_accuracy(self.job.val)
         self.add(entry)
         if self.folder is not None:
             self.write(self.folder)
 
     def result(self) -> FitResult:
         start, clip = self.job.start, self.job.clip
-        fingerprint = clip.image_fingerprint if isinstance(start, Head) else clip.text_fingerprint
         notes = {"settings": self.settings, "best_epoch": self.best_epoch, "start": start.notes}
         return FitResult(
-            solution=start.with_parameter(self.best.cpu(), notes=notes, backbone=clip.name, fingerprint=fingerprint),
+            solution=start.with_state(
+                {name: tensor.cpu() for name, tensor in self.best.items()}, notes=notes, **start.origin(clip)
+            ),
             history=tuple(self.history),
             settings=self.settings,
             timings={
@@ -148,14 +155,25 @@ class TrainingRun:
         """Append an epoch; the best one is that of the highest val accuracy, or the last where there is no val set."""
         scores = [past.get("val_accuracy", -1.0) for past in self.history]
         if "val_accuracy" not in entry or not scores or entry["val_accuracy"] > max(scores):
-            self.best, self.best_epoch = self.parameter.detach().clone(), entry["epoch"]
+            self.best, self.best_epoch = self._copy(), entry["epoch"]
         self.history.append(entry)
+
+    def _copy(self) -> State:
+        return {name: tensor.detach().clone() for name, tensor in self.state.items()}
+
+    @torch.no_grad()
+    def _val_accuracy(self, val: Batches) -> float:
+        space, states = self.job.objective.space, {name: tensor.detach()[None] for name, tensor in self.state.items()}
+        images = None if space.images is None else lambda x: space.features(states, x)[0]
+        return accuracy(space.classes(states)[0], val, normalize=space.normalize, images=images).accuracy
 
     def write(self, folder: Path) -> None:
         """Replace the state on disk in one step, so that a kill leaves the old one or the new one."""
-        momentum = self.optimizer.state[self.parameter].get("momentum_buffer")
-        tensors = {"parameter": self.parameter.detach(), "best": self.best}
-        tensors |= {} if momentum is None else {"momentum": momentum}
+        tensors: State = {}
+        for name, tensor in self.state.items():
+            tensors[f"state.{name}"], tensors[f"best.{name}"] = tensor.detach(), self.best[name]
+            kept = {key: value for key, value in self.optimizer.state[tensor].items() if isinstance(value, Tensor)}
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in kept.items()}
         record = {"settings": self.settings, "history": self.history, "best_epoch": self.best_epoch}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         record["digest"] = short_digest(*(tensors[name] for name in sorted(tensors)))
@@ -179,9 +197,11 @@ class TrainingRun:
                 record = json.loads(file.metadata()["run"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             settings, history, best_epoch = (record[name] for name in ("settings", "history", "best_epoch"))
-            parameter, best = tensors["parameter"], tensors["best"]
             if short_digest(*(tensors[name] for name in sorted(tensors))) != record["digest"]:
                 raise ValueError("its checksum is wrong")
+            tensors = _renamed(tensors, list(self.state))
+            if not {"state", "best"} <= {name.split(".")[0] for name in tensors}:
+                raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: {path} cannot be read ({error}): delete it to start anew") from error
         for name in {**settings, **self.settings}:
@@ -190,14 +210,32 @@ class TrainingRun:
                 raise ValueError(
                     f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}"
                 )
-        self.history, self.best_epoch, self.best = history, best_epoch, best.to(self.parameter)
-        with torch.no_grad():
-            self.parameter.copy_(parameter)
-        if "momentum" in tensors:
-            self.optimizer.state[self.parameter]["momentum_buffer"] = tensors["momentum"].to(self.parameter)
+        self.history, self.best_epoch = history, best_epoch
+        for name, tensor in self.state.items():
+            self.best[name] = tensors[f"best.{name}"].to(tensor)
+            with torch.no_grad():
+                tensor.copy_(tensors[f"state.{name}"])
+            for key, value in tensors.items():
+                slot = key.removeprefix("optimizer.").removesuffix(f".{name}")
+                if key == f"optimizer.{slot}.{name}":
+                    self.optimizer.state[tensor][slot] = value if slot == "step" else value.to(tensor)
 
 
-def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch: int, which: str) -> None:
+def _renamed(tensors: State, names: list[str]) -> State:
+    """The tensors of a state file of version 0.1, which knew one parameter: a head's bias was its last column."""
+    if "parameter" not in tensors:
+        return tensors
+    found = {}
+    for old, new in {"parameter": "state", "best": "best", "momentum": "optimizer.momentum_buffer"}.items():
+        if old not in tensors:
+            continue
+        both = len(names) == 2
+        parts = [tensors[old][:, :-1], tensors[old][:, -1]] if both else [tensors[old]]
+        found |= {f"{new}.{name}": part.contiguous() for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def _check_finite(record: Tensor, state: State, names: Sequence[str], epoch: int, which: str) -> None:
     """One look an epoch, so that the loop never waits for the device."""
     broken = ~record.isfinite()
     if broken.any():
@@ -209,7 +247,7 @@ def _check_finite(record: Tensor, parameter: Tensor, names: Sequence[str], epoch
             f"the term {name!r}{which} became {value} at step {epoch * len(record) + step + 1} (epoch {epoch + 1}): "
             "lower lr, or look at the features"
         )
-    if not parameter.isfinite().all():
+    if not all(tensor.isfinite().all() for tensor in state.values()):
         raise FloatingPointError(
             f"the solution{which} became NaN or infinite at the end of epoch {epoch + 1}: lower lr"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,30 @@ import torch
 from torch import Tensor
 
 from mergetune import ops
-from mergetune.clip import PLAIN, PRECISIONS, FrozenClip, check_templates, words_before
-from mergetune.data import FeatureCache
+from mergetune.clip import PLAIN, PRECISIONS, FrozenClip, check_templates
+from mergetune.data import Batches
 from mergetune.facts import FitOptions, recorded
 from mergetune.facts.function_options import SPACES, SURROGATES
-from mergetune.solutions import Head, Prompt, Solution, check_compatible, check_same_text
+from mergetune.solutions import (
+    Solution,
+    Space,
+    check_compatible,
+    check_same_shapes,
+    image_features,
+    space_of,
+    stack_states,
+    stacked,
+)
 from mergetune.training.curvature import fisher_diagonal
-from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of
+from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
-from mergetune.training.objective import Objective, path_points
+from mergetune.training.objective import Anchors, Near, Objective, path_points
 from mergetune.training.runs import FitResult, short_digest
 
 
 def fit(
     clip: FrozenClip,
-    features: FeatureCache,
+    features: Batches,
     tuned: Solution | Sequence[Solution],
     *,
     zero_shot: str | Sequence[str] | Solution | None = None,
@@ -40,6 +49,7 @@ def fit(
     epochs: int = 50,
     batch_size: int = 128,
     lr: float = 2e-3,
+    optimizer: str = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     warmup_epochs: int = 1,
@@ -48,7 +58,7 @@ def fit(
     precision: str = "auto",
     backend: str | None = None,
     cuda_graph: bool = False,
-    val: FeatureCache | None = None,
+    val: Batches | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -73,7 +83,7 @@ def fit(
             (diagonal Gauss-Newton), "cosine" or "l2" (official code). On class weights, in both spaces.
         space: "embedding" interpolates class embeddings (official code), "parameter" what is trained; one for heads.
         epochs, batch_size, lr: paper 50, 128, 2e-3.
-        momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`Training`.
+        optimizer, momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`Training`.
         seed: of the order of the batches, the choice of views and the random grid.
         precision: of the text tower: "float32", "bfloat16", or "auto", the faster one here. What is trained, its
             optimiser and the loss are float32.
@@ -90,19 +100,19 @@ def fit(
     job = fit_job(
         clip, features, tuned,
         zero_shot=zero_shot, lam=lam, beta=beta, tau=tau, points=points, grid=grid, surrogate=surrogate,
-        space=space, precision=precision, epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum,
-        weight_decay=weight_decay, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, seed=seed, backend=backend,
-        cuda_graph=cuda_graph, val=val, resume=resume, progress=progress,
+        space=space, precision=precision, epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer,
+        momentum=momentum, weight_decay=weight_decay, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, seed=seed,
+        backend=backend, cuda_graph=cuda_graph, val=val, resume=resume, progress=progress,
     )  # fmt: skip
     return train_together([job])[0]
 
 
 def fit_job(
     clip: FrozenClip,
-    features: FeatureCache,
+    features: Batches,
     tuned: Solution | Sequence[Solution],
     *,
-    val: FeatureCache | None = None,
+    val: Batches | None = None,
     resume: str | Path | None = None,
     progress: bool = True,
     **given: Any,
@@ -116,16 +126,61 @@ def fit_job(
     options = FitOptions(**given)
     training = training_of(options)
     precision = tower_precision(options.precision, clip.device)
-    anchors = [tuned] if isinstance(tuned, Prompt | Head | str) else list(tuned)
-    if others := [anchor for anchor in anchors if not isinstance(anchor, Prompt | Head)]:
-        raise TypeError(f"tuned must be a Prompt or Head, or several, got {others[0]!r}: load it first")
+    anchors = [tuned] if isinstance(tuned, Solution | str) else list(tuned)
+    if others := [anchor for anchor in anchors if not isinstance(anchor, Solution)]:
+        raise TypeError(f"tuned must be a solution, or several, got {others[0]!r}: load it first")
     if not anchors:
         raise ValueError("tuned must hold at least one solution, got none")
+    betas = _betas(options, len(anchors))
+    alphas = path_points(options.grid, options.points)
+    check_cuda_graph(options.cuda_graph, clip.device, random=alphas is None)
+    # Heads come with the logit scale beside their weight or in it: one unit for all, so that lam and lr mean the same.
+    anchors = [anchor.rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
+    solution, classnames = anchors[0], features.classnames
+    for other in anchors[1:]:
+        check_compatible(solution, other, space=options.space)
+        check_same_shapes(solution, other)
+    check_features(clip, solution, features, val)
+    if options.backend is None:
+        ops.ensure_verified(clip.device, progress=progress)
+
+    space = space_of(clip, solution, classnames, precision=PRECISIONS[precision])
+    near, w1, start_at = _zero_shot(clip, features, options, solution, space)
+    states = stack_states([anchor.state() for anchor in anchors], clip.device)
+    start = solution.mean_of(states)
+    if start_at is not None:
+        start = solution.between(stacked(start_at.state(), clip.device), start, options.tau)
+    start = {name: tensor[0] for name, tensor in start.items()}
+    paths = Anchors(
+        classes=torch.stack([anchor.class_weights(clip, classnames).float() for anchor in anchors]),
+        betas=torch.tensor(betas, device=clip.device),
+        alphas=None if alphas is None else alphas.to(clip.device),
+        points=options.points,
+        images=None if space.images is None else _images_of(clip, anchors),
+        state=states if options.space == "parameter" else None,
+    )
+    settings = {"stage": "fit", "tuned": [short_digest(*anchor.identity) for anchor in anchors]}
+    settings |= recorded(
+        options,
+        zero_shot=w1,
+        beta=betas,
+        points=options.points if alphas is None else len(alphas),
+        grid=options.grid if isinstance(options.grid, str) else [float(t) for t in options.grid],
+        precision=precision,
+    )
+    return Job(
+        clip, Objective(space, paths, near, options.backend), solution.with_state(start), features, training,
+        without_sgd(settings), cuda_graph=options.cuda_graph, val=val, resume=resume, progress=progress,
+    )  # fmt: skip
+
+
+def _betas(options: FitOptions, count: int) -> list[float]:
+    """The weight of each path; refuses values out of their range."""
     beta = options.beta
     one = isinstance(beta, Real | float | int)  # Real holds the others too, but not for type checkers
-    betas = [float(beta)] * len(anchors) if one else [float(b) for b in beta]
-    if len(betas) != len(anchors):
-        raise ValueError(f"beta must be one number, or one for each of the {len(anchors)} solutions, got {len(betas)}")
+    betas = [float(beta)] * count if one else [float(b) for b in beta]
+    if len(betas) != count:
+        raise ValueError(f"beta must be one number, or one for each of the {count} solutions, got {len(betas)}")
     for name, values in (("lam", [options.lam]), ("beta", betas)):
         if not all(math.isfinite(value) and value >= 0 for value in values):
             raise ValueError(
@@ -137,100 +192,71 @@ def fit_job(
         raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {options.surrogate!r}")
     if options.space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {options.space!r}")
-    alphas = path_points(options.grid, options.points)
-    check_cuda_graph(options.cuda_graph, clip.device, random=alphas is None)
-    # Heads come with the logit scale beside their weight or in it: one unit for all, so that lam and lr mean the same.
-    anchors = [anchor.rescaled(clip.logit_scale) if isinstance(anchor, Head) else anchor for anchor in anchors]
-    for other in anchors[1:]:
-        check_compatible(anchors[0], other)
-        if options.space == "parameter":
-            check_same_text(anchors[0], other)
-    check_features(clip, features, val)
-    if options.backend is None:
-        ops.ensure_verified(clip.device, progress=progress)
-
-    classnames, solution = features.classnames, anchors[0]
-    encode = solution.encoder(clip, classnames, precision=PRECISIONS[precision])
-    w1, start_at = _zero_shot(clip, classnames, options.zero_shot, solution, needed=options.tau < 1)
-    anchor_parameters = torch.stack([anchor.parameter.float().to(clip.device) for anchor in anchors])
-    middle = anchor_parameters.mean(0)
-    start = middle if start_at is None else (1 - options.tau) * start_at.to(middle) + options.tau * middle
-    weights = torch.stack([anchor.class_weights(clip, classnames).float() for anchor in anchors])
-    scale, normalize, curvature = solution.scale(clip), solution.normalize, None
-    if options.surrogate == "fisher":
-        curvature = fisher_diagonal(features, w1, scale=scale, normalize=normalize)
-    objective = Objective(
-        encode=encode,
-        scale=scale,
-        normalize=normalize,
-        anchors=weights if options.space == "embedding" else anchor_parameters,
-        betas=torch.tensor(betas, device=clip.device),
-        alphas=None if alphas is None else alphas.to(clip.device),
-        points=options.points,
-        space=options.space,
-        w1=w1,
-        lam=options.lam,
-        surrogate=options.surrogate,
-        curvature=curvature,
-        backend=options.backend,
-    )
-    settings = {"stage": "fit", "tuned": [short_digest(anchor.parameter, *_text(anchor)) for anchor in anchors]}
-    settings |= recorded(
-        options,
-        zero_shot=short_digest(w1),
-        beta=betas,
-        points=options.points if alphas is None else len(alphas),
-        grid=options.grid if isinstance(options.grid, str) else [float(t) for t in options.grid],
-        precision=precision,
-    )
-    start = solution.with_parameter(start)
-    return Job(
-        clip, objective, start, features, training, settings, cuda_graph=options.cuda_graph, val=val, resume=resume,
-        progress=progress,
-    )  # fmt: skip
+    return betas
 
 
 def _zero_shot(
-    clip: FrozenClip,
-    classnames: Sequence[str],
-    zero_shot: str | Sequence[str] | Solution | None,
-    tuned: Solution,
-    *,
-    needed: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The zero-shot class weights [C, D], and the zero-shot parameter (None if it is not ``needed``).
-
-    The parameter of templates is the words of the first that has a token for each of tuned's context vectors, the plain
-    "a photo of a" if none has: a dataset's own template, "{} texture.", may have no words in front of the name.
-    """
+    clip: FrozenClip, features: Batches, options: FitOptions, tuned: Solution, space: Space
+) -> tuple[Near, str, Solution | None]:
+    """The surrogate around the zero-shot solution; a digest of that; and the solution that tau mixes in, if any."""
+    zero_shot, classnames = options.zero_shot, features.classnames
     given, templates = None, ()
-    if isinstance(zero_shot, Prompt | Head):
-        given = zero_shot
+    if isinstance(zero_shot, Solution):
+        if type(zero_shot) is not type(tuned):
+            raise TypeError(
+                f"zero_shot must be a {tuned.kind} or templates where tuned is a {tuned.kind}, got a {zero_shot.kind}"
+            )
+        given = zero_shot.in_form_of(tuned)
+        points: Sequence[Solution] = [given]
+        if tuned.surrogate_on == "state":
+            check_compatible(given, tuned)
     else:
         templates = check_templates(PLAIN if zero_shot is None else zero_shot)
-    if isinstance(tuned, Head):
-        if given is None:
-            given = Head.zero_shot(clip, classnames, templates, bias=tuned.bias is not None)
-        given = given.rescaled(tuned.logit_scale) if isinstance(given, Head) else given
-        check_compatible(given, tuned)
-        return given.class_weights(clip, classnames), given.parameter
-    if isinstance(given, Head):
-        raise TypeError("zero_shot must be a prompt or templates where tuned is a prompt, got a head")
-    w1 = given.class_weights(clip, classnames) if given else clip.class_embeddings(classnames, templates)
-    if not needed:
-        return w1, None
-    starts = [given] if given else [Prompt.from_template(clip, t) for t in (*templates, PLAIN) if words_before(t)]
-    starts = [p.per_class(classnames) if tuned.classnames is not None and p.classnames is None else p for p in starts]
-    fitting = [prompt for prompt in starts if prompt.parameter.shape == tuned.parameter.shape]
-    if not fitting:
-        raise ValueError(
-            f"zero_shot must have context vectors of tuned's shape {list(tuned.parameter.shape)} for tau < 1, "
-            f"got {list(starts[0].parameter.shape)} from {starts[0].template!r}: give a template with {tuned.n_ctx} "
-            "tokens before {}, or tau=1 to start at tuned"
-        )
-    return w1, fitting[0].parameter
+        points = tuned.zero_shot_points(clip, classnames, templates)
+    if not points:
+        if options.lam or options.tau < 1:
+            raise ValueError(
+                f"lam must be 0 and tau 1 for a {tuned.kind}, got {options.lam} and {options.tau}: it has no zero-shot "
+                "point in its form"
+            )
+        return Near(0.0, distance=lambda states: tuned.distance(states, states)), "none", None
+    start = _start_at(points, tuned) if options.tau < 1 or tuned.surrogate_on == "state" else None
+    if tuned.surrogate_on == "state":
+        assert start is not None
+        if options.surrogate != "identity":
+            raise ValueError(f"surrogate must be identity for a {tuned.kind}, got {options.surrogate!r}")
+        w1 = stacked(start.state(), clip.device)
+        near = Near(options.lam, distance=lambda states: tuned.distance(states, w1))
+        return near, short_digest(*start.identity), start if options.tau < 1 else None
+    if given is None:
+        classes = tuned.zero_shot_classes(clip, classnames, templates)
+    else:
+        given.check_classes(classnames)
+        classes = given.class_weights(clip, classnames)
+    curvature = None
+    if options.surrogate == "fisher":
+        curvature = fisher_diagonal(features, classes, scale=space.scale, normalize=space.normalize)
+    return Near(options.lam, options.surrogate, classes, curvature), short_digest(classes), start
 
 
-def _text(solution: Solution) -> tuple[str, ...]:
-    """What a prompt's embeddings depend on beside its context."""
-    return (solution.template, solution.position) if isinstance(solution, Prompt) else ()
+def _start_at(points: Sequence[Solution], tuned: Solution) -> Solution:
+    """The first zero-shot point that has the shapes of tuned."""
+    for point in points:
+        if tuned.starts_at(point):
+            return point
+    theirs, own = ([list(t.shape) for t in s.state().values()][0] for s in (points[0], tuned))
+    raise ValueError(
+        f"zero_shot must have tuned's shape {own} for tau < 1, got {theirs}: give a template with as many tokens "
+        "before {} as tuned has context vectors, or tau=1 to start at tuned"
+    )
+
+
+def _images_of(clip: FrozenClip, anchors: Sequence[Solution]) -> Callable[[Tensor], Tensor]:
+    """What is read of B images -> each anchor's image features, [K, B, D]."""
+    own = [image_features(clip, anchor) for anchor in anchors]
+
+    @torch.no_grad()
+    def images(x: Tensor) -> Tensor:
+        return torch.stack([x if function is None else function(x) for function in own])
+
+    return images

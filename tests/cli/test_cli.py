@@ -105,8 +105,8 @@ def test_options_of_the_functions_are_options_of_the_commands(work, model, tmp_p
     assert given["settings"]["zero_shot"] != fitted["settings"]["zero_shot"]
     images = ["fit", work / "images", "--backbone", model, "--out", tmp_path / "no"]
     for wrong, message in (
-        ([*images, "--tune", "method=head"], "--tune must not hold method: the command's own options say it"),
-        ([*images, "--val", work / "cache" / "test"], "--val goes with --cache"),
+        ([*images, "--tune", "method=head"], "--tune must not hold method, got 'head': use --method instead"),
+        ([*images, "--val", work / "cache" / "test"], "--val needs --cache"),
         ([*arguments, "--out", tmp_path / "no", "--tune", "epochs=3"], "--tune is for stage 1 on images"),
     ):
         refused = invoke(*wrong)
@@ -136,7 +136,7 @@ def test_fit_takes_a_folder_of_images_the_whole_way(work, model, tmp_path):
     )
     assert head.exit_code == 0 and "MERGETUNE" in head.stdout
     both = invoke(*arguments, "--cache", work / "cache" / "train")
-    assert both.exit_code == 2 and "give a folder of images or --cache, one of them" in " ".join(both.stderr.split())
+    assert both.exit_code == 2 and "give either a folder of images or --cache" in " ".join(both.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_fit_takes_a_folder_of_images_the_whole_way(work, model, tmp_path):
         (["--tuned", "nowhere"], "nowhere"),
         (["--tuned", "{work}/coop", "--tau", "1.5"], "tau must lie in [0, 1], got 1.5"),
         (["--tuned", "{work}/coop", "--points", "0"], "points must be a whole number of at least 1, got 0"),
-        (["--tuned", "{work}/coop", "--classes", "half"], "classes must be all, base or novel, got 'half'"),
+        (["--tuned", "{work}/coop", "--classes", "half"], "--classes must be all, base or novel, got 'half'"),
         (["--tuned", "{work}/coop", "--template", "no place for a name"], "exactly one {}"),
     ],
 )

@@ -14,10 +14,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from opaque_cases import TEXT_MODELS, write_text_model
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import encoder
 from torch import Tensor, nn
 
 from mergetune import FeatureCache, FrozenClip, Prompt, evaluate, fit, load_clip, tune
@@ -31,7 +33,7 @@ VOCABULARY = 1000
 class Words:
     """Stands for a tokenizer that open_clip downloads: hashed words, with that one's special tokens and cleaning."""
 
-    length: int
+    context_length: int
     end: int
     pad: int
     start: int | None = None
@@ -39,7 +41,7 @@ class Words:
     clean: str = "whitespace"
 
     def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
-        room = (context_length or self.length) - (self.last is not None)
+        room = (context_length or self.context_length) - (self.last is not None)
         tokens = torch.full((len(texts), room), self.pad)
         for row, text in zip(tokens, texts, strict=True):
             words = re.findall(r"\w+|[^\w\s]", get_clean_fn(self.clean)(text))
@@ -124,7 +126,8 @@ def small_config(name: str) -> dict:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if name == "CLIPS":
         text.update(context_length=80, act_kwargs={"approximate": "tanh"})
-    text.update(width=2 * text["width"] // text["heads"], heads=2, layers=2)
+    if "hf_model_name" not in text:
+        text.update(width=2 * text["width"] // text["heads"], heads=2, layers=2)
     if text.get("proj_type") == "none":
         text["width"] = 32
     if "timm_model_name" not in vision:
@@ -134,7 +137,9 @@ def small_config(name: str) -> dict:
 
 
 def make(name: str, config: dict, tokenizer) -> FrozenClip:
-    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    kind = open_clip.CoCa if "multimodal_cfg" in config else kind
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timm, "create_model", small_trunk)
@@ -188,7 +193,7 @@ def assert_same_features_and_gradient(clip: FrozenClip, first: int, shared: bool
     ctx = torch.randn(shape, generator=generator).requires_grad_()
     prompt = Prompt(ctx.detach(), TEMPLATE, classnames=None if shared else NAMES)
     double = SimpleNamespace(model=copy.deepcopy(clip.model).double(), tokenizer=clip.tokenizer)
-    ours, plain = prompt.encoder(clip, NAMES)(ctx[None])[0], encode_text(clip, ctx, first)
+    ours, plain = encoder(clip, prompt, NAMES)(ctx[None])[0], encode_text(clip, ctx, first)
     true = encode_text(double, ctx.double(), first)
     pull = torch.randn(plain.shape, generator=generator)
     gradients = [torch.autograd.grad((pull * features).sum(), ctx)[0] for features in (ours, plain, true)]
@@ -243,26 +248,37 @@ def test_images_and_logits(name):
     assert_relative(clip.logit_scale * x @ weight.T + clip.logit_bias, expected)
 
 
-def test_every_model_of_open_clip():
-    """Whatever open_clip lists: its text tower is ours, or the model is refused before anything is downloaded."""
+def test_every_model_of_open_clip(tmp_path):
+    """Whatever open_clip lists: class embeddings are its own. Prompts are, too, or the text tower is named."""
     seen = set()
     for name in open_clip.list_models():
-        config = open_clip.get_model_config(name)
-        if "multimodal_cfg" in config or "hf_model_name" in config["text_cfg"]:
-            with pytest.raises(
-                TypeError, match="got CoCa|got HFTextEncoder: Hugging Face's text models .* not supported"
-            ):
-                load_clip(name, "a tag")
-            continue
         config = small_config(name)
-        text = config["text_cfg"] = {**config["text_cfg"], "vocab_size": VOCABULARY}
+        vision, text = config["vision_cfg"], config["text_cfg"]
         config["vision_cfg"] = {"image_size": 8, "patch_size": 8, "layers": 1, "width": 8, "head_width": 8}
-        if (key := json.dumps(config, sort_keys=True)) not in seen:
-            seen.add(key)
-            end = text["eos_id"] if text.get("pool_type") == "eos" else VOCABULARY - 1  # argmax: the highest
-            clip = make(name, config, Words(text["context_length"], start=5, end=end, pad=0))
+        if "multimodal_cfg" in config:
+            config["multimodal_cfg"] |= {"width": 32, "heads": 2, "layers": 1, "vocab_size": VOCABULARY}
+            config["vision_cfg"] |= {key: vision[key] for key in ("attentional_pool", "output_tokens") if key in vision}
+        config["text_cfg"] = text = {**text, "vocab_size": VOCABULARY}
+        if (key := json.dumps(config, sort_keys=True)) in seen:
+            continue
+        seen.add(key)
+        end = text["eos_id"] if text.get("pool_type") == "eos" else VOCABULARY - 1  # argmax: the highest
+        tower = "TextTransformer"
+        if hub := text.get("hf_model_name"):
+            tower = "HFTextEncoder"
+            folder = write_text_model(tmp_path / name, TEXT_MODELS[hub], vocab_size=VOCABULARY)
+            text |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
+        clip = make(name, config, Words(text.get("context_length", 77), start=5, end=end, pad=0))
+        expected = clip.model.encode_text(clip.tokenizer([TEMPLATE.format(text) for text in NAMES]))
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        assert_relative(clip.class_embeddings(NAMES, TEMPLATE), F.normalize(expected, dim=-1))
+        assert clip.embed_dim == 32 and clip.takes_prompts == (not hub and "multimodal_cfg" not in config)
+        if clip.takes_prompts:
             assert_same_features_and_gradient(clip, 1, shared=True)
-    assert len(seen) > 20
+        else:
+            with pytest.raises(TypeError, match=f"{tower} .*takes no prompts|got {tower}: .*takes no prompts"):
+                Prompt.from_template(clip, TEMPLATE)
+    assert len(seen) > 30
 
 
 # -- sigmoid models ---------------------------------------------------------------------------------------------------

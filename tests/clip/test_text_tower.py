@@ -3,6 +3,8 @@
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
+from tiny import encoder
 from torch import Tensor, nn
 from tower_cases import CONTEXT, EOS, FIRST, LENGTH, NAMES, PAD, Words, clip_and_tokens, contexts, tower
 
@@ -157,7 +159,7 @@ def test_positions_are_coops(position, shared, name):
     ctx = contexts(clip, 2, None if shared else len(NAMES))
     words = "x x x {}" if name == "eos" else "x x x {} z"
     prompt = Prompt(ctx[0].detach(), words, None if shared else NAMES, position=position)
-    got = prompt.encoder(clip, NAMES)(ctx)
+    got = encoder(clip, prompt, NAMES)(ctx)
     expected = coop_features(model, clip.tokenize([words.format(name) for name in NAMES]), ctx, position)
     assert_relative(got.detach(), expected.detach())
     pull = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
@@ -170,7 +172,7 @@ def test_positions_without_a_start_token(position, causal):
     model = tower(open_clip.CustomTextCLIP, pool_type="last", no_causal_mask=not causal)
     clip = FrozenClip(model, Words(start=False, end=EOS), "tiny")
     ctx = contexts(clip, 1)
-    got = Prompt(ctx[0].detach(), "x x x {} z", position=position).encoder(clip, NAMES)(ctx)
+    got = encoder(clip, Prompt(ctx[0].detach(), "x x x {} z", position=position))(ctx)
     tokens = clip.tokenize([f"x x x {name} z" for name in NAMES])
     expected = coop_features(model, tokens, ctx, position, first=0)
     assert_relative(got.detach(), expected.detach())
@@ -197,7 +199,7 @@ def test_what_stands_before_the_name_is_shared():
     clip, _ = clip_and_tokens(tower())
     own = sum(len(name.split()) + 2 for name in NAMES)  # with "z" and the end
     ctx = contexts(clip, 1)[0].detach()
-    packed = {p: rows(Prompt(ctx, "x x x {} z", position=p).encoder(clip, NAMES)) for p in ("end", "middle", "front")}
+    packed = {p: rows(encoder(clip, Prompt(ctx, "x x x {} z", position=p))) for p in ("end", "middle", "front")}
     assert packed == {"end": own, "middle": own + 2 * len(NAMES), "front": own + 3 * len(NAMES)}
 
 
@@ -385,16 +387,7 @@ def test_under_autocast(backward_inside):
     assert_relative(got, expected, 0.1)
 
 
-# -- refused towers ----------------------------------------------------------------------------------------------------
-
-
-def hugging_face() -> nn.Module:
-    """open_clip's HFTextEncoder needs transformers; its type is what is looked at."""
-    model = tower(open_clip.CustomTextCLIP)
-    text = type("HFTextEncoder", (nn.Module,), {})()
-    text.transformer = nn.Linear(2, 2)
-    model.text = text
-    return model
+# -- opaque towers -----------------------------------------------------------------------------------------------------
 
 
 def padding_mask() -> nn.Module:
@@ -404,27 +397,55 @@ def padding_mask() -> nn.Module:
     return model
 
 
-REFUSED = {
-    "hugging face": (hugging_face, "TextTransformer, got HFTextEncoder"),
+OPAQUE = {
     "class token": (lambda: tower(open_clip.CustomTextCLIP, embed_cls=True), r"class token \(CoCa\)"),
     "padding mask": (padding_mask, "padding mask"),
     "pools first": (lambda: tower(pool_type="first"), "must pool by argmax, eos or last, got 'first'"),
-    "pools none": (lambda: tower(open_clip.CustomTextCLIP, pool_type="none"), "must pool by .* got 'none'"),
     "custom block": (lambda: tower(block_type="custom"), "ResidualAttentionBlock, got CustomResidualAttentionBlock"),
     "query norm": (lambda: tower(qk_norm=True), "ResidualAttentionBlock, got CustomResidualAttentionBlock"),
-    "another model": (lambda: nn.Linear(2, 2), "open_clip's CLIP or CustomTextCLIP, got Linear"),
+    "no projection": (lambda: tower(qk_norm=True, proj_type="none"), "got CustomResidualAttentionBlock"),
 }
 
 
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_towers_that_are_not_understood_are_refused_by_name(name):
-    make, message = REFUSED[name]
-    with pytest.raises(TypeError, match=message):
-        FrozenClip(make(), Words(), "tiny")
+@pytest.mark.parametrize("name", list(OPAQUE))
+def test_towers_that_cannot_be_taken_apart_encode_texts_and_are_named_to_prompts(name):
+    make, message = OPAQUE[name]
+    model = make()
+    clip = FrozenClip(model, Words(), "tiny")
+    expected = F.normalize(model.encode_text(clip.tokenizer([f"x {name}" for name in NAMES])), dim=-1)
+    assert_relative(clip.class_embeddings(NAMES, "x {}"), expected)
+    assert (clip.embed_dim, clip.context_length) == (expected.shape[1], LENGTH)
+    with pytest.raises(TypeError, match=f"{message}.*: this CLIP takes no prompts"):
+        Prompt.from_template(clip, "x x x {}")
 
 
-def test_coca_is_refused():
-    model = open_clip.CoCa.__new__(open_clip.CoCa)
-    nn.Module.__init__(model)
-    with pytest.raises(TypeError, match="got CoCa"):
-        FrozenClip(model, Words(), "tiny")
+def test_a_model_that_adds_to_its_tower_is_opaque():
+    """Whatever its tower looks like: only the model itself knows what it makes of a text."""
+
+    class Adapted(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.visual, self.text, self.logit_scale = model.visual, model.text, model.logit_scale
+            self.adapter = nn.Linear(8, 8)
+            self.encode_image = model.encode_image
+
+        def encode_text(self, text: Tensor) -> Tensor:
+            return self.adapter(self.text(text))
+
+    model = Adapted(tower(open_clip.CustomTextCLIP))
+    clip = FrozenClip(model, Words(), "tiny")
+    expected = F.normalize(model.encode_text(clip.tokenize([f"x {name}" for name in NAMES])), dim=-1)
+    assert_relative(clip.class_embeddings(NAMES, "x {}"), expected)
+    with pytest.raises(TypeError, match="got TextTransformer of Adapted: this CLIP takes no prompts"):
+        _ = clip.text
+
+
+def test_a_model_that_gives_more_than_a_row_a_text_is_refused_by_name():
+    clip = FrozenClip(tower(open_clip.CustomTextCLIP, pool_type="none"), Words(), "tiny")
+    with pytest.raises(TypeError, match=r"encode_text must give \[n, D\] for 5 texts, got .* from CustomTextCLIP"):
+        clip.class_embeddings(NAMES, "x {}")
+
+
+def test_a_model_that_is_no_clip_is_refused_by_name():
+    with pytest.raises(TypeError, match="model must have encode_image, .* got Linear without encode_image"):
+        FrozenClip(nn.Linear(2, 2), Words(), "tiny")

@@ -51,7 +51,7 @@ def test_a_copied_data_set_is_the_same_and_a_changed_image_is_not(images, tmp_pa
     content = bytearray(changed.read_bytes())
     content[-20] ^= 1  # same size
     changed.write_bytes(content)
-    message = r"is stale: 1 of 11 images below .* not what was encoded, the first is '003.png'; overwrite=True"
+    message = r"is stale: 1 of 11 images below .* differ from the encoded ones, the first is '003.png'; overwrite=True"
     with pytest.raises(ValueError, match=message):
         cache_features(TinyClip(), copied, tmp_path / "cache")
     cache_features(NoMoreEncoding(), copied.take([0, 1]), tmp_path / "cache")
@@ -62,7 +62,7 @@ def test_a_copied_data_set_is_the_same_and_a_changed_image_is_not(images, tmp_pa
     with pytest.raises(ValueError, match=message):
         FeatureCache.open(tmp_path / "cache").verify(images)
     (images.root / "003.png").unlink()
-    with pytest.raises(ValueError, match="missing or not what was encoded, the first is '003.png'"):
+    with pytest.raises(ValueError, match="missing or differ from the encoded ones, the first is '003.png'"):
         cache_features(TinyClip(), images, tmp_path / "cache")
 
 
@@ -86,12 +86,12 @@ def test_an_image_that_was_only_touched_is_read_once_more_and_never_again(images
         (
             TinyClip(image_fingerprint="other weights"),
             {},
-            "the image weights must be what .*tiny weights, got other weights",
+            "the image weights must be tiny weights, as .*, got other weights",
         ),
         (TinyClip(preprocess_cfg={"size": 9}), {}, "the preprocessing must be"),
-        (TinyClip(), {"dtype": "float16"}, "dtype must be what it was built with, float32, got float16"),
-        (TinyClip(), {"views": 3}, "views must be what it was built with, 2, got 3"),
-        (TinyClip(), {"seed": 5}, "the seed of the augmented views must be what it was built with, 0, got 5"),
+        (TinyClip(), {"dtype": "float16"}, "dtype must be float32, as when the cache was built, got float16"),
+        (TinyClip(), {"views": 3}, "views must be 2, as when the cache was built, got 3"),
+        (TinyClip(), {"seed": 5}, "the seed of the augmented views must be 0, as when the cache was built, got 5"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
@@ -101,7 +101,7 @@ def test_stale_cache_is_refused_and_rebuilt_on_request(images, tmp_path, clip, s
         unfinish(tmp_path / "cache")
     before = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
     settings = {**BUILD, **settings}
-    with pytest.raises(ValueError, match=f"is stale: {message}.*; overwrite=True rebuilds it"):
+    with pytest.raises(ValueError, match=f"is stale: {message}.*; overwrite=True \\(--overwrite\\) rebuilds the cache"):
         cache_features(clip, images, tmp_path / "cache", **settings)
     assert {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == before
     rebuilt = cache_features(clip, images, tmp_path / "cache", **settings, overwrite=True)
@@ -125,7 +125,7 @@ def test_unfinished_cache_says_so(images, tmp_path):
     unfinish(tmp_path / "cache")
     with pytest.raises(ValueError, match=r"is unfinished \(2 of 3 shards\): call cache_features again"):
         FeatureCache.open(tmp_path / "cache")
-    with pytest.raises(ValueError, match="unfinished and was begun for other images"):
+    with pytest.raises(ValueError, match="unfinished and was started with other images"):
         cache_features(TinyClip(), images.take([0]), tmp_path / "cache", **BUILD)
     relabelled = replace(images, labels=(0,) * 11)
     cache = cache_features(TinyClip(), relabelled, tmp_path / "cache", **{**BUILD, "shard_size": 99})
@@ -199,7 +199,7 @@ def test_truncated_shard_is_refused(images, tmp_path, finished):
     size = shard.stat().st_size
     with shard.open("rb+") as file:
         file.truncate(size - 8)
-    message = f"shard-00001.safetensors is truncated: it must have {size} bytes, got {size - 8}; overwrite=True"
+    message = f"shard-00001.safetensors is truncated: the file must have {size} bytes, got {size - 8}; overwrite=True"
     with pytest.raises(ValueError, match=message):
         cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
     with pytest.raises(ValueError, match=message):
@@ -251,5 +251,7 @@ def test_disk_full_leaves_no_bad_shard(images, tmp_path, monkeypatch):
 
 
 def test_other_peoples_folders_are_left_alone(images, tmp_path):
-    with pytest.raises(ValueError, match="path must be a new folder or a feature cache alone, got .*images with '0"):
+    with pytest.raises(
+        ValueError, match="path must be a new folder or hold only a feature cache, got .*images with '0"
+    ):
         cache_features(TinyClip(), images, images.root, overwrite=True)

@@ -202,9 +202,11 @@ def test_metadata_that_does_not_fit_is_refused(retrieval):
     write_metadata(retrieval, image_path=["000001"] * N, mixed=[None, *LABELS[1:]])
     with pytest.raises(ValueError, match="labels must be given: .* image_path '000001' has no class folder"):
         read_features(retrieval)
-    with pytest.raises(ValueError, match="must have the column 'klass', got image_path, mixed"):
+    with pytest.raises(ValueError, match="must have column 'klass', got image_path, mixed"):
         read_features(retrieval, labels="klass")
-    with pytest.raises(ValueError, match="the column 'mixed' must hold whole numbers or names alone"):
+    with pytest.raises(
+        ValueError, match="labels must name a column of whole numbers only or of names only, got 'mixed'"
+    ):
         read_features(retrieval, labels="mixed", classnames=NAMES)
     file = retrieval / "metadata" / "metadata_2.parquet"
     whole = file.read_bytes()
@@ -224,7 +226,7 @@ def test_missing_metadata_and_missing_pyarrow(retrieval, monkeypatch):
         read_features(retrieval)
     monkeypatch.undo()
     pytest.importorskip("pyarrow")
-    with pytest.raises(FileNotFoundError, match="metadata_0.parquet must be there"):
+    with pytest.raises(FileNotFoundError, match="metadata_0.parquet with the labels must exist"):
         read_features(retrieval)
 
 
@@ -267,14 +269,14 @@ def test_labels_from_anywhere(tmp_path, names, suffix):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"labels": None}, "labels must be given: .*f.npy holds none"),
+        ({"labels": None}, "labels must be given, got None: .*f.npy holds no labels"),
         ({"labels": LABELS[:-1]}, "labels must be one for each of the 12 features of .*f.npy, got 11"),
         ({"labels": [*LABELS[:-1], 3]}, r"labels must lie in \[0, 3\)"),
         ({"labels": [*LABELS[:-1], -1]}, r"labels must lie in \[0, 3\)"),
         ({"labels": [0.5] * N}, "labels must be N whole numbers or names, got float64"),
         ({"labels": [*LABELS[:-1], None]}, "labels must be N whole numbers or names, got object"),
         ({"labels": ["dog"] * N}, "labels must be among the 3 classnames, got 'dog'"),
-        ({"classnames": None}, "classnames must be given: the labels are numbers"),
+        ({"classnames": None}, "classnames must be given, got None: the labels are numbers"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path, arguments, match):
@@ -287,7 +289,7 @@ def test_missing_files(tmp_path):
     np.save(tmp_path / "f.npy", features().numpy())
     with pytest.raises(FileNotFoundError, match="path must be a file or folder of features"):
         read_features(tmp_path / "g.npy", labels=LABELS)
-    with pytest.raises(FileNotFoundError, match="labels must be there, got .*l.txt"):
+    with pytest.raises(FileNotFoundError, match="labels must be an existing file, got .*l.txt"):
         read_features(tmp_path / "f.npy", labels=tmp_path / "l.txt")
     (tmp_path / "f.csv").write_text("1,2")
     with pytest.raises(ValueError, match="f.csv must be .npy, .npz, .pt, .pth, .safetensors or a folder"):

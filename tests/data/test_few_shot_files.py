@@ -53,7 +53,7 @@ def test_stored_draw_must_fit_the_dataset(data, tmp_path):
         ({"train": [*good["train"], good["train"][0]]}, r"images in .*pkl must not repeat, got '.*jpg' twice"),
         ({"train": good["train"][1:]}, "at least one image, got none for 'banded'"),
         ({"train": [(p, str(y), n) for p, y, n in good["train"]]}, "must have a path and a label"),
-        ({"train": [(p, None, n) for p, _, n in good["train"]]}, "the opcode NONE, which such files have no need of"),
+        ({"train": [(p, None, n) for p, _, n in good["train"]]}, "the opcode NONE, which such files do not need"),
     ]
     for number, (content, message) in enumerate(cases):
         path = write_few_shot(tmp_path / f"{number}.pkl", content)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import NAMES, cache, head, normal, prompt
+from tiny import NAMES, cache, head, normal, prompt, with_parameter
 
 from mergetune import (
     FeatureCache,
@@ -268,7 +268,7 @@ def test_the_middle_of_a_path(clip, space):
     if space == "embedding":  # the interpolation comes before the normalisation
         weights = 0.75 * a.class_weights(clip, NAMES) + 0.25 * b.class_weights(clip, NAMES)
     else:
-        weights = a.with_parameter(0.75 * a.ctx + 0.25 * b.ctx).class_weights(clip, NAMES)
+        weights = with_parameter(a, 0.75 * a.ctx + 0.25 * b.ctx).class_weights(clip, NAMES)
     weights = F.normalize(weights, dim=-1)
     loss = F.cross_entropy(clip.logit_scale * features.tensor() @ weights.T, features.labels).item()
     walked = path(clip, a, b, features, points=5, space=space)

@@ -12,12 +12,12 @@ from comparison_cases import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import normal, prompt
+from tiny import encoder, normal, parameter, prompt
 
 from mergetune import FeatureCache, Head, Prompt, interpolate, merging
 from mergetune.experiments import merge_solutions
 from mergetune.merging.catalogue import merge_files, parse_options
-from mergetune.solutions import zero_shot_like
+from mergetune.solutions import space_of, zero_shot_like
 
 
 def head(seed: int = 1, scale: float = 10.0) -> Head:
@@ -75,13 +75,13 @@ def test_merged_prompts_are_the_method_on_their_contexts(clip):
 def test_heads_of_two_logit_scales_are_merged_in_one(clip):
     a, b = head(1), head(2).rescaled(2.5)
     merged = merge_solutions("average", [a, b])
-    expected = (a.parameter + head(2).parameter) / 2
-    torch.testing.assert_close(merged.parameter, expected)
+    expected = (parameter(a) + parameter(head(2))) / 2
+    torch.testing.assert_close(parameter(merged), expected)
     assert merged.logit_scale == 10 and merged.bias is not None
     zero = zero_shot_like(clip, a)
     assert zero.logit_scale == 10 and (zero.bias == 0).all()
     moved = merge_solutions("wise_ft", [a], base=zero, options={"alpha": 0.5})
-    torch.testing.assert_close(moved.parameter, (a.parameter + zero.parameter) / 2)
+    torch.testing.assert_close(parameter(moved), (parameter(a) + parameter(zero)) / 2)
 
 
 def test_fisher_of_a_head_is_the_expected_squared_gradient_in_its_own_scale(clip):
@@ -89,7 +89,7 @@ def test_fisher_of_a_head_is_the_expected_squared_gradient_in_its_own_scale(clip
     from mergetune.experiments import solution_merging as module
 
     features, solution = cache(8), head(scale=2.5)
-    state = {name: t.double().requires_grad_() for name, t in module.state_of(solution).items()}
+    state = {name: t.double().requires_grad_() for name, t in solution.state().items()}
     expected = {name: torch.zeros_like(t) for name, t in state.items()}
     logits = 2.5 * (features.tensor().double() @ state["weight"].T + state["bias"])
     for row in logits.log_softmax(1):
@@ -97,7 +97,7 @@ def test_fisher_of_a_head_is_the_expected_squared_gradient_in_its_own_scale(clip
             gradients = torch.autograd.grad(value, list(state.values()), retain_graph=True)
             for name, gradient in zip(state, gradients, strict=True):
                 expected[name] += value.exp().detach() * gradient.square() / len(logits)
-    found = module._fisher(solution, module.state_of(solution), clip, features)
+    found = module._fisher(space_of(clip, solution, NAMES), solution, solution.state(), clip, features)
     assert found.keys() == expected.keys()
     for name in found:
         torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-9)
@@ -109,7 +109,7 @@ def test_fisher_of_a_prompt_is_the_expected_squared_gradient(clip, monkeypatch):
 
     features, solution = cache(8), prompt()
     x, ctx = features.tensor(), solution.ctx.clone().requires_grad_()
-    encode, expected = solution.encoder(clip, NAMES), torch.zeros_like(solution.ctx)
+    encode, expected = encoder(clip, solution, NAMES), torch.zeros_like(solution.ctx)
     logits = clip.logit_scale * x @ F.normalize(encode(ctx[None])[0], dim=-1).T
     for row in logits.log_softmax(1):
         for value in row:
@@ -117,7 +117,7 @@ def test_fisher_of_a_prompt_is_the_expected_squared_gradient(clip, monkeypatch):
             expected += value.exp().detach() * gradient.square() / len(x)
     many = FeatureCache.from_tensors(x.repeat(60, 1), features.labels.repeat(60), NAMES)
     monkeypatch.setattr(module, "FISHER_IMAGES", 480)
-    found = module._fisher(solution, {"ctx": solution.ctx}, clip, many)["ctx"]
+    found = module._fisher(space_of(clip, solution, NAMES), solution, solution.state(), clip, many)["ctx"]
     assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.97
     assert 0.8 < found.sum() / expected.sum() < 1.25
 
@@ -130,7 +130,7 @@ def test_methods_that_need_data_take_a_cache_and_are_refused_without(clip, metho
     base, features = zero_shot_like(clip, solutions[0]), cache()
     options = {"steps": 3} if method in ("adamerging", "expert_merging", "natural_niches") else {}
     merged = merge_solutions(method, solutions, base=base, clip=clip, features=features, options=options)
-    assert merged.parameter.shape == base.parameter.shape and merged.parameter.isfinite().all()
+    assert parameter(merged).shape == parameter(base).shape and parameter(merged).isfinite().all()
     assert merged.notes["data"] != "none"
     with pytest.raises(ValueError, match="needs cached image features"):
         merge_solutions(method, solutions, base=base)

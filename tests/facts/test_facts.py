@@ -174,6 +174,7 @@ NOT_OPTIONS = {  # keywords that are no options as data, and the command-line op
     "images": "images",
     "path": "--out",
     "tuned": "--tuned",
+    "base": "--base",
     "val": "--val",
     "resume": "--out",
     "progress": None,  # a bar is shown on terminals only

@@ -305,7 +305,7 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
     ("merge", "error", "text"),
     [
         (lambda b, e: m.ties(None, e), ValueError, "ties needs a base"),
-        (lambda b, e: m.lora_lego(b, e), ValueError, "lora_lego takes no base"),
+        (lambda b, e: m.lora_lego(b, e), ValueError, "base must be None for lora_lego"),
         (lambda b, e: m.wise_ft(b, e), ValueError, "wise_ft needs 1 expert"),
         (lambda b, e: m.tsv_m(b, e[:1]), ValueError, "tsv_m needs at least 2 expert"),
         (lambda b, e: m.model_stock(None, e), ValueError, "model_stock needs a base"),
@@ -318,12 +318,12 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (
             lambda b, e: m.average(b, [e[0], {n: t for n, t in e[1].items() if n != "scale"}]),
             ValueError,
-            r"experts\[1\] must hold the tensors of base, got 1 other names: it lacks 'scale'",
+            r"experts\[1\] must hold the tensors of base, got 1 different names: experts\[1\] lacks 'scale'",
         ),
         (
             lambda b, e: m.average(None, [e[0], changed(e[1], more=torch.ones(1))]),
             ValueError,
-            r"experts\[1\] must hold the tensors of experts\[0\], got 1 other names: it holds 'more'",
+            r"experts\[1\] must hold the tensors of experts\[0\], got 1 different names: experts\[1\] holds 'more'",
         ),
         (
             lambda b, e: m.average(b, [changed(e[0], scale=torch.ones(2))]),
@@ -333,17 +333,17 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (
             lambda b, e: m.average(b, [changed(e[0], scale=torch.tensor(1))]),
             TypeError,
-            r"experts\[0\]\['scale'\] must be torch.float64 as in base, or of its kind, got torch.int64",
+            r"experts\[0\]\['scale'\] must be floating point, as base has torch.float64, got torch.int64",
         ),
         (
             lambda b, e: m.average(b, [changed(e[0], steps=torch.tensor(8))]),
             ValueError,
-            r"experts\[0\]\['steps'\] must equal base's: torch.int64 values cannot be merged",
+            r"experts\[0\]\['steps'\] must equal base\['steps'\], got other values: torch.int64 tensors",
         ),
         (
             lambda b, e: m.average(b, [changed(e[0], mask=torch.tensor([True, True]))]),
             ValueError,
-            r"experts\[0\]\['mask'\] must equal base's: torch.bool values",
+            r"experts\[0\]\['mask'\] must equal base\['mask'\], got other values: torch.bool",
         ),
         (
             lambda b, e: m.average(None, [{"z": torch.ones(1, dtype=torch.complex64)}]),
@@ -363,7 +363,7 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (
             lambda b, e: m.fisher_average(b, e, fishers=[{}] * 3),
             ValueError,
-            r"fishers\[0\] must hold the experts' tensors",
+            r"fishers\[0\] must hold the tensors of the experts",
         ),
         (
             lambda b, e: m.fisher_average(b, e, fishers=[changed(positive(k), scale=torch.ones(2)) for k in range(3)]),
@@ -387,13 +387,17 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
         (lambda b, e: m.pcb(b, e, clip=0.5), ValueError, r"clip must be in \[0, 0.5\)"),
         (lambda b, e: m.sce(b, e[:1]), ValueError, "sce needs at least 2 expert"),
         (lambda b, e: m.delta_guided(b, e, power=-1), ValueError, "power must be at least 0"),
-        (lambda b, e: m.layerwise(b, e, coefficients={}), ValueError, "coefficients must be there for every tensor"),
+        (lambda b, e: m.layerwise(b, e, coefficients={}), ValueError, "coefficients must hold every floating"),
         (lambda b, e: m.lines(b, e[:2]), ValueError, "beta must be given for 2 experts"),
-        (lambda b, e: m.lines({"ctx": b["scale"]}, [{"ctx": b["scale"]}]), ValueError, "lines needs names with block"),
+        (
+            lambda b, e: m.lines({"ctx": b["scale"]}, [{"ctx": b["scale"]}]),
+            ValueError,
+            "lines needs names with block",
+        ),
         (lambda b, e: m.compeft(b, e), ValueError, "compeft needs 1 expert"),
         (lambda b, e: m.widen(b, e, normalize=True, calibration=0), ValueError, "calibration must be positive with"),
         (lambda b, e: m.opcm(b, e, alpha=2), ValueError, r"alpha must be in \[0, 1\], got 2"),
-        (lambda b, e: m.lora_lego(None, e), ValueError, "lora_lego needs LoRA factors, matrices in pairs"),
+        (lambda b, e: m.lora_lego(None, e), ValueError, "must hold only LoRA factors, in pairs of matrices lora_A"),
     ],
 )
 def test_refusals(merge: Callable, error: type[Exception], text: str) -> None:
@@ -416,7 +420,7 @@ def test_lora_lego_refuses_pairs_that_do_not_fit() -> None:
     bad = changed(good, **{"x.lora_A.weight": torch.ones(2, 5)})
     with pytest.raises(ValueError, match=r"experts\[1\]\['x.lora_A.weight'\] and its lora_B must have shapes \[r, 5\]"):
         m.lora_lego(None, [good, bad])
-    with pytest.raises(ValueError, match="rank must be from 1 to the experts' ranks together, 6, got 7"):
+    with pytest.raises(ValueError, match="rank must be from 1 to the sum of the experts' ranks, 6, got 7"):
         m.lora_lego(None, [good, good], rank=7)
     with pytest.raises(ValueError, match=r"scales must be positive, got \[1.0, 0.0\]"):
         m.lora_lego(None, [good, good], scales=[1, 0])

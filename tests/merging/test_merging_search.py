@@ -186,7 +186,7 @@ def test_learning_refuses() -> None:
         m.adamerging(base, experts, predict=linear, data=inputs(), per="layer")
     with pytest.raises(ValueError, match=r"start must be within \(0, 1\), got 0"):
         m.expert_merging(base, experts, predict=linear, data=inputs(), start=0)
-    for exclude, text in ((["w", "x*"], "'x\\*', which matches none"), (["*"], "leave something to learn")):
+    for exclude, text in ((["w", "x*"], "'x\\*', which matches no tensor"), (["*"], "leave at least one tensor")):
         with pytest.raises(ValueError, match=f"exclude must .*{text}"):
             m.expert_merging(base, experts, predict=linear, data=inputs(), exclude=exclude)
     with pytest.raises(TypeError, match="exclude must be a list of patterns, got 'w'"):
@@ -281,7 +281,7 @@ def test_evolve_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     space = {"weights": (0, 1, 2), "scale": (0, 2)}
     for start, text in (
         ({"density": 1}, r"start must hold options of space, weights, scale, got 'density'"),
-        ({"weights": [1]}, r"start\['weights'\] must be a number, or 2 of them, got \[1\]"),
+        ({"weights": [1]}, r"start\['weights'\] must be a number or 2 numbers, got \[1\]"),
         ({"scale": [1]}, r"start\['scale'\] must be a number, got \[1\]"),
         ({"weights": [0.5, 1.5]}, r"start\['weights'\] must be within its range, 0 to 1, got \[0.5, 1.5\]"),
         ({"scale": math.nan}, r"start\['scale'\] must be within its range, 0 to 2, got nan"),

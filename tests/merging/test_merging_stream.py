@@ -244,7 +244,7 @@ def test_a_file_that_shrinks_is_seen(tmp_path: Path) -> None:
     file = m.TensorFile(tmp_path / "a")
     with (tmp_path / "a").open("r+b") as stream:
         stream.truncate(len(file.header) + 10)
-    with pytest.raises(ValueError, match="was cut off while it was read"):
+    with pytest.raises(ValueError, match="the file was cut off while it was read"):
         m.average(None, [file])
 
 

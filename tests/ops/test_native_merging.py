@@ -153,7 +153,7 @@ def test_refusals() -> None:
         ops.merge_deltas(base, [], [])
     with pytest.raises(ValueError, match="vote must be None, sum or count, got 'most'"):
         ops.merge_deltas(base, experts, [1, 1], vote="most")
-    with pytest.raises(ValueError, match="votes and shares must be None where there is no vote"):
+    with pytest.raises(ValueError, match="votes and shares must be None without a vote"):
         ops.merge_deltas(base, experts, [1, 1], shares=[1, 1])
     with pytest.raises(TypeError, match="kept must be bool, got torch.float32"):
         ops.merge_deltas(base, experts, [1, 1], kept=torch.ones(2, 10))

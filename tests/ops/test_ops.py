@@ -269,21 +269,39 @@ def test_gradient_reaches_what_w_was_made_from():
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "cpp",
-        "torch",
-    ],
-)
-def test_gradient_flows_to_w_alone(backend):
+def loss_with_leaves(**options) -> tuple[dict, dict[str, Tensor]]:
+    """A call of the loss, and those of its tensors that may take a gradient."""
     size = (9, 4, 6)
-    arguments = {**problem(*size), **zero_shot(*size), "scale": 10.0}
+    arguments = {**problem(*size), **zero_shot(*size), "scale": 10.0, **options}
     leaves = {name: t for name, t in arguments.items() if isinstance(t, Tensor) and t.is_floating_point()}
     for leaf in leaves.values():
         leaf.requires_grad_()
+    return arguments, leaves
+
+
+@pytest.mark.parametrize("variable", ["", "torch"])
+@pytest.mark.parametrize("backend", [None, "cpp"])
+def test_gradient_flows_to_w_alone(backend, variable, monkeypatch):
+    """Whatever None takes."""
+    monkeypatch.setenv("MERGETUNE_BACKEND", variable)
+    arguments, leaves = loss_with_leaves()
     ops.lmc_loss(**arguments, backend=backend)[0].backward()
     assert [name for name, leaf in leaves.items() if leaf.grad is not None] == ["w"]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_definition_is_twice_differentiable_in_everything(normalize):
+    arguments, leaves = loss_with_leaves(normalize=normalize)
+    assert leaves.keys() == {"x", "w", "anchors", "alphas", "betas", "w1", "curvature"}
+
+    def loss(*values: Tensor) -> Tensor:
+        changed = dict(zip(leaves, values, strict=True))
+        return ops.lmc_loss(**{**arguments, **changed}, backend="torch")[0]
+
+    values = tuple(leaves.values())
+    assert torch.autograd.gradcheck(loss, values, fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, values, fast_mode=True)
+    assert all(gradient.abs().max() > 0 for gradient in torch.autograd.grad(loss(*values), values))
 
 
 def test_double_backward_raises():
@@ -547,6 +565,15 @@ def test_attention_takes_strided_heads_and_half_types():
     assert torch.equal(ops.prefix_attention(*halves, lengths), reference.prefix_attention(*halves, tuple(lengths)))
     with pytest.raises(TypeError, match="q must be float32, float64 or bfloat16 for backend 'cpp', got torch.float16"):
         ops.prefix_attention(*halves, lengths, backend="cpp")
+
+
+@pytest.mark.parametrize("last_only", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_definition_of_attention_is_twice_differentiable(causal, last_only):
+    tensors, lengths = attention(last_only=last_only)
+    run = lambda *t: ops.prefix_attention(*t, lengths, causal=causal, backend="torch")  # noqa: E731
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
 
 
 def test_double_backward_of_attention_raises():

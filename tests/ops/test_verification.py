@@ -161,7 +161,7 @@ def _runs(process: str) -> bool:
 
 
 def test_a_child_that_does_not_start_is_an_error():
-    with pytest.raises(RuntimeError, match="does not start: it .*; last line: ModuleNotFoundError"):
+    with pytest.raises(RuntimeError, match="does not start: the process .*; last line: ModuleNotFoundError"):
         ops.verify(CPU, **ONE_KIND, modules=("there_is_no_such_module",))
 
 
@@ -326,7 +326,7 @@ def test_a_folder_that_cannot_be_written_costs_the_verdict_only(monkeypatch, tmp
     (tmp_path / "kernels").write_text("a file, where the folder would be")
     take("fast")
     found = VerdictFile(facts=verdicts.device_facts(CPU), verdicts=(), seconds=1.0)
-    with pytest.warns(UserWarning, match="could not be kept, and is made again next time"):
+    with pytest.warns(UserWarning, match="could not be stored, so the next process verifies again"):
         ops.keep(CPU, found)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import TEXT, normal, tiny_model
+from tiny import TEXT, normal, parameter, tiny_model
 from torch import Tensor, nn
 
 from mergetune import FrozenClip, Head, Prompt, load_solution, solutions
@@ -55,7 +55,7 @@ def logits(solution, clip: FrozenClip) -> Tensor:
     x, weights = F.normalize(normal(7, 8, seed=5), dim=-1), solution.class_weights(clip, NAMES)
     weights = F.normalize(weights, dim=-1) if solution.normalize else weights
     x = torch.cat([x, torch.ones(7, 1)], 1) if weights.shape[1] == 9 else x
-    return solution.scale(clip) * (x @ weights.T)
+    return (solution.logit_scale or clip.logit_scale) * (x @ weights.T)
 
 
 # -- CoOp -------------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_a_hub_folder_is_a_solution_with_a_card(clip, tmp_path, kind):
         "solution.safetensors",
     ]
     back = load_solution(tmp_path / "hub")
-    assert torch.equal(back.parameter, solution.parameter) and torch.equal(logits(back, clip), logits(solution, clip))
+    assert torch.equal(parameter(back), parameter(solution)) and torch.equal(logits(back, clip), logits(solution, clip))
     card = (tmp_path / "hub" / "README.md").read_text()
     found = front_matter(card)
     assert found["library_name"] == "mergetune" and found["license"] == "mit" and "clip" in found["tags"]
@@ -268,7 +268,7 @@ def test_push_to_hub(clip, tmp_path, monkeypatch):
 
         def upload_folder(self, *, repo_id, folder_path, commit_message):
             calls.append(("upload", repo_id, commit_message))
-            assert torch.equal(load_solution(folder_path).parameter, make("prompt").parameter)
+            assert torch.equal(parameter(load_solution(folder_path)), parameter(make("prompt")))
             assert "snapshot_download('me/prompt')" in (tmp_path / folder_path / "README.md").read_text()
 
     monkeypatch.setattr(exports, "HfApi", Api)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from solution_cases import KINDS, TEMPLATE, assert_same, make
-from tiny import NAMES, normal
+from tiny import NAMES, normal, parameter, with_parameter
 
 from mergetune import Head
 
@@ -15,9 +15,9 @@ from mergetune import Head
 def test_zero_shot_head(clip, bias):
     head = Head.zero_shot(clip, NAMES, [TEMPLATE, "the {}"], bias=bias)
     assert torch.equal(head.weight, clip.class_embeddings(NAMES, [TEMPLATE, "the {}"]))
-    assert head.scale() == clip.logit_scale and (head.bias is not None) == bias
+    assert head.logit_scale == clip.logit_scale and (head.bias is not None) == bias
     assert (head.backbone, head.fingerprint) == (clip.name, clip.image_fingerprint)
-    assert head.parameter.shape == (3, 9 if bias else 8)
+    assert parameter(head).shape == (3, 9 if bias else 8)
 
 
 @pytest.mark.parametrize("kind", ["head", "head with bias"])
@@ -36,19 +36,19 @@ def test_rescaled_keeps_the_logits(clip, kind, scale):
 @pytest.mark.parametrize("kind", ["head", "head with bias"])
 def test_rows_of_a_head_go_by_name(clip, kind):
     head = make(clip, kind)
-    assert torch.equal(head.class_weights(clip, ("dog", "cat")), head.parameter[[2, 0]])
+    assert torch.equal(head.class_weights(clip, ("dog", "cat")), parameter(head)[[2, 0]])
     torch.testing.assert_close(head.class_embeddings(clip, ("dog",)), F.normalize(head.weight[2:], dim=-1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_parameter_is_a_copy_of_what_is_given(clip, kind):
     solution = make(clip, kind)
-    values = normal(*solution.parameter.shape, seed=7).double()
-    changed = solution.with_parameter(values, notes={})
-    assert torch.equal(changed.parameter, values.float()) and changed.notes == {}
+    values = normal(*parameter(solution).shape, seed=7).double()
+    changed = with_parameter(solution, values, notes={})
+    assert torch.equal(parameter(changed), values.float()) and changed.notes == {}
     values.zero_()
-    assert changed.parameter.abs().sum() > 0
-    assert_same(solution.with_parameter(solution.parameter), solution)
+    assert parameter(changed).abs().sum() > 0
+    assert_same(with_parameter(solution, parameter(solution)), solution)
 
 
 def test_two_classes_may_have_one_name(clip):
@@ -57,8 +57,8 @@ def test_two_classes_may_have_one_name(clip):
     prompt = make(clip, "shared").class_embeddings(clip, names)
     assert torch.equal(prompt[0], prompt[2])
     head = replace(make(clip, "head"), classnames=names)
-    assert torch.equal(head.class_weights(clip, names), head.parameter)
-    assert torch.equal(head.class_weights(clip, ("dog", "cat")), head.parameter[[1, 0]])  # the first of the two
+    assert torch.equal(head.class_weights(clip, names), parameter(head))
+    assert torch.equal(head.class_weights(clip, ("dog", "cat")), parameter(head)[[1, 0]])  # the first of the two
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_pickles_without_tensors_are_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match="must hold tensors, got none"):
         read_module(tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="where there is no file"):
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
         read_module(tmp_path / "nothing")
     with pytest.raises(ValueError, match="must be a regular file, got a folder"):
         read_module(tmp_path)

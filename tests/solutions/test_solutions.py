@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from solution_cases import KINDS, TEMPLATE, assert_same, make
-from tiny import NAMES, normal
+from tiny import NAMES, normal, parameter, with_parameter
 
 from mergetune import Head, Prompt, interpolate, load_solution
 
@@ -18,11 +18,11 @@ from mergetune import Head, Prompt, interpolate, load_solution
 @pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
 def test_interpolate(clip, kind, t):
     a = make(clip, kind)
-    b = a.with_parameter(normal(*a.parameter.shape, seed=5), notes={"b": 1})
+    b = with_parameter(a, normal(*parameter(a).shape, seed=5), notes={"b": 1})
     mixed = interpolate(a, b, t)
-    torch.testing.assert_close(mixed.parameter, (1 - t) * a.parameter + t * b.parameter)
+    torch.testing.assert_close(parameter(mixed), (1 - t) * parameter(a) + t * parameter(b))
     if t in (0.0, 1.0):
-        assert torch.equal(mixed.parameter, (b if t else a).parameter)
+        assert torch.equal(parameter(mixed), (b if t else a).parameter)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
@@ -140,7 +140,7 @@ def test_the_wrong_kind_is_refused(clip, tmp_path):
         ({"format": "something"}, "must have format"),
         ({"version": 2}, "version must be 1, got 2: update mergetune"),
         ({"version": None}, "version must be 1"),
-        ({"kind": "adapter"}, "kind must be one of prompt, head, got 'adapter'"),
+        ({"kind": "adapter"}, "kind must be one of prompt, head, templates, residual, map, stack, got 'adapter'"),
     ],
 )
 def test_a_damaged_description_is_refused(clip, tmp_path, content, match):

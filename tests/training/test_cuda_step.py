@@ -5,6 +5,7 @@ mixed. A graph itself is captured only where there is a GPU.
 """
 
 import contextlib
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -15,10 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import GPU, marked
+from objective_cases import objective_of
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from tiny import parameter
 from torch import Tensor, nn
 
 from mergetune import FeatureCache, FrozenClip, Head, Prompt, fit, tune
+from mergetune.solutions import space_of
 from mergetune.training.objective import Objective, path_points
 
 NAMES = ("cat", "hot-air balloon", "dog", "sea lion")
@@ -50,34 +54,38 @@ def there(value: Any) -> Any:
     return value
 
 
-def objective(clip: FrozenClip, kind: str, surrogate: str, space: str) -> tuple[Objective, Tensor]:
+def objective(
+    clip: FrozenClip, kind: str, surrogate: str, space: str, place: Callable[[Any], Any] = lambda value: value
+) -> tuple[Objective, Tensor]:
+    """An objective of context vectors or of class rows, with all that it holds at a place, and values for them."""
     solution = Prompt.from_template(clip) if kind == "prompt" else Head.zero_shot(clip, NAMES, bias=True)
-    parameter = solution.parameter
-    anchors = torch.stack([parameter + 0.1, parameter - 0.2])
-    encode = solution.encoder(clip, NAMES)
+    values = parameter(solution)
+    encode = space_of(clip, solution, NAMES).encoder if kind == "prompt" else nn.Identity()
+    anchors = torch.stack([values + 0.1, values - 0.2])
     weights = encode(anchors).detach()
-    found = Objective(
-        encode=encode,
+    found = objective_of(
+        place(encode),
         scale=100.0,
         normalize=solution.normalize,
-        anchors=weights if space == "embedding" else anchors,
-        betas=torch.tensor([0.5, 1.0]),
-        alphas=path_points("even", 3),
+        anchors=place(weights if space == "embedding" else anchors),
+        betas=place(torch.tensor([0.5, 1.0])),
+        alphas=place(path_points("even", 3)),
         points=3,
         space=space,
-        w1=weights[0] + 0.1,
+        w1=place(weights[0] + 0.1),
         lam=8.0,
         surrogate=surrogate,
-        curvature=torch.ones_like(weights[0]) if surrogate == "fisher" else None,
+        curvature=place(torch.ones_like(weights[0])) if surrogate == "fisher" else None,
     )
-    return found, parameter
+    return found, values
 
 
-def step(found: Objective, parameter: Tensor, *batch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def step(found: Objective, values: Tensor, *batch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     from mergetune.training.loop import _gradients
 
     x, labels, known = batch
-    return _gradients([found], [parameter], [(x, labels, None, known)])[0]
+    loss, terms, (gradient,) = _gradients([found], [{"values": values}], [(x, labels, None, known)])[0]
+    return loss, terms, gradient
 
 
 @pytest.mark.parametrize("kind", ["prompt", "head"])
@@ -87,12 +95,18 @@ def test_a_step_stays_on_the_device(
     clip: FrozenClip, kind: str, surrogate: str, space: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
-    found, parameter = objective(clip, kind, surrogate, space)
+    found, values = objective(clip, kind, surrogate, space)
     x = F.normalize(torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(0)), dim=-1)
     labels, known = torch.arange(BATCH) % len(NAMES), found.anchor_products(x)
-    loss, terms, gradient = step(there(found), there(parameter).requires_grad_(), *map(there, (x, labels, known)))
+    moved, _ = objective(clip, kind, surrogate, space, there)
+    loss, terms, gradient = step(moved, there(values).requires_grad_(), *map(there, (x, labels, known)))
     assert {t.device.type for t in (loss, terms, gradient)} == {"meta"}
-    assert gradient.shape == parameter.shape and terms.shape == (4,)
+    assert gradient.shape == values.shape and terms.shape == (4,)
+
+
+def _flat_gradients(found: Objective, values: Tensor, batches) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The loop's gradients of one run, its only gradient beside loss and terms."""
+    return [step(found, values, x, labels, known) for x, labels, _, known in batches]
 
 
 def test_the_check_sees_a_wait_and_a_mixture() -> None:
@@ -107,11 +121,11 @@ def test_the_check_sees_a_wait_and_a_mixture() -> None:
 
 def test_a_captured_step_is_the_same_step(clip: FrozenClip, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for streams and graphs: the graph runs the step again on its own buffers."""
-    from mergetune.training.loop import _capture, _gradients
+    from mergetune.training.loop import _capture
 
-    found, parameter = objective(clip, "prompt", "identity", "embedding")
-    leaf = parameter.clone().requires_grad_()
-    gradients = partial(_gradients, [found], [leaf])
+    found, values = objective(clip, "prompt", "identity", "embedding")
+    leaf = values.clone().requires_grad_()
+    gradients = partial(_flat_gradients, found, leaf)
 
     class Stream:
         wait_stream = staticmethod(lambda other: None)

@@ -53,7 +53,7 @@ BAD_FIT = [
     ({"space": "weights"}, "space must be one of embedding, parameter, got 'weights'"),
     (
         {"tuned": replace(prompt(), ctx=torch.ones(2, 16), template="X X {}.")},
-        "give a template with 2 tokens before {}",
+        "give a template with as many tokens before {}",
     ),
     ({"zero_shot": "no place"}, "exactly one {}"),
     ({"tuned": prompt().per_class(NAMES[::-1])}, "class 0 must be 'dog', got 'cat'"),
@@ -64,7 +64,7 @@ BAD_FIT = [
     ({"tuned": replace(prompt(), fingerprint="x" * 64)}, "clip must be the one that the prompt was made for"),
 ]
 BAD_TUNE = [
-    ({"method": "cocoop"}, "method must be one of coop, kgcoop, head, got 'cocoop'"),
+    ({"method": "cocoop"}, "method must be one of coop, kgcoop, head, residual, map, got 'cocoop'"),
     ({"kg_weight": -1}, "kg_weight must be finite and not negative"),
     ({"n_ctx": 0}, "n_ctx must be at least 1, got 0"),
     ({"n_ctx": 40}, "must fit the text tower's 16 tokens"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fit_cases import assert_same_run, epochs_on_disk
-from tiny import NAMES, cache, head, prompt, tiny_clip
+from tiny import NAMES, cache, head, parameter, prompt, tiny_clip
 
 from mergetune import FitResult, tune
 from mergetune.clip import TextEncoder
@@ -46,7 +46,7 @@ def calls(monkeypatch) -> list[int]:
 
 
 def assert_close_runs(a: FitResult, b: FitResult):
-    torch.testing.assert_close(a.solution.parameter, b.solution.parameter, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(parameter(a.solution), parameter(b.solution), atol=2e-5, rtol=2e-4)
     assert a.settings == b.settings and len(a.history) == len(b.history)
     for ours, other in zip(a.history, b.history, strict=True):
         assert ours == pytest.approx(other, rel=1e-4, abs=1e-5)
@@ -95,7 +95,7 @@ def test_runs_that_share_no_encoder_are_the_very_runs_alone(clip, calls):
 
 def test_lockstep_keeps_to_what_the_tower_encodes_without_computing_twice(clip, calls, monkeypatch):
     jobs = [fit_job(clip, cache(), prompt(), seed=seed, **LOCKSTEP) for seed in range(5)]
-    tokens = sum(len(chunk.rows) for chunk in jobs[0].objective.encode.chunks)
+    tokens = sum(len(chunk.rows) for chunk in jobs[0].objective.space.encoder.chunks)
     for room, sizes in ((5 * tokens, [5] * 12), (3 * tokens - 1, [1] * 12 + [2] * 24), (tokens - 1, [1] * 60)):
         monkeypatch.setattr("mergetune.clip.packed_texts.CHUNK_TOKENS", room)
         calls.clear()

@@ -18,13 +18,15 @@ from objective_cases import (
     batch,
     draw,
     fisher_by_hand,
+    objective_of,
     unit,
 )
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from tiny import parameter, with_parameter
 from torch import Tensor
 
 from mergetune import FeatureCache, FrozenClip, Head, Prompt
-from mergetune.clip import TextParts, text_encoder
+from mergetune.clip import text_encoder
 from mergetune.facts.function_options import SPACES, SURROGATES
 from mergetune.training import fit_job
 from mergetune.training.objective import Objective, path_points
@@ -42,13 +44,6 @@ def clip() -> FrozenClip:
         for parameter in (*model.transformer.parameters(), model.positional_embedding, model.text_projection):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "tiny")
-
-
-class DoubleParts(TextParts):
-    """A text tower in float64 whose features stay in float64."""
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.ln_final(x) @ self.projection
 
 
 def open_clip_encode(clip: FrozenClip, tokens: Tensor, first: int) -> Callable[[Tensor], Tensor]:
@@ -74,14 +69,13 @@ def open_clip_encode(clip: FrozenClip, tokens: Tensor, first: int) -> Callable[[
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_real_prompt_encoder_in_float64(clip, surrogate, space):
     tokens = clip.tokenize([f"X X X {name}." for name in NAMES])
-    parts = clip.text.astype(DOUBLE)
-    encode = text_encoder(DoubleParts(**vars(parts)), tokens, first=1, context=3)
+    encode = text_encoder(clip.text.astype(DOUBLE), tokens, first=1, context=3)
     anchors, w1 = draw(2, 3, clip.text.width, seed=60), draw(CLASSES, WIDTH, seed=61)
     curvature = draw(CLASSES, WIDTH, seed=62).abs() if surrogate == "fisher" else None
     alphas = path_points("official", 3)
     shared = {"scale": 5.0, "normalize": True, "w1": w1, "lam": 2.0, "surrogate": surrogate, "space": space}
-    objective = Objective(
-        encode=encode,
+    objective = objective_of(
+        encode,
         anchors=encode(anchors) if space == "embedding" else anchors,
         betas=torch.tensor([0.5, 2.0], dtype=DOUBLE),
         alphas=alphas,
@@ -149,8 +143,8 @@ def test_fit_of_prompts(clip, built, features, k, surrogate, space):
         curvature=fisher_by_hand(x, w1, scale, True) if surrogate == "fisher" else None,
     )
     middle = sum(prompt.ctx for prompt in tuned) / k
-    assert torch.allclose(start.parameter, 0.7 * zero_shot.ctx + 0.3 * middle, atol=1e-7)
-    assert_agree(objective, expected, start.parameter, x.float(), labels, 1e-5)
+    assert torch.allclose(parameter(start), 0.7 * zero_shot.ctx + 0.3 * middle, atol=1e-7)
+    assert_agree(objective, expected, parameter(start), x.float(), labels, 1e-5, like=start)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -191,9 +185,9 @@ def test_fit_of_heads(clip, built, features, logit_scale, bias, surrogate, space
         space=space,
         curvature=fisher_by_hand(x, w1, scale, False) if surrogate == "fisher" else None,
     )
-    assert torch.allclose(start.parameter.double(), 0.7 * w1 + 0.3 * sum(anchors) / 2, atol=1e-6)
-    assert_agree(objective, expected, start.parameter, x.float(), labels, 1e-5)
-    logits = start.with_parameter(anchors[0])
+    assert torch.allclose(parameter(start).double(), 0.7 * w1 + 0.3 * sum(anchors) / 2, atol=1e-6)
+    assert_agree(objective, expected, parameter(start), x.float(), labels, 1e-5, like=start)
+    logits = with_parameter(start, anchors[0])
     got = logits.logit_scale * (x.float() @ logits.weight.T + (logits.bias if bias else 0))
     own = logit_scale * (x.float() @ heads[0].weight.T + (heads[0].bias if bias else 0))
     assert torch.allclose(got, own, rtol=1e-4, atol=1e-4)
@@ -204,4 +198,4 @@ def test_fit_starts_where_tau_says(clip, built, features, tau):
     zero_shot = Prompt.from_template(clip)
     tuned = Prompt(draw(*zero_shot.ctx.shape, seed=95).float(), zero_shot.template)
     _, start = built(tuned, features, tau=tau)
-    assert torch.equal(start.parameter, tuned.ctx if tau else zero_shot.ctx)
+    assert torch.equal(parameter(start), tuned.ctx if tau else zero_shot.ctx)

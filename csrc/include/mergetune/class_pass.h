@@ -1,4 +1,4 @@
-// The class weights' part of lmc_loss, before and after path_cross_entropy: norms on the paths, and the surrogate.
+// The passes of lmc_loss over classes, before and after path_cross_entropy: norms on the paths, and the surrogate.
 //
 // Shapes: C classes, D embedding width, K anchors, P path points.
 #pragma once

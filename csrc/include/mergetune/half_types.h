@@ -1,4 +1,4 @@
-// Half types as they are stored; no arithmetic.
+// Storage types of half precision, without arithmetic.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // The mathematics of one row of logits, shared by the CPU and the CUDA kernels of every op.
 //
-// Everything here lives in a namespace named after the variant being compiled. The CPU sources are
-// compiled several times with different instruction sets, and two bodies of one inline function under one
-// name would let the linker keep the AVX-512 one for a machine that has no AVX-512.
+// All functions are in a namespace with the name of the compiled variant. The CPU sources are compiled several times
+// with different instruction sets. If the variants of an inline function had one name, the linker could keep the
+// AVX-512 variant for a machine without AVX-512.
 #pragma once
 
 #include <cmath>

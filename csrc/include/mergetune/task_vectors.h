@@ -1,7 +1,7 @@
-// Merging of task vectors, element by element, and the count that finds a threshold among many values.
+// The ops merge_deltas, which merges task vectors element by element, and count_around, which helps to find thresholds.
 //
-// Values come as checkpoints hold them: float, double, Half or BFloat16. The arithmetic is double's for double, else
-// float's. Shapes: K experts, n elements.
+// Stored values are float, double, Half or BFloat16. The arithmetic is double for double, else float. Shapes: K
+// experts, n elements.
 #pragma once
 
 #include <cstdint>

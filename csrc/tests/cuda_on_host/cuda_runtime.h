@@ -1,5 +1,5 @@
-// Just enough of CUDA to compile the kernels for the CPU and run them in tests: a block is warps of real threads, and
-// blocks take turns.
+// The parts of CUDA that are needed to compile the kernels for the CPU and run them in tests. The warps of a block are
+// real threads, and blocks run one after the other.
 #pragma once
 
 #include <barrier>

@@ -1,0 +1,84 @@
+"""The configuration of a Hugging Face text model: what it may say, and how many numbers its network has."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergetune.clip.tokenizer_files import SCALAR, brief, read_json, word_set
+
+TEXT_CONFIG = "config.json"
+BERT = word_set(
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
+    "type_vocab_size pad_token_id bos_token_id eos_token_id hidden_act hidden_dropout_prob "
+    "attention_probs_dropout_prob initializer_range layer_norm_eps"
+)
+# {model_type: what describes the network}: open_clip knows how to pool these architectures and no others. What is not
+# listed is left out; some of it makes transformers import code (auto_map) or fetch kernels (attn_implementation).
+TEXT_MODELS = {
+    "bert": BERT,
+    "roberta": BERT,
+    "xlm-roberta": BERT,
+    "mt5": word_set(
+        "vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
+        "relative_attention_max_distance pad_token_id eos_token_id decoder_start_token_id dropout_rate "
+        "layer_norm_epsilon initializer_factor feed_forward_proj"
+    ),
+    "m2m_100": word_set(
+        "vocab_size d_model encoder_layers encoder_attention_heads encoder_ffn_dim decoder_layers "
+        "decoder_attention_heads decoder_ffn_dim max_position_embeddings pad_token_id bos_token_id eos_token_id "
+        "decoder_start_token_id activation_function dropout attention_dropout activation_dropout encoder_layerdrop "
+        "decoder_layerdrop init_std scale_embedding"
+    ),
+}
+ACTIVATIONS = word_set("gelu gelu_new gelu_fast gelu_pytorch_tanh quick_gelu relu silu gated-gelu gated-silu")
+MOST_LAYERS = 256  # 24; each is made, if only as a description, before its numbers are counted
+MOST = 1 << 22  # 256,206, words of NLLB
+
+
+def check_text_model(file: Path) -> dict[str, Any]:
+    """The parts of a text model's ``config.json`` that describe its network.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an architecture that open_clip does not know; a setting that is not plain, or out of bounds.
+    """
+    content = read_json(file)
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in TEXT_MODELS:
+        raise ValueError(f"{file}: model_type must be one of {', '.join(TEXT_MODELS)}, got {brief(kind)}")
+    kept = {key: value for key, value in content.items() if key in TEXT_MODELS[kind]}
+    for key, value in kept.items():
+        if not isinstance(value, SCALAR) or (isinstance(value, str) and value not in ACTIVATIONS):
+            raise ValueError(f"{file}: {key} must be a number, a flag or an activation, got {brief(value)}")
+        most = MOST_LAYERS if key.endswith("layers") else MOST
+        if isinstance(value, int | float) and not 0 <= value <= most:
+            raise ValueError(f"{file}: {key} must be from 0 to {most:,}, got {brief(value)}")
+    return {"model_type": kind, **kept}
+
+
+def count_numbers(settings: dict[str, Any], file: Path) -> int:
+    """How many numbers the network has that a checked configuration describes. No room is made for them.
+
+    Args:
+        settings: of :func:`check_text_model`.
+        file: where they come from, for errors.
+
+    Raises:
+        RuntimeError: transformers is missing.
+        ValueError: settings that do not fit together.
+    """
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise RuntimeError(f"the text model of {file} needs a package: pip install transformers ({error})") from error
+    try:
+        with torch.device("meta"):
+            network = AutoModel.from_config(AutoConfig.for_model(**settings), trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds on settings that do not fit together
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} must describe a text model that can be made, got {reason}") from error
+    return sum(tensor.numel() for tensor in chain(network.parameters(), network.buffers()))

@@ -1,0 +1,123 @@
+"""Batches: what training and evaluation read of images, whether cached features, tokens or pixels.
+
+Shapes: N images, B images asked for, V views of each image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Batches(Protocol):
+    """Images with labels, in a form that a solution reads; :class:`FeatureCache` is one.
+
+    Attributes:
+        holds: the form, "feature", "raw feature", "pixels" or tokens, see :func:`mergetune.clip.prepare_images`.
+        labels: LongTensor [N].
+        classnames: one name per class.
+        files: N relative paths, or none.
+        fingerprint: the image fingerprint of the model that made them; empty if no model did.
+        views: V.
+        digest: a digest of labels, class names and contents.
+    """
+
+    @property
+    def holds(self) -> str: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def classnames(self) -> tuple[str, ...]: ...
+    @property
+    def files(self) -> tuple[str, ...]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def views(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor, view: int | Tensor = 0) -> Tensor:
+        """The inputs of some images, [B, ...]; ``view`` is one for all, or [B]."""
+        ...
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """All images once, in their order, view 0: inputs, labels, and which rows they are."""
+        ...
+
+    def shared_with(self, other: Any) -> Tensor:
+        """The rows of ``other``, batches of the same form, whose images are here too."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorBatches:
+    """Images in memory: pixels, tokens or features of any shape.
+
+    Attributes:
+        inputs: [N, ...], or [V, N, ...] with ``views`` given.
+        labels: LongTensor [N].
+        classnames: one name per class.
+        holds: what ``inputs`` are, see :class:`Batches`.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    classnames: tuple[str, ...]
+    holds: str = "pixels"
+    files: tuple[str, ...] = ()
+    views: int = 1
+
+    fingerprint: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classnames", tuple(self.classnames))
+        if self.views == 1:
+            object.__setattr__(self, "inputs", self.inputs[None])
+        if self.inputs.ndim < 3 or self.inputs.shape[:2] != (self.views, len(self.labels)):
+            raise ValueError(
+                f"inputs must have shape [N, ...] with N = {len(self.labels)} labels, got {list(self.inputs.shape[1:])}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.ndim != 1 or not len(self.labels):
+            raise ValueError(f"labels must be a LongTensor [N], got {self.labels.dtype} {list(self.labels.shape)}")
+        if self.labels.min() < 0 or self.labels.max() >= len(self.classnames):
+            raise ValueError(f"labels must lie in [0, {len(self.classnames)}), got {int(self.labels.max())}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256(repr((self.holds, self.classnames)).encode())
+        for tensor in (self.labels, self.inputs):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def rows(self, index: Tensor, view: int | Tensor = 0) -> Tensor:
+        return self.inputs[view, index]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        for start in range(0, len(self), size):
+            part = slice(start, min(start + size, len(self)))
+            yield self.inputs[0, part], self.labels[part], part
+
+    def shared_with(self, other: TensorBatches) -> Tensor:
+        known, theirs = ({row.contiguous().numpy().tobytes() for row in self.inputs[0]}, other.inputs[0])
+        return torch.tensor([i for i, row in enumerate(theirs) if row.contiguous().numpy().tobytes() in known])
+
+    def select_classes(self, classes: Sequence[int]) -> TensorBatches:
+        """The images of some classes, which are counted anew in the given order."""
+        new = torch.full((len(self.classnames),), -1)
+        new[list(classes)] = torch.arange(len(classes))
+        kept = (new[self.labels] >= 0).nonzero()[:, 0]
+        inputs = self.inputs[:, kept] if self.views > 1 else self.inputs[0, kept]
+        names = tuple(self.classnames[c] for c in classes)
+        files = tuple(self.files[i] for i in kept.tolist()) if self.files else ()
+        return replace(self, inputs=inputs, labels=new[self.labels[kept]], classnames=names, files=files)

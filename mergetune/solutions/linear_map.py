@@ -1,0 +1,94 @@
+"""LinearMap: a matrix on image features, the same for all classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mergetune.clip import Edit, FrozenClip
+from mergetune.solutions.base import Solution, State, check_finite
+from mergetune.solutions.checkpoints import read_arrays
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap(Solution):
+    """A linear map of image features, ``x' = normalise(x A)`` (the linear adapter of ProLIP, arXiv 2410.05270).
+
+    It belongs to no class, so that it serves classes without training images too. It stands on a solution that has the
+    class embeddings, see :class:`mergetune.Stack`.
+
+    Attributes:
+        matrix: A, [D, D] float32; the identity changes nothing.
+        backbone, fingerprint: the CLIP that it was made for, if known; the fingerprint is the image tower's.
+        notes: settings and origin, JSON-able, kept with the file.
+
+    Example:
+        >>> import torch
+        >>> LinearMap(torch.eye(512)).numbers
+        262144
+    """
+
+    matrix: Tensor
+    backbone: str | None = None
+    fingerprint: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    classnames: None = None
+
+    kind: ClassVar[str] = "map"
+    tensors: ClassVar[tuple[str, ...]] = ("matrix",)
+
+    def __post_init__(self) -> None:
+        check_finite("matrix", self.matrix)
+        if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1] or not self.matrix.numel():
+            raise ValueError(f"matrix must have shape [D, D], got {list(self.matrix.shape)}")
+
+    @classmethod
+    def identity_map(cls, clip: FrozenClip) -> LinearMap:
+        """The zero-shot point: a map that changes nothing."""
+        matrix = torch.eye(clip.embed_dim, device=clip.device)
+        return cls(matrix, backbone=clip.name, fingerprint=clip.image_fingerprint)
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, transposed: bool = False) -> LinearMap:
+        """Read the only square matrix of a .pt, .pth, .npz or .safetensors file, safely.
+
+        Args:
+            path: the file.
+            transposed: the matrix stands on the left, ``A x``, as the weight of a ``torch.nn.Linear`` does.
+
+        Raises:
+            ValueError: no such matrix, or further arrays that would be lost.
+        """
+        found = read_arrays(Path(path))
+        square = {name: value for name, value in found.items() if value.ndim == 2 and value.shape[0] == value.shape[1]}
+        if len(square) != 1 or len(found) != 1:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in found.items()) or "nothing"
+            raise ValueError(f"{path} must hold one square matrix [D, D] alone, got {shapes}")
+        ((name, matrix),) = square.items()
+        return cls(matrix.T.contiguous() if transposed else matrix, notes={"file": Path(path).name, "name": name})
+
+    def edit(self, clip: FrozenClip, states: State) -> Edit:
+        """Unit-norm features are multiplied by the matrix from the right."""
+        return Edit(image_maps=(states["matrix"].__rmatmul__,))
+
+    def zero_shot_points(
+        self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]
+    ) -> list[LinearMap]:
+        """The identity: the solution below, unchanged."""
+        return [replace(self, matrix=torch.eye(len(self.matrix)).to(self.matrix))]
+
+    def distance(self, states: State, to: State) -> Tensor:
+        """The squared Frobenius distance, without a half: ProLIP's ``|A - I|^2``."""
+        return (states["matrix"] - to["matrix"]).square().sum((-2, -1))
+
+    def check_width(self, clip: FrozenClip) -> None:
+        if len(self.matrix) != clip.embed_dim:
+            raise ValueError(f"matrix must have the embedding's width {clip.embed_dim}, got {list(self.matrix.shape)}")
+
+    def card(self) -> tuple[str, str, str]:
+        return "Image feature map for CLIP", "image-map", f"{list(self.matrix.shape)}, on unit-norm image features."

@@ -1,0 +1,129 @@
+"""Residual: a vector per class, added to the class embedding of whatever solution it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
+from mergetune.io import load_tensors
+from mergetune.solutions.base import Solution, State, check_finite
+from mergetune.solutions.checkpoints import checkpoint_file, state_dict_of
+from mergetune.solutions.head import Head
+from mergetune.solutions.stack import Stack
+
+
+@dataclass(frozen=True, eq=False)
+class Residual(Solution):
+    """Class residuals, ``W_c = normalise(T_c + r_c)`` (TaskRes, arXiv 2211.10277).
+
+    T_c is the unit-norm class embedding of the solution below, see :class:`mergetune.Stack`. A class without a row
+    keeps T_c, so that a residual of a few classes leaves all others as they were.
+
+    Attributes:
+        rows: r, [R, D] float32.
+        classnames: R names.
+        backbone, fingerprint: the CLIP that it was made for, if known; the fingerprint is the image tower's.
+        notes: settings and origin, JSON-able, kept with the file.
+
+    Example:
+        >>> import torch
+        >>> Residual(torch.zeros(2, 512), ("cat", "dog")).numbers
+        1024
+    """
+
+    rows: Tensor
+    classnames: tuple[str, ...]
+    backbone: str | None = None
+    fingerprint: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    kind: ClassVar[str] = "residual"
+    tensors: ClassVar[tuple[str, ...]] = ("rows",)
+
+    def __post_init__(self) -> None:
+        check_finite("rows", self.rows)
+        if self.rows.ndim != 2 or 0 in self.rows.shape:
+            raise ValueError(f"rows must have shape [R, D], got {list(self.rows.shape)}")
+        if len(check_classnames(self.classnames)) != len(self.rows):
+            raise ValueError(f"classnames must name the {len(self.rows)} classes of rows, got {len(self.classnames)}")
+
+    @classmethod
+    def zeros(cls, clip: FrozenClip, classnames: Sequence[str]) -> Residual:
+        """The zero-shot point: residuals that change nothing."""
+        rows = torch.zeros(len(check_classnames(classnames)), clip.embed_dim, device=clip.device)
+        return cls(rows, tuple(classnames), backbone=clip.name, fingerprint=clip.image_fingerprint)
+
+    def edit(self, clip: FrozenClip, states: State) -> Edit:
+        """Its rows are added to the class embeddings."""
+        return Edit(rows=(ClassRows(self.classnames, states["rows"], added=True),))
+
+    def zero_shot_points(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> list[Residual]:
+        """Zeros: the solution below, unchanged."""
+        return [replace(self, rows=torch.zeros_like(self.rows))]
+
+    def distance(self, states: State, to: State) -> Tensor:
+        """Mean over classes of half the squared distance, so that its weight does not depend on their number."""
+        return 0.5 * (states["rows"] - to["rows"]).square().sum(-1).mean(-1)
+
+    def check_classes(self, classnames: Sequence[str]) -> None:
+        """At least one of the classes must have a row; the others fall back to the solution below."""
+        if not set(classnames) & set(self.classnames):
+            raise ValueError(f"classnames must share a class with the residual's, got {list(classnames)[:3]}")
+
+    def check_width(self, clip: FrozenClip) -> None:
+        if self.rows.shape[1] != clip.embed_dim:
+            raise ValueError(f"rows must have the embedding's width {clip.embed_dim}, got {list(self.rows.shape)}")
+
+    @property
+    def form(self) -> Hashable:
+        return self.kind, tuple(self.rows.shape), self.classnames
+
+    def card(self) -> tuple[str, str, str]:
+        size = f"[{len(self.classnames)}, {self.rows.shape[1]}]"
+        return "Class residuals for CLIP", "class-residual", f"{size}, added to unit-norm class embeddings."
+
+
+def read_taskres(path: str | Path) -> tuple[Tensor, Tensor]:
+    """The class embeddings and the residuals of a TaskRes checkpoint, both [C, D] float32.
+
+    The file does not hold the factor on the residuals (RESIDUAL_SCALE, 0.5, for Oxford Flowers 1) and no class names.
+
+    Args:
+        path: ``prompt_learner/model.pth.tar-N``, or its folder.
+
+    Raises:
+        ValueError: not such a checkpoint.
+    """
+    file = checkpoint_file(path)
+    state = state_dict_of(file, load_tensors(file))
+    wanted = ("base_text_features", "text_feature_residuals")
+    found = [state.get(name) for name in wanted]
+    base, rows = (value.detach().float() if isinstance(value, Tensor) else None for value in found)
+    if base is None or rows is None or base.ndim != 2 or base.shape != rows.shape:
+        raise ValueError(
+            f"{file} must hold {' and '.join(wanted)} of one shape [C, D], got {', '.join(state) or 'none'}"
+        )
+    return base, rows
+
+
+def open_taskres(
+    path: str | Path, *, classnames: Sequence[str], factor: float = 0.5, logit_scale: float = 100.0
+) -> Stack:
+    """A TaskRes checkpoint as a stack: its class embeddings as a cosine classifier, and the residuals on them.
+
+    Args:
+        path: see :func:`read_taskres`.
+        classnames: C names, in the order of training.
+        factor: on the residuals, TRAINER.TaskRes.RESIDUAL_SCALE of the run, which the file does not tell.
+        logit_scale: factor on the logits; 100 for OpenAI's models.
+    """
+    base, rows = read_taskres(path)
+    notes = {"checkpoint": checkpoint_file(path).name, "factor": factor}
+    below = Head(base, tuple(classnames), logit_scale=logit_scale, normalize=True)
+    return Stack(below, Residual(factor * rows, tuple(classnames)), notes=notes)
