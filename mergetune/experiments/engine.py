@@ -96,7 +96,9 @@ class Together:
             for members in groups.values():
                 space = space_of(self.clip, next(iter(members.values())), names)
                 states = stack_states([solution.state() for solution in members.values()], self.clip.device)
-                found |= dict(zip(members, space.scale * space.unit(space.classes(states)), strict=True))
+                weights = space.scale * space.unit(space.classes(states))
+                # A map of the images leaves one setting of the classes to all.
+                found |= dict(zip(members, weights.expand(len(members), -1, -1), strict=True))
             self._kept[names] = [found[i] for i in range(len(self._made))]
         return self._kept[names]
 

@@ -19,7 +19,7 @@ from comparison_cases import (
 from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Prompt, load_solution
+from mergetune import FeatureCache, Prompt, accuracy, classifier, load_solution
 from mergetune.cli import app
 from mergetune.experiments import Task, compare, merge_solutions
 from mergetune.experiments.cells import Cell, Fold
@@ -29,6 +29,7 @@ from mergetune.experiments.comparison_tables import summarise
 from mergetune.experiments.tables import t_interval
 from mergetune.facts import CompareOptions
 from mergetune.merging.methods import METHODS
+from mergetune.solutions import LinearMap, Stack
 
 QUICK = {"epochs": 1, "precision": "float32"}
 
@@ -352,6 +353,25 @@ def test_given_solutions_are_compared_in_one_cell(clip, tmp_path):
             assert sum(right[row][part]) == int((answers == half.labels).sum())
     with pytest.raises(ValueError, match="belong to one cell, got 2 cells"):
         compare(clip, task(), tmp_path, setup=given, seeds=(1, 2))
+
+
+def test_stacks_that_map_image_features_are_compared(clip, tmp_path):
+    """Each candidate is tested on its own image features, those of MERGETUNE as well, and again from disk."""
+    stack = Stack(prompt(1), LinearMap(torch.eye(8) + 0.5 * normal(8, 8, seed=3)))
+    given = quick(experts={"mapped": stack})
+    found = compare(clip, task(), tmp_path, setup=given)
+    assert not any("class embeddings" in line.row for line in found.lines)  # they mean other image features
+    folder = tmp_path / Cell("task", 0, 1).folder
+    record, test = json.loads((folder / "cell.json").read_text()), task().test
+    merged = load_solution(folder / "mergetune-1" / "lam-8")
+    for row, solution in (("mapped", stack), ("MERGETUNE, chosen [1]", merged)):
+        for part, classes in task().halves(0).items():
+            half = test.select_classes(classes)
+            report = accuracy(classifier(clip, solution), half)
+            assert 100 * sum(record["right"][row][part]) / len(half) == pytest.approx(report.accuracy)
+    del record["chosen"]
+    (folder / "cell.json").write_text(json.dumps(record))
+    assert compare(clip, task(), tmp_path, setup=given) == found
 
 
 def test_choosing_on_other_datasets(clip, tmp_path):
