@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mergetune.cli.options import Json
-from mergetune.cli.shared import announce, err, errors, new_table, out, plain, print_json, tell
+from mergetune.cli.shared import HALVES, announce, err, errors, out, plain, print_json, print_table, tell
 
 
 def demo(
@@ -34,16 +34,17 @@ def demo(
     if as_json:
         print_json(result.to_json())
         return
-    table = new_table("", "base", "novel", "HM")
-    table.title = f"Accuracy on tilted icons, mean ± deviation over {len(seeds)} seeds (%)"
+    rows = []
     for row in result.rows:
-        style = "bold" if row.name == "MERGETUNE" else None
-        cells = ((row.base, row.base_std), (row.novel, row.novel_std), (row.hm, row.hm_std))
-        table.add_row(row.name, *(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in cells), style=style)
-    out.print(table)
+        cells = {column: (getattr(row, name), getattr(row, f"{name}_std")) for column, name in HALVES.items()}
+        shown = {column: f"{mean:.1f} ± {deviation:.1f}" for column, (mean, deviation) in cells.items()}
+        rows.append((row.name, shown, "bold" if row.name == "MERGETUNE" else None))
+    print_table("", rows, title=f"Accuracy on tilted icons, mean ± deviation over {len(seeds)} seeds (%)")
     tell(
         f"Standard error from the number of test images: {result.rows[0].base_error:.1f} (base), "
-        f"{result.rows[0].novel_error:.1f} (novel). Figure: {result.figure}. Everything: {folder / 'results.json'}."
+        f"{result.rows[0].novel_error:.1f} (novel). "
+        f"Seen and unseen are the same images among all classes. Figure: {result.figure}. "
+        f"Everything: {folder / 'results.json'}."
     )
 
 

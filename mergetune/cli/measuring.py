@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from mergetune.cli.options import (
     AllowTorchscript,
@@ -20,7 +19,18 @@ from mergetune.cli.options import (
     Space,
     Templates,
 )
-from mergetune.cli.shared import announce, errors, new_table, open_cache, out, print_json, read_solution, tell
+from mergetune.cli.shared import (
+    HALVES,
+    announce,
+    errors,
+    new_table,
+    open_cache,
+    out,
+    print_json,
+    print_table,
+    read_solution,
+    tell,
+)
 
 _SOLUTION = typer.Option("--solution", help="Folder of a saved solution, for example the --out of `mergetune fit`.")
 
@@ -35,7 +45,7 @@ def evaluate(
     classes: Classes = "all",
     base_novel: Annotated[
         bool,
-        typer.Option("--base-novel", help="Show accuracy on base and on novel classes, and their harmonic mean (HM)."),
+        typer.Option("--base-novel", help="Show base and novel classes, apart and joint, and harmonic means (HM)."),
     ] = False,
     template: Templates = ["a photo of a {}."],
     position: Position = "end",
@@ -53,21 +63,22 @@ def evaluate(
         report: dict[str, Any] = {}
         for name, classify in entries.items():
             if novel is not None:
-                found = mt.base_to_novel(classify, test, novel)
-                report[name] = {"base": found.base.to_json(), "novel": found.novel.to_json(), "hm": found.hm}
+                report[name] = mt.base_to_novel(classify, test, novel).to_json()
             else:
                 report[name] = mt.accuracy(classify, test).to_json()
     if as_json:
         print_json(report)
         return
-    table = new_table("", *(("base", "novel", "HM") if base_novel else ("accuracy", "mean of classes", "images")))
+    rows = []
     for name, found in report.items():
         if base_novel:
-            cells = [f"{v:.2f}" for v in (found["base"]["accuracy"], found["novel"]["accuracy"], found["hm"])]
+            values = {column: found[part] for column, part in HALVES.items()}
+            cells = {c: f"{v['accuracy'] if isinstance(v, dict) else v:.2f}" for c, v in values.items()}
         else:
-            cells = [f"{found['accuracy']:.2f}", f"{found['mean_per_class']:.2f}", str(found["images"])]
-        table.add_row(escape(name), *cells)
-    out.print(table)
+            values = {"accuracy": found["accuracy"], "mean of classes": found["mean_per_class"]}
+            cells = {c: f"{v:.2f}" for c, v in values.items()} | {"images": str(found["images"])}
+        rows.append((name, cells, None))
+    print_table("", rows)
 
 
 def path(

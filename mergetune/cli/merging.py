@@ -26,7 +26,17 @@ from mergetune.cli.options import (
     read_tuning,
     said,
 )
-from mergetune.cli.shared import announce, err, errors, new_table, open_cache, out, print_json, read_solution, tell
+from mergetune.cli.shared import (
+    announce,
+    err,
+    errors,
+    open_cache,
+    out,
+    print_json,
+    print_table,
+    read_solution,
+    tell,
+)
 from mergetune.facts import CompareOptions
 from mergetune.facts.function_options import MERGETUNE_GRID
 from mergetune.merging.methods import METHODS, Method, find
@@ -248,15 +258,12 @@ def _task(caches: Path, templates: list[str]) -> Any:
 
 
 def _print_comparison(found: Any) -> None:
-    """Prints one row per method: every measure, and the difference to the reference in the last measure."""
-    columns = list(found.lines[0].values)
-    table = new_table("", *columns, f"{columns[-1]} difference")
+    """Prints one row per method: every measure, and the difference to the reference in the main measure."""
+    rows = []
     for line in found.lines:
-        difference = line.differences.get(columns[-1])
-        about = ""
-        if difference:
-            about = "{:+.1f} ({:+.1f} to {:+.1f})".format(difference.mean, *difference.classes)
-        values = [f"{line.values[c]:.1f} ± {line.errors[c]:.1f}" for c in columns]
-        style = "bold" if line.row.startswith("MERGETUNE") else None
-        table.add_row(escape(line.row), *values, about, style=style)
-    out.print(table)
+        cells = {column: f"{value:.1f} ± {line.errors[column]:.1f}" for column, value in line.values.items()}
+        difference = line.differences.get(found.main)
+        about = "{:+.1f} ({:+.1f} to {:+.1f})".format(difference.mean, *difference.classes) if difference else ""
+        cells[f"{found.main} difference"] = about
+        rows.append((line.row, cells, "bold" if line.row.startswith("MERGETUNE") else None))
+    print_table("", rows)

@@ -23,7 +23,7 @@ from mergetune.cli.options import (
     read_tuning,
     said,
 )
-from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, tell
+from mergetune.cli.shared import errors, first_rank, new_table, out, print_json, print_table, tell
 from mergetune.facts import FitOptions
 from mergetune.facts.function_options import BETA, MAX_PIXELS
 
@@ -118,15 +118,15 @@ def reproduce(
 
 def _print_lines(lines: list[Any]) -> None:
     """Prints the table; below a row, the paper's values with the difference in brackets."""
-    columns = list(lines[0].values)
-    table = new_table("dataset, stage 1, solution", *columns)
+    rows = []
     for line in lines:
-        style = "bold" if line.solution == "MERGETUNE" else None
-        table.add_row(f"{line.dataset}, {line.method}, {line.solution}", *map(line.show, columns), style=style)
+        style = "bold" if line.row == "MERGETUNE" else None
+        shown = {column: line.show(column) for column in line.values}
+        rows.append((f"{line.dataset}, {line.method}, {line.row}", shown, style))
         if line.published:
             apart = {c: f"{p:.2f} ({line.values[c] - p:+.2f})" for c, p in line.published.items()}
-            table.add_row("  published, eleven datasets", *(apart.get(c, "") for c in columns), style="dim")
-    out.print(table)
+            rows.append(("  published, eleven datasets", apart, "dim"))
+    print_table("dataset, stage 1, solution", rows)
 
 
 def _print_forecast(found: Any, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 out, err = Console(), Console(stderr=True)
+HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
+"""Columns of a table of base and novel classes -> names in :class:`mergetune.evaluation.BaseNovel` and its row."""
 
 
 @contextmanager
@@ -137,6 +140,28 @@ def new_table(first: str, *numbers: str) -> Table:
     for name in numbers:
         table.add_column(name, justify="right")
     return table
+
+
+def print_table(
+    first: str, rows: Sequence[tuple[str, Mapping[str, str], str | None]], *, title: str | None = None
+) -> None:
+    """Print rows: name, column -> text, style. The joint label space stands below where the terminal is too narrow."""
+
+    def build(columns: Sequence[str]) -> Table:
+        table = new_table(first, *columns)
+        for name, cells, style in rows:
+            if cells.keys() & set(columns):
+                table.add_row(escape(name), *(cells.get(column, "") for column in columns), style=style)
+        return table
+
+    columns = list(rows[0][1])
+    joint = [column for column in ("seen", "unseen", "joint HM") if column in columns]
+    blocks = [build(columns)]
+    if joint and Measurement.get(out, out.options.update(max_width=1000), blocks[0]).maximum > out.width:
+        blocks = [build([column for column in columns if column not in joint]), build(joint)]
+    blocks[0].title = title
+    for table in blocks:
+        out.print(table)
 
 
 def plain(value: Any) -> str:

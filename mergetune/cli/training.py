@@ -26,15 +26,15 @@ from mergetune.cli.options import (
     takes,
 )
 from mergetune.cli.shared import (
+    HALVES,
     announce,
     errors,
     finish,
     first_rank,
-    new_table,
     open_cache,
     open_images,
-    out,
     print_json,
+    print_table,
     read_solution,
     tell,
 )
@@ -209,10 +209,17 @@ def _finish_images(as_json: bool, found: Any, folder: Path) -> None:
 
 
 def _print_reports(reports: dict[str, Any], folder: Path) -> None:
-    """Prints one row per solution and one column per set of test classes."""
-    table = new_table("accuracy on test images (%)", *reports)
+    """Prints one row per solution, one column per set of test classes, and their harmonic means."""
+    from mergetune.evaluation import BaseNovel
+
+    columns, rows = HALVES if "novel" in reports else {part: part for part in reports}, []
     for name in next(iter(reports.values())):
-        style = "bold" if name == "MERGETUNE" else None
-        table.add_row(name, *(f"{report[name].accuracy:.2f}" for report in reports.values()), style=style)
-    out.print(table)
+        found: dict[str, Any] = {part: report[name] for part, report in reports.items()}
+        if "novel" in found:
+            both = BaseNovel(**found)
+            found |= {"hm": both.hm, "joint_hm": both.joint_hm}
+        values = {column: getattr(found[part], "accuracy", found[part]) for column, part in columns.items()}
+        cells = {column: f"{value:.2f}" for column, value in values.items()}
+        rows.append((name, cells, "bold" if name == "MERGETUNE" else None))
+    print_table("accuracy on test images (%)", rows)
     tell(f"Solution, report.json, paths.png: {folder}")

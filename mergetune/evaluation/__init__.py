@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from mergetune.evaluation.scores import (
         BaseNovel,
         Classifier,
+        Hits,
+        ImageMap,
         Report,
         Row,
         accuracy,
         base_to_novel,
+        count_hits,
         harmonic_mean,
+        score,
         summarise,
     )
     from mergetune.evaluation.spectra import spectrum
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BaseNovel",
     "Classifier",
+    "Hits",
+    "ImageMap",
     "Path",
     "Report",
     "Row",
@@ -32,6 +38,7 @@ __all__ = [
     "base_to_novel",
     "classifier",
     "connectivity",
+    "count_hits",
     "cross_entropy",
     "evaluate",
     "harmonic_mean",
@@ -42,6 +49,7 @@ __all__ = [
     "plot_plane",
     "plot_spectrum",
     "report",
+    "score",
     "spectrum",
     "summarise",
     "weight_average",
@@ -55,7 +63,10 @@ make_lazy(
         "mergetune.evaluation.html_report": "report",
         "mergetune.evaluation.paths": "Path connectivity cross_entropy path",
         "mergetune.evaluation.planes": "plane",
-        "mergetune.evaluation.scores": "BaseNovel Classifier Report Row accuracy base_to_novel harmonic_mean summarise",
+        "mergetune.evaluation.scores": (
+            "BaseNovel Classifier Hits ImageMap Report Row accuracy base_to_novel count_hits harmonic_mean score "
+            "summarise"
+        ),
         "mergetune.evaluation.spectra": "spectrum",
     },
 )

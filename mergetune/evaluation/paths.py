@@ -38,6 +38,11 @@ class Path:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"barrier": self.barrier}
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Path:
+        """Read what :meth:`to_json` gives."""
+        return cls(*(tuple(record[name]) for name in ("alphas", "loss", "accuracy")))
+
 
 def path(
     clip: FrozenClip, a: Solution, b: Solution, features: Batches, *, points: int = 21, space: str = "embedding"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from mergetune.data import Batches, FeatureCache
 from mergetune.solutions import inputs
+
+ImageMap = Callable[[Tensor], Tensor]
+"""What is read of images [B, ...] -> image features [B, D]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,7 @@ class Classifier:
     """
 
     weights: Callable[[Sequence[str]], Tensor]
-    images: Callable[[Tensor], Tensor] | None = None
+    images: ImageMap | None = None
     bias: bool = False
 
     def __call__(self, classnames: Sequence[str]) -> Tensor:
@@ -68,20 +71,77 @@ class Report:
     @property
     def standard_error(self) -> float:
         """Of the accuracy, from the number of test images alone, percent."""
-        p = self.accuracy / 100
-        return 100 * math.sqrt(p * (1 - p) / self.images)
+        return _standard_error(self.accuracy, self.images)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"mean_per_class": self.mean_per_class, "standard_error": self.standard_error}
 
 
+def _standard_error(accuracy: float, images: int) -> float:
+    p = accuracy / 100
+    return 100 * math.sqrt(p * (1 - p) / images)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Right answers and images of each class. Every accuracy, spread and interval is computed from these counts."""
+
+    right: tuple[int, ...]
+    images: tuple[int, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Correct share of all images, percent."""
+        return 100 * (sum(self.right) / sum(self.images))
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, from the number of images alone, percent."""
+        return _standard_error(self.accuracy, sum(self.images))
+
+    def to_json(self) -> dict[str, float]:
+        return {"accuracy": self.accuracy, "images": sum(self.images), "standard_error": self.standard_error}
+
+    def report(self, classnames: Sequence[str]) -> Report:
+        """The accuracies of the classes, by name, and of all images."""
+        shared = {name for name, owners in Counter(classnames).items() if owners > 1}
+        per_class = {
+            f"{name} ({c})" if name in shared else name: 100 * hits / images
+            for c, (name, hits, images) in enumerate(zip(classnames, self.right, self.images, strict=True))
+            if images
+        }
+        return Report(self.accuracy, per_class, sum(self.images))
+
+
 @torch.no_grad()
+def count_hits(
+    weights: Tensor, features: Batches, *, images: ImageMap | None = None, first: int = 0, batch_size: int = 2048
+) -> Hits:
+    """Right answers of class weights on cached features.
+
+    Args:
+        weights: one row per class that may be answered, [C', D], or [C', D + 1] with a bias.
+        features: image features with labels, of C classes.
+        images: applied to the features first, see :class:`Classifier`.
+        first: the row of the features' first class; the others follow it.
+        batch_size: rows at a time.
+    """
+    answers = []
+    for x, _, _ in features.batches(batch_size):
+        x = x.to(weights) if images is None else images(x.to(weights))
+        answers.append((inputs(x, weights) @ weights.T).argmax(-1).cpu())
+    right = torch.cat(answers) == features.labels + first
+    count = len(features.classnames)
+    counts = (torch.bincount(labels, minlength=count).tolist() for labels in (features.labels[right], features.labels))
+    return Hits(*map(tuple, counts))
+
+
 def accuracy(
     weights: Tensor | Classifier,
     features: Batches,
     *,
     normalize: bool = False,
-    images: Callable[[Tensor], Tensor] | None = None,
+    images: ImageMap | None = None,
     batch_size: int = 2048,
 ) -> Report:
     """Accuracy of a classifier, or of class weights, on cached features.
@@ -101,37 +161,63 @@ def accuracy(
             f"weights must have shape [C, D] = [{len(features.classnames)}, {dim}], got {list(weights.shape)}"
         )
     weights = F.normalize(weights, dim=-1) if normalize else weights
-    right = torch.cat(
-        [
-            (inputs(x.to(weights) if images is None else images(x.to(weights)), weights) @ weights.T).argmax(-1).cpu()
-            == labels
-            for x, labels, _ in features.batches(batch_size)
-        ]
-    ).double()
-    counts = torch.bincount(features.labels, minlength=len(weights))
-    hits = torch.bincount(features.labels, weights=right, minlength=len(weights))
-    shared = {name for name, owners in Counter(features.classnames).items() if owners > 1}
-    per_class = {
-        f"{name} ({c})" if name in shared else name: 100 * hit / count
-        for c, (name, hit, count) in enumerate(zip(features.classnames, hits.tolist(), counts.tolist(), strict=True))
-        if count
-    }
-    return Report(accuracy=100 * right.mean().item(), per_class=per_class, images=len(features))
+    return count_hits(weights, features, images=images, batch_size=batch_size).report(features.classnames)
 
 
 # -- base to novel -----------------------------------------------------------------------------------------------------
 
 
+def score(
+    weights: Mapping[str, Tensor], tests: Mapping[str, Batches], *, images: ImageMap | None = None
+) -> dict[str, Hits]:
+    """Right answers on each set of test images, among the classes of that set.
+
+    For "base" and "novel" classes also in the joint label space: "seen" are the base images and "unseen" the novel
+    images, answered among the classes of both.
+
+    Args:
+        weights: class weights of each set, [C, D], or [C, D + 1] with a bias.
+        tests: the test images of each set.
+        images: applied to the features first, see :class:`Classifier`.
+    """
+    found = {part: count_hits(weights[part], features, images=images) for part, features in tests.items()}
+    if tests.keys() == {"base", "novel"}:
+        both = torch.cat([weights["base"], weights["novel"]])
+        found["seen"] = count_hits(both, tests["base"], images=images)
+        found["unseen"] = count_hits(both, tests["novel"], images=images, first=len(weights["base"]))
+    return found
+
+
 @dataclass(frozen=True)
 class BaseNovel:
-    """Accuracy among the base classes and among the novel ones, each in its own label space (CoCoOp's protocol)."""
+    """Accuracy on base and on novel classes.
+
+    Attributes:
+        base, novel: each among its own classes (CoCoOp's protocol).
+        seen, unseen: the same images among the classes of both, the joint label space; None where it was not tested.
+    """
 
     base: Report
     novel: Report
+    seen: Report | None = None
+    unseen: Report | None = None
 
     @property
     def hm(self) -> float:
         return harmonic_mean(self.base.accuracy, self.novel.accuracy)
+
+    @property
+    def joint_hm(self) -> float | None:
+        """Of seen and unseen."""
+        if self.seen is None or self.unseen is None:
+            return None
+        return harmonic_mean(self.seen.accuracy, self.unseen.accuracy)
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {"base": self.base, "novel": self.novel, "hm": self.hm}
+        if self.joint_hm is not None:
+            parts |= {"seen": self.seen, "unseen": self.unseen, "joint_hm": self.joint_hm}
+        return {name: value.to_json() if isinstance(value, Report) else value for name, value in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -143,6 +229,8 @@ class Row:
         base_std, novel_std, hm_std: over seeds, percent; 0 for one seed.
         base_error, novel_error: standard error from the number of test images, percent.
         seeds: number of runs.
+        seen, unseen, joint_hm: as base, novel and hm, in the joint label space; None where it was not tested.
+        seen_std, unseen_std, joint_hm_std: over seeds.
     """
 
     name: str
@@ -155,36 +243,42 @@ class Row:
     base_error: float
     novel_error: float
     seeds: int
+    seen: float | None = None
+    unseen: float | None = None
+    joint_hm: float | None = None
+    seen_std: float | None = None
+    unseen_std: float | None = None
+    joint_hm_std: float | None = None
 
 
 def base_to_novel(classify: Classifier, base: FeatureCache, novel: FeatureCache) -> BaseNovel:
-    """Test a classifier on base and on novel classes."""
-    return BaseNovel(*(accuracy(classify, part) for part in (base, novel)))
+    """Test a classifier on base and on novel classes, each among its own classes and among all."""
+    tests = {"base": base, "novel": novel}
+    weights = {part: classify(features.classnames) for part, features in tests.items()}
+    found = score(weights, tests, images=classify.images)
+    home = {"seen": base, "unseen": novel} | tests
+    return BaseNovel(**{part: hits.report(home[part].classnames) for part, hits in found.items()})
 
 
 def summarise(name: str, runs: Sequence[BaseNovel]) -> Row:
     """Mean and spread of a method's runs."""
     if not runs:
         raise ValueError(f"runs must hold at least one result of {name!r}, got none")
-
-    def mean_and_std(values: list[float]) -> tuple[float, float]:
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-    base, base_std = mean_and_std([run.base.accuracy for run in runs])
-    novel, novel_std = mean_and_std([run.novel.accuracy for run in runs])
-    _, hm_std = mean_and_std([run.hm for run in runs])
-    return Row(
-        name=name,
-        base=base,
-        novel=novel,
-        hm=harmonic_mean(base, novel),
-        base_std=base_std,
-        novel_std=novel_std,
-        hm_std=hm_std,
-        base_error=statistics.fmean(run.base.standard_error for run in runs),
-        novel_error=statistics.fmean(run.novel.standard_error for run in runs),
-        seeds=len(runs),
-    )
+    columns = {part: [getattr(run, part).accuracy for run in runs] for part in ("base", "novel")}
+    columns["hm"] = [run.hm for run in runs]
+    if all(run.joint_hm is not None for run in runs):
+        columns |= {part: [getattr(run, part).accuracy for run in runs] for part in ("seen", "unseen")}
+        columns["joint_hm"] = [run.joint_hm for run in runs]
+    values = {column: statistics.fmean(found) for column, found in columns.items()}
+    values["hm"] = harmonic_mean(values["base"], values["novel"])
+    if "joint_hm" in values:
+        values["joint_hm"] = harmonic_mean(values["seen"], values["unseen"])
+    spread = {f"{k}_std": statistics.stdev(found) if len(runs) > 1 else 0.0 for k, found in columns.items()}
+    errors = {
+        f"{part}_error": statistics.fmean(getattr(run, part).standard_error for run in runs)
+        for part in ("base", "novel")
+    }
+    return Row(name=name, seeds=len(runs), **values, **spread, **errors)
 
 
 def harmonic_mean(base: float, novel: float) -> float:

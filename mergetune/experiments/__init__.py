@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
+    from mergetune.experiments.cells import Task
     from mergetune.experiments.comparison import compare
-    from mergetune.experiments.comparison_cells import Task, icons_task
-    from mergetune.experiments.icons import run_demo
+    from mergetune.experiments.icons import icons_task, run_demo
     from mergetune.experiments.own_images import FolderResult, fit_dataset
     from mergetune.experiments.protocol_forecast import forecast
     from mergetune.experiments.protocol_plans import Experiment, check_data, plan
@@ -34,9 +34,9 @@ __all__ = [
 make_lazy(
     __name__,
     {
+        "mergetune.experiments.cells": "Task",
         "mergetune.experiments.comparison": "compare",
-        "mergetune.experiments.comparison_cells": "Task icons_task",
-        "mergetune.experiments.icons": "run_demo",
+        "mergetune.experiments.icons": "icons_task run_demo",
         "mergetune.experiments.own_images": "FolderResult fit_dataset",
         "mergetune.experiments.protocol_forecast": "forecast",
         "mergetune.experiments.protocol_plans": "Experiment check_data plan",

@@ -3,24 +3,38 @@
 A cell is one dataset, one partition of its classes into base and novel, and one seed of the draw and the training. In
 each cell all candidates (a method with one choice of hyper-parameters) are made from training images, scored on
 validation images, one candidate a method is chosen, and only the chosen are tested. Each cell leaves one JSON file.
-
-Shapes: K experts, M prompts encoded together, C classes, D embedding width, R resamples.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
+from torch import Tensor
 from tqdm import tqdm
 
 from mergetune.clip import FrozenClip
-from mergetune.experiments.comparison_candidates import train
-from mergetune.experiments.comparison_cells import REFERENCE, Cell, Task
-from mergetune.experiments.comparison_records import begin, choose, measure, prepare
-from mergetune.experiments.comparison_tables import Comparison, summarise
+from mergetune.data import FeatureCache
+from mergetune.evaluation import ImageMap, accuracy, classifier, harmonic_mean, score
+from mergetune.experiments.cells import Cell, Task
+from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates, train
+from mergetune.experiments.comparison_tables import REFERENCE, Comparison, summarise
+from mergetune.experiments.engine import Record, begun, counted, finish
 from mergetune.facts import CompareOptions
+from mergetune.io import MAX_WEIGHTS, read_regular, write_atomically
+from mergetune.solutions import Solution, load_solution
+
+RECORD, WEIGHTS = "cell.json", "class-weights.safetensors"
+MAPPED = "mapped"  # folder of the candidates that map image features
 
 
 def compare(
@@ -76,7 +90,129 @@ def compare(
     seen = [{key: record[key] for key in ("cell", "candidates")} for record in prepared]  # no results of earlier calls
     chosen = choose(seen, setup.choose)
     records = [
-        measure(by_name[cell.task], record, best, out / cell.folder)
+        measure(clip, by_name[cell.task], record, best, out / cell.folder)
         for cell, record, best in zip(cells, prepared, chosen, strict=True)
     ]
     return summarise(records, reference=reference, choose=setup.choose)
+
+
+def begin(clip: FrozenClip, task: Task, cell: Cell, setup: CompareOptions, folder: Path) -> Record:
+    """What a cell's file holds: the result of :func:`prepare` if it is there, or the settings alone."""
+    return begun(folder / RECORD, {"cell": asdict(cell), "settings": _settings(clip, task, setup)})
+
+
+def prepare(
+    clip: FrozenClip, task: Task, cell: Cell, setup: CompareOptions, folder: Path, *, progress: bool = False
+) -> Record:
+    """Make and score the candidates of a cell, or take them from disk. Test images are not looked at.
+
+    Leaves ``cell.json`` and every candidate's class weights in the cell's folder.
+
+    Raises:
+        ValueError: the folder holds a cell with other settings.
+    """
+    record = begin(clip, task, cell, setup, folder)
+    if "candidates" in record:
+        return record
+    fold = task.fold(cell.partition, setup.shots, cell.seed)
+    made = candidates(clip, fold, setup, folder, progress=progress)
+    weights, mixing = {}, [0.0] * len(made.found)
+    for part, val in fold.val.items():
+        weights[part], seconds = made.class_weights(val.classnames)
+        mixing = [a + b for a, b in zip(mixing, seconds, strict=True)]
+    images = [candidate.classify.images for candidate in made.found]
+    scores = validated(weights, fold.val, images)
+    write_atomically(folder / WEIGHTS, serialize({part: w.contiguous() for part, w in weights.items()}))
+    facts = ("row", "options", "experts", "data", "parameters")
+    entries = [
+        {name: getattr(c, name) for name in facts} | {"seconds": c.seconds + spent, "score": value}
+        for c, spent, value in zip(made.found, mixing, scores, strict=True)
+    ]
+    for number, candidate in enumerate(made.found):
+        if candidate.classify.images is not None and candidate.solution is not None:
+            candidate.solution.save(folder / MAPPED / str(number))
+    return finish(folder / RECORD, record, {"candidates": entries, "left_out": made.left_out})
+
+
+def validated(
+    weights: Mapping[str, Tensor], val: Mapping[str, FeatureCache], images: Sequence[ImageMap | None]
+) -> list[float]:
+    """Accuracy of each candidate on validation images; of base and novel classes the harmonic mean. Percent."""
+    parts = [
+        [accuracy(w, features, images=own).accuracy for w, own in zip(weights[part], images, strict=True)]
+        for part, features in val.items()
+    ]
+    return [harmonic_mean(*found) if len(found) == 2 else found[0] for found in zip(*parts, strict=True)]
+
+
+def choose(records: Sequence[Record], how: str = "validation") -> list[dict[str, int]]:
+    """For each cell and row the candidate with the best validation score; of equals the first, the default.
+
+    Args:
+        records: of :func:`prepare`: validation scores, no test results.
+        how: "validation", the cell's own; "others", mean over the cells of all other datasets.
+    """
+    if how == "others" and len({record["cell"]["task"] for record in records}) < 2:
+        raise ValueError("choose='others' needs at least two datasets, got one")
+    chosen = []
+    for record in records:
+        task, best = record["cell"]["task"], {}
+        seen = [record] if how == "validation" else [r for r in records if r["cell"]["task"] != task]
+        scores: dict[Any, list[float]] = {}
+        for other in seen:
+            for entry in other["candidates"]:
+                scores.setdefault((entry["row"], json.dumps(entry["options"])), []).append(entry["score"])
+        for number, entry in enumerate(record["candidates"]):
+            found = scores.get((entry["row"], json.dumps(entry["options"])))
+            if found is None:
+                continue
+            value = statistics.fmean(found)
+            if entry["row"] not in best or value > best[entry["row"]][0]:
+                best[entry["row"]] = (value, number)
+        chosen.append({row: number for row, (_, number) in best.items()})
+    return chosen
+
+
+def measure(clip: FrozenClip, task: Task, record: Record, chosen: Mapping[str, int], folder: Path) -> Record:
+    """Test the chosen candidates of a cell, or take their results from disk.
+
+    Results of version 0.1 have no joint label space; it is added from the class weights, where they are still there.
+    """
+    halves, kept = task.halves(record["cell"]["partition"]), folder / WEIGHTS
+    joint = len(halves) == 1 or all("seen" in parts for parts in record.get("right", {}).values())
+    if record.get("chosen") == chosen and (joint or not kept.is_file()):
+        return record
+    weights = deserialize(read_regular(kept, limit=MAX_WEIGHTS))
+    tests = {part: task.test.select_classes(classes) for part, classes in halves.items()}
+    found = {}
+    for row, number in chosen.items():
+        mapped = folder / MAPPED / str(number)
+        images = classifier(clip, load_solution(mapped)).images if mapped.is_dir() else None
+        found[row] = score({part: weights[part][number] for part in tests}, tests, images=images)
+    return finish(folder / RECORD, record, {"chosen": dict(chosen)} | counted(found, halves))
+
+
+def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, Any]:
+    """What a cell's result depends on beside the cell."""
+    experts = setup.experts
+    if isinstance(experts, Mapping):
+        experts = {name: [s.kind, _digest(s)] for name, s in experts.items()}
+    return {
+        "clip": clip.fingerprint,
+        "templates": task.templates,
+        "features": [None if cache is None else cache.digest for cache in (task.train, task.val, task.test)],
+        "experts": experts,
+        "shots": setup.shots,
+        "tune": setup.tune,
+        "fit": setup.fit,
+        "grids": [setup.grid, MERGE_GRIDS],
+    }
+
+
+def _digest(solution: Solution) -> str:
+    digest, state = hashlib.sha256(), solution.saved_state()
+    if state.keys() == {"weight", "bias"}:  # as version 0.1 laid out a head
+        state = {"weight": torch.cat([state["weight"], state["bias"][:, None]], 1)}
+    for tensor in state.values():
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
-from mergetune.experiments.comparison_cells import ZERO_SHOT, Fold
+from mergetune.evaluation import Classifier
+from mergetune.experiments.cells import Fold
+from mergetune.experiments.engine import Candidate, Together
 from mergetune.experiments.solution_merging import merge_solutions
 from mergetune.facts import CompareOptions, FitOptions
 from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import METHODS
-from mergetune.solutions import Solution, space_of, stack_states, zero_shot_like
+from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult, Job, fit_job, train_together, tune_job
 from mergetune.training.runs import RESULT
 
@@ -50,31 +52,8 @@ LEFT_OUT = {
     "negate": "it makes a model forget its experts",
     "layerwise": "it takes coefficients as they are; adamerging and expert_merging learn them",
 }
+LABELLED = "training images, labelled"
 SAME_AS_WISE_FT = ("average", "task_arithmetic")  # with one expert and the zero-shot solution
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A method with one choice of hyper-parameters.
-
-    Attributes:
-        row: the line that it competes for.
-        options: its hyper-parameters, JSON-able.
-        experts: K.
-        made: what is evaluated; or how class weights [C, D] come from unit class embeddings, of zero-shot [C, D] and of
-            the experts [K, C, D].
-        data: what it was made with, beside its experts.
-        parameters: numbers that must be kept to classify new class names.
-        seconds: to make it, without its experts.
-    """
-
-    row: str
-    options: dict[str, Any]
-    experts: int
-    made: Solution | Callable[[Tensor, Tensor], Tensor]
-    data: str = "none"
-    parameters: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +61,24 @@ class Candidates:
     """All of a cell.
 
     Attributes:
-        experts: by name, what is merged.
         found: the candidates, row by row, a method's default first.
+        together: what encodes them.
         left_out: method and number of experts -> why it is not compared.
     """
 
-    experts: dict[str, Solution]
     found: list[Candidate]
+    together: Together
     left_out: dict[str, str]
+
+    def class_weights(self, classnames: Sequence[str]) -> tuple[Tensor, list[float]]:
+        """Class weights of all candidates, [candidates, C, D], and the seconds that each took beside the encoding."""
+        self.together.encode(classnames)
+        weights, seconds = [], []
+        for candidate in self.found:
+            began = time.perf_counter()
+            weights.append(candidate.classify(classnames))
+            seconds.append(time.perf_counter() - began)
+        return torch.stack(weights).cpu(), seconds
 
 
 def candidates(
@@ -103,18 +92,24 @@ def candidates(
     train(clip, {folder: fold}, setup, progress=progress)
     experts, seconds = _experts(setup, fold, folder)
     first = next(iter(experts.values()))
-    zero_shot, head = zero_shot_like(clip, first, fold.templates), first.plain_head() is not None
-    found = [Candidate(ZERO_SHOT, {}, 0, zero_shot if head else lambda zero, _: zero)]
+    together, head = Together(clip), first.plain_head() is not None
+    zero_shot = zero_shot_like(clip, first, fold.templates)
+    zero = together.classifier(Classifier(partial(clip.class_embeddings, templates=fold.templates)))
+    scaled = together.classifier(zero_shot) if head else Classifier(lambda names: clip.logit_scale * zero(names))
+    found = [Candidate("zero-shot", scaled, experts=0)]
     found += [
-        Candidate(title, {}, 1, solution, "training images, labelled", solution.numbers, seconds[title])
+        together.candidate(title, solution, data=LABELLED, seconds=seconds[title])
         for title, solution in experts.items()
     ]
+    own = [candidate.classify for candidate in found[1:]]
     left_out: dict[str, str] = {}
     for group in _groups(experts):
-        found += _merged(clip, fold, zero_shot, group, left_out)
-        found += [] if head else _mixed(group)
-        found += _mergetuned(setup, folder, group)
-    return Candidates(experts, found, left_out)
+        found += _merged(together, fold, zero_shot, group, left_out)
+        if not head and all(classify.images is None for classify in own):
+            size = sum(solution.numbers for solution in group)
+            found += _mixed(clip.logit_scale, zero, own[: len(group)], size)
+        found += _mergetuned(together, setup, folder, group)
+    return Candidates(found, together, left_out)
 
 
 def train(clip: FrozenClip, folds: Mapping[Path, Fold], setup: CompareOptions, *, progress: bool = False) -> None:
@@ -180,16 +175,14 @@ def _groups(experts: Mapping[str, Solution]) -> list[list[Solution]]:
 
 
 def _merged(
-    clip: FrozenClip, fold: Fold, zero_shot: Solution, group: list[Solution], left_out: dict[str, str]
+    together: Together, fold: Fold, zero_shot: Solution, group: list[Solution], left_out: dict[str, str]
 ) -> list[Candidate]:
     """Merges of what was trained: context vectors, or head weights."""
-    found, count = [], len(group)
+    found, count, clip = [], len(group), together.clip
     what = "context vectors" if "ctx" in group[0].state() else "weights"
     for method, facts in METHODS.items():
-        reason = LEFT_OUT.get(method)
-        if count == 1 and method in SAME_AS_WISE_FT:
-            reason = "with one expert it is WiSE-FT"
-        if reason:
+        same = count == 1 and method in SAME_AS_WISE_FT
+        if reason := "with one expert it is WiSE-FT" if same else LEFT_OUT.get(method):
             left_out[f"{method} [{count}]"] = reason
             continue
         scored = method in ("evolve", "natural_niches")  # on validation images: the experts know the training images
@@ -202,7 +195,8 @@ def _merged(
                     began = time.perf_counter()
                     made = merge_solutions(method, group, base=base, clip=clip, features=features, options=options)
                     spent = time.perf_counter() - began
-                    found.append(Candidate(row, options, count, made, used, made.numbers, spent))
+                    took = {"data": used, "seconds": spent}
+                    found.append(together.candidate(row, made, options=options, experts=count, **took))
             except (ValueError, ImportError) as error:
                 left_out[f"{method} [{count}]"] = str(error)
     return found
@@ -210,31 +204,35 @@ def _merged(
 
 def _bases(method: str, zero_shot: Solution, count: int) -> list[Solution | None]:
     """With and without the zero-shot solution, where both are something."""
-    if METHODS[method].base is False:
+    if METHODS[method].base is False or (method == "slerp" and count > 1):
         return [None]
-    if needs_base(method, count):
-        return [zero_shot]
-    if method in AVERAGES:
-        return [None, zero_shot]
-    return [None if method == "slerp" else zero_shot]
+    return [None, zero_shot] if method in AVERAGES and not needs_base(method, count) else [zero_shot]
 
 
-def _mixed(group: list[Solution]) -> list[Candidate]:
+def _mixed(scale: float, zero_shot: Classifier, experts: list[Classifier], size: int) -> list[Candidate]:
     """Merges of class embeddings, and averages of logits."""
-    count = len(group)
-    size = sum(solution.numbers for solution in group)
-    found = []
+
+    def mixture(mix: Callable[[Tensor, Tensor], Tensor]) -> Classifier:
+        """``mix`` takes unit class embeddings, of zero-shot [C, D] and of the experts [K, C, D]."""
+
+        def classify(names: Sequence[str]) -> Tensor:
+            zero, own = zero_shot(names), torch.stack([expert(names) for expert in experts])
+            return scale * mix(zero, F.normalize(own[..., : zero.shape[1]], dim=-1))
+
+        return Classifier(classify)
+
+    found, count = [], len(experts)
     for method, fixed in EMBEDDING_METHODS.items():
         facts = METHODS[method]
         fits = facts.least <= count <= (facts.most or count)
         if fits and not (count > 1 and method == "slerp") and not (count == 1 and method in SAME_AS_WISE_FT):
             for options in grid_of(method, count):
-                mix = partial(_by_class, facts.load(), fixed | options)
+                mix = mixture(partial(_by_class, facts.load(), fixed | options))
                 row = f"{facts.title}, class embeddings [{count}]"
-                found.append(Candidate(row, options, count, mix, parameters=size))
+                found.append(Candidate(row, mix, options, count, parameters=size))
     for t in MIX:
-        mix = partial(_logit_average, t)
-        found.append(Candidate(f"logit ensemble with zero-shot [{count}]", {"t": t}, count, mix, parameters=size))
+        mix = mixture(partial(_logit_average, t))
+        found.append(Candidate(f"logit ensemble with zero-shot [{count}]", mix, {"t": t}, count, parameters=size))
     return found
 
 
@@ -248,13 +246,13 @@ def _logit_average(t: float, zero: Tensor, own: Tensor) -> Tensor:
     return (1 - t) * zero + t * own.mean(0)
 
 
-def _mergetuned(setup: CompareOptions, folder: Path, group: list[Solution]) -> list[Candidate]:
+def _mergetuned(together: Together, setup: CompareOptions, folder: Path, group: list[Solution]) -> list[Candidate]:
     found, count = [], len(group)
     for options, _, run in _tries(setup, folder, count):
         result = FitResult.load(run)
         row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
-        size, spent = result.solution.numbers, result.timings["seconds"]
-        found.append(Candidate(row, options, count, result.solution, "training images, labelled", size, spent))
+        took = {"data": LABELLED, "seconds": result.timings["seconds"]}
+        found.append(together.candidate(row, result.solution, options=options, experts=count, **took))
     return found
 
 
@@ -277,42 +275,3 @@ def grid_of(method: str, experts: int) -> list[dict[str, Any]]:
 
 def _product(grid: Mapping[str, Sequence]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def class_weights(
-    clip: FrozenClip, made: Candidates, templates: Sequence[str], classnames: Sequence[str]
-) -> tuple[Tensor, list[float]]:
-    """Class weights of all candidates with the logit scale, [candidates, C, D], and the seconds that mixtures took.
-
-    All prompts of one form share calls of the text tower.
-    """
-    solutions = [*made.experts.values(), *(c.made for c in made.found if not callable(c.made))]
-    encoded = _encode(clip, solutions, classnames)
-    zero, own = clip.class_embeddings(classnames, templates), torch.stack(encoded[: len(made.experts)])
-    own, rest = F.normalize(own[..., : zero.shape[1]], dim=-1), iter(encoded[len(made.experts) :])
-    weights, seconds = [], []
-    for candidate in made.found:
-        began = time.perf_counter()
-        if callable(candidate.made):
-            weights.append(clip.logit_scale * candidate.made(zero, own[: max(candidate.experts, 1)]))
-        else:
-            weights.append(next(rest))
-        seconds.append(time.perf_counter() - began)
-    return torch.stack(weights).cpu(), seconds
-
-
-@torch.no_grad()
-def _encode(clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequence[str]) -> list[Tensor]:
-    """Class weights of prompts and heads, [C, D] each."""
-    found: dict[int, Tensor] = {}
-    groups: dict[Any, list[int]] = {}
-    for i, solution in enumerate(solutions):
-        if (head := solution.plain_head()) is not None:
-            found[i] = head.logit_scale * head.class_weights(clip, classnames)
-        else:
-            groups.setdefault(solution.form, []).append(i)
-    for members in groups.values():
-        space = space_of(clip, solutions[members[0]], classnames)
-        weights = space.classes(stack_states([solutions[i].state() for i in members], clip.device))
-        found |= dict(zip(members, space.scale * space.unit(weights), strict=True))
-    return [found[i] for i in range(len(solutions))]

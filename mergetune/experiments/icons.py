@@ -6,8 +6,7 @@ CoOp learns 50 base classes from 16 images each; MERGETUNE repairs what it forgo
 from __future__ import annotations
 
 import zipfile
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,27 +14,45 @@ from typing import Any
 
 from mergetune.clip import FrozenClip, load_clip
 from mergetune.data import Dataset, ImageFolder, cache_features
-from mergetune.evaluation import (
-    BaseNovel,
-    Classifier,
-    Row,
-    base_to_novel,
-    classifier,
-    connectivity,
-    logit_ensemble,
-    plot,
-    summarise,
-    weight_average,
-)
+from mergetune.evaluation import BaseNovel, Row, connectivity, logit_ensemble, plot, summarise, weight_average
 from mergetune.evaluation import Path as Walk
+from mergetune.experiments.cells import Cell, Task
+from mergetune.experiments.engine import Candidate, Record, Together, begun, counted, finish, reports, tested
 from mergetune.io import write_json
 from mergetune.solutions import Prompt, Solution, interpolate
 from mergetune.training import fit, tune
 
 TEMPLATE = "an icon of a {}"
 SHOTS = 16
+PARTITION = 0  # CoOp's: the first half of the classes is base
 STAGE_1 = {"epochs": 50, "batch_size": 64, "lr": 0.01}
 PRECISION = "float32"  # so that the figures do not depend on what the machine is fastest at
+SETTINGS = {"template": TEMPLATE, "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1}
+
+
+def load_icons(folder: Path) -> tuple[FrozenClip, Dataset]:
+    """The embedded CLIP, and its images as ordinary files in ``folder``."""
+    assets = files("mergetune") / "assets"
+    with as_file(assets / "icon-clip") as model:
+        clip = load_clip(f"local-dir:{model}")
+    images = folder / "images"
+    with as_file(assets / "tilted-icons.zip") as archive, zipfile.ZipFile(archive) as content:
+        if not images.is_dir() or sum(1 for _ in images.rglob("*.png")) != len(content.namelist()):
+            content.extractall(images)
+    return clip, ImageFolder(images)
+
+
+def icons_task(
+    folder: str | Path, *, progress: bool = False, report: Callable[[str], None] = lambda _: None
+) -> tuple[FrozenClip, list[Task]]:
+    """The embedded CLIP and its icons, encoded in ``folder``."""
+    clip, data = load_icons(Path(folder))
+    report(f"encoding {len(data.train) + len(data.test)} images once")
+    caches = {
+        part: cache_features(clip, images, Path(folder) / "cache" / part, progress=progress)
+        for part, images in (("train", data.train), ("test", data.test))
+    }
+    return clip, [Task("icons", **caches, templates=(TEMPLATE,))]
 
 
 @dataclass(frozen=True)
@@ -59,28 +76,13 @@ class DemoResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "rows": [asdict(row) for row in self.rows],
-            "runs": {
-                name: [{"base": run.base.to_json(), "novel": run.novel.to_json(), "hm": run.hm} for run in runs]
-                for name, runs in self.runs.items()
-            },
+            "runs": {name: [run.to_json() for run in runs] for name, runs in self.runs.items()},
             "paths": {
                 part: {name: walk.to_json() for name, walk in paths.items()} for part, paths in self.paths.items()
             },
             "milliseconds_per_step": self.milliseconds,
-            "settings": {"template": TEMPLATE, "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1},
+            "settings": SETTINGS,
         }
-
-
-def load_icons(folder: Path) -> tuple[FrozenClip, Dataset]:
-    """The embedded CLIP, and its images as ordinary files in ``folder``."""
-    assets = files("mergetune") / "assets"
-    with as_file(assets / "icon-clip") as model:
-        clip = load_clip(f"local-dir:{model}")
-    images = folder / "images"
-    with as_file(assets / "tilted-icons.zip") as archive, zipfile.ZipFile(archive) as content:
-        if not images.is_dir() or sum(1 for _ in images.rglob("*.png")) != len(content.namelist()):
-            content.extractall(images)
-    return clip, ImageFolder(images)
 
 
 def run_demo(
@@ -93,7 +95,7 @@ def run_demo(
     """Cache, fine-tune, repair, evaluate.
 
     Args:
-        folder: for images, caches, solutions, results.json and the figure. What is there is used again.
+        folder: for images, caches, solutions, records, results.json and the figure. What is there is used again.
         seeds: each draws its own 16 images a class and its own order of batches.
         progress: show bars where stderr is a terminal.
         report: told in a line what is about to be done.
@@ -101,61 +103,78 @@ def run_demo(
     if not seeds:
         raise ValueError("seeds must hold at least one seed, got none")
     folder = Path(folder)
-    clip, data = load_icons(folder)
-    base, novel = data.base_novel()
-    report(f"encoding {len(data.train) + len(data.test)} images once")
-    train = cache_features(clip, data.train, folder / "cache" / "train", progress=progress)
-    test = cache_features(clip, data.test, folder / "cache" / "test", progress=progress)
-    base_test, novel_test = test.select(base.test), test.select(novel.test)
-
-    zero_shot = Prompt.from_template(clip, TEMPLATE)
-    runs: dict[str, list[BaseNovel]] = defaultdict(list)
-    milliseconds: dict[str, list[float]] = defaultdict(list)
-    walks: dict[str, dict[str, Walk]] = {}
-    for seed in seeds:
-        shots = train.select(base.few_shot(SHOTS, seed=seed))
-        common = {"seed": seed, "precision": PRECISION, "progress": progress}
-        solutions: dict[str, Solution] = {}
-        for method, title in (("coop", "CoOp"), ("kgcoop", "KgCoOp")):
-            report(f"seed {seed}: {title} on {len(base.classnames)} base classes, {SHOTS} images each")
-            tuned = tune(clip, shots, method=method, template=TEMPLATE, **STAGE_1, **common)
-            solutions[title] = tuned.solution
-            milliseconds[title].append(tuned.timings["ms_per_step"])
-        report(f"seed {seed}: MERGETUNE from zero-shot and CoOp")
-        merged = fit(clip, shots, solutions["CoOp"], zero_shot=TEMPLATE, **common)
-        milliseconds["MERGETUNE"].append(merged.timings["ms_per_step"])
-        merged.save(folder / f"seed-{seed}")
-        solutions["MERGETUNE"] = merged.solution
-        for name, classify in _table(clip, zero_shot, solutions).items():
-            runs[name].append(base_to_novel(classify, base_test, novel_test))
-        if seed == seeds[0]:
-            walks = {
-                part: connectivity(clip, zero_shot, solutions["CoOp"], solutions["MERGETUNE"], features)
-                for part, features in (("base", base_test), ("novel", novel_test))
-            }
-
-    figure = folder / "paths.png"
-    plot({f"{part} classes, test images": paths for part, paths in walks.items()}, figure)
+    clip, (task,) = icons_task(folder, progress=progress, report=report)
+    records = [
+        _seed(clip, task, Cell(task.name, PARTITION, seed), folder / f"seed-{seed}", progress=progress, report=report)
+        for seed in seeds
+    ]
+    names = {part: [task.train.classnames[c] for c in own] for part, own in task.halves(PARTITION).items()}
+    found = [reports(record, names) for record in records]
+    runs = {row: tuple(BaseNovel(**parts[row]) for parts in found) for row in found[0]}
+    times = {name: [record["milliseconds"][name] for record in records] for name in records[0]["milliseconds"]}
+    walks = {
+        part: {name: Walk.from_json(walk) for name, walk in paths.items()}
+        for part, paths in records[0]["paths"].items()
+    }
     result = DemoResult(
-        rows=tuple(summarise(name, found) for name, found in runs.items()),
-        runs={name: tuple(found) for name, found in runs.items()},
+        rows=tuple(summarise(row, own) for row, own in runs.items()),
+        runs=runs,
         paths=walks,
-        figure=figure,
-        milliseconds={name: sum(times) / len(times) for name, times in milliseconds.items()},
+        figure=folder / "paths.png",
+        milliseconds={name: sum(own) / len(own) for name, own in times.items()},
     )
+    plot({f"{part} classes, test images": walks for part, walks in result.paths.items()}, result.figure)
     write_json(folder / "results.json", result.to_json(), indent=2)
     return result
 
 
-def _table(clip: FrozenClip, zero_shot: Prompt, solutions: dict[str, Solution]) -> dict[str, Classifier]:
-    """The rows of the table, MERGETUNE last. The mixtures are of zero-shot and CoOp, half and half."""
-    w1, w2 = classifier(clip, zero_shot), classifier(clip, solutions["CoOp"])
-    return {
-        "zero-shot": w1,
-        "CoOp": w2,
-        "KgCoOp": classifier(clip, solutions["KgCoOp"]),
-        "weight average, context vectors": classifier(clip, interpolate(zero_shot, solutions["CoOp"], 0.5)),
-        "weight average, class embeddings (WiSE-FT)": weight_average(w1, w2),
-        "logit ensemble": logit_ensemble(w1, w2),
-        "MERGETUNE": classifier(clip, solutions["MERGETUNE"]),
+def _seed(
+    clip: FrozenClip, task: Task, cell: Cell, folder: Path, *, progress: bool, report: Callable[[str], None]
+) -> Record:
+    """The record of a seed: made, or taken from disk."""
+    file = folder / "cell.json"
+    made_from = {"clip": clip.fingerprint, "features": [task.train.digest, task.test.digest]}
+    record = begun(file, {"cell": asdict(cell), "settings": made_from | SETTINGS})
+    if "right" in record:
+        return record
+    shots = task.fold(PARTITION, SHOTS, cell.seed).train
+    tests = {part: task.test.select_classes(own) for part, own in task.halves(PARTITION).items()}
+    common = {"seed": cell.seed, "precision": PRECISION, "progress": progress}
+    results = {}
+    for method, title in (("coop", "CoOp"), ("kgcoop", "KgCoOp")):
+        report(f"seed {cell.seed}: {title} on {len(shots.classnames)} base classes, {SHOTS} images each")
+        results[title] = tune(clip, shots, method=method, template=TEMPLATE, **STAGE_1, **common)
+    report(f"seed {cell.seed}: MERGETUNE from zero-shot and CoOp")
+    results["MERGETUNE"] = fit(clip, shots, results["CoOp"].solution, zero_shot=TEMPLATE, **common)
+    results["MERGETUNE"].save(folder)
+    zero_shot = Prompt.from_template(clip, TEMPLATE)
+    solutions = {"zero-shot": zero_shot} | {title: result.solution for title, result in results.items()}
+    ends = zero_shot, solutions["CoOp"], solutions["MERGETUNE"]
+    walks = {part: connectivity(clip, *ends, features) for part, features in tests.items()}
+    found = {
+        "milliseconds": {title: result.timings["ms_per_step"] for title, result in results.items()},
+        "paths": {part: {name: walk.to_json() for name, walk in found.items()} for part, found in walks.items()},
     }
+    return finish(file, record, found | counted(tested(rows(clip, solutions), tests), task.halves(PARTITION)))
+
+
+def rows(clip: FrozenClip, solutions: Mapping[str, Solution]) -> list[Candidate]:
+    """The rows of the table, MERGETUNE last. The mixtures are of zero-shot and CoOp, half and half.
+
+    Args:
+        clip: the embedded CLIP.
+        solutions: "zero-shot", "CoOp", "KgCoOp" and "MERGETUNE".
+    """
+    together = Together(clip)
+    made = {title: together.classifier(solution) for title, solution in solutions.items()}
+    w1, w2 = made["zero-shot"], made["CoOp"]
+    average = together.classifier(interpolate(solutions["zero-shot"], solutions["CoOp"], 0.5))
+    return [
+        Candidate("zero-shot", w1),
+        Candidate("CoOp", w2),
+        Candidate("KgCoOp", made["KgCoOp"]),
+        Candidate("weight average, context vectors", average),
+        Candidate("weight average, class embeddings (WiSE-FT)", weight_average(w1, w2)),
+        Candidate("logit ensemble", logit_ensemble(w1, w2)),
+        Candidate("MERGETUNE", made["MERGETUNE"]),
+    ]

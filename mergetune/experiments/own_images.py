@@ -9,7 +9,8 @@ from typing import Any
 
 from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset, cache_features
-from mergetune.evaluation import Report, accuracy, classifier, connectivity, logit_ensemble, plot, weight_average
+from mergetune.evaluation import Report, connectivity, plot
+from mergetune.experiments.engine import Together, counted, reports, tested, usual
 from mergetune.io import write_json
 from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
@@ -21,7 +22,8 @@ class FolderResult:
 
     Attributes:
         result: of :func:`mergetune.fit`.
-        reports: the classes tested, "all" or "base" and "novel" -> what was tested -> how it did on the test images.
+        reports: the classes tested, "all" or "base" and "novel" -> what was tested -> how it did on the test images;
+            "seen" and "unseen" are the base and novel images among all classes.
         figure: loss and accuracy on the paths between zero-shot, tuned and merged solution.
     """
 
@@ -72,10 +74,6 @@ def fit_dataset(
     """
     if classes not in ("all", "base"):
         raise ValueError(f"classes must be all or base, got {classes!r}")
-    for solution in tuned:  # what does not belong to the CLIP is refused here, before any image is encoded
-        solution.check(clip)
-    if not tuned and method != "head":
-        _ = clip.text  # likewise a CLIP that takes no prompts
     out = Path(out)
     parts: dict[str, Dataset] = {"all": data}
     if classes == "base":
@@ -106,23 +104,15 @@ def fit_dataset(
     tests = {part: test.select(half.test) for part, half in parts.items()}
     if result.solution.classnames is not None:  # it knows the classes that it learned, no others
         tests = {classes: tests[classes]}
-    zero_shot, w2 = classifier(clip, template), classifier(clip, solutions[0])
-    table = {
-        "zero-shot": zero_shot,
-        "fine-tuned": w2,
-        "weight average": weight_average(zero_shot, w2),
-        "logit ensemble": logit_ensemble(zero_shot, w2),
-        "MERGETUNE": classifier(clip, result.solution),
-    }
-    reports = {
-        part: {name: accuracy(classify, images) for name, classify in table.items()} for part, images in tests.items()
-    }
+    table = usual(*map(Together(clip).classifier, (template, solutions[0], result.solution)), name="fine-tuned")
+    by_row = reports(counted(tested(table, tests)), {part: images.classnames for part, images in tests.items()})
+    by_part = {part: {row: found[part] for row, found in by_row.items()} for part in by_row["zero-shot"]}
     start = zero_shot_like(clip, result.solution, template)
     walks = {
         f"{part} classes, test images": connectivity(clip, start, solutions[0], result.solution, images)
         for part, images in tests.items()
     }
     plot(walks, out / "paths.png")
-    found = FolderResult(result, reports, out / "paths.png")
-    write_json(out / "report.json", found.to_json())
-    return found
+    made = FolderResult(result, by_part, out / "paths.png")
+    write_json(out / "report.json", made.to_json())
+    return made

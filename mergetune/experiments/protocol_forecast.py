@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache, templates_for
+from mergetune.experiments.engine import kept
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.experiments.protocols import Caches, finished_record
+from mergetune.experiments.protocols import RECORD, Caches
 from mergetune.training import fit, tune
 
 
@@ -49,10 +51,10 @@ def forecast(runs: Sequence[Run], experiment: Experiment, clip: FrozenClip) -> F
     images = {}
     for key in caches.needed(runs):
         path, wanted = caches.images(*key)
-        images[path.relative_to(experiment.out / "cache").as_posix()] = (
-            0 if (path / "manifest.json").is_file() else len(wanted)
-        )
-    left = [run for run in runs if finished_record(experiment.out / run.folder) is None]
+        name, there = path.relative_to(experiment.out / "cache").as_posix(), (path / "manifest.json").is_file()
+        images[name] = 0 if there else len(wanted)
+    records = [kept(experiment.out / run.folder / RECORD, ["run", "settings"]) for run in runs]
+    left = [run for run, record in zip(runs, records, strict=True) if "results" not in (record or {})]
     steps = {(run.source, run.method, run.protocol): 0.0 for run in left}
     for key in steps:
         steps[key] = _seconds_a_run(next(r for r in left if (r.source, r.method, r.protocol) == key), caches)
@@ -68,10 +70,8 @@ def forecast(runs: Sequence[Run], experiment: Experiment, clip: FrozenClip) -> F
 
 
 def _seconds_an_image(clip: FrozenClip) -> float:
-    height, width = (clip.preprocess_cfg["size"],) * 2 if isinstance(clip.preprocess_cfg["size"], int) else (
-        clip.preprocess_cfg["size"]
-    )  # fmt: skip
-    pixels = torch.zeros(8, 3, height, width)
+    size = clip.preprocess_cfg["size"]
+    pixels = torch.zeros(8, 3, *((size, size) if isinstance(size, int) else size))
     clip.encode_image(pixels[:1])
     began = time.perf_counter()
     clip.encode_image(pixels)
@@ -92,11 +92,8 @@ def _seconds_a_run(run: Run, caches: Caches) -> float:
         given = dict(getattr(experiment, stage))
         epochs, batch = given.pop("epochs", 50), given.pop("batch_size", 32 if stage == "tune" else 128)
         common = {"epochs": 2, "batch_size": min(batch, classes), "zero_shot": templates, "progress": False} | given
-        done = (
-            tune(clip, features, method=run.method, **common)
-            if stage == "tune"
-            else fit(clip, features, solution, **common)
-        )
+        run_stage = partial(tune, method=run.method) if stage == "tune" else partial(fit, tuned=solution)
+        done = run_stage(clip, features, **common)
         solution = done.solution
         if stage == "fit" or experiment.checkpoints is None:
             seconds += done.timings["ms_per_step"] / 1e3 * epochs * images / batch

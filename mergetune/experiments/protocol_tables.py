@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mergetune.evaluation import harmonic_mean
+from mergetune.experiments.engine import HOME, Record
+from mergetune.experiments.tables import Line, lines_of
 from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.io import write_json
 
@@ -24,31 +25,25 @@ PUBLISHED: dict[tuple[str, str, str], dict[str, float]] = {
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of the table: means over seeds.
+class ProtocolLine(Line):
+    """A line of the table: a solution's means over seeds. Its differences are to MERGETUNE.
 
     Attributes:
         protocol: one of ``PROTOCOLS``.
-        dataset: the source, or "mean" over several.
+        dataset: the source, or "mean" over several; that has no spread.
         method: stage 1.
-        solution: "zero-shot", "tuned", "weight average", "logit ensemble" or "MERGETUNE".
-        values: column -> percent.
-        spread: column -> standard deviation over seeds, percent; 0 for one seed; empty for means over datasets.
         seeds: number of runs.
     """
 
     protocol: str
     dataset: str
     method: str
-    solution: str
-    values: dict[str, float]
-    spread: dict[str, float]
     seeds: int
 
     @property
     def published(self) -> dict[str, float]:
         """The paper's figures, ViT-B/16 over all eleven datasets: of the mean only."""
-        return PUBLISHED.get((self.protocol, self.method, self.solution), {}) if self.dataset == "mean" else {}
+        return PUBLISHED.get((self.protocol, self.method, self.row), {}) if self.dataset == "mean" else {}
 
     def show(self, column: str) -> str:
         """A cell: the mean, and the deviation where there are several seeds."""
@@ -56,77 +51,77 @@ class Line:
         return f"{self.values[column]:.2f}{deviation}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | ({"published": self.published} if self.published else {})
+        found = asdict(self)
+        return found | {"solution": found.pop("row")} | ({"published": self.published} if self.published else {})
 
 
-def tabulate(records: Sequence[dict[str, Any]]) -> list[Line]:
+def tabulate(records: Sequence[Record]) -> list[ProtocolLine]:
     """The table of a protocol from its records: means over seeds, and over datasets where there are several."""
-    groups: dict[tuple[str, str], dict[int, dict[str, dict[str, float]]]] = {}
-    for record in records:
+    cells, protocol = _cells(records), records[0]["run"]["protocol"]
+    groups = [(dataset, method, [(dataset, cell) for cell in found]) for (dataset, method), found in cells.items()]
+    if len({dataset for dataset, _ in cells}) > 1:
+        for name in dict.fromkeys(method for _, method in cells):
+            groups.append(("mean", name, [pair for _, method, pairs in groups if method == name for pair in pairs]))
+    lines = []
+    for dataset, method, pairs in groups:
+        datasets, own = zip(*pairs, strict=True)
+        seeds = len(own) // len(set(datasets))
+        for line in lines_of(own, datasets, "MERGETUNE", published=True):
+            line = replace(line, spread={}) if dataset == "mean" else line
+            lines.append(ProtocolLine(**vars(line), protocol=protocol, dataset=dataset, method=method, seeds=seeds))
+    return lines
+
+
+def _cells(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """(dataset, method) -> the counts of each seed. Numbers of shots are parts of one cell."""
+    found: dict[tuple[str, str], dict[int, Record]] = {}
+    counts = [record if "right" in record else _of_version_0_1(record) for record in records]
+    joint = all(HOME.keys() <= parts.keys() for record in counts for parts in record["right"].values())
+    for record in counts:
         run = record["run"]
-        by_seed = groups.setdefault((run["source"], run["method"]), {})
-        by_solution = by_seed.setdefault(run["seed"], {})
-        for target, solutions in record["results"].items():
-            column = f"{run['shots']} shots" if run["protocol"] == "few-shot" else target
-            for solution, report in solutions.items():
-                by_solution.setdefault(solution, {})[column] = report["accuracy"]
-    protocol = records[0]["run"]["protocol"]
-    lines = [
-        _line(protocol, dataset, method, solution, [found[solution] for found in by_seed.values()])
-        for (dataset, method), by_seed in groups.items()
-        for solution in next(iter(by_seed.values()))
-    ]
-    several = len({line.dataset for line in lines}) > 1
-    return lines + (_means(lines) if several else [])
+        by_seed = found.setdefault((run["source"], run["method"]), {})
+        cell = by_seed.setdefault(run["seed"], {"classes": {}, "images": {}, "right": {}})
+        name = f"{run['shots']} shots" if run["protocol"] == "few-shot" else None
+        if record["classes"] is None or cell["classes"] is None:
+            cell["classes"] = None
+        else:
+            cell["classes"] |= {name or part: classes for part, classes in record["classes"].items()}
+        cell["images"] |= {name or part: images for part, images in record["images"].items()}
+        for row, parts in record["right"].items():
+            kept = {name or part: right for part, right in parts.items() if joint or part not in HOME}
+            cell["right"].setdefault(row, {}).update(kept)
+    return {key: list(by_seed.values()) for key, by_seed in found.items()}
 
 
-def _line(protocol: str, dataset: str, method: str, solution: str, runs: list[dict[str, float]]) -> Line:
-    values = {column: statistics.fmean(run[column] for run in runs) for column in runs[0]}
-    every = [run | _summary(protocol, run) for run in runs]
-    values |= _summary(protocol, values)  # HM of the mean accuracies, as published
-    spread = {column: statistics.stdev(run[column] for run in every) if len(every) > 1 else 0.0 for column in values}
-    return Line(protocol, dataset, method, solution, values, spread, len(runs))
+def _of_version_0_1(record: Record) -> Record:
+    """A record that has accuracies only: as counts of all classes together."""
+    right: dict[str, dict[str, list[int]]] = {}
+    images = {}
+    for part, reports in record["results"].items():
+        for row, report in reports.items():
+            images[part] = [report["images"]]
+            right.setdefault(row, {})[part] = [round(report["accuracy"] * report["images"] / 100)]
+    return record | {"classes": None, "images": images, "right": right}
 
 
-def _summary(protocol: str, values: dict[str, float]) -> dict[str, float]:
-    """The columns that are made of others."""
-    if protocol == "base-to-novel":
-        return {"HM": harmonic_mean(values["base"], values["novel"])}
-    others = [value for column, value in values.items() if column != "imagenet"]
-    return {} if protocol == "few-shot" or not others else {"mean of the others": statistics.fmean(others)}
-
-
-def _means(lines: Sequence[Line]) -> list[Line]:
-    """Means over the datasets; HM is that of the mean accuracies, as published."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        groups.setdefault((line.method, line.solution), []).append(line)
-    means = []
-    for (method, solution), found in groups.items():
-        values = {column: statistics.fmean(line.values[column] for line in found) for column in found[0].values}
-        if "HM" in values:
-            values["HM"] = harmonic_mean(values["base"], values["novel"])
-        means.append(Line(found[0].protocol, "mean", method, solution, values, {}, found[0].seeds))
-    return means
-
-
-def save_table(records: Sequence[dict[str, Any]], folder: Path) -> list[Line]:
+def save_table(records: Sequence[Record], folder: Path) -> list[ProtocolLine]:
     """Write ``table.json`` and ``figure.png`` of a protocol's records into a folder; returns the table."""
     lines = tabulate(records)
-    draw(records, folder / "figure.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(lines, records, folder / "figure.png")
     write_json(folder / "table.json", [line.to_json() for line in lines])
     return lines
 
 
-def draw(records: Sequence[dict[str, Any]], file: str | Path) -> None:
+def draw(lines: Sequence[ProtocolLine], records: Sequence[Record], file: Path) -> None:
     """The figure of a protocol.
 
-    base-to-novel: base against novel accuracy, an arrow from tuned to MERGETUNE for each dataset. few-shot: accuracy
-    over shots. robust: accuracy on ImageNet against the shifted sets, over the mixing coefficient. Others: bars.
+    base-to-novel: base against novel accuracy, an arrow from tuned to MERGETUNE for each dataset. robust: accuracy on
+    ImageNet against the shifted sets, over the mixing coefficient. Others: accuracy in each column.
     """
     from matplotlib.figure import Figure  # here, and without pyplot: no display is needed and no state is shared
 
-    lines, protocol = tabulate(records), records[0]["run"]["protocol"]
+    protocol = lines[0].protocol
     methods = list(dict.fromkeys(line.method for line in lines))
     figure = Figure(figsize=(5.2 * len(methods), 4.6), layout="constrained")
     for axis, method in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
@@ -134,45 +129,36 @@ def draw(records: Sequence[dict[str, Any]], file: str | Path) -> None:
         if protocol == "robust":
             _draw_mixes(axis, [record for record in records if record["run"]["method"] == method])
         else:
-            {"base-to-novel": _draw_halves, "few-shot": _draw_shots}.get(protocol, _draw_targets)(axis, own)
+            (_draw_halves if protocol == "base-to-novel" else _draw_columns)(axis, own)
         axis.set_title(TUNE_METHODS[method])
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 
 
 _COLORS = {"zero-shot": "#7f7f7f", "tuned": "#7570b3", "MERGETUNE": "#d95f02"}
 
 
-def _draw_halves(axis: Any, lines: Sequence[Line]) -> None:
+def _draw_halves(axis: Any, lines: Sequence[ProtocolLine]) -> None:
     for dataset in dict.fromkeys(line.dataset for line in lines if line.dataset != "mean"):
-        at = {line.solution: (line.values["base"], line.values["novel"]) for line in lines if line.dataset == dataset}
+        at = {line.row: (line.values["base"], line.values["novel"]) for line in lines if line.dataset == dataset}
         axis.annotate("", at["MERGETUNE"], at["tuned"], arrowprops={"arrowstyle": "->", "color": "#bbbbbb"})
         axis.annotate(dataset, at["MERGETUNE"], fontsize=6)
     for solution, color in _COLORS.items():
-        found = [line.values for line in lines if line.solution == solution and line.dataset != "mean"]
+        found = [line.values for line in lines if line.row == solution and line.dataset != "mean"]
         axis.scatter([v["base"] for v in found], [v["novel"] for v in found], color=color, s=16, label=solution)
     axis.set(xlabel="base classes (%)", ylabel="novel classes (%)")
 
 
-def _draw_shots(axis: Any, lines: Sequence[Line]) -> None:
-    of_mean = [line for line in lines if line.dataset == "mean"] or lines
-    for line in of_mean:
-        if line.solution in _COLORS:
-            shots = [int(column.split()[0]) for column in line.values]
-            axis.plot(shots, line.values.values(), color=_COLORS[line.solution], marker="o", label=line.solution)
-    axis.set(xlabel="images a class", ylabel="accuracy (%)")
-
-
-def _draw_targets(axis: Any, lines: Sequence[Line]) -> None:
-    columns = list(lines[0].values)
-    found = [line for line in lines if line.solution in _COLORS]
-    for i, line in enumerate(found):
-        places = [place + (i - 1) * 0.27 for place in range(len(columns))]
-        axis.bar(places, [line.values[c] for c in columns], 0.25, color=_COLORS[line.solution], label=line.solution)
-    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
+def _draw_columns(axis: Any, lines: Sequence[ProtocolLine]) -> None:
+    """Accuracy in each column, of the mean over datasets where there is one; numbers of shots are joined by lines."""
+    joined = "-" if lines[0].protocol == "few-shot" else ""
+    for line in [line for line in lines if line.dataset == "mean"] or lines:
+        if line.row in _COLORS:
+            style = {"color": _COLORS[line.row], "marker": "o", "linestyle": joined, "label": line.row}
+            axis.plot(range(len(line.values)), list(line.values.values()), **style)
+    axis.set_xticks(range(len(lines[0].values)), list(lines[0].values), rotation=60, ha="right", fontsize=7)
     axis.set(ylabel="accuracy (%)")
 
 

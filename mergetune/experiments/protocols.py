@@ -6,7 +6,6 @@ solution is tested on the run's targets. Each run leaves one JSON file; runs tha
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,19 +13,20 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_features, few_shot_path, templates_for
-from mergetune.evaluation import Classifier, accuracy, classifier, logit_ensemble, weight_average
+from mergetune.evaluation import Hits, count_hits, logit_ensemble, weight_average
+from mergetune.experiments.engine import Record, Together, begun, counted, finish, tested, usual
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.io import jsonable, read_regular_text, torchrun_team, write_json
-from mergetune.solutions import Solution, open_solution
+from mergetune.io import torchrun_team
+from mergetune.solutions import open_solution
 from mergetune.training import fit, tune
 
+RECORD = "run.json"
 MIXES = tuple(i / 10 for i in range(11))  # the mixing coefficients of "robust"
 
 
@@ -40,17 +40,15 @@ class Caches:
     @cached_property
     def data(self) -> Callable[[str], Dataset]:
         """Datasets by name, read once."""
-        return lru_cache(partial(_read, self.experiment.root))
-
-    def path(self, name: str, part: str) -> Path:
-        return self.experiment.out / "cache" / name / part
+        return lru_cache(partial(CoOpDataset, root=self.experiment.root))
 
     def images(self, name: str, shots: int | None, seed: int | None) -> tuple[Path, ImageList]:
         """The folder and the images of a test set (no seed), or of a draw."""
+        folder = self.experiment.out / "cache" / name
         if seed is None:
-            return self.path(name, "test"), self.data(name).test
+            return folder / "test", self.data(name).test
         part = "train" if shots is None else f"train-shots-{shots}-seed-{seed}"
-        return self.path(name, part), self.draw(self.data(name), name, shots, seed)
+        return folder / part, self.draw(self.data(name), name, shots, seed)
 
     def draw(self, data: Dataset, name: str, shots: int | None, seed: int) -> ImageList:
         """The training images: those that CoOp stored beside the dataset for this seed, or else drawn as it does."""
@@ -80,35 +78,30 @@ class Caches:
             return features
         return features.select(self.draw(self.data(run.source).base_novel()[0], run.source, run.shots, run.seed))
 
-    def tests(self, run: Run) -> Iterator[tuple[str, str, FeatureCache]]:
-        """(target, its dataset, its features) of a run's targets."""
+    def tests(self, run: Run) -> Iterator[tuple[str, dict[str, FeatureCache]]]:
+        """A dataset, and the run's targets in it with their features."""
         if run.protocol != "base-to-novel":
-            yield from ((name, name, self.get(name)) for name in run.targets)
+            yield from ((name, {name: self.get(name)}) for name in run.targets)
             return
-        features = self.get(run.source)
-        for target, half in zip(run.targets, self.data(run.source).base_novel(), strict=True):
-            yield target, run.source, features.select(half.test)
+        features, halves = self.get(run.source), self.data(run.source).base_novel()
+        yield run.source, {t: features.select(half.test) for t, half in zip(run.targets, halves, strict=True)}
 
 
-def _read(root: Path, name: str) -> Dataset:
-    return CoOpDataset(name, root)
-
-
-def execute(run: Run, caches: Caches, *, progress: bool = False) -> dict[str, Any]:
+def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
     """Do a run whose caches are built, or take its result from disk; killed, it goes on from its last epoch.
 
     Returns:
-        Its record: the run, the settings, and ``results[target][solution]`` with accuracy, images and standard error;
-        for "robust" also ``mixes[target][ensemble]``, accuracies at the coefficients ``MIXES``.
+        Its record: the run, the settings, the counts of :mod:`mergetune.experiments.engine`, and their summary
+        ``results[target][solution]`` with accuracy, images and standard error; for "robust" also
+        ``mixes[target][ensemble]``, accuracies at the coefficients ``MIXES``.
 
     Raises:
         ValueError: the folder holds a run with other settings.
     """
     clip, experiment = caches.clip, caches.experiment
-    folder, settings = experiment.out / run.folder, jsonable(experiment.settings(clip))
-    if (record := finished_record(folder)) is not None:
-        if record["settings"] != settings or record["run"] != jsonable(asdict(run)):
-            raise ValueError(f"out: {folder} holds a run with other settings or targets: choose another --out")
+    folder = experiment.out / run.folder
+    record = begun(folder / RECORD, {"run": asdict(run), "settings": experiment.settings(clip)})
+    if "results" in record:
         return record
     began = time.perf_counter()
     features = caches.train(run)
@@ -126,61 +119,25 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> dict[str, An
     merged = fit(clip, features, tuned, **common | stage_2 | experiment.fit)
     merged.save(folder / "merged")
 
-    results, mixes = {}, {}
-    for target, name, test in caches.tests(run):
-        zero_shot = classifier(clip, templates_for(name, experiment.templates))
-        results[target] = {
-            solution: _report(classify, test)
-            for solution, classify in _solutions(clip, zero_shot, tuned, merged.solution).items()
-        }
+    found: dict[str, dict[str, Hits]] = {}
+    mixes = {}
+    for name, tests in caches.tests(run):
+        together = Together(clip)
+        made = (templates_for(name, experiment.templates), tuned, merged.solution)
+        zero_shot, *ends = map(together.classifier, made)
+        for row, parts in tested(usual(zero_shot, *ends), tests).items():
+            found.setdefault(row, {}).update(parts)
         if run.protocol == "robust":
-            mixes[target] = {
-                f"{kind} ensemble of {solution}": [_report(mix(zero_shot, end, t), test)["accuracy"] for t in MIXES]
-                for solution, end in (
-                    ("tuned", classifier(clip, tuned)),
-                    ("MERGETUNE", classifier(clip, merged.solution)),
-                )
+            mixes[name] = {
+                f"{kind} ensemble of {solution}": [
+                    count_hits(mix(zero_shot, end, t)(tests[name].classnames), tests[name]).accuracy for t in MIXES
+                ]
+                for solution, end in zip(("tuned", "MERGETUNE"), ends, strict=True)
                 for kind, mix in (("weight", weight_average), ("logit", logit_ensemble))
             }
-    record = {
-        "run": asdict(run),
-        "settings": settings,
-        "results": results,
-        **({"mixes": mixes} if mixes else {}),
-        "seconds": time.perf_counter() - began,
-    }
-    write_json(folder / "run.json", record)
-    return jsonable(record)
-
-
-def _solutions(clip: FrozenClip, zero_shot: Classifier, tuned: Solution, merged: Solution) -> dict[str, Classifier]:
-    """What is compared; the mixtures are of zero-shot and tuned, half and half."""
-    w2 = classifier(clip, tuned)
-    return {
-        "zero-shot": zero_shot,
-        "tuned": w2,
-        "weight average": weight_average(zero_shot, w2),
-        "logit ensemble": logit_ensemble(zero_shot, w2),
-        "MERGETUNE": classifier(clip, merged),
-    }
-
-
-def _report(classify: Classifier, test: FeatureCache) -> dict[str, float]:
-    report = accuracy(classify, test)
-    return {"accuracy": report.accuracy, "images": report.images, "standard_error": report.standard_error}
-
-
-def finished_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished run."""
-    file = folder / "run.json"
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(read_regular_text(file))
-        _ = record["run"], record["settings"], record["results"]
-        return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"out: {file} cannot be read ({error}): delete it to run it again") from error
+    results = {part: {row: parts[part].to_json() for row, parts in found.items()} for part in found["zero-shot"]}
+    done = {"results": results} | ({"mixes": mixes} if mixes else {}) | counted(found)
+    return finish(folder / RECORD, record, done | {"seconds": time.perf_counter() - began})
 
 
 def reproduce(
@@ -190,7 +147,7 @@ def reproduce(
     *,
     processes: int = 1,
     progress: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Do all runs: caches first, then the runs, which do not depend on each other.
 
     Under torchrun the ranks share the encoding and the runs; all return all records.
@@ -207,8 +164,6 @@ def reproduce(
         raise ValueError(f"processes must be at least 1, got {processes}")
     check_data(runs, experiment.root)
     caches = Caches(load(), experiment)
-    if any(run.method != "head" for run in runs):
-        _ = caches.clip.text  # a CLIP that takes no prompts is refused here, before any image is encoded
     for key in caches.needed(runs):
         caches.build(*key)
     with torchrun_team() as team:

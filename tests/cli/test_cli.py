@@ -117,14 +117,18 @@ def test_options_of_the_functions_are_options_of_the_commands(work, model, tmp_p
 def test_fit_takes_a_folder_of_images_the_whole_way(work, model, tmp_path):
     arguments = ["fit", work / "images", "--backbone", model, "--shots", 4, "--epochs", 2, "--classes", "base"]
     report = run(*arguments, "--out", tmp_path / "all")
-    assert report["reports"].keys() == {"base", "novel"} and (tmp_path / "all" / "paths.png").is_file()
+    assert list(report["reports"]) == ["base", "novel", "seen", "unseen"] and (tmp_path / "all" / "paths.png").is_file()
     assert set(report["reports"]["novel"]["MERGETUNE"]["per_class"]) == {"camera", "heart"}
     assert report["settings"]["epochs"] == 2 and len(
         json.loads((tmp_path / "all" / "result.json").read_text())["history"]
     )
     test = ["--cache", tmp_path / "all" / "cache" / "test", "--backbone", model, "--base-novel"]
     found = run("eval", *test, "--solution", tmp_path / "all")[str(tmp_path / "all")]
-    assert found["novel"]["accuracy"] == report["reports"]["novel"]["MERGETUNE"]["accuracy"]
+    for part in report["reports"]:
+        assert found[part]["accuracy"] == report["reports"][part]["MERGETUNE"]["accuracy"]
+    for command in (["eval", *test], [*arguments, "--out", tmp_path / "all"]):
+        shown = invoke(*command).stdout
+        assert all(word in shown for word in ("base", "novel", "HM", "seen", "unseen", "joint HM")), shown
     given = run(*arguments, "--out", tmp_path / "given", "--tuned", tmp_path / "all" / "tuned")
     assert given["reports"] == report["reports"] and not (tmp_path / "given" / "tuned").exists()
     head = invoke(
@@ -230,7 +234,7 @@ def test_doctor_is_healthy():
     assert "lmc_loss ok" in " ".join(invoke("doctor").stdout.split())
 
 
-def test_demo_reproduces_the_effect(tmp_path):
+def test_demo_reproduces_the_effect(tmp_path, monkeypatch):
     report = run("demo", "--out", tmp_path, "--seed", 1)
     rows = {row["name"]: row for row in report["rows"]}
     zero_shot, coop, merged = rows["zero-shot"], rows["CoOp"], rows["MERGETUNE"]
@@ -239,3 +243,10 @@ def test_demo_reproduces_the_effect(tmp_path):
     assert {"KgCoOp", "logit ensemble"} < rows.keys()
     assert (tmp_path / "paths.png").is_file() and (tmp_path / "seed-1" / "solution.safetensors").is_file()
     assert json.loads((tmp_path / "results.json").read_text()) == report
+    assert all(0 < row["joint_hm"] < row["hm"] for row in rows.values())  # among 100 classes instead of 50
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
+    assert run("demo", "--out", tmp_path, "--seed", 1) == report  # from the record of the seed
+    record = tmp_path / "seed-1" / "cell.json"
+    record.write_text(record.read_text().replace('"shots": 16', '"shots": 8'))
+    refused = invoke("demo", "--out", tmp_path, "--seed", 1)
+    assert refused.exit_code == 2 and "holds results with other shots" in refused.stderr

@@ -23,7 +23,7 @@ from mergetune import (
     summarise,
     weight_average,
 )
-from mergetune.evaluation import BaseNovel, Path, Report, accuracy, cross_entropy
+from mergetune.evaluation import BaseNovel, Path, Report, accuracy, cross_entropy, score
 
 OTHERS = ("red bus", "bird")
 
@@ -141,8 +141,31 @@ def test_base_to_novel_tests_each_half_among_its_own_classes(clip):
         base_to_novel(classifier(clip, head(bias=False)), base, novel)
 
 
-def run_of(base: float, novel: float) -> BaseNovel:
-    return BaseNovel(Report(base, {"a": base}, 100), Report(novel, {"b": novel}, 400))
+def test_seen_and_unseen_are_answered_among_the_classes_of_both(clip):
+    """By hand, with a prompt that answers some novel images with a base class."""
+    base, novel = cache(60), cache(40, seed=1, classes=OTHERS)
+    both = base_to_novel(classifier(clip, prompt()), base, novel)
+    weights = torch.cat([prompt().class_embeddings(clip, names) for names in (NAMES, OTHERS)])
+    for report, images, first in ((both.seen, base, 0), (both.unseen, novel, len(NAMES))):
+        right = (images.tensor() @ weights.T).argmax(1) == images.labels + first
+        assert report.accuracy == pytest.approx(100 * right.double().mean().item()) and report.images == len(images)
+        assert list(report.per_class) == list(images.classnames)
+    assert both.seen.accuracy < both.base.accuracy and both.unseen.accuracy < both.novel.accuracy
+    assert both.joint_hm == harmonic_mean(both.seen.accuracy, both.unseen.accuracy)
+    assert list(both.to_json()) == ["base", "novel", "hm", "seen", "unseen", "joint_hm"]
+
+
+def test_a_map_of_the_images_comes_before_the_product(clip):
+    """A rotation of the images answers as the inverse rotation of the class weights, in every label space."""
+    tests = {"base": cache(60), "novel": cache(40, seed=1, classes=OTHERS)}
+    weights = {part: prompt().class_embeddings(clip, images.classnames) for part, images in tests.items()}
+    rotation = torch.linalg.qr(normal(8, 8, seed=5))[0]
+    mapped = score(weights, tests, images=lambda x: x @ rotation)
+    assert mapped == score({part: w @ rotation.T for part, w in weights.items()}, tests) != score(weights, tests)
+
+
+def run_of(base: float, novel: float, **joint: Report) -> BaseNovel:
+    return BaseNovel(Report(base, {"a": base}, 100), Report(novel, {"b": novel}, 400), **joint)
 
 
 def test_summarise_by_hand():
@@ -154,6 +177,14 @@ def test_summarise_by_hand():
     assert row.base_error == pytest.approx((4 + 3) / 2)
     assert row.novel_error == pytest.approx((100 * math.sqrt(0.24 / 400) + 2.5) / 2)
     json.dumps(asdict(row))
+    assert row.joint_hm is None
+
+    def joint(seen: float, unseen: float) -> BaseNovel:
+        return run_of(80, 60, seen=Report(seen, {"a": seen}, 100), unseen=Report(unseen, {"b": unseen}, 400))
+
+    row = summarise("CoOp", [joint(70, 30), joint(70, 50)])
+    assert (row.seen, row.unseen, row.joint_hm) == (70, 40, pytest.approx(2 * 70 * 40 / 110))
+    assert (row.seen_std, row.unseen_std) == (0, pytest.approx(math.sqrt(200)))
 
 
 def test_summarise_one_and_no_run():

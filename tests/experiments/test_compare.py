@@ -19,15 +19,17 @@ from comparison_cases import (
 from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Prompt, load_solution
+from mergetune import FeatureCache, Prompt, accuracy, classifier, load_solution
 from mergetune.cli import app
 from mergetune.experiments import Task, compare, merge_solutions
-from mergetune.experiments.comparison_candidates import candidates, class_weights
-from mergetune.experiments.comparison_cells import Cell, Fold
-from mergetune.experiments.comparison_records import WEIGHTS, choose, prepare
-from mergetune.experiments.comparison_tables import summarise, t_interval
+from mergetune.experiments.cells import Cell, Fold
+from mergetune.experiments.comparison import WEIGHTS, choose, prepare
+from mergetune.experiments.comparison_candidates import candidates
+from mergetune.experiments.comparison_tables import summarise
+from mergetune.experiments.tables import t_interval
 from mergetune.facts import CompareOptions
 from mergetune.merging.methods import METHODS
+from mergetune.solutions import LinearMap, Stack
 
 QUICK = {"epochs": 1, "precision": "float32"}
 
@@ -94,6 +96,20 @@ def test_a_table_of_known_numbers():
     assert base.classes == pytest.approx((10, 10))  # every class has moved alike
     assert row.errors == pytest.approx({"base": 0, "novel": 0, "HM": 0}, abs=1e-9)
     assert "| row | 80.0 ± 0.0 | 60.0 ± 0.0 |" in found.markdown()
+
+
+def test_the_joint_label_space_stands_beside_the_separate_ones():
+    cell = record({"ref": ((7, 7), (6, 6)), "row": ((8, 8), (6, 6))})
+    for row, (seen, unseen) in {"ref": ((6, 6), (2, 4)), "row": ((6, 6), (4, 4))}.items():
+        cell["right"][row] |= {"seen": list(seen), "unseen": list(unseen)}
+    found = summarise([cell], reference="ref", resamples=200)
+    _, line = found.lines
+    joint = {"seen": 60, "unseen": 40, "joint HM": 2 * 60 * 40 / 100}
+    assert line.values == pytest.approx({"base": 80, "novel": 60, "HM": 2 * 80 * 60 / 140} | joint)
+    assert line.differences["unseen"].mean == pytest.approx(10) and line.differences["seen"].classes == (0, 0)
+    assert found.main == "HM" and "joint HM" in found.markdown()
+    old = record({"ref": ((7, 7), (6, 6)), "row": ((8, 8), (6, 6))}, seed=2)
+    assert list(summarise([cell, old], reference="ref").lines[0].values) == ["base", "novel", "HM"]
 
 
 def test_the_class_bootstrap_sees_that_one_class_carries_a_gain():
@@ -179,20 +195,21 @@ def test_choices_do_not_depend_on_test_images(clip, tmp_path):
 
 def test_one_call_of_the_tower_gives_each_candidates_own_weights(clip, tmp_path):
     fold = task().fold(0, 4, 1)
-    made = candidates(clip, fold, quick(), tmp_path)
-    made = replace(made, experts={"far": prompt(1), "away": prompt(2)})  # one epoch leaves experts near zero-shot
+    experts = {"far": prompt(1), "away": prompt(2)}
+    made = candidates(clip, fold, quick(experts=experts), tmp_path)
     names = fold.val["novel"].classnames
-    weights, _ = class_weights(clip, made, fold.templates, names)
+    weights, _ = made.class_weights(names)
     zero = clip.class_embeddings(names)
-    own = [solution.class_embeddings(clip, names) for solution in made.experts.values()]
+    own = [solution.class_embeddings(clip, names) for solution in experts.values()]
     by_row = {}
     for candidate, w in zip(made.found, weights, strict=True):
         by_row.setdefault(candidate.row, []).append(w / clip.logit_scale)
-        if isinstance(candidate.made, Prompt):
-            expected = candidate.made.class_embeddings(clip, names)
-            torch.testing.assert_close(w / clip.logit_scale, expected, atol=1e-5, rtol=1e-5)
     close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
     close(by_row["zero-shot"][0], zero)
+    for row, expected in zip(experts, own, strict=True):
+        close(by_row[row][0], expected)
+    merged = load_solution(tmp_path / "mergetune-2" / "lam-8").class_embeddings(clip, names)
+    close(by_row["MERGETUNE, chosen [2]"][0], merged)
     close(by_row["WiSE-FT, class embeddings [1]"][0], F.normalize(zero + own[0], dim=-1))
     close(by_row["logit ensemble with zero-shot [2]"][1], 0.75 * zero + 0.25 * (own[0] + own[1]) / 2)
     close(by_row["Weight average, class embeddings [2]"][0], F.normalize(own[0] + own[1], dim=-1))
@@ -230,7 +247,7 @@ def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monk
     for job in ("tune_job", "fit_job"):
         monkeypatch.setattr(comparison_candidates, job, no_training)
     assert compare(clip, task(), tmp_path, **arguments).to_json() == found.to_json()
-    with pytest.raises(ValueError, match="other settings: choose another --out"):
+    with pytest.raises(ValueError, match="holds results with other shots: choose another --out"):
         compare(clip, task(), tmp_path, **arguments | {"setup": quick(shots=3)})
 
 
@@ -255,6 +272,25 @@ def test_cells_of_the_same_classes_are_trained_together(clip, tmp_path, monkeypa
             torch.testing.assert_close(*pair, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weights_kept", [True, False])
+def test_a_cell_of_version_0_1_is_not_run_again(clip, tmp_path, monkeypatch, weights_kept):
+    """Its file has no joint label space: that is added where the class weights are still there."""
+    found = compare(clip, task(), tmp_path, setup=quick())
+    folder = tmp_path / Cell("task", 0, 1).folder
+    record = json.loads((folder / "cell.json").read_text())
+    for parts in record["right"].values():
+        del parts["seen"], parts["unseen"]
+    (folder / "cell.json").write_text(json.dumps(record))
+    if not weights_kept:
+        (folder / WEIGHTS).unlink()
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
+    again = compare(clip, task(), tmp_path, setup=quick())
+    for line, before in zip(again.lines, found.lines, strict=True):
+        columns = list(before.values)[: 6 if weights_kept else 3]
+        assert line.values == {column: before.values[column] for column in columns}
+    assert again.main == "HM" and (again == found) == weights_kept
+
+
 class Stopped(BaseException):
     """Whatever ends a process."""
 
@@ -262,7 +298,7 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("moment", ["experts", "runs", "cells"])
 def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
     """While experts are trained, or before MERGETUNE is, or with one of two cells done."""
-    from mergetune.experiments import comparison_candidates, comparison_records
+    from mergetune.experiments import comparison, comparison_candidates
     from mergetune.training import runs
 
     longer = QUICK | {"epochs": 2}
@@ -270,7 +306,7 @@ def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
     module, name, number = {
         "experts": (runs, "write_atomically", 3),
         "runs": (comparison_candidates, "fit_job", 1),
-        "cells": (comparison_records, "score", 2),
+        "cells": (comparison, "validated", 2),
     }[moment]
     calls, real = [], getattr(module, name)
 
@@ -317,6 +353,25 @@ def test_given_solutions_are_compared_in_one_cell(clip, tmp_path):
             assert sum(right[row][part]) == int((answers == half.labels).sum())
     with pytest.raises(ValueError, match="belong to one cell, got 2 cells"):
         compare(clip, task(), tmp_path, setup=given, seeds=(1, 2))
+
+
+def test_stacks_that_map_image_features_are_compared(clip, tmp_path):
+    """Each candidate is tested on its own image features, those of MERGETUNE as well, and again from disk."""
+    stack = Stack(prompt(1), LinearMap(torch.eye(8) + 0.5 * normal(8, 8, seed=3)))
+    given = quick(experts={"mapped": stack})
+    found = compare(clip, task(), tmp_path, setup=given)
+    assert not any("class embeddings" in line.row for line in found.lines)  # they mean other image features
+    folder = tmp_path / Cell("task", 0, 1).folder
+    record, test = json.loads((folder / "cell.json").read_text()), task().test
+    merged = load_solution(folder / "mergetune-1" / "lam-8")
+    for row, solution in (("mapped", stack), ("MERGETUNE, chosen [1]", merged)):
+        for part, classes in task().halves(0).items():
+            half = test.select_classes(classes)
+            report = accuracy(classifier(clip, solution), half)
+            assert 100 * sum(record["right"][row][part]) / len(half) == pytest.approx(report.accuracy)
+    del record["chosen"]
+    (folder / "cell.json").write_text(json.dumps(record))
+    assert compare(clip, task(), tmp_path, setup=given) == found
 
 
 def test_choosing_on_other_datasets(clip, tmp_path):
@@ -424,5 +479,6 @@ def test_from_images_to_a_merge_with_data_and_a_table(tmp_path):
             "--classes", "base", "-o", "steps=2", "--out", tmp_path / "merged", *backbone,
         )  # fmt: skip
         assert merged.exit_code == 0, merged.stderr
-    assert found["lines"][0]["row"] == "zero-shot" and found["lines"][0]["values"].keys() == {"base", "novel", "HM"}
+    columns = ["base", "novel", "HM", "seen", "unseen", "joint HM"]
+    assert found["lines"][0]["row"] == "zero-shot" and list(found["lines"][0]["values"]) == columns
     assert load_solution(tmp_path / "merged").notes["data"] == "images without labels"

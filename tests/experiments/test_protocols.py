@@ -24,6 +24,7 @@ from mergetune.experiments.protocol_plans import ELEVEN, SHIFTED
 from mergetune.experiments.protocol_tables import PUBLISHED, tabulate
 
 QUICK = {"tune": {"epochs": 1}, "fit": {"epochs": 1}}
+HALVES = ["base", "novel", "HM", "seen", "unseen", "joint HM"]
 SOLUTIONS = ["zero-shot", "tuned", "weight average", "logit ensemble", "MERGETUNE"]
 
 
@@ -110,7 +111,11 @@ def test_everything_that_is_missing_is_said_before_any_work(root: Path, tmp_path
 @pytest.mark.parametrize(
     ("protocol", "settings", "columns"),
     [
-        ("base-to-novel", {"shots": [2], "methods": ["coop", "kgcoop"], "seeds": [1]}, ["base", "novel", "HM"]),
+        (
+            "base-to-novel",
+            {"shots": [2], "methods": ["coop", "kgcoop"], "seeds": [1]},
+            ["base", "novel", "HM", "seen", "unseen", "joint HM"],
+        ),
         ("cross-dataset", {"shots": [2], "seeds": [1]}, ["imagenet", *ELEVEN[1:], "mean of the others"]),
         ("domain", {"shots": [2], "seeds": [1, 2]}, ["imagenet", *SHIFTED, "mean of the others"]),
         (
@@ -131,7 +136,7 @@ def test_every_protocol_runs_on_miniature_trees(
     assert (tmp_path / protocol / "figure.png").stat().st_size > 5000
     assert len(json.loads((tmp_path / protocol / "table.json").read_text())) == len(lines)
     assert [list(line.values) for line in lines] == [columns] * len(lines)
-    assert [line.solution for line in lines[:5]] == SOLUTIONS
+    assert [line.row for line in lines[:5]] == SOLUTIONS
     assert all(0 <= value <= 100 for line in lines for value in line.values.values())
     # one figure, looked up by hand
     run, clip = runs[0], tiny_clip()
@@ -178,11 +183,33 @@ def test_a_second_call_trains_nothing_and_other_settings_are_refused(
     first = reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
     assert reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False) == first
-    with pytest.raises(ValueError, match="holds a run with other settings or targets: choose another --out"):
+    with pytest.raises(ValueError, match="holds results with other fit: choose another --out"):
         reproduce(runs, experiment(root, tmp_path, fit={"epochs": 2}), tiny_clip, progress=False)
     (tmp_path / runs[0].folder / "run.json").write_text("{")
     with pytest.raises(ValueError, match="run.json cannot be read .*delete it to run it again"):
         reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False)
+
+
+@pytest.mark.parametrize("old", [1, 2])
+def test_runs_of_version_0_1_are_not_run_again(
+    old: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files have accuracies only: the table has the same figures without the joint label space."""
+    runs = plan("base-to-novel", datasets=["eurosat"], seeds=[1, 2], shots=[2])
+    work = experiment(root, tmp_path)
+    lines = tabulate(reproduce(runs, work, tiny_clip, progress=False))
+    assert list(lines[1].differences) == HALVES and lines[1].differences["HM"].classes is not None
+    for run in runs[:old]:
+        record = json.loads((tmp_path / run.folder / "run.json").read_text())
+        kept = {name: record[name] for name in ("run", "settings", "results", "seconds")}
+        kept["results"] = {part: kept["results"][part] for part in ("base", "novel")}
+        (tmp_path / run.folder / "run.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
+    again = tabulate(reproduce(runs, work, tiny_clip, progress=False))
+    for line, before in zip(again, lines, strict=True):
+        assert line.row == before.row and line.spread == pytest.approx({c: before.spread[c] for c in HALVES[:3]})
+        assert line.values == pytest.approx({column: before.values[column] for column in HALVES[:3]})
+        assert all(found.classes is None and found.cells for found in line.differences.values())
 
 
 def test_an_interrupted_plan_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,16 +268,17 @@ def test_a_forecast_counts_and_does_nothing(root: Path, tmp_path: Path) -> None:
 
 def test_the_table_is_means_and_spreads_with_the_published_figures() -> None:
     def record(source: str, seed: int, base: float, novel: float) -> dict:
-        report = {name: {"accuracy": v} for name, v in (("base", base), ("novel", novel))}
-        results = {target: {"tuned": value} for target, value in report.items()}
+        report = {name: {"accuracy": v, "images": 10} for name, v in (("base", base), ("novel", novel))}
+        results = {target: {"tuned": value, "MERGETUNE": value} for target, value in report.items()}
         return {
             "run": {"protocol": "base-to-novel", "source": source, "method": "coop", "shots": 16, "seed": seed},
             "results": results,
         }
 
-    a, b, mean = tabulate(
+    lines = tabulate(
         [record("dtd", 1, 60, 40), record("dtd", 2, 70, 50), record("eurosat", 1, 90, 50), record("eurosat", 2, 80, 70)]
     )
+    a, b, mean = (line for line in lines if line.row == "tuned")
     assert a.values == pytest.approx({"base": 65, "novel": 45, "HM": 2 * 65 * 45 / 110})
     assert a.spread["base"] == pytest.approx(7.0710678) and a.show("base") == "65.00 ± 7.07"
     assert b.values["novel"] == 60 and not b.published
@@ -296,7 +324,7 @@ def test_the_command_takes_lists_and_prints_the_published_figures(root: Path, tm
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(app, command, env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
-    assert "mean, coop, MERGETUNE" in done.output and "77.24 (" in done.output
+    assert "mean, coop, MERGETUNE" in done.output and "77.24" in done.output and "joint" in done.output
     lines = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert {line["dataset"] for line in lines} == {"eurosat", "dtd", "mean"}
     wrong = CliRunner().invoke(app, [*command[:2], "--root", str(tmp_path), *command[4:]])

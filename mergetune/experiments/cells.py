@@ -1,19 +1,15 @@
-"""The cells of the comparison: one dataset, one partition of its classes, one seed; and the plan for them."""
+"""What experiments run on: a dataset, and its cells, each one partition of its classes and one seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mergetune.clip import PLAIN, FrozenClip, check_templates
-from mergetune.data import Dataset, FeatureCache, ImageList, cache_features
-from mergetune.experiments.icons import TEMPLATE, load_icons
-
-ZERO_SHOT, REFERENCE = "zero-shot", "MERGETUNE, chosen [1]"
+from mergetune.clip import PLAIN, check_templates
+from mergetune.data import Dataset, FeatureCache, ImageList
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +94,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison.
+    """One place where everything is compared.
 
     Attributes:
         task: name of the dataset.
@@ -114,14 +110,3 @@ class Cell:
     def folder(self) -> Path:
         """Where it is kept, below the folder of results."""
         return Path(self.task, "all" if self.partition is None else f"partition-{self.partition}", f"seed-{self.seed}")
-
-
-def icons_task(folder: str | Path, *, report: Callable[[str], None] = lambda _: None) -> tuple[FrozenClip, list[Task]]:
-    """The embedded CLIP and icons, encoded in ``folder``."""
-    clip, data = load_icons(Path(folder))
-    report(f"encoding {len(data.train) + len(data.test)} images once")
-    caches = {
-        part: cache_features(clip, images, Path(folder) / "cache" / part, progress=False)
-        for part, images in (("train", data.train), ("test", data.test))
-    }
-    return clip, [Task("icons", **caches, templates=(TEMPLATE,))]

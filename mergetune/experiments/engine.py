@@ -1,0 +1,191 @@
+"""The engine: candidates are scored on the parts of a cell, and each cell leaves one record.
+
+A cell is one place where everything is compared: training images, a seed, and parts of test images ("base", "novel").
+Its record is one JSON document. A later call with the same settings reads it; other settings refuse it:
+
+    {"cell": ..., "settings": ..., "classes": {part: [class, ...]}, "images": {part: [number, ...]},
+     "right": {row: {part: [number, ...]}}}
+
+Images and right answers are counted per class; :mod:`mergetune.experiments.tables` computes everything from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergetune.clip import FrozenClip
+from mergetune.data import FeatureCache
+from mergetune.evaluation import Classifier, Hits, Report, classifier, logit_ensemble, score, weight_average
+from mergetune.io import jsonable, read_regular_text, write_json
+from mergetune.solutions import Solution, space_of, stack_states
+
+Record = dict[str, Any]
+HOME = {"seen": "base", "unseen": "novel"}  # parts in the joint label space have the images and classes of others
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A method with one choice of hyper-parameters.
+
+    Attributes:
+        row: the line of the table that it stands for, or competes for.
+        classify: class names -> class weights.
+        options: its hyper-parameters, JSON-able.
+        experts: number of solutions that it is made of.
+        data: what it was made with, beside its experts.
+        parameters: numbers that must be kept to classify new class names.
+        seconds: to make it, without its experts.
+        solution: what it classifies with, if it is one.
+    """
+
+    row: str
+    classify: Classifier
+    options: dict[str, Any] = field(default_factory=dict)
+    experts: int = 1
+    data: str = "none"
+    parameters: int = 0
+    seconds: float = 0.0
+    solution: Solution | None = None
+
+
+class Together:
+    """Classifiers of many solutions: prompts of one form share calls of the text tower.
+
+    The first call of a classifier with new class names gives the class weights of all. Those of the last two lists of
+    names are kept, so that mixtures of base and of novel classes cost no further call.
+    """
+
+    def __init__(self, clip: FrozenClip) -> None:
+        self.clip = clip
+        self._made: list[Solution | Classifier] = []
+        self._kept: dict[tuple[str, ...], list[Tensor]] = {}
+
+    def classifier(self, made: Solution | Classifier | str | Sequence[str]) -> Classifier:
+        """The classifier of a solution or of zero-shot templates; of a classifier the same one, remembered."""
+        whole, number = made if isinstance(made, Classifier) else classifier(self.clip, made), len(self._made)
+        self._made.append(made if isinstance(made, Solution) else whole)
+        self._kept.clear()
+        return Classifier(lambda names: self.encode(names)[number], whole.images, whole.bias)
+
+    def candidate(self, row: str, solution: Solution, **facts: Any) -> Candidate:
+        """The candidate of a solution, with other facts of :class:`Candidate`."""
+        return Candidate(row, self.classifier(solution), parameters=solution.numbers, solution=solution, **facts)
+
+    @torch.no_grad()
+    def encode(self, names: Sequence[str]) -> list[Tensor]:
+        """Class weights of everything, with the logit scale, [C, D] each."""
+        names = tuple(names)
+        if names not in self._kept:
+            for old in list(self._kept)[:-1]:
+                del self._kept[old]
+            found: dict[int, Tensor] = {}
+            groups: dict[Hashable, dict[int, Solution]] = {}
+            for i, made in enumerate(self._made):
+                if isinstance(made, Solution) and made.plain_head() is None:
+                    groups.setdefault(made.form, {})[i] = made
+                else:
+                    found[i] = (made if isinstance(made, Classifier) else classifier(self.clip, made))(names)
+            for members in groups.values():
+                space = space_of(self.clip, next(iter(members.values())), names)
+                states = stack_states([solution.state() for solution in members.values()], self.clip.device)
+                weights = space.scale * space.unit(space.classes(states))
+                # A map of the images leaves one setting of the classes to all.
+                found |= dict(zip(members, weights.expand(len(members), -1, -1), strict=True))
+            self._kept[names] = [found[i] for i in range(len(self._made))]
+        return self._kept[names]
+
+
+def usual(zero_shot: Classifier, tuned: Classifier, merged: Classifier, *, name: str = "tuned") -> list[Candidate]:
+    """Zero-shot, a tuned solution, their mixtures half and half, and MERGETUNE.
+
+    Weights are averaged where both take the same image features.
+    """
+    found = [Candidate("zero-shot", zero_shot), Candidate(name, tuned)]
+    if zero_shot.images is tuned.images:
+        found.append(Candidate("weight average", weight_average(zero_shot, tuned)))
+    return [*found, Candidate("logit ensemble", logit_ensemble(zero_shot, tuned)), Candidate("MERGETUNE", merged)]
+
+
+def tested(candidates: Sequence[Candidate], tests: Mapping[str, FeatureCache]) -> dict[str, dict[str, Hits]]:
+    """Row -> part -> right answers, as :func:`mergetune.evaluation.score` counts them."""
+    found = {}
+    for candidate in candidates:
+        weights = {part: candidate.classify(images.classnames) for part, images in tests.items()}
+        found[candidate.row] = score(weights, tests, images=candidate.classify.images)
+    return found
+
+
+def counted(found: Mapping[str, Mapping[str, Hits]], classes: Mapping[str, Sequence[int]] | None = None) -> Record:
+    """The counts of a record.
+
+    Args:
+        found: row -> part -> right answers.
+        classes: the numbers of a part's classes in their dataset; None: all parts have classes of their own.
+    """
+    parts = next(iter(found.values()))
+    images = {part: list(hits.images) for part, hits in parts.items() if part not in HOME}
+    number = count()
+    numbers = {part: list(islice(number, len(own))) for part, own in images.items()}
+    right = {row: {part: list(hits.right) for part, hits in parts.items()} for row, parts in found.items()}
+    return {"classes": {**(classes or numbers)}, "images": images, "right": right}
+
+
+def reports(record: Record, names: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Report]]:
+    """Row -> part -> the accuracies of a record, with the class names of each part."""
+    found: dict[str, dict[str, Report]] = {}
+    for row, parts in record["right"].items():
+        for part, right in parts.items():
+            home = HOME.get(part) or part
+            counts = Hits(tuple(right), tuple(record["images"][home]))
+            found.setdefault(row, {})[part] = counts.report(names[home])
+    return found
+
+
+def begun(file: Path, head: Mapping[str, Any]) -> Record:
+    """The record of a cell: as an earlier call left it, or its head, which is kept before any work.
+
+    Args:
+        file: of the record.
+        head: the cell and the "settings" that its results depend on.
+
+    Raises:
+        ValueError: the file cannot be read, or it has another head.
+    """
+    wanted: Record = jsonable(head)
+    record = kept(file, wanted)
+    if record is None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+        return wanted
+    for name, value in wanted.items():
+        old = record[name] if isinstance(record[name], dict) else {}
+        if other := [key for key in {**value, **old} if key not in old or old[key] != value.get(key)]:
+            raise ValueError(f"out: {file.parent} holds results with other {', '.join(other)}: choose another --out")
+    return record
+
+
+def kept(file: Path, needed: Sequence[str] | Mapping[str, Any]) -> Record | None:
+    """The record of a cell with at least the ``needed`` keys; None if there is no file."""
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(read_regular_text(file))
+        _ = [record[name] for name in needed]
+        return record
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {file} cannot be read ({error}): delete it to run it again") from error
+
+
+def finish(file: Path, record: Record, found: Record) -> Record:
+    """Keep a record with what was found; as it comes back from its file."""
+    record = jsonable(record | found)
+    write_json(file, record)
+    return record

@@ -1,0 +1,184 @@
+"""The table of records: means and spread over cells, paired differences with intervals over cells and over classes.
+
+Shapes: N cells, M rows, P parts of the images, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergetune.experiments.engine import HOME, Record
+
+RESAMPLES = 2000
+MEANS = {"HM": ("base", "novel"), "joint HM": ("seen", "unseen")}
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A line minus the reference, percent; 95 % intervals.
+
+    Attributes:
+        mean: over cells.
+        cells: t interval over cells, paired; None for one cell. Cells of one dataset share test images: with few
+            datasets it tells of seeds and partitions, not of other data.
+        datasets: t interval over the datasets' means; None for one dataset.
+        classes: percentile bootstrap that draws each dataset's classes with replacement, in all its cells the same;
+            None where some record has no counts per class.
+    """
+
+    mean: float
+    cells: Interval | None
+    datasets: Interval | None
+    classes: Interval | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: column -> percent.
+
+    Attributes:
+        row: what was tested.
+        values: mean over cells.
+        spread: standard deviation over cells; 0 for one.
+        errors: standard error from the classes, by bootstrap: what other classes would have changed.
+        differences: to the reference; empty for itself.
+    """
+
+    row: str
+    values: dict[str, float]
+    spread: dict[str, float]
+    errors: dict[str, float]
+    differences: dict[str, Difference]
+
+
+def lines_of(
+    records: Sequence[Record],
+    datasets: Sequence[str],
+    reference: str,
+    *,
+    published: bool = False,
+    resamples: int = RESAMPLES,
+) -> list[Line]:
+    """The table of records, one line per row. Rows and parts that some record lacks are left out.
+
+    The harmonic mean stands behind the two parts that it is of, "HM" in the separate label spaces and "joint HM" in the
+    joint one. Parts beside ImageNet have their mean as well.
+
+    Args:
+        records: of N cells, with "classes", "images" and "right".
+        datasets: of each cell; cells of one dataset share its classes.
+        reference: the row that differences are to.
+        published: harmonic means are of the mean accuracies, as papers print them; else means over cells.
+        resamples: R, of the bootstrap over classes.
+    """
+    rows = [row for row in records[0]["right"] if all(row in record["right"] for record in records)]
+    if reference not in rows:
+        raise ValueError(f"reference must be one of {', '.join(rows)}, got {reference!r}")
+    found = [record["right"][row] for record in records for row in rows]
+    parts = [part for part in found[0] if all(part in other for other in found)]
+    values = torch.stack([_accuracies(record, rows, parts)[0] for record in records])  # [N, M, columns]
+    drawn = _bootstrap(records, datasets, rows, parts, resamples)
+    columns, lines, at = _columns(parts), [], rows.index(reference)
+    for i, row in enumerate(rows):
+        mean = values[:, i].mean(0)
+        if published:
+            mean = _summed_up(mean[[columns.index(part) for part in parts]], parts)
+        spread = values[:, i].std(0) if len(records) > 1 else torch.zeros(len(columns))
+        differences = {
+            column: _difference(
+                (values[:, i, c] - values[:, at, c]).tolist(),
+                datasets,
+                None if drawn is None else drawn[:, i, c] - drawn[:, at, c],
+            )
+            for c, column in enumerate(columns)
+            if i != at
+        }
+        errors = {} if drawn is None else dict(zip(columns, drawn[:, i].std(0).tolist(), strict=True))
+        means, spreads = (dict(zip(columns, numbers.tolist(), strict=True)) for numbers in (mean, spread))
+        lines.append(Line(row, means, spreads, errors, differences))
+    return lines
+
+
+def main_column(lines: Sequence[Line]) -> str:
+    """The column that rows are compared in: HM, or the first."""
+    return "HM" if "HM" in lines[0].values else next(iter(lines[0].values))
+
+
+def _columns(parts: Sequence[str]) -> list[str]:
+    behind = {pair[1]: [name] for name, pair in MEANS.items() if set(pair) <= set(parts)}
+    others = ["mean of the others"] if "imagenet" in parts and len(parts) > 1 else []
+    return [column for part in parts for column in (part, *behind.get(part, ()))] + others
+
+
+def _summed_up(values: Tensor, parts: Sequence[str]) -> Tensor:
+    """Accuracies of parts [..., P] -> of columns [..., columns]."""
+    columns, found = _columns(parts), {part: values[..., p] for p, part in enumerate(parts)}
+    for name, pair in MEANS.items():
+        if name in columns:
+            a, b = (found[part] for part in pair)
+            found[name] = torch.nan_to_num(2 * a * b / (a + b))
+    if columns[-1] not in found:
+        found[columns[-1]] = torch.stack([found[part] for part in parts if part != "imagenet"]).mean(0)
+    return torch.stack([found[column] for column in columns], -1)
+
+
+def _accuracies(record: Record, rows: Sequence[str], parts: Sequence[str], weights: Tensor | None = None) -> Tensor:
+    """Percent, [1, M, columns]; with weights of resampled classes, [R, all classes], [R, M, columns]."""
+    found = []
+    for part in parts:
+        home = HOME.get(part, part)
+        images = torch.tensor(record["images"][home]).double()
+        own = (torch.ones(1, len(images)) if weights is None else weights[:, record["classes"][home]]).double()
+        right = torch.tensor([record["right"][row][part] for row in rows], dtype=torch.float64)
+        found.append(100 * (own @ right.T) / (own @ images)[:, None])
+    return _summed_up(torch.stack(found, -1), parts)
+
+
+def _bootstrap(
+    records: Sequence[Record], datasets: Sequence[str], rows: Sequence[str], parts: Sequence[str], resamples: int
+) -> Tensor | None:
+    """Means over cells with each dataset's classes drawn with replacement, [R, M, columns].
+
+    A draw without any class of some part says nothing about it; it is left out. None if there are no counts per class.
+    """
+    if any(record["classes"] is None for record in records):
+        return None
+    generator, weights, total = torch.Generator().manual_seed(0), {}, torch.zeros(())
+    for record, dataset in zip(records, datasets, strict=True):
+        if dataset not in weights:
+            count = len({c for own in record["classes"].values() for c in own})
+            drawn = torch.randint(count, (resamples, count), generator=generator)
+            weights[dataset] = torch.zeros(resamples, count).scatter_add_(1, drawn, torch.ones(resamples, count))
+        total = total + _accuracies(record, rows, parts, weights[dataset])
+    means = total / len(records)
+    return means[means.isfinite().all(2).all(1)]
+
+
+def _difference(values: list[float], datasets: Sequence[str], drawn: Tensor | None) -> Difference:
+    by_dataset: dict[str, list[float]] = {}
+    for dataset, value in zip(datasets, values, strict=True):
+        by_dataset.setdefault(dataset, []).append(value)
+    over_datasets = t_interval([statistics.fmean(found) for found in by_dataset.values()])
+    classes = None
+    if drawn is not None:
+        low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+        classes = low, high
+    return Difference(statistics.fmean(values), t_interval(values), over_datasets, classes)
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
+    """Student's interval for a mean; None for fewer than two values."""
+    from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats takes a second to import
+
+    if len(values) < 2:
+        return None
+    reach = stdtrit(len(values) - 1, (1 + level) / 2) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - reach, mean + reach
