@@ -160,6 +160,20 @@ def _runs(process: str) -> bool:
         return False
 
 
+def test_a_child_that_has_reported_everything_ends_by_itself(tmp_path, monkeypatch):
+    """A compiler removes its temporary files when its process ends, but not when the process is killed."""
+    left = tmp_path / "left by a compiler"
+    code = f"import atexit, os, time\nos.mkdir({str(left)!r})\n"
+    code += f"atexit.register(lambda: (time.sleep(0.5), os.rename({str(left)!r}, {str(tmp_path / 'ended')!r})))\n"
+    (tmp_path / "compiles.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in set(ops.OPS["lmc_loss"].implementations) - {"torch"}:
+        monkeypatch.delitem(ops.OPS["lmc_loss"].implementations, name)
+    (verdict,) = ops.verify(CPU, **ONE_KIND, modules=("compiles",)).verdicts
+    assert [trial.status for trial in verdict.trials] == ["agreed"]
+    assert (tmp_path / "ended").is_dir() and not left.exists()
+
+
 def test_a_child_that_does_not_start_is_an_error():
     with pytest.raises(RuntimeError, match="does not start: the process .*; last line: ModuleNotFoundError"):
         ops.verify(CPU, **ONE_KIND, modules=("there_is_no_such_module",))
