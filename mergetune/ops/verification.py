@@ -214,7 +214,9 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.reported:  # the process is ending by itself; only so does it remove the temporary files of its compilers
+        if (
+            self.reported
+        ):  # the process is ending by itself; only so does it remove the temporary files of its compilers
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(END_LIMIT)
         with suppress(ProcessLookupError):
