@@ -10,9 +10,9 @@ import time
 import torch
 
 from mergetune.ops import OPS, Implementation
-from mergetune.ops.arguments import LossArguments
+from mergetune.ops.arguments import AttentionArguments, LossArguments
 
-LOSS = OPS["lmc_loss"]
+LOSS, ATTENTION = OPS["lmc_loss"], OPS["prefix_attention"]
 DEFINITION = LOSS.implementations["torch"].run
 CORE = LOSS.implementations["cpp"].run
 
@@ -70,17 +70,33 @@ def fast(arguments: LossArguments):
     return CORE(arguments)
 
 
+def wrong_keys(d_out: torch.Tensor, arguments: AttentionArguments):
+    """A backward of attention: off by a hundredth in the gradient of the keys alone."""
+    d_q, d_k, *others = ATTENTION.implementations["cpp"].run_backward(d_out, arguments)
+    return d_q, 1.01 * d_k, *others
+
+
+def lacks_a_head(d_out: torch.Tensor, arguments: AttentionArguments):
+    """A backward of attention: the gradient of the queries has another shape."""
+    d_q, *others = ATTENTION.implementations["cpp"].run_backward(d_out, arguments)
+    return d_q[:, :, 1:], *others
+
+
 FAKES = (wrong, wrong_now_and_then, wrong_for_odd_widths, not_a_number, slow, raises, hangs, crashes, prints, fast)
+BACKWARD_FAKES = (wrong_keys, lacks_a_head)
 
 
 def register() -> None:
     for fake in FAKES:
         LOSS.register(Implementation(fake.__name__, fake))
+    for fake in BACKWARD_FAKES:
+        ATTENTION.register(Implementation(fake.__name__, ATTENTION.implementations["cpp"].run, fake))
 
 
 def unregister() -> None:
-    for fake in FAKES:
-        LOSS.implementations.pop(fake.__name__, None)
+    for op, fakes in ((LOSS, FAKES), (ATTENTION, BACKWARD_FAKES)):
+        for fake in fakes:
+            op.implementations.pop(fake.__name__, None)
 
 
 if os.environ.get("MERGETUNE_TEST_FAKES") == "1":  # in the child; a test registers them for its own time alone

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Pretrained
-from mergetune.cli.shared import errors, out, tell
+from mergetune.cli.shared import errors, tell
 
 
 def export(
@@ -49,7 +49,7 @@ def export(
         if form == "hub":
             solutions.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
             if push:
-                out.print(solutions.push_to_hub(found, push, license=license), highlight=False, markup=False)
+                tell(solutions.push_to_hub(found, push, license=license))
         elif form == "head" and (clip is not None or found.plain_head() is not None):
             solutions.to_head(found, target, clip=clip, classnames=names)
         elif clip is None:

@@ -151,8 +151,13 @@ def fit(
     with errors():
         given, seed = keywords(FitOptions, options), options["seed"]
         stage_1 = read_tuning(tuning, but=("method", "template", "zero_shot", "seed"))
-        if (images is None) == (features is None):
-            raise _neither_or_both(images, features)
+        if images is not None and features is None:
+            opened = partial(open_images, images, root)
+        elif features is not None and images is None:
+            opened = partial(open_cache, features, classes, shots=shots, seed=seed)
+        else:
+            got = "neither" if images is None else f"{images} and --cache {features}"
+            raise ValueError(f"give either a folder of images or --cache, got {got}")
         if images is None and not (tuned and folder):
             raise ValueError("--tuned and --out are needed with --cache")
         if images is None and tuning:
@@ -160,12 +165,7 @@ def fit(
         if images is not None and val is not None:
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
-        if images is not None:
-            data = open_images(images, root)
-        elif features is not None:
-            data = open_cache(features, classes, shots=shots, seed=seed)
-        else:
-            raise _neither_or_both(images, features)
+        data = opened()
         clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         learned = data.base_novel()[0] if images and classes == "base" else data
         solutions = [read_solution(path, learned, position) for path in tuned]
@@ -187,11 +187,6 @@ def fit(
             )  # fmt: skip
             say = partial(_finish_images, as_json, found, folder)
     say()
-
-
-def _neither_or_both(images: Path | None, features: Path | None) -> ValueError:
-    got = "neither" if images is None else f"{images} and --cache {features}"
-    return ValueError(f"give either a folder of images or --cache, got {got}")
 
 
 def _finish(as_json: bool, result: Any, folder: Path) -> None:

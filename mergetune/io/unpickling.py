@@ -19,9 +19,6 @@ class Inert:
     def __call__(self, *_: Any) -> Inert:
         return Inert()
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
     append = extend = add = __setitem__ = __call__
 
 

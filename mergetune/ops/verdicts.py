@@ -176,7 +176,6 @@ def write_verdicts(found: VerdictFile) -> Path:
     return path
 
 
-@lru_cache(maxsize=1)
 def _driver() -> str:
     """Version of the NVIDIA driver, from the kernel module or else from the CUDA library."""
     try:

@@ -43,6 +43,7 @@ from mergetune.ops.verdicts import (
 )
 
 LIMIT, CASE_LIMIT, START_LIMIT = 240.0, 60.0, 120.0  # seconds: in total, per trial, until the child is ready
+END_LIMIT = 10.0  # seconds from the end of the child's report until it is killed
 Progress = Callable[[int, int, str], None]
 
 
@@ -177,13 +178,14 @@ def _cases(
 
 
 class _Child:
-    """A process that tries cases; all waits have time limits, and the process is killed at the end."""
+    """A process that tries cases; all waits have time limits, and a process that does not end is killed."""
 
     def __init__(self, device: torch.device, cases: Sequence[Case], modules: Sequence[str]) -> None:
         if not sys.executable:
             raise RuntimeError("sys.executable must name the Python program, got none: no process can be started")
         reading, writing = os.pipe()
         self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.reported = False  # whether the report has ended
         self.place = tempfile.TemporaryDirectory(prefix="mergetune-", ignore_cleanup_errors=True)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
         # The child imports mergetune from the paths of this process, and starts in an empty folder: in the root of a
@@ -212,6 +214,11 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if (
+            self.reported
+        ):  # the process is ending by itself; only so does it remove the temporary files of its compilers
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_LIMIT)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver cannot be awaited
@@ -250,6 +257,7 @@ class _Child:
                 if not isinstance(found, dict):
                     break
                 self.lines.put(found)
+        self.reported = True
         self.lines.put(None)
 
     def _next(self, seconds: float) -> dict[str, Any] | None:

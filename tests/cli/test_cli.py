@@ -10,9 +10,10 @@ from importlib.resources import as_file, files
 import pytest
 import torch
 from miniature import write_miniature
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mergetune import load_solution, open_solution
+from mergetune import experiments, load_solution, open_solution
 from mergetune.cli import app
 
 CLASSES = ("anchor", "bell", "camera", "heart")
@@ -67,6 +68,8 @@ def test_eval_reports_accuracy_of_each_solution(work, model):
     assert set(halves["base"]["per_class"]) == {"anchor", "bell"}
     assert set(halves["novel"]["per_class"]) == {"camera", "heart"}
     assert f"{report['zero-shot']['accuracy']:.2f}" in invoke("eval", *test).stdout
+    shown = " ".join(invoke("eval", *test, "--base-novel").stdout.split())
+    assert all(f"{value:.2f}" in shown for value in (halves["base"]["accuracy"], halves["hm"])) and "HM" in shown
 
 
 def test_path_writes_barriers_and_a_figure(work, model):
@@ -135,8 +138,39 @@ def test_fit_takes_a_folder_of_images_the_whole_way(work, model, tmp_path):
         "fit", work / "images", "--backbone", model, "--method", "head", "--epochs", 1, "--out", tmp_path / "h"
     )
     assert head.exit_code == 0 and "MERGETUNE" in head.stdout
-    both = invoke(*arguments, "--cache", work / "cache" / "train")
-    assert both.exit_code == 2 and "give either a folder of images or --cache" in " ".join(both.stderr.split())
+
+
+def test_fit_takes_images_or_a_cache(work, model, tmp_path):
+    backbone, out = ["--backbone", model], ["--out", tmp_path / "no"]
+    cache = ["--cache", work / "cache" / "train"]
+    for arguments, message in (
+        (["fit", *out], "give either a folder of images or --cache, got neither"),
+        (["fit", work / "images", *cache, *out], f"got {work / 'images'} and --cache {cache[1]}"),
+        (["fit", *cache, *out], "--tuned and --out are needed with --cache"),
+        (["fit", *cache, "--tuned", work / "coop"], "--tuned and --out are needed with --cache"),
+        (["fit", tmp_path / "gone", *out], f"and {tmp_path / 'gone'} does not exist"),
+    ):
+        refused = invoke(*arguments, *backbone)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()), refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_only_the_first_rank_prints(work, model, tmp_path):
+    """Under torchrun every rank runs the command; one result is to be read."""
+    commands = (
+        ["fit", "--cache", work / "cache" / "train", "--tuned", work / "coop", "--epochs", 1, "--classes", "base"],
+        ["fit", work / "images", "--epochs", 1, "--shots", 2],
+    )
+    for number, command in enumerate(commands):
+        arguments = [str(a) for a in [*command, "--backbone", model, "--out", tmp_path / str(number)]]
+        first = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+        assert first.exit_code == 0 and str(tmp_path / str(number)) in first.stdout, first.stderr
+        for form in ([], ["--json"]):
+            second = CliRunner().invoke(app, [*arguments, *form], env={"RANK": "1"})
+            assert (second.exit_code, second.stdout) == (0, ""), second.stderr
+    shown = CliRunner().invoke(app, [str(a) for a in [*commands[0], "--backbone", model, "--out", tmp_path / "0"]])
+    history = json.loads((tmp_path / "0" / "result.json").read_text())["history"]
+    assert f"loss {history[-1]['loss']:.4g}" in shown.stdout  # for people: four digits
 
 
 @pytest.mark.parametrize(
@@ -190,6 +224,24 @@ def test_what_is_exported_comes_back(work, model, tmp_path):
     assert tuple(torch.load(tmp_path / "zs.pt", weights_only=True).shape) == (128, 2)
     refused = invoke("export", merged, "--to", "coop", "--out", tmp_path / "x")
     assert refused.exit_code == 2 and "--backbone is needed for coop" in refused.stderr
+    refused = invoke("export", merged, "--to", "onnx", "--out", tmp_path / "x")
+    assert refused.exit_code == 2 and "--to must be coop, head, classifier or hub, got 'onnx'" in refused.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_export_to_the_hub_prints_the_address_in_one_piece(work, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(solution, repository: str, **options) -> str:
+        pushed.append((solution.kind, options))
+        return f"https://huggingface.co/{repository}"
+
+    monkeypatch.setattr("mergetune.solutions.push_to_hub", push)
+    repository = f"somebody/{'prompt-' * 12}end"  # longer than a line of a terminal
+    done = invoke("export", work / "coop", "--to", "hub", "--out", tmp_path, "--push", repository, "--license", "mit")
+    assert done.exit_code == 0 and f"https://huggingface.co/{repository}" in done.stdout, done.stderr
+    assert pushed == [("prompt", {"license": "mit"})]
+    assert repository in (tmp_path / "README.md").read_text()
 
 
 def test_a_pickled_head_is_converted_without_running_it(tmp_path):
@@ -228,6 +280,53 @@ def test_a_benchmark_dataset_is_taken_by_name(model, tmp_path):
     assert refused.exit_code == 2 and "split_zhou_DescribableTextures.json" in refused.stderr
 
 
+def test_images_may_be_a_split_file_or_a_table(model, tmp_path):
+    write_miniature(tmp_path, "eurosat", images_per_class=8, classes=2, size=48)
+    (split,) = tmp_path.rglob("split_zhou_*.json")
+    by_name = run("cache", "EuroSAT", "--root", tmp_path, "--out", tmp_path / "a", "--backbone", model)
+    rows = [(part, *row) for part, listed in json.loads(split.read_text()).items() for row in listed]
+    (images,) = {path.parents[1] for path in tmp_path.rglob("*.jpg")}
+    shutil.copy(split, images / split.name)  # whose files are relative to its folder
+    by_split = run("cache", images / split.name, "--out", tmp_path / "b", "--backbone", model)
+    assert by_split == by_name
+    table = "".join(f"{file},{name},{part}\n" for part, file, _, name in rows)
+    (images / "rows.csv").write_text("path,label,split\n" + table)
+    by_table = run("cache", images / "rows.csv", "--out", tmp_path / "c", "--backbone", model)
+    assert by_table == by_name
+
+
+def test_reproduce_estimates_its_time_as_json(model, tmp_path):
+    write_miniature(tmp_path, "eurosat", images_per_class=8, classes=4, size=48)
+    work = ["--datasets", "eurosat", "--seeds", 1, 2, "--shots", 2, "--epochs", 1, "--dry-run"]
+    out = tmp_path / "out"
+    found = run("reproduce", "base-to-novel", "--root", tmp_path, "--out", out, "--backbone", model, *work)
+    assert (found["runs"], found["finished"]) == (2, 0) and found["seconds_training"] > 0
+    assert not out.exists()
+
+
+def test_files_of_tensors_are_merged(tmp_path):
+    states = [{"w": torch.tensor([0.0, 0, 0])}, {"w": torch.tensor([4.0, 0, 0])}, {"w": torch.tensor([0, 2.0, 0])}]
+    names = [tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")]
+    for state, name in zip(states, names, strict=True):
+        save_file(state, name)
+    base, *experts = names
+    out = tmp_path / "out.safetensors"
+    arguments = ["merge", "task-arithmetic", *experts, "--base", base, "--out", out, "-o", "scale=0.5"]
+    assert run(*arguments)["merged"] == "task_arithmetic"
+    assert load_file(out)["w"].tolist() == [2, 1, 0]
+    out.unlink()
+    assert f"task_arithmetic of 2: {out}" in invoke(*arguments).stdout and load_file(out)["w"].tolist() == [2, 1, 0]
+    refused = invoke(*arguments, "--cache", tmp_path)
+    assert refused.exit_code == 2 and "--cache must not be given with .safetensors files" in refused.stderr
+
+
+def test_compare_trains_all_experts_or_none(work, tmp_path):
+    refused = invoke("compare", "--demo", "--out", tmp_path / "no", "--expert", "coop:1", work / "coop")
+    assert refused.exit_code == 2 and not (tmp_path / "no").exists()
+    said = f"METHOD:NUMBER each time or a saved solution each time, got coop:1, {work / 'coop'}"
+    assert said in " ".join(refused.stderr.split())
+
+
 def test_doctor_is_healthy():
     report = run("doctor")
     assert report["healthy"] and "cpp" in report["backends"] and report["native core"]["cpu_variant"]
@@ -246,6 +345,9 @@ def test_demo_reproduces_the_effect(tmp_path, monkeypatch):
     assert all(0 < row["joint_hm"] < row["hm"] for row in rows.values())  # among 100 classes instead of 50
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
     assert run("demo", "--out", tmp_path, "--seed", 1) == report  # from the record of the seed
+    shown = " ".join(invoke("demo", "--out", tmp_path, "--seed", 1).stdout.split())
+    assert f"{merged['base']:.1f} ± {merged['base_std']:.1f}" in shown and f"{merged['hm']:.1f} ±" in shown
+    assert "paths.png" in shown
     record = tmp_path / "seed-1" / "cell.json"
     record.write_text(record.read_text().replace('"shots": 16', '"shots": 8'))
     refused = invoke("demo", "--out", tmp_path, "--seed", 1)

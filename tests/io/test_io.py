@@ -1,6 +1,7 @@
 """What the rooms above build on: documents, dtypes, places in files, locks, versions and the unpickler."""
 
 import collections
+import errno
 import hashlib
 import io
 import os
@@ -173,6 +174,19 @@ def test_a_process_that_lets_go_of_its_locks_can_leave_them(tmp_path):
     with locked(tmp_path / ".lock", busy="not this one"):
         release_locks()
         assert other_process(tmp_path / ".lock") == "held"
+
+
+def test_a_file_system_without_locks_is_said_and_does_not_stop_the_work(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with (
+        pytest.warns(UserWarning, match=r"is on a file system without locks .*No locks available.*two processes"),
+        locked(tmp_path / ".lock", busy="not this one"),
+    ):
+        (tmp_path / "done").touch()
+    assert (tmp_path / "done").exists()
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------

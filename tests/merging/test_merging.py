@@ -377,6 +377,19 @@ def changed(state: dict[str, Tensor], **tensors_: Tensor) -> dict[str, Tensor]:
             ValueError,
             "normalize must be one of None, norm, got 'max'",
         ),
+        (
+            lambda b, e: m.fisher_average(b, e, fishers=[b] * 3, weights=[1, -1, 1]),
+            ValueError,
+            r"weights must not be negative, nor all zero, got \[1.0, -1.0, 1.0\]",
+        ),
+        (lambda b, e: m.fisher_average(b, e, fishers=[b] * 3, weights=[0, 0, 0]), ValueError, "nor all zero"),
+        (lambda b, e: m.fisher_average(b, e, fishers=[b] * 3, floor=0), ValueError, "floor must be positive, got 0"),
+        (lambda b, e: m.ota_ffg(b, e, second_moments=[b] * 3, power=0), ValueError, "power must be positive, got 0"),
+        (
+            lambda b, e: m.evolve(b, e, score=lambda state: 0.0, space={"scale": (0, 1)}, method=print),
+            ValueError,
+            "method must be a function of mergetune.merging: .*ties.*; got <built-in function print>",
+        ),
         (lambda b, e: m.ties(b, e, density=0), ValueError, r"density must be in \(0, 1\], got 0"),
         (lambda b, e: m.dare(b, e, density=1.1), ValueError, r"density must be in \(0, 1\], got 1.1"),
         (lambda b, e: m.ties(b, e, trim="layer"), ValueError, "trim must be one of global, tensor, got 'layer'"),
@@ -420,6 +433,9 @@ def test_lora_lego_refuses_pairs_that_do_not_fit() -> None:
     bad = changed(good, **{"x.lora_A.weight": torch.ones(2, 5)})
     with pytest.raises(ValueError, match=r"experts\[1\]\['x.lora_A.weight'\] and its lora_B must have shapes \[r, 5\]"):
         m.lora_lego(None, [good, bad])
+    other = {name.replace("x.", "y."): factor for name, factor in good.items()}
+    with pytest.raises(ValueError, match=r"experts\[1\] must hold the tensors of experts\[0\].*differ in 'x.lora_A"):
+        m.lora_lego(None, [good, other])
     with pytest.raises(ValueError, match="rank must be from 1 to the sum of the experts' ranks, 6, got 7"):
         m.lora_lego(None, [good, good], rank=7)
     with pytest.raises(ValueError, match=r"scales must be positive, got \[1.0, 0.0\]"):

@@ -331,6 +331,19 @@ def test_natural_niches_joins_specialists() -> None:
     assert not torch.equal(got["w"], other["w"])
 
 
+def test_natural_niches_with_mutation_finds_what_no_parent_has() -> None:
+    """Children of the two models lie between them, where the third number is 0."""
+    experts = [{"w": torch.tensor([1.0, 0, 0])}, {"w": torch.tensor([0, 1.0, 0])}]
+
+    def third(mutation: float, seed: int = 0) -> float:
+        score = lambda state: state["w"].clamp(min=0)  # noqa: E731
+        found = m.natural_niches(None, experts, score=score, steps=30, population=6, mutation=mutation, seed=seed)
+        return found["w"][2].item()
+
+    assert third(0) == 0 and third(0.5) > 0.1
+    assert third(0.5) == third(0.5) != third(0.5, seed=1)
+
+
 def test_natural_niches_competition_keeps_the_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three solve examples 0 to 2, one solves example 3 alone: it stays with competition, and dies out without."""
     experts = [{"w": torch.tensor([1.0, 1.0, 1.0, 0.0])} for _ in range(3)] + [{"w": torch.tensor([0.0, 0, 0, 1])}]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,29 @@ def test_the_same_bits_with_any_number_of_threads(name: str, threads: None) -> N
         found.append(method(draw(0), experts, **options_for(name, len(experts))))
         assert torch.get_num_threads() == count
     assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
+
+
+def test_a_thread_that_cannot_start_is_an_error_and_the_next_merge_works(threads: None, monkeypatch) -> None:
+    """Threads that did start wait for the others: they must not wait for ever."""
+    torch.set_num_threads(4)  # another number than before, so that threads start
+    began, start = [], threading.Thread.start
+
+    def start_two(thread: threading.Thread) -> None:
+        if len(began) == 2:
+            raise RuntimeError("can't start new thread")
+        began.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_two)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            m.average(None, [draw(1), draw(2)])
+    for thread in began:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in began)
+    found = m.average(None, [draw(1), draw(2)])
+    torch.set_num_threads(1)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in m.average(None, [draw(1), draw(2)]).items())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -223,6 +247,8 @@ def test_refusals(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="method must work tensor by tensor, got lora_lego"):
         m.merge_files(m.lora_lego, None, experts, out)
+    with pytest.raises(ValueError, match="expert_files must hold at least one file, got none"):
+        m.merge_files(m.average, None, [], out)
     with pytest.raises(TypeError, match="expert_files must be a list of files"):
         m.merge_files(m.average, None, experts[0], out)
     with pytest.raises(FileNotFoundError, match="missing must be a safetensors file"):

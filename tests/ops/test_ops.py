@@ -443,6 +443,18 @@ def test_a_backend_that_is_not_there_raises():
     assert set(ops.available_backends()) >= {"cpp", "torch"}
 
 
+def test_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # makes the import fail as a missing package does
+    with pytest.raises(RuntimeError, match="backend 'triton' needs the package triton, which is not installed"):
+        ops.lmc_loss(**problem(9, 4, 6), scale=10.0, backend="triton")
+    assert "triton" not in ops.available_backends()
+
+
+def test_an_implementation_without_a_backward_says_so():
+    with pytest.raises(TypeError, match="backend 'forward_only' must have a backward"):
+        ops.Implementation("forward_only", lambda arguments: arguments.q).run_backward(torch.ones(1), None)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

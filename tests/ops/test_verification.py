@@ -1,5 +1,6 @@
 """Kernels verified where they run, on a simulated device: the CPU, with implementations that fail in every way."""
 
+import ctypes
 import json
 import os
 import re
@@ -56,13 +57,13 @@ def loss_and_gradient(backend: str | None = None) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, given["w"])[0]
 
 
-def take(backend: str) -> None:
+def take(backend: str, op: str = "lmc_loss") -> None:
     """As if the verification had chosen this backend."""
     trials = (
         Trial(backend="torch", status="agreed", seconds=1.0),
         Trial(backend=backend, status="agreed", seconds=0.1),
     )
-    verdict = Verdict(op="lmc_loss", dtype="torch.float32", shape_class="small", trials=trials)
+    verdict = Verdict(op=op, dtype="torch.float32", shape_class="small", trials=trials)
     facts = verdicts.device_facts(CPU)
     selection.take_verdicts(CPU, VerdictFile(facts=facts, verdicts=(verdict,), seconds=1.0))
 
@@ -116,6 +117,19 @@ def test_a_kernel_that_hangs_is_killed_and_the_others_are_tried(found):
     assert found["torch"].status == found["cpp"].status == "agreed"
 
 
+def test_every_gradient_of_attention_is_compared(monkeypatch):
+    monkeypatch.delitem(ops.OPS["prefix_attention"].implementations, "compile")  # takes long
+    kind = ONE_KIND | {"ops": ("prefix_attention",)}
+    (verdict,) = ops.verify(CPU, **kind, modules=("fake_kernels",)).verdicts
+    found = {trial.backend: trial for trial in verdict.trials}
+    assert {name: trial.status for name, trial in found.items()} == {
+        "torch": "agreed", "cpp": "agreed", "wrong_keys": "wrong", "lacks_a_head": "wrong",
+    }  # fmt: skip
+    assert found["wrong_keys"].detail.startswith("d_k of comparison 1 is off by 1.0e-02")
+    assert found["lacks_a_head"].detail.startswith("d_q of comparison 1 is off by inf")
+    assert verdict.chosen in ("torch", "cpp")
+
+
 def test_the_limit_holds_whatever_hangs():
     began = time.monotonic()
     implementations = ops.OPS["lmc_loss"].implementations
@@ -158,6 +172,20 @@ def _runs(process: str) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_child_that_has_reported_everything_ends_by_itself(tmp_path, monkeypatch):
+    """A compiler removes its temporary files when its process ends, but not when the process is killed."""
+    left = tmp_path / "left by a compiler"
+    code = f"import atexit, os, time\nos.mkdir({str(left)!r})\n"
+    code += f"atexit.register(lambda: (time.sleep(0.5), os.rename({str(left)!r}, {str(tmp_path / 'ended')!r})))\n"
+    (tmp_path / "compiles.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in set(ops.OPS["lmc_loss"].implementations) - {"torch"}:
+        monkeypatch.delitem(ops.OPS["lmc_loss"].implementations, name)
+    (verdict,) = ops.verify(CPU, **ONE_KIND, modules=("compiles",)).verdicts
+    assert [trial.status for trial in verdict.trials] == ["agreed"]
+    assert (tmp_path / "ended").is_dir() and not left.exists()
 
 
 def test_a_child_that_does_not_start_is_an_error():
@@ -258,6 +286,34 @@ def test_a_choice_that_differentiates_inside_runs_in_a_compiled_graph(monkeypatc
     assert not ops.refusals()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_chosen_attention_runs_forward_and_backward(compiled, monkeypatch):
+    calls, cpp = [], ops.OPS["prefix_attention"].implementations["cpp"]
+    counted = ops.Implementation(
+        "counted", lambda a: calls.append("forward") or cpp.run(a),
+        lambda d_out, a: calls.append("backward") or cpp.run_backward(d_out, a),
+    )  # fmt: skip
+    monkeypatch.setitem(ops.OPS["prefix_attention"].implementations, "counted", counted)
+    take("counted", "prefix_attention")
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, prefix_k, prefix_v = (torch.randn(1, rows, 2, 4, generator=draw) for rows in (5, 5, 5, 3, 3))
+
+    def out_and_gradient(backend: str | None) -> tuple[Tensor, Tensor]:
+        leaf = k.clone().requires_grad_()
+        run = lambda leaf: ops.prefix_attention(q, leaf, v, prefix_k, prefix_v, (2, 3), backend=backend)  # noqa: E731
+        if compiled and backend is None:
+            run = torch.compile(run, fullgraph=True, backend="aot_eager")
+        out = run(leaf)
+        return out.detach(), torch.autograd.grad(out.square().sum(), leaf)[0]
+
+    expected = out_and_gradient("torch")
+    for count in (2, 3):  # the first call compares forward and backward with the definition
+        for got, true in zip(out_and_gradient(None), expected, strict=True):
+            assert torch.allclose(got, true, rtol=1e-5, atol=1e-6)
+        assert calls.count("forward") == calls.count("backward") == count
+    assert not ops.refusals()
+
+
 def test_plain_torch_by_the_environment(monkeypatch):
     take("wrong")
     monkeypatch.setenv("MERGETUNE_BACKEND", "torch")
@@ -322,6 +378,20 @@ def test_a_verdict_of_another_driver_is_not_used(monkeypatch):
         assert verdicts.read_verdicts(facts) is None
 
 
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", None])
+def test_verdicts_lie_in_the_users_cache_folder(variable, monkeypatch, tmp_path):
+    monkeypatch.delenv("MERGETUNE_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    if variable:
+        monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    kept = VerdictFile(facts=verdicts.device_facts(CPU), verdicts=(), seconds=1.0)
+    ops.keep(CPU, kept)
+    place = tmp_path / ("cache" if variable else "home/.cache") / "mergetune" / "kernels"
+    assert len(list(place.glob("*.json"))) == 1
+    assert ops.kept_verdicts(CPU) == kept
+
+
 def test_a_folder_that_cannot_be_written_costs_the_verdict_only(monkeypatch, tmp_path):
     (tmp_path / "kernels").write_text("a file, where the folder would be")
     take("fast")
@@ -355,6 +425,18 @@ def test_the_first_training_verifies_once(clip, monkeypatch, tmp_path):
     tune(clip, features, **settings)
     assert runs == [CPU]
     assert list((tmp_path / "kernels").glob("*.json"))
+
+
+def test_what_another_process_finds_meanwhile_is_taken_over(monkeypatch):
+    """Of two processes that start to train at once, one waits for the lock and then verifies nothing."""
+
+    def wait(*_) -> None:
+        verdicts.write_verdicts(VerdictFile(facts=verdicts.device_facts(CPU), verdicts=(), seconds=1.0))
+
+    monkeypatch.setattr("fcntl.flock", wait)
+    monkeypatch.setattr("mergetune.ops.verification.verify", lambda *_, **__: pytest.fail("verified twice"))
+    ops.ensure_verified(CPU, progress=False)
+    assert selection.has_verdicts(CPU)
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -409,13 +491,14 @@ def _homeless() -> Path:
     raise RuntimeError("Could not determine home directory.")
 
 
-@pytest.mark.parametrize("trouble", ["no executable", "no temporary folder", "no home"])
+@pytest.mark.parametrize("trouble", ["no executable", "executable is gone", "no temporary folder", "no home"])
 def test_where_nothing_can_be_verified_plain_torch_is_used_and_said(trouble, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [*sys.path, b"/what is no text is left out"])
     if trouble == "no temporary folder":
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     else:
-        monkeypatch.setattr(sys, "executable", "")
+        gone = str(tmp_path / "gone") if trouble == "executable is gone" else ""
+        monkeypatch.setattr(sys, "executable", gone)
     if trouble == "no home":
         monkeypatch.delenv("MERGETUNE_HOME")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -428,3 +511,64 @@ def test_where_nothing_can_be_verified_plain_torch_is_used_and_said(trouble, mon
 
 def test_what_a_kernel_prints_does_not_disturb_the_report(found):
     assert (found["prints"].status, found["prints"].detail) == ("agreed", "")
+
+
+# -- a GPU that is not there ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> torch.device:
+    """What torch says of a GPU; nothing runs on it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "Imagined GPU")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    return torch.device("cuda", 0)
+
+
+def test_doctor_tells_of_each_gpu_whether_its_kernels_are_verified(gpu, tmp_path):
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 0 and "kernels on cuda:0: not verified, so plain PyTorch is used" in done.stdout
+    assert json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["kernels"] == {"cuda:0": None}
+    facts = verdicts.device_facts(gpu)
+    assert facts.device == "Imagined GPU sm_90"
+    trial = Trial(backend="triton", status="agreed", seconds=1e-5)
+    verdict = Verdict(op="lmc_loss", dtype="torch.float32", shape_class="small", trials=(trial,))
+    path = verdicts.write_verdicts(VerdictFile(facts=facts, verdicts=(verdict,), seconds=7.0))
+    shown = " ".join(CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"}).stdout.split())
+    assert "Kernels on cuda:0 (Imagined GPU sm_90), verified in 7 s" in shown and "triton 10 us" in shown
+    path.write_text("{")  # a damaged verdict counts as none
+    assert "not verified" in CliRunner().invoke(app, ["doctor"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "library", "driver"),
+    [
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\nGCC version 12.2.0", None,
+         "570.133.20"),
+        ("nothing that has a version", 13000, "13000"),
+        (None, 12080, "12080"),
+        (None, None, "unknown"),
+    ],
+)  # fmt: skip
+def test_the_driver_is_read_from_the_kernel_module_or_the_library(gpu, said, library, driver, monkeypatch):
+    """A verdict holds for one driver, so another version must be noticed."""
+    read_text = Path.read_text
+
+    def read(path: Path, *arguments, **options) -> str:
+        if path != Path("/proc/driver/nvidia/version"):
+            return read_text(path, *arguments, **options)
+        if said is None:
+            raise FileNotFoundError(path)
+        return said
+
+    class Library:
+        def __init__(self, name: str) -> None:
+            if library is None:
+                raise OSError(f"{name}: cannot open shared object file")
+
+        def cuDriverGetVersion(self, found) -> None:  # noqa: N802
+            found._obj.value = library
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert verdicts.device_facts(gpu).driver == driver

@@ -1,5 +1,6 @@
 """Tensors of pickled modules, read without running them."""
 
+import codecs
 import copyreg
 import functools
 import importlib
@@ -9,6 +10,7 @@ import pickle
 import struct
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from checkpoint_cases import CLASSES, NAMES, WEIGHT, WIDTH, Hostile, context
 from torch import nn
 
 from mergetune import Head
-from mergetune.io import convert_module, pickled_modules, unpickling
+from mergetune.io import convert_module, load_tensors_only, pickled_modules, read_torchscript, unpickling
 from mergetune.io.pickled_modules import read_module
 from mergetune.solutions import read_head, read_prompt
 
@@ -124,6 +126,94 @@ def test_a_storage_of_another_size_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(whole.replace(count, fewer))
     with pytest.raises(ValueError, match="must have 5 numbers, got 4"):
         read_module(tmp_path / "file")
+
+
+def rewritten(file, out, change) -> None:
+    """A copy of a zip file with the entries that change(names and contents) returns."""
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(out, "w") as new:
+        for name, content in change({name: old.read(name) for name in old.namelist()}).items():
+            new.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda found: {"notes.txt": b"no pickle"}, "the zip file was not written by torch.save"),
+        (lambda found: {n: b"big" if n.endswith("byteorder") else c for n, c in found.items()}, "are big-endian"),
+    ],
+)
+def test_zip_files_with_something_else_are_refused(tmp_path, change, said):
+    torch.save({"a": context(5)}, tmp_path / "file")
+    rewritten(tmp_path / "file", tmp_path / "other", change)
+    with pytest.raises(ValueError, match=f"other cannot be read as a pickled module: .*{said}"):
+        read_module(tmp_path / "other")
+    rewritten(tmp_path / "file", tmp_path / "same", dict)
+    assert torch.equal(read_module(tmp_path / "same")["a"], context(5))
+
+
+class Call:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def legacy(content) -> bytes:
+    torch.save(content, stream := io.BytesIO(), _use_new_zipfile_serialization=False)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (Call(torch.storage._load_from_bytes, "text"), "a storage that is not understood"),
+        (Call(torch.storage._load_from_bytes, legacy([1, 2])), "a storage that is not understood"),
+        (Call(codecs.encode, "text", "rot13"), "bytes that are not understood"),
+        (Call(codecs.encode, b"text", "hex"), "bytes that are not understood"),
+        (Call(torch._utils._rebuild_tensor_v2, "text", 0, (1,), (1,), False, None), "a tensor that is not understood"),
+    ],
+)
+def test_known_functions_with_arguments_that_torch_never_writes_are_refused(tmp_path, call, said):
+    (tmp_path / "file").write_bytes(pickle.dumps({"a": call}))
+    with pytest.raises(ValueError, match=f"file cannot be read as a pickled module: .*{said}"):
+        read_module(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "storage", [("storage", torch.FloatStorage, "0", "cpu", 4), ("storage", torch.FloatStorage, 0, "cpu", -4)]
+)
+def test_a_storage_that_is_in_no_archive_is_refused(tmp_path, storage):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return storage if value == "here" else None
+
+    with open(tmp_path / "file", "wb") as stream:
+        Pickler(stream).dump(["here"])
+    with pytest.raises(ValueError, match="file cannot be read as a pickled module: .*a storage that is missing"):
+        read_module(tmp_path / "file")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+@pytest.mark.parametrize(("limit", "said"), [("MAX_MODULES", "has more than 3 modules"), ("MAX_CODE", "more than 3 b")])
+def test_torchscript_archives_are_read_within_limits(tmp_path, monkeypatch, limit, said):
+    """Shared modules can multiply, and code is compressed: a small archive could take all memory."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 2)))
+    torch.jit.trace(model, torch.zeros(1, 2)).save(str(tmp_path / "file"))
+    assert read_torchscript(tmp_path / "file").keys() == model.state_dict().keys()
+    monkeypatch.setattr(pickled_modules, limit, 3)
+    with pytest.raises(ValueError, match=f"file cannot be read as a TorchScript archive .*{said}"):
+        read_torchscript(tmp_path / "file")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_sparse_tensors_come_back(tmp_path):
+    sparse = torch.eye(3).to_sparse()
+    torch.save({"sparse": sparse, "dense": torch.ones(2)}, tmp_path / "file")
+    found = load_tensors_only(tmp_path / "file")
+    assert torch.equal(found["sparse"].to_dense(), torch.eye(3)) and torch.equal(found["dense"], torch.ones(2))
 
 
 def test_a_head_for_other_features_is_refused(wise_ft, tmp_path):
