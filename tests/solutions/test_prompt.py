@@ -55,7 +55,7 @@ def test_per_class_contexts_are_their_own_memory(clip):
     assert torch.equal(own.ctx[1], shared.ctx)
     changed = own.class_embeddings(clip, NAMES) - shared.class_embeddings(clip, NAMES)
     assert changed[0].abs().max() > 1e-3 and changed[1:].abs().max() < 1e-6
-    with pytest.raises(ValueError, match="class-specific already"):
+    with pytest.raises(ValueError, match="ctx must be shared by all classes"):
         own.per_class(NAMES)
 
 
