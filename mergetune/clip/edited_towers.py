@@ -58,9 +58,7 @@ def check_edit(clip: FrozenClip, edit: Edit) -> None:
             blocks = clip.text.blocks if tower == "text" else vision_transformer(clip, argument).transformer.resblocks
             count = len(blocks)
             if block not in range(count):
-                raise ValueError(
-                    f"{argument} must name blocks of the {tower} tower, 0 to {count - 1}, got {block!r}"
-                )
+                raise ValueError(f"{argument} must name blocks of the {tower} tower, 0 to {count - 1}, got {block!r}")
 
 
 def vision_transformer(clip: FrozenClip, argument: str) -> VisionTransformer:

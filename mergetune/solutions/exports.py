@@ -193,7 +193,9 @@ def _as_head(
     """
     own = solution.classnames
     if whole and own is not None and classnames is not None and tuple(classnames) != own:
-        raise ValueError(f"classnames must be the {len(own)} classes of the {solution.kind}, or None, got {len(classnames)} names")
+        raise ValueError(
+            f"classnames must be the {len(own)} classes of the {solution.kind} or None, got {len(classnames)} names"
+        )
     plain = solution.plain_head()
     if plain is not None and (whole or classnames is None):
         return plain

@@ -180,8 +180,8 @@ class Stack(Solution):
             for a, b in zip(self.parts[:-1], other.parts[:-1], strict=True)
         ):
             raise ValueError(
-                "stacks on one path must have the same base (all parts below the top), got different ones: tune both on "
-                "one base"
+                "stacks on one path must have the same base (all parts below the top), got different ones: tune both "
+                "on one base"
             )
         if type(self.top) is not type(other.top):
             raise TypeError(

@@ -144,7 +144,7 @@ def test_another_models_weights_are_refused(tiny_name, tmp_path):
     with pytest.raises(RuntimeError, match="state_dict"):
         load_clip(tiny_name, tmp_path / "other.pt")
     torch.save(open_clip.CLIP(8, VISION, {**TEXT, "width": 32}).state_dict(), tmp_path / "wide.pt")
-    with pytest.raises(RuntimeError, match="wide.pt are not those of 'tiny-test': text pos_embed width"):
+    with pytest.raises(RuntimeError, match="wide.pt do not fit the model 'tiny-test': text pos_embed width"):
         load_clip(tiny_name, tmp_path / "wide.pt")
 
 

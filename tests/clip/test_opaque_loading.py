@@ -117,7 +117,7 @@ def test_without_a_network_one_sentence_tells_what_is_missed_before_weights_are_
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: pytest.fail("fetches the weights"))
     named = open_clip.get_model_config(name)["text_cfg"]["hf_model_name"]
     tag = open_clip.list_pretrained_tags_by_model(name)[0] if open_clip.list_pretrained_tags_by_model(name) else "a tag"
-    with pytest.raises(RuntimeError, match=f"the text model of {name!r} must be described by {named!r}") as error:
+    with pytest.raises(RuntimeError, match=f"the text model of {name!r} needs the configuration of {named!r}") as error:
         load_clip(name, tag, cache_dir=tmp_path)
     assert f"config.json of hf-hub:{named} could not be downloaded" in str(error.value)
     assert "\n" not in str(error.value)
@@ -281,7 +281,7 @@ def test_damaged_configurations_are_named(tmp_path, content):
 def test_settings_that_do_not_fit_are_one_error(tmp_path, change):
     _, folder = hugging_face(tmp_path / "clip")
     edit(folder, **change)
-    with pytest.raises(ValueError, match=r"config\.json must describe a text model that can be made, got"):
+    with pytest.raises(ValueError, match=r"config\.json must describe a text model that can be built, got"):
         load_clip(f"local-dir:{folder}")
 
 
@@ -299,7 +299,7 @@ def test_a_text_model_is_not_far_larger_than_the_weights(tmp_path, monkeypatch, 
     _, folder = hugging_face(tmp_path / "clip", kind)
     edit(folder, **LARGE[kind])
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("room was made for it"))
-    with pytest.raises(ValueError, match="model_cfg must be the network of its weights, got one of at least"):
+    with pytest.raises(ValueError, match="model_cfg must describe the network of its weights, got one of at least"):
         load_clip(f"local-dir:{folder}")
 
 

@@ -322,7 +322,9 @@ def test_a_network_is_not_far_larger_than_its_weights(folder, monkeypatch, how, 
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("room was made for it"))
     for place, value in LARGE[name].items():
         edit(folder / OPEN_CLIP, f"model_cfg.{place}", value)
-    with pytest.raises(ValueError, match=rf"{OPEN_CLIP} of .*: model_cfg must be the network of its weights, got one"):
+    with pytest.raises(
+        ValueError, match=rf"{OPEN_CLIP} of .*: model_cfg must describe the network of its weights, got one"
+    ):
         load(folder, how)
 
 
@@ -352,7 +354,7 @@ def test_settings_that_do_not_fit_are_one_error(folder, place, value):
     except ValueError as error:
         assert OPEN_CLIP in str(error) and str(folder) in str(error)
     except RuntimeError as error:
-        assert "state_dict" in str(error) or "are not those of" in str(error)
+        assert "state_dict" in str(error) or "do not fit the model" in str(error)
 
 
 @pytest.mark.parametrize(("key", "value"), [("device", "meta"), ("dtype", "float64"), ("out", 1)])
@@ -396,8 +398,12 @@ JSON_REFUSED: list[tuple[str, Any, str]] = [
         "must be a list",
     ),
     ("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap(b"a" * 65)}, "at most 64 bytes of a char"),
-    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AA"}, "must be a table of characters"),
-    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap(b"\xff")}, "must be a table of characters"),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AA"}, "must be a table of character replacements"),
+    (
+        "normalizer",
+        {"type": "Precompiled", "precompiled_charsmap": charsmap(b"\xff")},
+        "must be a table of character replacements",
+    ),
     (
         "pre_tokenizer",
         {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False},
@@ -416,7 +422,7 @@ JSON_REFUSED: list[tuple[str, Any, str]] = [
     ("model", None, "model must be one of BPE"),
     ("model", {"type": "Python"}, "model must be one of BPE"),
     ("model", {"type": "BPE", "vocab": {}, "merges": [], "dropout": 0.5}, "model.dropout must be absent"),
-    ("model", {"type": "BPE", "vocab": {}, "merges": [], "path": "/etc/hostname"}, "model.path is not a setting"),
+    ("model", {"type": "BPE", "vocab": {}, "merges": [], "path": "/etc/hostname"}, "model.path must be absent"),
     ("padding", {"strategy": {"Fixed": 10**9}}, "padding.Fixed must be at most"),
     (
         "padding",

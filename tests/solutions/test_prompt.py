@@ -182,10 +182,10 @@ def test_class_names_of_a_prompt_are_checked_when_it_is_made(names):
     ("kind", "names", "match"),
     [
         ("shared", (), "at least one name"),
-        ("shared", ("cat", " "), "must be texts, got ' '"),
-        ("shared", ("cat", 3), "must be texts, got 3"),
+        ("shared", ("cat", " "), "must be non-empty texts, got ' '"),
+        ("shared", ("cat", 3), "must be non-empty texts, got 3"),
         ("shared", ("cat", "very " * 12), "must fit the text tower's 16 tokens"),
-        ("class-specific", ("cat", "fire truck"), "3 classes in its order, got 2"),
+        ("class-specific", ("cat", "fire truck"), "3 classes of the solution in the same order, got 2"),
         ("class-specific", ("cat", "dog", "fire truck"), "class 1 must be 'fire truck', got 'dog'"),
         ("head", ("cat", "bird"), "among the head's 3 classes, got 'bird'"),
     ],
