@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mergetune import FeatureCache, FrozenClip, Prompt, fit
 from mergetune.clip import fill
-from mergetune.training.objective import Objective, path_points
+from mergetune.solutions import space_of
+from mergetune.training.objective import Anchors, Near, Objective, path_points
 
 BATCH, POINTS, LAM, BETA, LR = 128, 5, 8.0, 0.5, 2e-3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,7 +70,7 @@ def test_step(benchmark, vit_b16: FrozenClip, dtype: str) -> None:
     labels = (torch.arange(BATCH) % classes).to(clip.device)
     zero = Prompt.from_template(clip, TEMPLATE)
     noise = 0.01 * torch.randn(2, *zero.ctx.shape, generator=generator).to(clip.device)
-    ctx, tuned = zero.ctx + noise[0], zero.with_parameter(zero.ctx + noise[1])
+    ctx, tuned = zero.ctx + noise[0], zero.with_state({"ctx": zero.ctx + noise[1]})
     w1, alphas = clip.class_embeddings(names, TEMPLATE), path_points("even", POINTS)
 
     prompts = PlainPrompts.of(clip.model, clip.tokenize([fill(TEMPLATE, name) for name in names]), precision)
@@ -84,23 +85,20 @@ def test_step(benchmark, vit_b16: FrozenClip, dtype: str) -> None:
         torch.cat([features.cpu(), rest]), torch.arange(16 * classes) % classes, names, normalize=True
     )
     parameter = ctx.clone().requires_grad_()
-    encode = zero.encoder(clip, names, precision=precision)
-    objective = Objective(
-        encode=encode,
-        scale=clip.logit_scale,
-        normalize=True,
-        anchors=encode(tuned.ctx[None]),
+    space = space_of(clip, zero, names, precision=precision)
+    paths = Anchors(
+        classes=space.classes({"ctx": tuned.ctx[None]}),
         betas=torch.tensor([BETA], device=clip.device),
         alphas=alphas.to(clip.device),
-        w1=w1,
-        lam=LAM,
+        points=POINTS,
     )
+    objective = Objective(space, paths, Near(LAM, classes=w1))
     optimizer = torch.optim.SGD([parameter], lr=0.0, momentum=0.9, weight_decay=5e-4)
     index = torch.arange(BATCH)
 
     def step() -> None:
         x = cache.rows(index).to(clip.device)
-        loss, _ = objective(parameter, x, cache.labels[index].to(clip.device))
+        loss, _ = objective({"ctx": parameter}, x, cache.labels[index].to(clip.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,7 +106,7 @@ def test_step(benchmark, vit_b16: FrozenClip, dtype: str) -> None:
     step()
     if dtype == "float32":  # the gradient of a random tower is too small for a comparison in bfloat16
         assert (parameter.grad - expected).norm() <= 1e-3 * expected.norm()
-    rows = 1 + N_CTX + sum(len(chunk.rows) for chunk in encode.chunks)
+    rows = 1 + N_CTX + sum(len(chunk.rows) for chunk in space.encoder.chunks)
     whole = fit(clip, cache, tuned, epochs=4, batch_size=BATCH, precision=dtype, progress=False)
     compare(
         benchmark,

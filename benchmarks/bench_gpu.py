@@ -171,7 +171,8 @@ def test_fit(benchmark, vit_b16: FrozenClip, classes: int) -> None:
     x = F.normalize(torch.randn(SHOTS * classes, WIDTH, generator=generator), dim=-1)
     features = FeatureCache.from_tensors(x, torch.arange(len(x)) % classes, names)
     zero = Prompt.from_template(vit_b16, TEMPLATE)
-    tuned = zero.with_parameter(zero.ctx + 0.01 * torch.randn(zero.ctx.shape, generator=generator).to(zero.ctx.device))
+    noise = 0.01 * torch.randn(zero.ctx.shape, generator=generator).to(zero.ctx.device)
+    tuned = zero.with_state({"ctx": zero.ctx + noise})
     found = []
 
     def run(graph: bool) -> None:

@@ -41,7 +41,8 @@ from measure import TASKS, WIDTH, Others, compare
 
 from mergetune import Dataset, FeatureCache, FrozenClip, Head, ImageList, fit, tune
 from mergetune.evaluation import accuracy
-from mergetune.training.objective import Objective, path_points
+from mergetune.solutions import Solution, Space
+from mergetune.training.objective import Anchors, Near, Objective, path_points
 
 ROWS = int(os.environ.get("MERGETUNE_BENCH_ROWS", 300_000))
 BATCH, CLASSES, MAX_RSS = 512, TASKS["imagenet"], 2_000_000_000
@@ -89,14 +90,17 @@ def test_step(benchmark, cache: FeatureCache, stage: str) -> None:
     """Times one training step of ``tune(method="head")`` or ``fit`` with batches drawn from all rows."""
     generator = torch.Generator().manual_seed(0)
     w1 = torch.nn.functional.normalize(torch.randn(CLASSES, WIDTH, generator=generator), dim=-1)
-    path = {
-        "anchors": w1[None] + 0.01 * torch.randn(1, CLASSES, WIDTH, generator=generator),
-        "betas": torch.tensor([BETA]),
-        "alphas": path_points("even", POINTS),
-        "w1": w1,
-        "lam": LAM,
-    }
-    objective = Objective(encode=lambda w: w, scale=SCALE, normalize=False, **(path if stage == "fit" else {}))
+    paths = Anchors(
+        classes=w1[None] + 0.01 * torch.randn(1, CLASSES, WIDTH, generator=generator),
+        betas=torch.tensor([BETA]),
+        alphas=path_points("even", POINTS),
+        points=POINTS,
+    )
+    space = Space(
+        classes=lambda states: states["weight"], images=None, between=Solution.straight, scale=SCALE, normalize=False,
+        width=WIDTH,
+    )  # fmt: skip
+    objective = Objective(space, *((paths, Near(LAM, classes=w1)) if stage == "fit" else ()))
     parameter = w1.clone().requires_grad_()
     optimizer = torch.optim.SGD([parameter], lr=1e-4, momentum=0.9, weight_decay=5e-4)
     order = torch.randperm(ROWS, generator=generator)
@@ -104,7 +108,7 @@ def test_step(benchmark, cache: FeatureCache, stage: str) -> None:
     x = cache.rows(order[:BATCH])
 
     def step(rows: torch.Tensor, index: torch.Tensor) -> None:
-        loss, _ = objective(parameter, rows, cache.labels[index])
+        loss, _ = objective({"weight": parameter}, rows, cache.labels[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mergetune import FrozenClip, Prompt
 from mergetune.clip import TextEncoder, fill
+from mergetune.solutions import space_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOLERANCE = {"bfloat16": 5e-2, "float32": 1e-4}  # largest error of the gradient, relative to its norm
@@ -36,7 +37,9 @@ class Case:
         self.clip, self.dtype, self.names = clip, DTYPES[dtype], open_clip.IMAGENET_CLASSNAMES[: TASKS[task]]
         self.title = f"text tower, {len(self.names)} names, {dtype}"
         self.prompt = Prompt.from_template(clip, TEMPLATE)
-        self.encode = self.prompt.encoder(clip, self.names, precision=self.dtype)
+        space = space_of(clip, self.prompt, self.names, precision=self.dtype)
+        self.encode = lambda ctx: space.classes({"ctx": ctx})
+        self.encoder = space.encoder
         generator = torch.Generator().manual_seed(0)
         self.d = torch.randn(len(self.names), clip.embed_dim, generator=generator).to(clip.device)
 

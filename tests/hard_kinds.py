@@ -57,6 +57,11 @@ def with_tokens(tokens: Tensor, values: Tensor, at: int, *, replaced: int) -> Te
     return torch.cat([tokens[:, :, :at], values, tokens[:, :, at + replaced :]], 2)
 
 
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """A frozen layer norm in the precision of what it is given, which may be another than the model's."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
+
+
 @dataclass(frozen=True, eq=False)
 class Kind(Solution):
     """What the four have in common: a state of any names, and no files."""
@@ -218,7 +223,7 @@ class Adapter(Kind):
             norm = blocks_of(clip, tower)[self.block].ln_1
 
             def added(x: Tensor) -> Tensor:
-                hidden = linear(norm(x), f"{tower}.down").relu()
+                hidden = linear(normed(norm, x), f"{tower}.down").relu()
                 return self.scale * linear(linear(hidden, "shared").relu(), f"{tower}.up")
 
             return added
@@ -314,7 +319,7 @@ class Student(Kind):
             return lambda x: with_tokens(x, values, x.shape[2] - replaced, replaced=replaced)
 
         # In the published model the prompt stands before the first layer norm, which takes each token alone.
-        deep = {("image", 0): before(visual.ln_pre(states["prompt"].to(visual.ln_pre.weight)), 0)}
+        deep = {("image", 0): before(normed(visual.ln_pre, states["prompt"]), 0)}
         deep |= {("image", k): before(states[f"block.{k}"], count) for k in range(1, BLOCKS)}
 
         def projector(x: Tensor) -> Tensor:

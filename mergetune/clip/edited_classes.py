@@ -88,7 +88,7 @@ def prepare_classes(
         if edit.context is not None:
             encoder = context_encoder(clip, edit.context, names, precision=precision)
             encoder = replace(encoder, backend=backend)
-        texts = _prepare_texts(clip, edit, names, encoder)
+        texts = _prepare_texts(clip, edit, names, encoder, precision)
     if texts is None:
         _check_all_have_rows(edit, names)
     return ClassFeatures(names, texts, tuple(_places(rows, names) for rows in edit.rows), encoder)
@@ -98,7 +98,7 @@ def prepare_classes(
 
 
 def _prepare_texts(
-    clip: FrozenClip, edit: Edit, names: tuple[str, ...], encoder: TextEncoder | None
+    clip: FrozenClip, edit: Edit, names: tuple[str, ...], encoder: TextEncoder | None, precision: torch.dtype
 ) -> Callable[[Edit], Tensor] | None:
     """Function for the class features before any rows; None if the edit has no texts."""
     if encoder is None:
@@ -107,15 +107,19 @@ def _prepare_texts(
         embeddings = clip.class_embeddings(names, edit.templates)[None]
         return lambda edit: embeddings
     first, known = edit.context, []
+    assert first is not None  # it has an encoder
 
     def from_context(edit: Edit) -> Tensor:
         context = edit.context
         assert context is not None  # every edit of this form has a context
         if context is not first or context.vectors.requires_grad:
             return encoder(context.vectors)
-        if not known:  # the frozen base of a stack
+        if not known:  # the frozen base of a stack runs once, so it is not rounded to a half type
+            exact = context_encoder(
+                clip, first, names, precision=precision if precision.itemsize > 4 else torch.float32
+            )
             with torch.no_grad():
-                known.append(encoder(context.vectors))
+                known.append(exact(context.vectors))
         return known[0]
 
     return from_context
@@ -253,7 +257,7 @@ def _spread(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _index(classes: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(classes, device=like.device)
+    return torch.tensor(classes, dtype=torch.int64, device=like.device)
 
 
 def _same_width(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

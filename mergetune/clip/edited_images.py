@@ -79,13 +79,16 @@ def earliest_input(inputs: Iterable[ImageInput]) -> ImageInput:
     return min(inputs, key=order)
 
 
-def prepare_images(clip: FrozenClip, edit: Edit, image_input: ImageInput) -> ImageFeatures | None:
+def prepare_images(
+    clip: FrozenClip, edit: Edit, image_input: ImageInput, *, precision: torch.dtype | None = None
+) -> ImageFeatures | None:
     """Make a function for the image features of edits of the form of ``edit``: the same names and hooks, any tensors.
 
     Args:
         clip: the frozen CLIP.
         edit: one edit of the form.
         image_input: the form in which images are given.
+        precision: precision of the image tower; None keeps that of the model.
 
     Returns:
         A function of an edit and image inputs, differentiable any number of times. None if the inputs are the image
@@ -112,7 +115,7 @@ def prepare_images(clip: FrozenClip, edit: Edit, image_input: ImageInput) -> Ima
             )
         if not edit.image_maps and not edit.touches("image"):
             return None
-    tower = _tower(clip, edit, image_input)
+    tower = _tower(clip, edit, image_input, precision)
     map_raw = edit.raw_image_map and bool(edit.image_maps)
 
     def features(edit: Edit, images: Tensor) -> Tensor:
@@ -160,13 +163,15 @@ Tower = Callable[[Edit, Tensor], Tensor]
 """Function of an edit and image inputs [1, B, ...] that returns the tower's output, [M, B, D]."""
 
 
-def _tower(clip: FrozenClip, edit: Edit, image_input: ImageInput) -> Tower:
+def _tower(clip: FrozenClip, edit: Edit, image_input: ImageInput, precision: torch.dtype | None) -> Tower:
     visual = cast(nn.Module, clip.model.visual)
     names = {name: f"owner.{name.removeprefix('visual.')}" for name in edit.weights if name.startswith("visual.")}
     if isinstance(visual, VisionTransformer):
-        return _transformer(privately(visual), edit, image_input, names)
+        if image_input in FEATURES and not edit.touches("image"):
+            return lambda edit, x: x
+        return _transformer(privately(visual, precision), edit, image_input, names)
     if image_input == "pixels":
-        return part_of(_Function(privately(visual), _encode), names)
+        return part_of(_Function(privately(visual, precision), _encode), names)
     if image_input not in FEATURES:
         raise TypeError(
             f"image_input must be 'pixels' or {' or '.join(map(repr, FEATURES))} for the image tower "

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
 from mergetune.clip.backbone import FrozenClip
 from mergetune.clip.edited_towers import Blocks, Part, at_least_float32, blocks_of, check_edit, part_of, privately
 from mergetune.clip.edits import Edit
-from mergetune.clip.text_tower import TextParts
+from mergetune.clip.text_tower import TextParts, checked_model, text_tower
 
 TextFeatures = Callable[[Edit], Tensor]
 """Function of an edit that returns the features of fixed texts, [M, C, D], not normalised."""
@@ -98,7 +97,7 @@ def edited_text_tower(clip: FrozenClip, edit: Edit, *, precision: torch.dtype = 
         TypeError: the text tower of the model cannot be taken apart, see :attr:`FrozenClip.takes_prompts`.
     """
     check_edit(clip, edit)
-    text, prefix = clip.text_as(precision), "text." if isinstance(clip.model, open_clip.CustomTextCLIP) else ""
+    text, prefix = clip.text_as(precision), "" if text_tower(checked_model(clip.model)) is clip.model else "text."
 
     def part(module: nn.Module, name: str) -> Part:
         full = f"{prefix}{name}."

@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import LayerNorm, LayerNormFp32, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -125,14 +125,30 @@ def part_of(module: nn.Module, names: Mapping[str, str]) -> Part:
     return Part(module, tuple((name, own, tensors[own].dtype) for name, own in names.items()))
 
 
-def privately(module: Module) -> Module:
-    """A copy of a frozen module that shares its tensors: calls with other weights leave the original unchanged."""
-    copied = deepcopy(module, {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())})
-    for part in copied.modules():
+def privately(module: Module, dtype: torch.dtype | None = None) -> Module:
+    """A copy of a frozen module: calls with other weights leave the original unchanged.
+
+    Args:
+        module: a module of the model.
+        dtype: precision of the copy; None keeps that of the module, which may be mixed.
+
+    Returns:
+        A copy that shares the tensors of the module if they have the wanted precision.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if dtype is not None and any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors):
+        copied = deepcopy(module).to(dtype)
+    else:
+        copied = deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for name, part in list(copied.named_modules()):
         if isinstance(part, nn.MultiheadAttention):
             # MultiheadAttention's inference kernel supports neither vmap nor derivatives. Training mode avoids that
             # kernel and, without dropout, gives the same values.
             part.training, part.dropout = True, 0.0
+        elif name and isinstance(part, LayerNormFp32) and part.weight.dtype != torch.float32:
+            plain = LayerNorm(list(part.normalized_shape), part.eps)  # in the precision of the tower
+            plain.weight, plain.bias = part.weight, part.bias
+            copied.set_submodule(name, plain)
     return copied
 
 

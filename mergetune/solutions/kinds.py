@@ -16,6 +16,7 @@ from mergetune.solutions.stack import Stack
 from mergetune.solutions.templates import Templates
 
 KINDS: dict[str, type[Solution]] = {kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, Stack)}
+"""The kinds of solutions by name. A new kind is registered here and nowhere else."""
 
 S = TypeVar("S", bound=Solution)
 

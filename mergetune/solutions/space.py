@@ -37,21 +37,21 @@ class Space:
         images: states and the inputs of B images -> unit-norm image features, [M, B, D]. None if image features do not
             depend on the state: then the inputs are the features, [B, D].
         between: function that gives points on the line between two stacked states, see :meth:`Solution.between`.
-        mixture: function that mixes several states, see :meth:`Solution.mixture`.
         scale: factor on the logits.
         normalize: whether class features are scaled to unit norm before the product with image features.
         width: D.
         encoder: the packed text tower if class features come from context vectors, else None.
+        mixture: function that mixes several states, see :meth:`Solution.mixture`.
     """
 
     classes: Callable[[State], Tensor]
     images: Callable[[State, Tensor], Tensor] | None
     between: Callable[[State, State, float | Tensor], State]
-    mixture: Callable[[State, Tensor], State]
     scale: float
     normalize: bool
     width: int
     encoder: TextEncoder | None = None
+    mixture: Callable[[State, Tensor], State] = weighted_sums
 
     def unit(self, weights: Tensor) -> Tensor:
         """Class features as the logits use them: scaled to unit norm if ``normalize``."""
@@ -81,7 +81,7 @@ def space_of(
         clip: the CLIP that the solution was made for.
         form: a solution; its texts, logit scale and classes hold for all points.
         classnames: C names; for a solution with ``classnames``, these names in the same order.
-        precision: precision of the text tower.
+        precision: precision of the towers.
         backend: "torch" runs the text tower with plain autograd, differentiable any number of times. None runs the
             fused text tower, differentiable once.
 
@@ -101,7 +101,7 @@ def space_of(
     form.check_classes(classnames)
     edit = form.edit(clip, stack_states([form.state()], clip.device))
     classes = prepare_classes(clip, edit, classnames, precision=precision, backend=backend)
-    images = prepare_images(clip, edit, form.image_input)
+    images = prepare_images(clip, edit, form.image_input, precision=precision)
     return Space(
         classes=lambda states: classes(form.edit(clip, states)),
         images=None if images is None else lambda states, x: images(form.edit(clip, states), x),
@@ -160,7 +160,7 @@ def span(
         classnames: C names.
         space: "embedding" interpolates class features before their normalisation, and image features if the solutions
             change them; "parameter" interpolates the states.
-        precision: precision of the states and of the text tower.
+        precision: precision of the states and of the towers.
         backend: see :func:`space_of`.
 
     Raises:
@@ -203,7 +203,6 @@ def _embedded(
         lambda states: states["classes"],
         images if change else None,
         last.straight,
-        weighted_sums,
         scale,
         edit.normalize,
         clip.embed_dim,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from mergetune import ops
 from mergetune.facts.function_options import PATH_GRIDS
-from mergetune.ops import reference
 from mergetune.solutions import Space, State, inputs
 
 
@@ -164,13 +162,7 @@ class Objective:
         diagonal = near is not None and near.classes is not None and self._is_diagonal
         fused = anchors is not None and alphas is not None and anchors.state is None and space.images is None
         features = space.features(states[0], x)
-        # The fused op gives no gradient to image features.
-        lmc_loss = (
-            partial(ops.lmc_loss, anchor_dots=anchor_dots, backend=self.backend)
-            if space.images is None
-            else reference.lmc_loss
-        )
-        loss, terms = lmc_loss(
+        loss, terms = ops.lmc_loss(
             inputs(features if space.images is None else features[0], w),
             labels,
             w,
@@ -182,6 +174,8 @@ class Objective:
             curvature=None if near is None else near.curvature,
             lam=near.lam if near is not None and diagonal else 0.0,
             normalize=space.normalize,
+            anchor_dots=anchor_dots,
+            backend=self.backend if space.images is None else "torch",  # the others give images no gradient
         )
         if near is not None and not diagonal:
             surrogate = self._surrogate(w) if distance is None else distance(states[0])[0]

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from edited_models import slow
 from hard_kinds import BLOCKS, KINDS, TEMPLATE, Adapter, DeepPrompt, Kind, Lora, clip_of
-from tiny import NAMES, SIGLIP
+from open_clip.model import convert_weights_to_lp
+from tiny import NAMES, SIGLIP, TEXT, VISION
 from torch import Tensor, nn
 
 from mergetune import FrozenClip
@@ -53,19 +54,19 @@ def score(images: Tensor, classes: Tensor) -> Tensor:
     return (images @ classes.mT).mul(3).softmax(-1)[..., 0].sum(-1)
 
 
-def drawn(kind: type[Kind], clip: FrozenClip, count: int) -> list[Kind]:
-    extra = SHARPER if kind is Adapter else {}
-    return [kind.drawn(clip, seed=seed, **extra) for seed in range(1, count + 1)]
+def drawn(kind: type[Kind], clip: FrozenClip, count: int, **fields) -> list[Kind]:
+    fields = {**(SHARPER if kind is Adapter else {}), **fields}
+    return [kind.drawn(clip, seed=seed, **fields) for seed in range(1, count + 1)]
 
 
 # -- the four kinds ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_features_and_gradients_of_stacked_settings(kind, settings):
+@pytest.mark.parametrize(("kind", "fields"), [*((kind, {}) for kind in KINDS), (Adapter, {"scale": 0.001})])
+def test_features_and_gradients_of_stacked_settings(kind, fields, settings):
     clip = clip_of()
-    solutions, x = drawn(kind, clip, settings), pixels(clip)
+    solutions, x = drawn(kind, clip, settings, **fields), pixels(clip)
     states = {name: values.requires_grad_() for name, values in stack(solutions).items()}
     images, classes = fast(clip, solutions[0], states, x)
     expected = [slow(clip, s, {name: values[i] for name, values in states.items()}, x) for i, s in enumerate(solutions)]
@@ -236,6 +237,32 @@ def test_other_precisions(kind, dtype):
         torch.testing.assert_close(found.expand(2, -1, -1), torch.stack(wanted).float(), **close)
     gradients = torch.autograd.grad(score(images, classes).sum(), list(states.values()))
     assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_towers_are_run_in_any_precision(kind):
+    """A model in open_clip's mixed precision, whose layer norms work in float32 alone, is exact in float64 as well."""
+    sizes = {**VISION, "layers": BLOCKS}, {**TEXT, "layers": BLOCKS}
+    model, plain = open_clip.CLIP(8, *sizes, cast_dtype=torch.bfloat16), open_clip.CLIP(8, *sizes).double()
+    model.load_state_dict(clip_of().model.state_dict())
+    convert_weights_to_lp(model, torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    clip, exact = (FrozenClip(m, clip_of().tokenizer, "mixed") for m in (model, plain))
+    solutions, x = drawn(kind, exact, 2), pixels(exact)
+    for precision, close in {
+        torch.float64: EXACT,
+        torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+        torch.bfloat16: {"rtol": 0.1, "atol": 0.1},
+    }.items():
+        edit = solutions[0].edit(clip, stack(solutions))
+        images = prepare_images(clip, edit, "pixels", precision=precision)(edit, x)
+        classes = F.normalize(prepare_classes(clip, edit, NAMES, precision=precision)(edit), dim=-1)
+        expected = zip(*(slow(exact, s, s.state(), x) for s in solutions), strict=True)
+        for found, wanted in zip((images, classes), expected, strict=True):
+            torch.testing.assert_close(found.expand(2, -1, -1).double(), torch.stack(wanted), **close)
+    edit = solutions[0].edit(clip, stack(solutions))
+    own = prepare_images(clip, edit, "pixels")(edit, x)
+    torch.testing.assert_close(own.expand(2, -1, -1), images.expand(2, -1, -1), rtol=0.1, atol=0.1)
 
 
 # -- what is read of images --------------------------------------------------------------------------------------------

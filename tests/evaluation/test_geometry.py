@@ -99,6 +99,10 @@ def exact(kind: str, space: str, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_hessian_is_the_exact_one(clip, kind, space):
     expected = exact(kind, space)
+    if (kind, space) == ("head", "parameter"):  # the state is the weight, then the bias; not row by row
+        order = np.arange(27).reshape(3, 9)
+        order = np.concatenate([order[:, :8].ravel(), order[:, 8]])
+        expected = expected[np.ix_(order, order)]
     operator = hessian(clip, KINDS[kind](), features(), space=space)
     assert operator.shape == expected.shape and operator.dtype == np.float64
     found, close = operator @ np.eye(len(expected)), 1e-9 * abs(expected).max()

@@ -19,6 +19,7 @@ from torch import Tensor
 from mergetune import FrozenClip, Residual, Stack, fit, path
 from mergetune.clip import TokensBefore, image_tokens
 from mergetune.data import TensorBatches
+from mergetune.evaluation.spectra import hessian
 from mergetune.solutions import space_of
 from mergetune.training.objective import Anchors, Near, Objective, together
 
@@ -228,6 +229,23 @@ def test_paths_of_the_kinds_are_measured(kind, space):
             features = [(1 - t) * a + t * b for a, b in zip(*raw, strict=True)]
         expected.append(cross_entropy(*features).item())
     assert found.loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Adapter, DeepPrompt, Student])
+def test_hessians_of_the_kinds_are_exact(kind):
+    """With respect to everything that is trained, of a CLIP in float32."""
+    solution = drawn(kind, 1)
+    solution = solution.with_state(solution.state())
+    clip = clip_of(dtype=torch.float32)
+    batches = TensorBatches(read(clip_of(), solution, pixels()), LABELS, NAMES, holds=solution.image_input)
+    state = {name: t.double().requires_grad_() for name, t in solution.state().items()}
+    direction = torch.randn(solution.numbers, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    found = hessian(clip, solution, batches, space="parameter") @ direction.numpy()
+    loss = cross_entropy(*slow(clip_of(), solution, state, pixels()))
+    gradients = torch.autograd.grad(loss, list(state.values()), create_graph=True)
+    along = torch.cat([gradient.flatten() for gradient in gradients]) @ direction
+    expected = torch.cat([d.flatten() for d in torch.autograd.grad(along, list(state.values()))])
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", [Lora, Adapter, DeepPrompt])
