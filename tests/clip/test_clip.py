@@ -320,7 +320,7 @@ def test_a_local_checkpoint_takes_the_preprocessing_of_all_tags(tiny_name, tmp_p
     default = json.loads(json.dumps(PreprocessCfg().mean))
     assert (cfg["mean"], cfg["resize_mode"]) == (([0.5] * 3, "squash") if taken else (default, "shortest"))
     if taken:
-        assert "weights.pt does not tell" in told[0] and "resize_mode squash" in told[0] and " size " not in told[0]
+        assert "weights.pt does not record" in told[0] and "resize_mode squash" in told[0] and " size " not in told[0]
 
 
 def test_a_tag_brings_its_own_preprocessing(tiny_name, monkeypatch):

@@ -390,14 +390,18 @@ JSON_REFUSED: list[tuple[str, Any, str]] = [
     ("normalizer", {"type": "Prepend", "prepend": "a" * 1000}, "normalizer.prepend must have at most 64 bytes"),
     ("normalizer", {"type": "Python"}, "normalizer must be one of BertNormalizer"),
     ("normalizer", [], "normalizer must be one of BertNormalizer"),
-    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2}, "normalizer must have NFC once"),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2}, "normalizer must have NFC at most once"),
     ("normalizer", {"type": "Sequence", "normalizers": [_SEQUENCE] * 33}, "normalizer.normalizers must be a list"),
     (
         "normalizer",
         functools.reduce(lambda inner, _: {"type": "Sequence", "normalizers": [inner]}, range(9), _SEQUENCE),
         "must be a list",
     ),
-    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap(b"a" * 65)}, "at most 64 bytes of a char"),
+    (
+        "normalizer",
+        {"type": "Precompiled", "precompiled_charsmap": charsmap(b"a" * 65)},
+        "replace a character by at most 64 bytes",
+    ),
     ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AA"}, "must be a table of character replacements"),
     (
         "normalizer",
@@ -411,7 +415,7 @@ JSON_REFUSED: list[tuple[str, Any, str]] = [
     ),
     ("pre_tokenizer", {"type": "UnicodeScripts"}, "pre_tokenizer must be one of"),
     ("post_processor", {**_TEMPLATE, "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 33}, "at most 32 entries"),
-    ("post_processor", {"type": "Sequence", "processors": [_TEMPLATE] * 2}, "TemplateProcessing once"),
+    ("post_processor", {"type": "Sequence", "processors": [_TEMPLATE] * 2}, "TemplateProcessing at most once"),
     (
         "post_processor",
         {**_TEMPLATE, "special_tokens": {"a": {"id": "a", "ids": [1] * 33, "tokens": ["a"] * 33}}},

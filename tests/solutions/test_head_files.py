@@ -132,7 +132,7 @@ def test_scikit_learns_classes_must_have_names(tmp_path):
     model = linear_model.LogisticRegression().fit(context(40, WIDTH).numpy(), np.arange(40) % 4)
     with pytest.raises(ValueError, match="must name the labels 0 to 3 of the head, got 3 names"):
         Head.from_sklearn(model, classnames=NAMES)
-    with pytest.raises(TypeError, match="model must be fitted, .* got LogisticRegression"):
+    with pytest.raises(TypeError, match="model must be fitted .* got LogisticRegression"):
         Head.from_sklearn(linear_model.LogisticRegression(), classnames=NAMES)
     named = linear_model.LogisticRegression().fit(context(3, WIDTH).numpy(), NAMES)
     with pytest.raises(ValueError, match="classnames must be those of the head, got other names: ant, dog"):

@@ -40,7 +40,7 @@ BAD_FIT = [
     ({"lam": float("inf")}, "lam must be finite"),
     ({"beta": -1}, "beta must be finite and not negative, got -1"),
     ({"beta": float("nan")}, "beta must be finite"),
-    ({"beta": [0.5, 0.5]}, "beta must be one number, or one for each of the 1 solutions, got 2"),
+    ({"beta": [0.5, 0.5]}, "beta must be one number, or one per solution .1., got 2"),
     ({"beta": []}, "beta must be one number"),
     ({"tuned": []}, "tuned must hold at least one solution"),
     ({"points": 0}, "points must be .*at least 1, got 0"),
@@ -60,7 +60,7 @@ BAD_FIT = [
     ({"tuned": replace(head(), classnames=NAMES[::-1])}, "class 0 must be 'dog', got 'cat'"),
     ({"tuned": Head(torch.ones(3, 6), NAMES)}, "weight must have the embedding's width 8, got"),
     ({"tuned": Head(torch.ones(2, 8), NAMES[:2])}, "2 classes of the solution in the same order, got 3"),
-    ({"tuned": [prompt(), replace(prompt(), ctx=torch.ones(2, 16))]}, "one shape"),
+    ({"tuned": [prompt(), replace(prompt(), ctx=torch.ones(2, 16))]}, "equal shapes"),
     ({"tuned": replace(prompt(), fingerprint="x" * 64)}, "clip must be the one that the prompt was made for"),
 ]
 BAD_TUNE = [
