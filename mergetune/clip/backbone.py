@@ -100,8 +100,8 @@ class FrozenClip:
     def takes_prompts(self) -> bool:
         """Whether prompts can be trained: the text tower accepts context vectors in place of tokens.
 
-        False for the text towers of CoCa and of Hugging Face. Everything except prompts works with these, too: their
-        class embeddings come from ``model.encode_text``.
+        False for the text towers of CoCa and of Hugging Face. Solutions that leave the text tower unchanged work with
+        these, too: the class embeddings come from ``model.encode_text``.
         """
         return obstacle(self._model) is None
 

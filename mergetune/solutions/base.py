@@ -156,7 +156,7 @@ class Solution:
             check_same_classes("classnames", classnames, self.classnames)
 
     def plain_head(self) -> Any:
-        """The solution as a :class:`mergetune.Head` if it is a plain linear head, which needs no CLIP; else None."""
+        """The solution as a :class:`mergetune.Head` if it is a linear head, which needs no CLIP; else None."""
         return None
 
     def rescaled(self, logit_scale: float) -> Self:

@@ -192,7 +192,7 @@ def read_head(path: str | Path, *, name: str | None = None, logit_scale: float |
 
 
 def read_sklearn(model: Any) -> HeadFile:
-    """The head of a fitted scikit-learn classifier with ``coef_``, ``intercept_`` and ``classes_``.
+    """Weight, bias and classes of a fitted scikit-learn classifier with ``coef_``, ``intercept_`` and ``classes_``.
 
     For two classes, scikit-learn keeps one row w, the logit of the second class minus that of the first. The head gets
     the rows -w / 2 and w / 2.

@@ -178,7 +178,7 @@ class Head(Solution):
             raise ValueError(f"weight must have the embedding's width {clip.embed_dim}, got {list(self.weight.shape)}")
 
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
-        """Check also that both heads have the same logit scale and the same ``normalize``."""
+        """Check that a line joins two heads: equal shapes, classes, logit scale and ``normalize``."""
         super().check_line(other)  # the state is the class weights, so both spaces are the same
         if other.logit_scale is None or abs(self.logit_scale / other.logit_scale - 1) > 1e-6:
             raise ValueError(

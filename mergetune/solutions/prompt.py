@@ -221,7 +221,11 @@ class Prompt(Solution):
             raise ValueError(f"ctx must have the text tower's width {clip.text.width}, got {list(self.ctx.shape)}")
 
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
-        """Check also, in space "parameter", that both texts end alike and have the class name at the same position."""
+        """Check that a line joins two prompts.
+
+        In space "parameter", both must have equal shapes and classes, the same words after ``{}`` and the same
+        position. In space "embedding", any two prompts have a line.
+        """
         super().check_line(other, space=space)
         there = other.settings()
         template, position = there["template"], there["position"]

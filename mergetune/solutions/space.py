@@ -119,7 +119,7 @@ def space_of(
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """K solutions as points of one space.
+    """K solutions as points of one space, which also contains their mixtures: the points of lines and planes.
 
     Attributes:
         space: the space that holds the solutions.

@@ -173,7 +173,7 @@ class Stack(Solution):
             part.check_classes(classnames)
 
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
-        """Check also that both stacks have the same parts below the top, since a line joins the tops alone."""
+        """Check that a line joins two stacks: the same parts below the top, and tops that a line joins."""
         assert isinstance(other, Stack)  # of the same kind
         if len(self.parts) != len(other.parts) or any(
             a.form != b.form or not all(map(torch.equal, a.state().values(), b.state().values()))

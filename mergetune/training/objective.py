@@ -102,7 +102,7 @@ class Objective:
 
     @property
     def settings(self) -> int:
-        """Number of states that one call encodes: the solution and, in space "parameter", every path point."""
+        """Number of states that one step encodes as class features: w and, in space "parameter", every path point."""
         anchors = self.anchors
         if anchors is None or anchors.state is None:
             return 1

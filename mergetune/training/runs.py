@@ -119,7 +119,7 @@ class TrainingRun:
         return torch.zeros(self.job.batches, len(self.names), device=self.job.clip.device)
 
     def batches(self, epoch: int, products: Tensor | None) -> Iterator[Batch]:
-        """The batches of an epoch, in the random order of this epoch.
+        """Batches of one epoch (see :data:`Batch`), in a random order that depends on seed and epoch.
 
         Args:
             epoch: number of the epoch, from 0.
@@ -174,7 +174,7 @@ class TrainingRun:
         )
 
     def add(self, entry: dict[str, float]) -> None:
-        """Append an epoch to the history. The best epoch has the highest val accuracy, or is the last without ``val``."""
+        """Append an epoch to the history. The best one has the highest val accuracy, or is the last without ``val``."""
         scores = [past.get("val_accuracy", -1.0) for past in self.history]
         if "val_accuracy" not in entry or not scores or entry["val_accuracy"] > max(scores):
             self.best, self.best_epoch = self._copy(), entry["epoch"]
