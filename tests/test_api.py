@@ -184,7 +184,7 @@ def test_check_exits_with_1_where_the_file_differs(api, tmp_path, monkeypatch, c
 def test_the_library_is_described_alike_on_every_machine(api):
     found = api.text()
     for line in (
-        "dataclass mergetune.Prompt\n",
+        "dataclass mergetune.Prompt(Solution)\n",
         "function mergetune.fit(\n",
         "command mergetune merge\n",
         "--out: Path",

@@ -1,4 +1,4 @@
-"""A frozen CLIP: loading it, texts and templates, the text tower on packed tokens, and what edits change in a CLIP."""
+"""The frozen CLIP: loading, texts and templates, the packed text tower, and edits of both towers."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""FrozenClip: one frozen view of any open_clip model, image and text side alike."""
+"""FrozenClip: any open_clip model, frozen, with its image and text features, tokenizer and fingerprints."""
 
 from __future__ import annotations
 
@@ -30,21 +30,30 @@ from mergetune.clip.text_tower import (
 from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill
 from mergetune.io import jsonable
 
-EMBEDDED = 16  # sets of class embeddings that are remembered
-COOP_CROP_SCALE = (0.08, 1.0)  # CoOp trains on random resized crops of this share of the area, and flips
+EMBEDDED = 16  # number of class-embedding results that are cached
+COOP_CROP_SCALE = (0.08, 1.0)  # area share of CoOp's random resized crops
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenClip:
-    """A CLIP that is never trained. Make one with :func:`load_clip`, or from a model of your own.
+    """A CLIP whose weights are never trained. Make one with :func:`load_clip`, or from a model in memory.
+
+    The constructor puts the model into eval mode and turns its gradients off.
 
     Attributes:
-        model: open_clip's ``CLIP``, ``CustomTextCLIP`` or ``CoCa``, or another with ``encode_image``, ``encode_text``,
-            ``logit_scale`` and ``visual``; put into eval mode, gradients off.
-        tokenizer: (texts, context_length=L) -> LongTensor [n, L].
-        name: the backbone's name, kept with every solution.
-        preprocess_cfg: open_clip's preprocessing settings (JSON-able); empty takes those that open_clip keeps with the
-            model.
+        model: open_clip's ``CLIP``, ``CustomTextCLIP`` or ``CoCa``, or another module with ``encode_image``,
+            ``encode_text``, ``logit_scale`` and ``visual``.
+        tokenizer: function of texts and ``context_length=L`` that returns token ids, LongTensor [n, L].
+        name: name of the CLIP, saved with every solution.
+        preprocess_cfg: open_clip's preprocessing settings (JSON-able); empty takes the settings of the model.
+
+    Example:
+        >>> import mergetune as mt, open_clip
+        >>> vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+        >>> text = {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+        >>> clip = mt.FrozenClip(open_clip.CLIP(8, vision, text), open_clip.get_tokenizer("ViT-B-32"), "tiny")
+        >>> clip.encode_text(["a cat", "a dog"]).shape  # [n, D]
+        torch.Size([2, 8])
     """
 
     model: nn.Module
@@ -53,85 +62,86 @@ class FrozenClip:
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _ = self._model  # another model is refused here, before any image is encoded
+        _ = self._model  # raises TypeError for a model that is no CLIP
         self.model.eval().requires_grad_(False)
         cfg = self.preprocess_cfg or open_clip.get_model_preprocess_cfg(self.model)
         cfg = jsonable(merge_preprocess_dict(PreprocessCfg(), cfg))
         object.__setattr__(self, "preprocess_cfg", cfg)
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
+    # -- properties of the model --------------------------------------------------------------------------------------
 
     @cached_property
     def _model(self) -> ClipModel:
-        """:attr:`model`, refused by name if it is no CLIP."""
+        """:attr:`model`, checked to be a CLIP; raises TypeError otherwise."""
         return checked_model(self.model)
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Device of the model."""
         return self._model.logit_scale.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The text tower's precision."""
+        """Precision (dtype) of the text tower."""
         return self.text.dtype if self.takes_prompts else working_dtype(self._model)
 
     @cached_property
     def embed_dim(self) -> int:
-        """D, the width of image and class embeddings."""
+        """D, width of image features and class embeddings."""
         told = output_dim(self._model)
         return self.encode_text([""]).shape[-1] if told is None else told
 
     @cached_property
     def context_length(self) -> int:
-        """L, tokens in a text."""
+        """L, number of tokens per text, including padding."""
         return self.text.context_length if self.takes_prompts else context_length(self._model, self.tokenizer)
 
     @cached_property
     def takes_prompts(self) -> bool:
-        """Whether context vectors can be put into the text tower: all but CoCa's and Hugging Face's text models.
+        """Whether prompts can be trained: the text tower accepts context vectors in place of tokens.
 
-        Without it everything else works: class embeddings come from the model's own ``encode_text``.
+        False for the text towers of CoCa and of Hugging Face. Solutions that leave the text tower unchanged work with
+        these, too: the class embeddings come from ``model.encode_text``.
         """
         return obstacle(self._model) is None
 
     @cached_property
     def logit_scale(self) -> float:
-        """exp of the model's learned log-temperature; 100 for OpenAI's."""
+        """Factor on the logits: exp of ``model.logit_scale``, the learned log-scale. 100 for OpenAI's models."""
         return self._model.logit_scale.detach().float().exp().item()
 
     @cached_property
     def logit_bias(self) -> float:
-        """SigLIP's bias; the same for every class, so that softmax and argmax do not see it. 0 elsewhere."""
+        """Bias on the logits of SigLIP models, 0 for others. Equal for all classes, so softmax and argmax ignore it."""
         bias = getattr(self.model, "logit_bias", None)
         return 0.0 if bias is None else bias.detach().float().item()
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all the weights."""
+        """SHA-256 of all weights."""
         return _fingerprint(self.model.state_dict())
 
     @cached_property
     def image_fingerprint(self) -> str:
-        """SHA-256 of the image tower's weights: the key of cached features."""
+        """SHA-256 of the image tower's weights; identifies cached features."""
         return _fingerprint(self._model.visual.state_dict())
 
     @cached_property
     def text_fingerprint(self) -> str:
-        """SHA-256 of everything but the image tower: what a prompt depends on."""
+        """SHA-256 of all weights outside the image tower; identifies the CLIP of a prompt."""
         return _fingerprint({k: v for k, v in self.model.state_dict().items() if not k.startswith("visual.")})
 
     # -- images -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def preprocess(self) -> Callable[[Any], Tensor]:
-        """The evaluation transform: PIL image -> [3, H, W]."""
+        """Evaluation transform: PIL image -> tensor [3, H, W]."""
         transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=False)
-        return cast(Callable[[Any], Tensor], transform)  # open_clip declares what it gives with other arguments too
+        return cast(Callable[[Any], Tensor], transform)  # open_clip annotates a union of return types
 
     @cached_property
     def augment(self) -> Callable[[Any], Tensor]:
-        """CoOp's training transform: crop, resize, flip, drawn from torch's global RNG. PIL image -> [3, H, W]."""
+        """CoOp's training transform: random crop, resize and flip (torch's global RNG). PIL image -> [3, H, W]."""
         crop = image_transform_v2(
             PreprocessCfg(**self.preprocess_cfg), is_train=True, aug_cfg={"scale": COOP_CROP_SCALE}
         )
@@ -139,8 +149,9 @@ class FrozenClip:
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Image features. pixels [B, 3, H, W] -> [B, D] float32, unit norm."""
-        # The convolution that takes the pixels: in open_clip's mixed precision the parameters before it are float32.
+        """Unit-norm image features: pixels [B, 3, H, W] -> [B, D] float32."""
+        # The weight with the most dimensions is the convolution that takes the pixels. Other parameters may have
+        # another dtype: in open_clip's mixed precision, those before the convolution are float32.
         weight = max(self._model.visual.parameters(), key=Tensor.dim)
         features = self._model.encode_image(pixels.to(device=weight.device, dtype=weight.dtype))
         return F.normalize(pooled(features).float(), dim=-1)
@@ -149,10 +160,10 @@ class FrozenClip:
 
     @cached_property
     def text(self) -> TextParts:
-        """The text tower's parts, which prompts are made of.
+        """The parts of the text tower, for prompts and edits.
 
         Raises:
-            TypeError: a tower that takes no prompts, naming it.
+            TypeError: the text tower cannot be taken apart (see :attr:`takes_prompts`); the message names the tower.
         """
         return text_parts(self._model)
 
@@ -161,26 +172,26 @@ class FrozenClip:
         return {self.text.dtype: self.text}
 
     def text_as(self, dtype: torch.dtype) -> TextParts:
-        """The text tower in another precision, copied once."""
+        """The text tower in another precision; a copy is made once per precision."""
         if dtype not in self._text_copies:
             self._text_copies[dtype] = self.text.astype(dtype)
         return self._text_copies[dtype]
 
     @cached_property
     def first_token(self) -> int:
-        """Where a text's own tokens begin: 1 if the tokenizer puts a start token first, 0 if not (SigLIP)."""
-        # Against no text at all: two words may begin alike, as a sentencepiece "▁" before each.
+        """Position of the first word token: 1 if the tokenizer adds a start token, 0 if not (SigLIP)."""
+        # A word is compared with the empty text: two words could start with the same token, the "▁" of sentencepiece.
         empty, word = self.tokenizer(["", "cat"], context_length=self.context_length)
         return int((empty != word).int().argmax())
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids. texts -> LongTensor [n, L].
+        """Token ids of texts, LongTensor [n, L].
 
         Raises:
-            ValueError: a text is longer than the tower's context; tokenizers would cut it in silence.
+            ValueError: a text has more than L tokens. (Tokenizers would cut the text without notice.)
         """
         length = self.context_length
-        # Given twice the room, a text that fits has no more tokens. What stands in the middle of no text is padding.
+        # A text that fits has the same number of tokens with twice the room. The last half of an empty text is padding.
         tokens, roomy = (self.tokenizer(list(texts), context_length=room) for room in (length, 2 * length))
         padding = self.tokenizer([""], context_length=2 * length)[0, length]
         too_long = (roomy != padding).sum(-1) > (tokens != padding).sum(-1)
@@ -191,27 +202,34 @@ class FrozenClip:
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """The model's own text features. texts -> [n, D] float32; of unit norm for CoCa alone.
+        """Text features of ``model.encode_text``: texts -> [n, D] float32, not normalised (unit norm for CoCa).
+
+        Args:
+            texts: n texts.
+            batch_size: texts per call of the model.
 
         Raises:
-            TypeError: a model that does not give one row for each text.
+            ValueError: a text is too long.
+            TypeError: the model does not return one row per text.
         """
         tokens = self.tokenize(texts)
         features = torch.cat([pooled(self._model.encode_text(chunk)).float() for chunk in tokens.split(batch_size)])
         if features.ndim != 2 or len(features) != len(tokens):
             raise TypeError(
-                f"model.encode_text must give [n, D] for {len(tokens)} texts, got {list(features.shape)} from "
+                f"model.encode_text must return [n, D] for {len(tokens)} texts, got {list(features.shape)} from "
                 f"{type(self.model).__name__}"
             )
         return features
 
     @torch.no_grad()
     def class_embeddings(self, classnames: Sequence[str], templates: str | Sequence[str] = PLAIN) -> Tensor:
-        """Zero-shot class embeddings: the mean over templates of unit features, made unit again (Radford et al. 2021).
+        """Zero-shot class embeddings: unit-norm text features, averaged over templates and scaled to unit norm again.
+
+        (Radford et al. 2021.) The latest results are cached.
 
         Args:
             classnames: C names.
-            templates: one or more texts with ``{}`` where the name goes.
+            templates: one or more texts with ``{}`` in the place of the class name.
 
         Returns:
             [C, D] float32, unit norm.
@@ -229,11 +247,11 @@ class FrozenClip:
 
     @cached_property
     def _embedded(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor]:
-        """The latest results of :meth:`class_embeddings`: a run asks for the same ones again and again."""
+        """Cache of the latest results of :meth:`class_embeddings`, since a run needs the same ones many times."""
         return {}
 
     def _packed_features(self, texts: Sequence[str], *, batch_size: int = 128) -> Tensor:
-        """:meth:`encode_text` without the padding: in a causal tower nothing behind a text's last token reaches it."""
+        """:meth:`encode_text` without padding: in a causal tower, tokens after the pooled one cannot influence it."""
         if not (self.takes_prompts and self.text.causal):
             return self.encode_text(texts)
         text = self.text
@@ -251,6 +269,7 @@ class FrozenClip:
 
 
 def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

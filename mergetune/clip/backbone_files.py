@@ -1,8 +1,8 @@
-"""Backbones from a folder or from the Hugging Face Hub: what their files may ask for, and a checked copy of them.
+"""Safe loading of backbones from a folder or the Hugging Face Hub: their files are checked and copied before use.
 
-open_clip and transformers act on what stands in a backbone's files: they import Python files (``auto_map`` with
-``trust_remote_code``), fetch other models by name, open paths. Here every such file is read once and checked; open_clip
-is given a private folder that holds what was checked and nothing else.
+open_clip and transformers obey the content of a backbone's files: they import Python files (``auto_map`` with
+``trust_remote_code``), download other models by name and open paths. This module reads each file once, checks it, and
+gives open_clip a private folder with the checked content only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mergetune.io import is_torchscript, load_tensors_only, open_regular, read_t
 HUB, FOLDER = "hf-hub:", "local-dir:"
 CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip looks for them
-FOLDER_WEIGHTS = (  # of several files in a folder, in open_clip's order; then any other
+FOLDER_WEIGHTS = (  # preferred files in a folder, in open_clip's order; then any other
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -71,12 +71,12 @@ TEXT = TOWER | word_set(
     "context_length vocab_size heads embed_cls pad_id eos_id no_causal_mask proj_bias proj_type hf_tokenizer_name "
     "tokenizer_mode tokenizer_kwargs hf_model_name hf_model_pretrained hf_proj_type hf_pooler_type"
 )
-DECODER = word_set(  # of CoCa: its texts' embeddings come from the text tower, but the weights hold the decoder too
+DECODER = word_set(  # CoCa: text features come from the text tower, but the weights also hold the decoder
     "context_length vocab_size width heads layers mlp_ratio ls_init_value dim_head n_queries attn_pooler_heads"
 )
 PREPROCESS = word_set("size mode mean std interpolation resize_mode fill_color")
 KWARGS = {"act_kwargs": word_set("approximate inplace"), "norm_kwargs": word_set("eps elementwise_affine bias")}
-BOUNDS = {  # {setting: (least, most)}; behind it the most that open_clip's own configurations have
+BOUNDS = {  # {setting: (least, most)}; the comment gives the most in open_clip's own configurations
     "embed_dim": (1, 1 << 13),  # 1536
     "layers": (1, 256),  # 56; a ResNet has one number per stage
     "width": (1, 1 << 14),  # 1792
@@ -95,21 +95,21 @@ BOUNDS = {  # {setting: (least, most)}; behind it the most that open_clip's own 
     "pad_id": (-1, 1 << 22),  # 1
     "eos_id": (-1, 1 << 22),  # 2
 }
-LISTS = {"layers": (4,), "image_size": (1, 2), "size": (1, 2)}  # {setting: how many numbers it may have instead of one}
-MAX_NUMBERS = 1 << 34  # of a model: 5 billion
-FREE_NUMBERS = 1 << 24  # of a model whatever its weights' size is
+LISTS = {"layers": (4,), "image_size": (1, 2), "size": (1, 2)}  # {setting: allowed lengths if the value is a list}
+MAX_NUMBERS = 1 << 34  # parameters of a model; the largest real one has 5 billion
+FREE_NUMBERS = 1 << 24  # parameters that are allowed for weights of any size
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where open_clip takes a model from.
+    """A checked source from which open_clip creates a model.
 
     Attributes:
-        name: for open_clip: one of its models, or a private folder as "local-dir:path".
-        weights: the file of the weights that it will load, if there is one.
-        huggingface: whether texts are tokenized by a tokenizer of transformers, or by open_clip's own.
-        folder: the private folder that stands for the backbone's own files; gone when the context ends.
-        settings: more arguments of ``open_clip.create_model``.
+        name: name for open_clip: one of its models, or a private folder as "local-dir:path".
+        weights: file of the weights that open_clip loads; None if there is no file.
+        huggingface: True for a tokenizer of transformers, False for open_clip's tokenizer.
+        folder: private folder with the checked files; deleted when the context ends.
+        settings: further arguments of ``open_clip.create_model``.
     """
 
     name: str
@@ -121,24 +121,29 @@ class Backbone:
 
 @contextmanager
 def checked_backbone(name: str, *, cache_dir: str | Path | None = None) -> Iterator[Backbone]:
-    """Check what a backbone's files ask for, and copy them into a private folder. The weights are linked, not read.
+    """Context with a checked copy of a backbone's files in a private folder. The weights are linked, not read.
 
     Args:
-        name: "hf-hub:org/repo" or "local-dir:path". Of a repository the configuration is downloaded first, and the rest
-            from the same commit after the configuration was checked.
-        cache_dir: of downloads; None is Hugging Face's own.
+        name: "hf-hub:org/repo" or "local-dir:path". From a repository, the configuration is downloaded and checked
+            first; the other files follow from the same commit.
+        cache_dir: folder of downloads; None takes Hugging Face's default.
+
+    Yields:
+        The backbone, for open_clip.
 
     Raises:
-        FileNotFoundError: no such folder, or no configuration in it.
-        ValueError: a file asks for more than a network and a vocabulary, naming the file and the key; it is damaged.
-        RuntimeError: no weights; a download that failed.
+        FileNotFoundError: the folder or its configuration does not exist.
+        ValueError: a file is damaged or asks for more than a network and a vocabulary; the message names file and key.
+        RuntimeError: the backbone has no weights, or a download failed.
     """
     with tempfile.TemporaryDirectory(prefix="mergetune-") as made:
         folder = Path(made)
         if name.startswith(FOLDER):
             source = Path(name.removeprefix(FOLDER))
             if not source.is_dir():
-                raise FileNotFoundError(f"name must be {FOLDER} and a folder, got {name!r}, where there is no folder")
+                raise FileNotFoundError(
+                    f"name must be {FOLDER} and the path of a folder, got {name!r}, which is no folder"
+                )
             config = _check_config(source / CONFIG)
             find_tokenizer, find_weights = (lambda named: source), (lambda: _find_weights(source))
             find_text_model = partial(_own_text_model, source)
@@ -166,26 +171,28 @@ def checked_backbone(name: str, *, cache_dir: str | Path | None = None) -> Itera
 
 @contextmanager
 def described_text_model(named: str, model: str, *, cache_dir: str | Path | None = None) -> Iterator[dict[str, Any]]:
-    """Download the configuration of a Hugging Face text model, check it, and keep it in a private folder.
+    """Context with the checked configuration of a Hugging Face text model, in a private folder.
 
     Args:
-        named: its name on the Hub.
-        model: the model of open_clip's that has it.
-        cache_dir: of downloads; None is Hugging Face's own.
+        named: name of the text model on the Hub.
+        model: name of the open_clip model that contains the text model, for errors.
+        cache_dir: folder of downloads; None takes Hugging Face's default.
 
     Yields:
-        The settings of a ``text_cfg`` that make open_clip take it, without weights of its own.
+        Settings for ``text_cfg`` with which open_clip builds the text model without separate weights.
     """
     try:
         file = _download(named, TEXT_CONFIG, cache_dir=cache_dir)
     except RuntimeError as error:
-        raise RuntimeError(f"the text model of {model!r} must be described by {named!r} on the Hub: {error}") from error
+        raise RuntimeError(
+            f"the text model of {model!r} needs the configuration of {named!r} from the Hub: {error}"
+        ) from error
     with tempfile.TemporaryDirectory(prefix="mergetune-") as folder:
         yield copy_text_model(file, Path(folder))[0]
 
 
 def copy_text_model(file: Path, folder: Path) -> tuple[dict[str, Any], int]:
-    """Copy the configuration of a text model after a check: the settings that name the copy, and its numbers."""
+    """Check and copy a text model's configuration; return settings that name the copy, and the parameter count."""
     settings = check_text_model(file)
     numbers, place = count_numbers(settings, file), folder / "text-model"
     place.mkdir()
@@ -194,16 +201,20 @@ def copy_text_model(file: Path, folder: Path) -> tuple[dict[str, Any], int]:
 
 
 def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[str, Tensor] | None:
-    """Refuse weights that hold more than tensors, before open_clip opens them.
+    """Check that a weight file holds only tensors, before open_clip opens the file.
+
+    Args:
+        file: path of the weights.
+        allow_torchscript: run a TorchScript archive if its tensors cannot be read otherwise.
 
     Returns:
-        None where open_clip reads the file itself: .safetensors, .npz, a pickle that holds tensors alone. The state
-        dict where it does not: a TorchScript archive, as OpenAI publishes.
+        None if open_clip can read the file: .safetensors, .npz, or a pickle of tensors only. For a TorchScript archive,
+        as OpenAI publishes them, its state dict.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no regular file; a pickle with code; a TorchScript archive that cannot be read without running it,
-            unless ``allow_torchscript``, which runs it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the path is no regular file; a pickle contains code; the tensors of a TorchScript archive cannot be
+            read without running it, and ``allow_torchscript`` is False.
     """
     file = Path(file)
     require_regular(file)
@@ -217,8 +228,8 @@ def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[
     except ValueError as error:
         if not allow_torchscript:
             raise ValueError(
-                f"{error}; allow_torchscript=True (on the command line --allow-torchscript) runs it, which is as "
-                "safe as running a program of its author"
+                f"{error}; allow_torchscript=True (on the command line --allow-torchscript) runs the archive, which is "
+                "as safe as running a program of its author"
             ) from error
     with open_regular(file) as stream:
         return torch.jit.load(stream, map_location="cpu").state_dict()
@@ -228,7 +239,7 @@ def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[
 
 
 def _check_config(file: Path) -> dict[str, Any]:
-    """The parts of a configuration that open_clip is given."""
+    """Check a configuration and return the parts for open_clip."""
     content = read_json(file)
     model = _section(content, "model_cfg", MODEL, file)
     vision = _section(model, "model_cfg.vision_cfg", VISION, file)
@@ -240,12 +251,12 @@ def _check_config(file: Path) -> dict[str, Any]:
     if text.get("hf_model_name"):
         _check_repository(text["hf_model_name"], f"{where}.text_cfg.hf_model_name")
     else:
-        text.pop("hf_model_name", None)  # its place alone would make open_clip build another class
+        text.pop("hf_model_name", None)  # even an empty value makes open_clip build another class
     trunk = vision.get("timm_model_name")
     if trunk is not None and not (
         isinstance(trunk, str) and re.fullmatch(r"\w+(\.\w+)?", trunk) and timm.is_model(trunk)
     ):
-        raise ValueError(f"{where}.vision_cfg.timm_model_name must be one of timm's own models, got {trunk!r}")
+        raise ValueError(f"{where}.vision_cfg.timm_model_name must be a built-in model of timm, got {trunk!r}")
     if text.get("tokenizer_mode") not in TOKENIZER_MODES:
         raise ValueError(
             f"{where}.text_cfg.tokenizer_mode must be one of {TOKENIZER_MODES}, got {text['tokenizer_mode']!r}"
@@ -287,13 +298,13 @@ def _check_setting(key: str, value: Any, where: str) -> None:
 
 
 def _check_size(model: dict[str, Any], text_model: int | None, weights: Path, name: str) -> None:
-    """Refuse a network that is far larger than its weights, before room is made for it.
+    """Raise ValueError for a network that is far larger than its weight file, before memory is allocated.
 
     Args:
         model: the checked ``model_cfg``.
-        text_model: numbers of a Hugging Face text model, which stands for open_clip's text tower; None: there is none.
-        weights: the file.
-        name: of the backbone.
+        text_model: number of parameters of a Hugging Face text model, which replaces open_clip's text tower, or None.
+        weights: file of the weights.
+        name: name of the backbone, for errors.
     """
     text, vision = CLIPTextCfg(**_known(model["text_cfg"])), CLIPVisionCfg(**_known(model["vision_cfg"]))
     numbers = text_model
@@ -302,9 +313,9 @@ def _check_size(model: dict[str, Any], text_model: int | None, weights: Path, na
         numbers += _block_numbers(text.layers, text.width, text.mlp_ratio)
     if "multimodal_cfg" in model:
         decoder = MultimodalCfg(**_known(model["multimodal_cfg"]))
-        numbers += decoder.width * (text.vocab_size + decoder.context_length)  # it ends in the text tower's vocabulary
-        numbers += 2 * _block_numbers(decoder.layers, decoder.width, decoder.mlp_ratio)  # to texts and to images
-    if not vision.timm_model_name:  # timm's own networks have the sizes that they have
+        numbers += decoder.width * (text.vocab_size + decoder.context_length)  # its output has the vocabulary
+        numbers += 2 * _block_numbers(decoder.layers, decoder.width, decoder.mlp_ratio)  # attends to texts and images
+    if not vision.timm_model_name:  # timm's networks have fixed sizes
         sides: Any = vision.image_size if isinstance(vision.image_size, list) else [vision.image_size]
         if isinstance(vision.layers, int):
             places = (sides[0] // vision.patch_size) * (sides[-1] // vision.patch_size)
@@ -315,8 +326,8 @@ def _check_size(model: dict[str, Any], text_model: int | None, weights: Path, na
     stored = weights.stat().st_size
     if numbers > min(MAX_NUMBERS, max(4 * stored, FREE_NUMBERS)):
         raise ValueError(
-            f"{CONFIG} of {name!r}: model_cfg must be the network of its weights, got one of at least {numbers:,.0f} "
-            f"numbers for {weights.name} of {stored:,} bytes"
+            f"{CONFIG} of {name!r}: model_cfg must describe the network of its weights, got one of at least "
+            f"{numbers:,.0f} parameters for {weights.name} of {stored:,} bytes"
         )
 
 
@@ -325,7 +336,7 @@ def _known(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _block_numbers(layers: int | Sequence[int], width: int, mlp_ratio: float) -> float:
-    """At least that many numbers have a transformer's blocks, or a ResNet's."""
+    """Lower bound of the number of parameters in the blocks of a transformer or a ResNet."""
     if isinstance(layers, int):
         return layers * width**2 * (4 + 2 * mlp_ratio)
     return sum(count * (width << stage) ** 2 * 9 for stage, count in enumerate(layers))
@@ -337,7 +348,7 @@ def _section(parent: Mapping[str, Any], name: str, allowed: frozenset[str], file
         raise ValueError(f"{file}: {name} must be an object, got {section!r}")
     for key in section:
         if key not in allowed:
-            raise ValueError(f"{file}: {name}.{key} is not a setting that a downloaded backbone may have")
+            raise ValueError(f"{file}: {name}.{key} must be absent: a downloaded backbone may not have this setting")
     return dict(section)
 
 
@@ -349,13 +360,13 @@ def _find_weights(folder: Path) -> Path:
         file for pattern in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(pattern) if file.is_file()
     )
     if not found:
-        raise RuntimeError(f"{folder} must hold weights, {FOLDER_WEIGHTS[0]} or another, got none that could be loaded")
+        raise RuntimeError(f"{folder} must hold weights, such as {FOLDER_WEIGHTS[0]}, got no file that could be loaded")
     order = {name: position for position, name in enumerate(FOLDER_WEIGHTS)}
     return min(found, key=lambda file: (order.get(file.name, len(order)), file.suffix != ".safetensors"))
 
 
 def _download(repo: str, *names: str, revision: str | None = None, cache_dir: str | Path | None) -> Path:
-    """The first of these files that a repository has."""
+    """Path of the first of these files that the repository has, downloaded."""
     reason: Exception | None = None
     for name in names:
         try:
@@ -364,7 +375,7 @@ def _download(repo: str, *names: str, revision: str | None = None, cache_dir: st
             reason = error
         except (OSError, HFValidationError) as error:
             raise RuntimeError(f"{name} of {HUB}{repo} could not be downloaded: {error}") from error
-    if isinstance(reason, LocalEntryNotFoundError):  # without a network nobody knows what the repository has
+    if isinstance(reason, LocalEntryNotFoundError):  # without a network the files of the repository are unknown
         raise RuntimeError(f"{' or '.join(names)} of {HUB}{repo} could not be downloaded: {reason}") from reason
     raise RuntimeError(f"{HUB}{repo} must have {' or '.join(names)}, got none: {reason}") from reason
 
@@ -372,7 +383,7 @@ def _download(repo: str, *names: str, revision: str | None = None, cache_dir: st
 def _download_tokenizer(
     repo: str, commit: str | None, config: Path, name: str, *, cache_dir: str | Path | None
 ) -> Path:
-    """The folder of a tokenizer's files: of the backbone's own commit, or of the repository that it names."""
+    """Folder of the downloaded tokenizer files: from the backbone's commit, or from the repository ``name``."""
     _check_repository(name, f"{config}: model_cfg.text_cfg.hf_tokenizer_name")
     revision = commit if name == repo else None
     try:
@@ -384,17 +395,17 @@ def _download_tokenizer(
 
 
 def _own_text_model(folder: Path, name: str) -> Path:
-    """The configuration of a folder's text model: its own. Nothing is fetched for a folder."""
+    """Path of the text model's configuration in a local folder. Nothing is downloaded for a folder."""
     if not (folder / TEXT_CONFIG).is_file():
         raise FileNotFoundError(
-            f"{folder} must hold {TEXT_CONFIG}, the configuration of its text model, as {name!r} has it on the Hub: "
-            "nothing is fetched for a folder"
+            f"{folder} must hold {TEXT_CONFIG}, the configuration of its text model, got none: copy the file from "
+            f"{name!r} on the Hub, since nothing is downloaded for a folder"
         )
     return folder / TEXT_CONFIG
 
 
 def _download_text_model(repo: str, commit: str | None, name: str, *, cache_dir: str | Path | None) -> Path:
-    """The configuration of a text model: of the backbone's own commit, or of the repository that it names."""
+    """Path of a text model's configuration, downloaded from the backbone's commit or from the repository ``name``."""
     return _download(name, TEXT_CONFIG, revision=commit if name == repo else None, cache_dir=cache_dir)
 
 
@@ -402,4 +413,4 @@ def _check_repository(name: Any, where: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{where} must be a repository, as org/name, got {name!r}") from error
+        raise ValueError(f"{where} must be the name of a repository, such as org/name, got {name!r}") from error

@@ -1,4 +1,4 @@
-"""Class features of an edited CLIP: from templates, from a soft prompt, from class rows.
+"""Class features of an edited CLIP, from templates or a soft prompt and from class rows.
 
 Shapes: M settings computed together, C classes, D embedding width, W width of the text tower, n context tokens.
 """
@@ -22,14 +22,14 @@ from mergetune.clip.texts import check_classnames, check_same_classes, fill
 
 @dataclass(frozen=True, eq=False)
 class ClassFeatures:
-    """Class features of edits of one form, for fixed class names. Make one with :func:`prepare_classes`.
+    """Function of an edit that returns class features for fixed class names. Make one with :func:`prepare_classes`.
 
     Attributes:
         classnames: C names.
-        texts: an edit -> its class features before any rows; None where classes have no texts.
-        places: for each part of ``rows``: which classes have a row, and which rows these are; None where the rows are
-            the classes, in their order.
-        encoder: the packed text tower, where every call runs it.
+        texts: function of an edit that returns class features before any rows; None if the edit has no texts.
+        places: for each entry of ``rows``, the indices of the classes that have a row and the indices of their rows;
+            None if the rows are exactly the classes, in order.
+        encoder: the packed text tower if the edit has a context and leaves the text tower unchanged, else None.
     """
 
     classnames: tuple[str, ...]
@@ -38,7 +38,7 @@ class ClassFeatures:
     encoder: TextEncoder | None
 
     def __call__(self, edit: Edit) -> Tensor:
-        """Class features [M, C, D], or [M, C, D + 1] with a bias, float32, not normalised."""
+        """Class features of the edit: [M, C, D], or [M, C, D + 1] with a bias; float32, not normalised."""
         found = None if self.texts is None else self.texts(edit)
         for rows, place in zip(edit.rows, self.places, strict=True):
             found = _with_rows(found, rows, place, len(self.classnames), unit=edit.normalize)
@@ -54,20 +54,30 @@ def prepare_classes(
     precision: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> ClassFeatures:
-    """A function for the class features of edits that have the form of ``edit``: same texts, same names, other tensors.
+    """Make a function for the class features of edits of the form of ``edit``: the same texts and names, any tensors.
 
-    What does not depend on the tensors is done once: the texts are tokenised and packed, and where an edit holds the
-    very :class:`Context` object that ``edit`` holds, or templates, the text tower is run once for all calls.
+    Work that does not depend on the tensors is done once: tokenising and packing the texts. The text tower also runs
+    once only, for all calls, if the edit has templates, or if the calls pass the same :class:`Context` object that
+    ``edit`` holds (the frozen base of a stack).
 
     Args:
         clip: the frozen CLIP.
-        edit: an edit of the form.
+        edit: one edit of the form.
         classnames: C names.
-        precision: of the text tower.
-        backend: "torch": plain autograd in the text tower, differentiable any number of times.
+        precision: precision of the text tower.
+        backend: "torch" runs the text tower with plain autograd, differentiable any number of times; None runs the
+            fused text tower, differentiable once.
 
     Raises:
-        ValueError: class names, texts or rows that do not fit together, or to the CLIP.
+        ValueError: class names, texts and rows do not fit together, or the edit does not fit the CLIP.
+
+    Example:
+        >>> import mergetune as mt
+        >>> from mergetune.clip import Edit, prepare_classes
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> edit = Edit(templates=("an icon of a {}",))
+        >>> prepare_classes(clip, edit, ["cat", "dog"])(edit).shape  # [M, C, D]
+        torch.Size([1, 2, 128])
     """
     names = check_classnames(classnames)
     check_edit(clip, edit)
@@ -90,7 +100,7 @@ def prepare_classes(
 def _prepare_texts(
     clip: FrozenClip, edit: Edit, names: tuple[str, ...], encoder: TextEncoder | None, precision: torch.dtype
 ) -> Callable[[Edit], Tensor] | None:
-    """A function for the class features before any rows; None where the edit has no texts."""
+    """Function for the class features before any rows; None if the edit has no texts."""
     if encoder is None:
         if not edit.templates:
             return None
@@ -101,10 +111,10 @@ def _prepare_texts(
 
     def from_context(edit: Edit) -> Tensor:
         context = edit.context
-        assert context is not None  # the form has one
+        assert context is not None  # every edit of this form has a context
         if context is not first or context.vectors.requires_grad:
             return encoder(context.vectors)
-        if not known:  # the part of a stack that is not trained: once, so it is not rounded to a half type
+        if not known:  # the frozen base of a stack runs once, so it is not rounded to a half type
             exact = context_encoder(
                 clip, first, names, precision=precision if precision.itemsize > 4 else torch.float32
             )
@@ -118,7 +128,7 @@ def _prepare_texts(
 def _from_edited_tower(
     clip: FrozenClip, edit: Edit, names: tuple[str, ...], precision: torch.dtype
 ) -> Callable[[Edit], Tensor] | None:
-    """Of an edited text tower. Class embeddings from templates are what :meth:`FrozenClip.class_embeddings` gives."""
+    """Like :func:`_prepare_texts`, for an edit that changes the text tower. Templates are averaged in the same way."""
     tower = edited_text_tower(clip, edit, precision=precision)
     if edit.context is not None:
         return tower.prepare(*context_texts(clip, edit.context, names))
@@ -134,13 +144,13 @@ def _from_edited_tower(
 def context_encoder(
     clip: FrozenClip, context: Context, classnames: Sequence[str], *, precision: torch.dtype = torch.float32
 ) -> TextEncoder:
-    """The text tower packed for these classes: context vectors -> class features, [M, C, D] float32, not normalised.
+    """Function of context vectors that returns class features, [M, C, D] float32, not normalised.
 
     Args:
         clip: the frozen CLIP.
-        context: its ``vectors`` say only how many they are.
+        context: gives the text and the number of context vectors; the values of ``vectors`` are not used.
         classnames: C names.
-        precision: of the text tower.
+        precision: precision of the text tower.
     """
     tokens, places = context_texts(clip, context, classnames)
     text, where = clip.text_as(precision), {"first": clip.first_token, "context": context.vectors.shape[-2]}
@@ -149,20 +159,21 @@ def context_encoder(
 
 
 def context_texts(clip: FrozenClip, context: Context, classnames: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The texts of a soft prompt, with stand-ins where its context vectors go.
+    """Tokenise the texts of a soft prompt, with placeholder tokens for the context vectors.
 
     Returns:
-        Token ids, [C, L], and the places of the context vectors in each text, ascending, [C, n].
+        Token ids, [C, L], and the positions of the context vectors in each text, ascending, [C, n].
 
     Raises:
-        ValueError: a template without one token for each context vector; class names that are not the context's.
+        ValueError: the template does not have one token per context vector; the class names are not those of the
+            context.
     """
     if context.classnames is not None:
         check_same_classes("classnames", classnames, context.classnames)
     template, first, count = context.template, clip.first_token, context.vectors.shape[-2]
     words = words_before_name(clip, template)
     if len(words) != count and set(template.split("{}")[0].split()) == {"X"}:
-        template = template.replace("X", "a", count)  # "X" is two tokens for some tokenizers, "a" is one
+        template = template.replace("X", "a", count)  # some tokenizers split "X" into two tokens, "a" is always one
         words = words_before_name(clip, template)
     tokens = clip.tokenize([fill(template, name) for name in classnames])
     if len(words) != count or (tokens[:, first : first + count] != words).any():
@@ -176,16 +187,17 @@ def context_texts(clip: FrozenClip, context: Context, classnames: Sequence[str])
 
 
 def words_before_name(clip: FrozenClip, template: str) -> Tensor:
-    """Token ids of a template before its class name."""
-    # With no name and with two names: two words may begin alike, as a sentencepiece "▁" before each.
+    """Token ids of the words before the class name in a template, without a start token."""
+    # The words end where a text without a name and two texts with different names first differ. Two names alone could
+    # start with the same token, such as the "▁" of sentencepiece.
     tokens = clip.tokenize([template.split("{}")[0], fill(template, "cat"), fill(template, "dog")])
     return tokens[0, clip.first_token : int((tokens != tokens[0]).any(0).int().argmax())]
 
 
 def _name_ends(clip: FrozenClip, template: str, classnames: Sequence[str]) -> Tensor:
-    """Where each class name ends in the template's texts: the position of the first token behind it, [C]."""
+    """Position of the first token after the class name in the text of each class, [C]."""
     texts = [template.split("{}")[0] + name for name in classnames]
-    room = 2 * clip.context_length  # the texts themselves fit; a further word need not
+    room = 2 * clip.context_length  # the added word may not fit into the context length
     alone, followed = (clip.tokenizer([text + more for text in texts], context_length=room) for more in ("", " x"))
     return (alone != followed).int().argmax(1).to(clip.device)
 
@@ -194,9 +206,9 @@ def _name_ends(clip: FrozenClip, template: str, classnames: Sequence[str]) -> Te
 
 
 def _places(rows: ClassRows, names: tuple[str, ...]) -> tuple[list[int], list[int]] | None:
-    """Which classes have a row, and which rows these are; None where the rows are the classes, in their order.
+    """Indices of the classes that have a row, and of their rows; None if the rows are the classes, in order.
 
-    Of two rows with one name the first is taken, unless the rows are asked for as they are.
+    If two rows have the same name, the first one is taken (None takes both).
     """
     if rows.classnames == names:
         return None
@@ -206,11 +218,11 @@ def _places(rows: ClassRows, names: tuple[str, ...]) -> tuple[list[int], list[in
 
 
 def _check_all_have_rows(edit: Edit, names: tuple[str, ...]) -> None:
-    """Refuse classes that have neither a text nor a row."""
+    """Raise ValueError for a class without a row, in an edit without texts."""
     if not any(not rows.added for rows in edit.rows):
         raise ValueError(
             "class embeddings must come from a prompt, templates or a head, got a solution that only changes them: "
-            "put it on one with mergetune.Stack(base, solution)"
+            "put the solution on one of these with mergetune.Stack(base, solution)"
         )
     known = {name for rows in edit.rows if not rows.added for name in rows.classnames}
     if unknown := [name for name in names if name not in known]:
@@ -220,14 +232,14 @@ def _check_all_have_rows(edit: Edit, names: tuple[str, ...]) -> None:
 def _with_rows(
     found: Tensor | None, rows: ClassRows, places: tuple[list[int], list[int]] | None, classes: int, *, unit: bool
 ) -> Tensor:
-    """Class features with these rows in them, or added to them."""
+    """Class features in which these rows replace the class embeddings or are added to them."""
     values = rows.values
     if places is not None:
         values = values[:, places[1]]
     if not rows.added:
         if places is None or len(places[0]) == classes:
             return values
-        if found is None:  # a later part has the others
+        if found is None:  # a later entry of rows has the other classes
             found = values.new_zeros(len(values), classes, values.shape[-1])
         found, values = _same_width(found, values)
         return _spread(found, values).index_copy(1, _index(places[0], values), _spread(values, found))
@@ -240,7 +252,7 @@ def _with_rows(
 
 
 def _spread(a: Tensor, b: Tensor) -> Tensor:
-    """``a`` with as many settings as ``b``, if it has one for all."""
+    """``a`` expanded to the number of settings of ``b``, if ``a`` has one setting."""
     return a.expand(max(len(a), len(b)), -1, -1)
 
 
@@ -249,7 +261,7 @@ def _index(classes: list[int], like: Tensor) -> Tensor:
 
 
 def _same_width(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with a column for the bias, if one of them has it."""
+    """Both tensors, padded with a zero bias column if only one of them has a bias."""
     if abs(a.shape[-1] - b.shape[-1]) > 1:
         raise ValueError(f"class rows must have the embedding's width {a.shape[-1]}, got {b.shape[-1]}")
     width = max(a.shape[-1], b.shape[-1])

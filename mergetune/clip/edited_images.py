@@ -1,6 +1,6 @@
-"""Image features of an edited CLIP, from pixels, from cached tokens, or from cached features.
+"""Image features of an edited CLIP, computed from pixels, cached tokens or cached features.
 
-Shapes: M settings computed together (1 where images do not depend on the setting), B images, L tokens, W width of the
+Shapes: M settings computed together (1 if images do not depend on the setting), B images, L tokens, W width of the
 image tower, D embedding width, D' width after the image maps.
 """
 
@@ -30,39 +30,42 @@ from mergetune.clip.edits import Edit
 from mergetune.clip.text_tower import pooled
 
 BLOCKS = "visual.transformer.resblocks."
-STEM = ("conv1", "class_embedding", "positional_embedding", "ln_pre")  # what makes tokens of pixels
+STEM = ("conv1", "class_embedding", "positional_embedding", "ln_pre")  # the modules that turn pixels into tokens
 FEATURES = ("feature", "raw feature")
 
 ImageFeatures = Callable[[Edit, Tensor], Tensor]
-"""An edit and what is read of B images -> their features [M, B, D'], unit norm."""
+"""Function of an edit and the inputs of B images that returns unit-norm image features, [M, B, D']."""
 
 
 @dataclass(frozen=True)
 class TokensBefore:
-    """What is read of an image: the tokens that enter a block of the frozen image tower, [B, L, W].
+    """Image input: the tokens that enter one block of the frozen image tower, [B, L, W].
+
+    A solution that changes only the blocks from ``block`` on can be trained on these cached tokens.
 
     Attributes:
-        block: its number, from 0.
+        block: number of the block, from 0.
     """
 
     block: int
 
 
 ImageInput = str | TokensBefore
-"""What is read of images, of which features are made.
+"""The form of the images that image features are computed from; cached or read once per image.
 
-- "feature": unit norm features, [B, D];
-- "raw feature": features as they leave the tower, [B, D];
-- "pre-projection": the pooled rows that enter a VisionTransformer's projection, [B, W];
-- ``TokensBefore(k)``: tokens that enter block k, [B, L, W];
-- "pixels": [B, 3, H, W].
+- "feature": unit-norm features, [B, D];
+- "raw feature": the tower's output, not normalised, [B, D];
+- "pre-projection": the pooled rows that enter the projection of a VisionTransformer, [B, W];
+- ``TokensBefore(k)``: the tokens that enter block k, [B, L, W];
+- "pixels": preprocessed images, [B, 3, H, W].
 """
 
 
 def earliest_input(inputs: Iterable[ImageInput]) -> ImageInput:
-    """The earliest of what is read of images: the others are made of it.
+    """The image input that stands earliest in the image tower; the other inputs can be computed from it.
 
     Example:
+        >>> from mergetune.clip import TokensBefore, earliest_input
         >>> earliest_input(["feature", TokensBefore(6), TokensBefore(4)])
         TokensBefore(block=4)
     """
@@ -79,21 +82,30 @@ def earliest_input(inputs: Iterable[ImageInput]) -> ImageInput:
 def prepare_images(
     clip: FrozenClip, edit: Edit, image_input: ImageInput, *, precision: torch.dtype | None = None
 ) -> ImageFeatures | None:
-    """A function for the image features of edits that have the form of ``edit``: same names and hooks, other tensors.
+    """Make a function for the image features of edits of the form of ``edit``: the same names and hooks, any tensors.
 
     Args:
         clip: the frozen CLIP.
-        edit: an edit of the form.
-        image_input: what is read of each image.
-        precision: of the image tower; None is the model's own.
+        edit: one edit of the form.
+        image_input: the form in which images are given.
+        precision: precision of the image tower; None keeps that of the model.
 
     Returns:
-        A function of an edit and what is read of the images, differentiable any number of times. None where unit norm
-        features are read and the edit has no image maps: these are the image features already.
+        A function of an edit and image inputs, differentiable any number of times. None if the inputs are the image
+        features already: unit-norm features, and an edit that changes no image features.
 
     Raises:
-        ValueError: weights or hooks that the CLIP has no place for; an input that lies behind what the edit changes.
-        TypeError: hooks, or an input, that this kind of image tower does not have.
+        ValueError: the CLIP has no parameter or block of a name in the edit; ``image_input`` stands behind something
+            that the edit changes.
+        TypeError: this kind of image tower has no such hooks or input.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> from mergetune.clip import Edit, prepare_images
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> edit = Edit(image_maps=(lambda x: x @ torch.eye(128),))
+        >>> prepare_images(clip, edit, "feature")(edit, torch.ones(5, 128)).shape  # [M, B, D]
+        torch.Size([1, 5, 128])
     """
     check_edit(clip, edit)
     if image_input == "feature":
@@ -123,19 +135,19 @@ def prepare_images(
 
 @torch.no_grad()
 def image_tokens(clip: FrozenClip, pixels: Tensor, block: int) -> Tensor:
-    """The tokens that enter a block of the frozen image tower: what ``TokensBefore(block)`` reads.
+    """The tokens that enter a block of the frozen image tower, for the image input ``TokensBefore(block)``.
 
     Args:
         clip: a CLIP with open_clip's VisionTransformer.
-        pixels: [B, 3, H, W].
-        block: its number, from 0.
+        pixels: preprocessed images, [B, 3, H, W].
+        block: number of the block, from 0.
 
     Returns:
-        [B, L, W] in the tower's precision.
+        Tokens, [B, L, W], in the tower's precision.
 
     Raises:
-        ValueError: a block that the tower does not have.
-        TypeError: another image tower.
+        ValueError: the tower has no such block.
+        TypeError: the image tower is not a VisionTransformer.
     """
     visual = vision_transformer(clip, "image_tokens")
     _check_block(block, len(visual.transformer.resblocks))
@@ -145,10 +157,10 @@ def image_tokens(clip: FrozenClip, pixels: Tensor, block: int) -> Tensor:
     return x
 
 
-# -- the tower, from what is read to its features ----------------------------------------------------------------------
+# -- the tower, from an image input to features ------------------------------------------------------------------------
 
 Tower = Callable[[Edit, Tensor], Tensor]
-"""An edit and what is read of images, [1, B, ...] -> features as they leave the tower, [M, B, D]."""
+"""Function of an edit and image inputs [1, B, ...] that returns the tower's output, [M, B, D]."""
 
 
 def _tower(clip: FrozenClip, edit: Edit, image_input: ImageInput, precision: torch.dtype | None) -> Tower:
@@ -171,7 +183,7 @@ def _tower(clip: FrozenClip, edit: Edit, image_input: ImageInput, precision: tor
 
 
 def _transformer(visual: VisionTransformer, edit: Edit, image_input: ImageInput, names: dict[str, str]) -> Tower:
-    """Of open_clip's VisionTransformer. Its parts have places: -1 the stem, k the block k, then pooling, projection."""
+    """Tower of a VisionTransformer of K blocks. Places: -1 the stem, k block k, K the pooling, K + 1 the projection."""
     count = len(visual.transformer.resblocks)
     start = _start(image_input, count)
     place = {name: _place(name, count) for name in names}
@@ -203,7 +215,7 @@ def _transformer(visual: VisionTransformer, edit: Edit, image_input: ImageInput,
 
 
 def _start(image_input: ImageInput, count: int) -> int:
-    """The place of the first part that is run."""
+    """Place of the first part that runs on this image input."""
     if isinstance(image_input, TokensBefore):
         _check_block(image_input.block, count)
         return image_input.block
@@ -216,28 +228,28 @@ def _start(image_input: ImageInput, count: int) -> int:
 
 
 def _place(name: str, count: int) -> int:
-    """The place of the part that a tensor belongs to."""
+    """Place of the part that a parameter belongs to."""
     block, part = block_number(name, BLOCKS), name.split(".")[1]
     return block if block is not None else -1 if part in STEM else count + 1 if part == "proj" else count
 
 
 def _check_block(block: int, count: int) -> None:
     if block not in range(count):
-        raise ValueError(f"block must be one of the image tower's, which are 0 to {count - 1}, got {block!r}")
+        raise ValueError(f"block must be one of the image tower's blocks, 0 to {count - 1}, got {block!r}")
 
 
 def _too_late(image_input: ImageInput, what: str) -> ValueError:
     return ValueError(
-        f"image_input must come before what is changed in the image tower ({what}), got {image_input!r}: take 'pixels' "
-        "or TokensBefore(block) with a block that is not behind it"
+        f"image_input must come before what the edit changes in the image tower ({what}), got {image_input!r}: take "
+        "'pixels', or TokensBefore(k) with a block k that is not behind it"
     )
 
 
-# -- its parts ---------------------------------------------------------------------------------------------------------
+# -- the parts of the tower --------------------------------------------------------------------------------------------
 
 
 class _Function(nn.Module):
-    """A function of a module, as a module: torch puts other weights into modules alone."""
+    """A function of a module, wrapped as a module: ``functional_call`` replaces the weights of modules only."""
 
     def __init__(self, owner: nn.Module, function: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -248,7 +260,8 @@ class _Function(nn.Module):
 
 
 def _encode(visual: nn.Module, pixels: Tensor) -> Tensor:
-    # The convolution that takes the pixels: in open_clip's mixed precision the parameters before it are float32.
+    # The weight with the most dimensions is the convolution that takes the pixels. Other parameters may have another
+    # dtype: in open_clip's mixed precision, those before the convolution are float32.
     return pooled(visual(pixels.to(max(visual.parameters(), key=Tensor.dim).dtype)))
 
 

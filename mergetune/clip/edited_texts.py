@@ -1,10 +1,10 @@
-"""Text features of an edited CLIP: the text tower with the weights, hooks and context vectors of an edit.
+"""Text features of an edited CLIP: the text tower runs with the weights, hooks and context vectors of an edit.
 
-Texts are padded to the longest of them. The packed text tower (:mod:`mergetune.clip.packed_texts`) is the fast one for
-towers that are not edited.
+This tower pads all texts to the longest one. For a text tower that an edit leaves unchanged, the faster packed tower
+(:mod:`mergetune.clip.packed_texts`) is used instead.
 
-Shapes: M settings computed together (1 where texts do not depend on the setting), C texts, L tokens, W width of the
-text tower, D embedding width, n context tokens.
+Shapes: M settings computed together (1 if texts do not depend on the setting), C texts, L tokens, W width of the text
+tower, D embedding width, n context tokens.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mergetune.clip.edits import Edit
 from mergetune.clip.text_tower import TextParts, checked_model, text_tower
 
 TextFeatures = Callable[[Edit], Tensor]
-"""An edit -> features of texts [M, C, D], not normalised."""
+"""Function of an edit that returns the features of fixed texts, [M, C, D], not normalised."""
 
 
 @dataclass(frozen=True, eq=False)
 class EditedTextTower:
-    """The text tower under edits of one form. Make one with :func:`edited_text_tower`.
+    """A text tower that runs with the tensors of any edit of one form. Make one with :func:`edited_text_tower`.
 
     Attributes:
-        text: the tower that is not edited.
-        prefix: what open_clip puts before the names of the tower's tensors.
+        text: the unedited tower.
+        prefix: prefix of open_clip's names of the tower's parameters: "" or "text.".
         embed: the token embedding.
-        blocks: the blocks.
-        norm: the layer norm behind them.
-        linear: the projection, where it is a layer.
+        blocks: the transformer blocks.
+        norm: the layer norm after the blocks.
+        linear: the projection if it is a linear layer, else None.
     """
 
     text: TextParts
@@ -45,17 +45,18 @@ class EditedTextTower:
     linear: Part | None
 
     def prepare(self, tokens: Tensor, places: Tensor | None = None) -> TextFeatures:
-        """A function for the features of fixed texts.
+        """Make a function that encodes fixed texts under any edit of the form.
 
         Args:
-            tokens: the texts, [C, L].
-            places: where each text has the context vectors of the edit, [C, n]; None where it has none.
+            tokens: token ids of the texts, [C, L].
+            places: positions of the context vectors in each text, [C, n]; None for texts without context vectors.
 
         Returns:
-            A function of an edit, differentiable any number of times: [M, C, D], at least float32, not normalised.
+            A function of an edit that returns features [M, C, D], float32 or float64, not normalised. The function is
+            differentiable any number of times.
         """
         text, pooled = self.text, self.text.pooled_position(tokens)
-        if text.causal:  # nothing behind the pooled token reaches it
+        if text.causal:  # tokens after the pooled token cannot influence it
             tokens = tokens[:, : int(pooled.max()) + 1]
         rows, length = torch.arange(len(tokens), device=tokens.device), tokens.shape[1]
         mask = None
@@ -78,22 +79,22 @@ class EditedTextTower:
         return features
 
     def _matrix(self, edit: Edit, name: str, frozen: Tensor) -> Tensor:
-        """A tensor that belongs to no module, with a leading 1 or M."""
+        """A parameter that belongs to the tower directly, edited [M, ...] or frozen [1, ...]."""
         edited = edit.weights.get(self.prefix + name)
         return frozen[None] if edited is None else edited.to(frozen.dtype)
 
 
 def edited_text_tower(clip: FrozenClip, edit: Edit, *, precision: torch.dtype = torch.float32) -> EditedTextTower:
-    """The text tower for edits that have the form of ``edit``: same names and hooks, other tensors.
+    """Prepare the text tower for edits of the form of ``edit``: the same names and hooks with any tensors.
 
     Args:
         clip: the frozen CLIP.
-        edit: an edit of the form.
-        precision: of the text tower.
+        edit: one edit of the form.
+        precision: precision of the text tower.
 
     Raises:
-        ValueError: weights or hooks that the CLIP has no place for.
-        TypeError: a text tower that is not understood.
+        ValueError: the CLIP has no parameter or block of a name in the edit, or a shape differs.
+        TypeError: the text tower of the model cannot be taken apart, see :attr:`FrozenClip.takes_prompts`.
     """
     check_edit(clip, edit)
     text, prefix = clip.text_as(precision), "" if text_tower(checked_model(clip.model)) is clip.model else "text."
@@ -114,7 +115,7 @@ def edited_text_tower(clip: FrozenClip, edit: Edit, *, precision: torch.dtype = 
 
 
 def _put(x: Tensor, vectors: Tensor, places: Tensor) -> Tensor:
-    """The tokens [m, C, L, W] with the vectors [M, n, W], or [M, C, n, W], at the places [C, n]."""
+    """Tokens [m, C, L, W] in which the vectors, [M, n, W] or [M, C, n, W], replace those at the positions [C, n]."""
     vectors = vectors[:, None] if vectors.ndim == 3 else vectors
     settings = max(len(x), len(vectors))
     index = places[None, :, :, None].expand(settings, -1, -1, x.shape[-1])

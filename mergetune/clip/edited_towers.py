@@ -1,9 +1,10 @@
-"""Parts of a tower run with the weights and hooks of an edit: any number of settings, any number of derivatives.
+"""The modules of a tower, called with the weights and hooks of an edit, for many settings at once.
 
-Tokens have a leading 1 until the first part that differs between the settings, so that nothing is computed M times
-without need. Plain modules of the model are called; the model itself is never changed.
+Tokens keep a leading 1 up to the first module that differs between settings, so shared work is done once. The modules
+are private copies that share the model's tensors, so the model never changes. Results are differentiable any number of
+times.
 
-Shapes: M settings computed together, m = M or 1 (the same for all settings), B images or texts, L tokens, W width.
+Shapes: M settings computed together, m = M or 1 (shared by all settings), B images or texts, L tokens, W width.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def check_edit(clip: FrozenClip, edit: Edit) -> None:
-    """Refuse weights and hooks that the CLIP has no place for.
+    """Check that the CLIP has a parameter or block for each of the edit's weights and hooks.
 
     Raises:
-        ValueError: an unknown parameter or block, a shape that differs, different numbers of settings.
-        TypeError: hooks in a tower that is not made of transformer blocks.
+        ValueError: an unknown parameter or block, a wrong shape, or weights of different numbers of settings.
+        TypeError: a hook for a tower that is not made of transformer blocks.
     """
     known = clip.model.state_dict(keep_vars=True) if edit.weights else {}
     settings = 1
     for name, weight in edit.weights.items():
         if name in ("logit_scale", "logit_bias"):
-            raise ValueError(f"weights must not hold {name}: the factor on the logits is the edit's scale")
+            raise ValueError(f"weights must not hold {name}: give the factor on the logits as the edit's scale")
         if name not in known:
             raise ValueError(f"weights must name parameters of the model {clip.name}, got {name!r}")
         if not known[name].dtype.is_floating_point:
@@ -57,13 +58,11 @@ def check_edit(clip: FrozenClip, edit: Edit) -> None:
             blocks = clip.text.blocks if tower == "text" else vision_transformer(clip, argument).transformer.resblocks
             count = len(blocks)
             if block not in range(count):
-                raise ValueError(
-                    f"{argument} must name blocks of the {tower} tower, which are 0 to {count - 1}, got {block!r}"
-                )
+                raise ValueError(f"{argument} must name blocks of the {tower} tower, 0 to {count - 1}, got {block!r}")
 
 
 def vision_transformer(clip: FrozenClip, argument: str) -> VisionTransformer:
-    """The image tower; one that is not made of transformer blocks is refused by name, as is the argument that asks."""
+    """The image tower as a VisionTransformer; for another tower, a TypeError that names ``argument`` and the tower."""
     visual = clip.model.visual
     if not isinstance(visual, VisionTransformer):
         raise TypeError(
@@ -78,58 +77,63 @@ def vision_transformer(clip: FrozenClip, argument: str) -> VisionTransformer:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A part of a tower that is called with the weights of an edit. Make one with :func:`part_of`.
+    """A module of a tower that is called with the weights of an edit. Make one with :func:`part_of`.
 
     Attributes:
-        module: the part.
-        names: for each edited weight of the part: open_clip's name, the module's name, the precision.
+        module: the module.
+        names: one entry per edited parameter: name in open_clip's model, name in the module, dtype.
     """
 
     module: nn.Module
     names: tuple[tuple[str, str, torch.dtype], ...] = ()
 
     def __call__(self, edit: Edit, x: Tensor, **options: Any) -> Tensor:
-        """The part's result for every setting, [m, B, ...] -> [m, B, ...]; the options are those of the module.
+        """Call the module for every setting, [m, B, ...] -> [m, B, ...].
+
+        Args:
+            edit: gives the weights.
+            x: input, with a leading 1 if all settings share it.
+            **options: keyword arguments of the module.
 
         Raises:
-            ValueError: a leading size that is not that of the weights.
+            ValueError: x and the weights have different numbers of settings.
         """
         weights = {own: edit.weights[name].to(dtype) for name, own, dtype in self.names}
         stacked = {own: weight for own, weight in weights.items() if len(weight) > 1}
         same = {own: weight[0] for own, weight in weights.items() if own not in stacked}
         if len(x) > 1 and (other := [len(weight) for weight in stacked.values() if len(weight) != len(x)]):
-            raise ValueError(f"an edit must be of one number of settings, got hooks of {len(x)}, weights of {other[0]}")
+            raise ValueError(f"an edit must have one number of settings, got hooks of {len(x)}, weights of {other[0]}")
 
         def call(stacked: Mapping[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self.module, {**same, **stacked}, (x,), options)
 
         with torch.autocast(x.device.type, enabled=False), _attention(differentiable=bool(stacked)):
-            if not stacked:  # settings that have the same weights are one batch
+            if not stacked:  # equal weights for all settings: one batch
                 return call({}, x.flatten(0, 1)).unflatten(0, x.shape[:2])
             shared = len(x) == 1
             return vmap(call, in_dims=(0, None if shared else 0))(stacked, x[0] if shared else x)
 
 
 def part_of(module: nn.Module, names: Mapping[str, str]) -> Part:
-    """A part that takes tensors from edits.
+    """A part that takes some parameters of a module from edits.
 
     Args:
-        module: a module of the model, see :func:`privately`.
-        names: open_clip's name -> the module's name, of the tensors that the part takes.
+        module: a private copy of a module, see :func:`privately`.
+        names: name in open_clip's model -> name in the module, for each parameter that edits replace.
     """
     tensors = dict(chain(module.named_parameters(), module.named_buffers()))
     return Part(module, tuple((name, own, tensors[own].dtype) for name, own in names.items()))
 
 
 def privately(module: Module, dtype: torch.dtype | None = None) -> Module:
-    """A copy of a frozen module: a call with other weights changes no one else's module.
+    """A copy of a frozen module: calls with other weights leave the original unchanged.
 
     Args:
         module: a module of the model.
-        dtype: precision of the copy; None is the module's own, as the model's mixed precision has it.
+        dtype: precision of the copy; None keeps that of the module, which may be mixed.
 
     Returns:
-        A copy that shares the tensors, unless they have another precision.
+        A copy that shares the tensors of the module if they have the wanted precision.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if dtype is not None and any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors):
@@ -138,8 +142,8 @@ def privately(module: Module, dtype: torch.dtype | None = None) -> Module:
         copied = deepcopy(module, {id(tensor): tensor for tensor in tensors})
     for name, part in list(copied.named_modules()):
         if isinstance(part, nn.MultiheadAttention):
-            # Its kernel for inference knows no vmap and has no derivative. In training mode it is not taken, and
-            # without dropout nothing else is different.
+            # MultiheadAttention's inference kernel supports neither vmap nor derivatives. Training mode avoids that
+            # kernel and, without dropout, gives the same values.
             part.training, part.dropout = True, 0.0
         elif name and isinstance(part, LayerNormFp32) and part.weight.dtype != torch.float32:
             plain = LayerNorm(list(part.normalized_shape), part.eps)  # in the precision of the tower
@@ -149,7 +153,7 @@ def privately(module: Module, dtype: torch.dtype | None = None) -> Module:
 
 
 def _attention(*, differentiable: bool) -> Any:
-    """The attention that can be differentiated twice and runs under vmap; where neither is needed, torch's choice."""
+    """Context that selects plain attention, which supports vmap and second derivatives, if one of the two is needed."""
     return sdpa_kernel(SDPBackend.MATH) if differentiable or torch.is_grad_enabled() else nullcontext()
 
 
@@ -158,32 +162,32 @@ def _attention(*, differentiable: bool) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The blocks of a tower with the weights and hooks of an edit.
+    """The transformer blocks of a tower, run with the weights and hooks of an edit.
 
     Attributes:
         tower: "text" or "image".
-        parts: the blocks.
+        parts: the blocks, in order.
     """
 
     tower: str
     parts: tuple[Part, ...]
 
     def __call__(self, edit: Edit, x: Tensor, *, start: int = 0, **options: Any) -> Tensor:
-        """The tokens after the last block.
+        """The tokens after the last block, [m, B, L, W].
 
         Args:
-            edit: an edit of the form.
-            x: tokens that enter the block ``start``, [m, B, L, W].
-            start: the first block that is run.
-            **options: of every block.
+            edit: gives the weights and hooks.
+            x: tokens that enter block ``start``, [m, B, L, W].
+            start: the first block that runs.
+            **options: keyword arguments of every block.
 
         Raises:
-            ValueError: a hook whose result has another shape than it must have.
+            ValueError: a hook returns a tensor of the wrong shape.
         """
         for block, part in enumerate(self.parts[start:], start):
             place = self.tower, block
             if place in edit.before:
-                # The pooled token of a text has its place; images may get tokens.
+                # Only images may gain tokens: a text is pooled at a fixed position.
                 x = _hooked("before", place, edit.before[place], x, may_grow=self.tower == "image")
             added = _hooked("beside", place, edit.beside[place], x) if place in edit.beside else None
             x = part(edit, x, **options)
@@ -192,7 +196,7 @@ class Blocks:
 
 
 def blocks_of(tower: str, blocks: Sequence[nn.Module], edit: Edit, prefix: str) -> Blocks:
-    """The blocks of a tower, see :func:`privately`; open_clip keeps their tensors under ``prefix`` and their number."""
+    """The blocks of a tower for edits of a form. open_clip names the parameters of block k ``{prefix}{k}.…``."""
     names: list[dict[str, str]] = [{} for _ in blocks]
     for name in edit.weights:
         if (number := block_number(name, prefix)) is not None:
@@ -201,7 +205,7 @@ def blocks_of(tower: str, blocks: Sequence[nn.Module], edit: Edit, prefix: str) 
 
 
 def block_number(name: str, prefix: str) -> int | None:
-    """The block that a tensor belongs to; None if it belongs to none."""
+    """Number of the block that a parameter belongs to; None if the parameter belongs to no block."""
     found = re.match(rf"{re.escape(prefix)}(\d+)\.", name)
     return None if found is None else int(found[1])
 
@@ -220,5 +224,5 @@ def _hooked(argument: str, place: tuple[str, int], hook: TokenMap, x: Tensor, *,
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The values in float32, or in float64 where they have it."""
+    """x in float32; a float64 tensor stays float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,7 +1,7 @@
-"""An edit of a frozen CLIP: what a solution changes in it, as data. Nothing is injected into the model.
+"""Edit: a description, as plain data, of what a solution changes in a frozen CLIP. The model itself stays unchanged.
 
-Shapes: M settings that are computed together (1 where a part is the same for all of them), C classes, R class rows,
-B images, L tokens, W width of a tower, D embedding width, n context tokens.
+Shapes: M settings (edits of one form that are computed together; 1 for a part that all settings share), C classes,
+R class rows, B images, L tokens, W tower width, D embedding width, n context tokens.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 TOWERS = ("text", "image")
 
 TokenMap = Callable[[Tensor], Tensor]
-"""Tokens of one block, [M, B, L, W] (for texts [M, C, L, W]) -> tokens of the same shape.
+"""Function of the tokens that enter a block, [M, B, L, W] (texts: [M, C, L, W]), that returns tokens of that shape.
 
-As long as the tokens are the same for all settings, they come as [1, B, L, W]. The result may have a leading M then.
-Before a block of the image tower it may have another number of tokens. Tokens come in the precision of the tower, and
-the result is brought to it.
+Tokens that no earlier part of the edit changes are shared by all settings: the function receives [1, B, L, W] and may
+return [M, B, L, W]. A function before a block of the image tower may change the number of tokens. Tokens have the
+precision of the tower; the result is converted to that precision.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Context vectors around the class name: the class embeddings are those of a soft prompt.
+    """A soft prompt: class embeddings come from a text in which context vectors replace the first words.
 
     Attributes:
-        vectors: [M, n, W], or [M, C, n, W] where each class has vectors of its own.
-        template: the text; the words before ``{}`` hold the places of the context vectors.
+        vectors: the context vectors, [M, n, W] if all classes share them, [M, C, n, W] if they are class-specific.
+        template: the text; each token before ``{}`` marks the place of one context vector.
         position: place of the class name, see :class:`mergetune.Prompt`.
-        classnames: the classes of class-specific vectors, else None.
+        classnames: the C classes of class-specific vectors; None for shared vectors.
     """
 
     vectors: Tensor
@@ -41,12 +41,13 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class ClassRows:
-    """Rows for some classes: instead of their class embeddings, or added to them.
+    """One vector per class, for some classes, that replaces the class embedding or is added to it.
 
     Attributes:
-        classnames: R names. Classes with other names keep the embeddings that they have without these rows.
-        values: [M, R, D]; rows that are not added may be [M, R, D + 1], with the bias as the weight of a constant 1.
-        added: whether the rows are added to class embeddings (of unit norm, where the edit normalises them).
+        classnames: R names. Classes with other names keep their embeddings.
+        values: the rows, [M, R, D]. Rows that replace embeddings may be [M, R, D + 1]: the last column is a bias.
+        added: True adds the rows to the class embeddings (scaled to unit norm first if the edit normalises); False
+            replaces the class embeddings.
     """
 
     classnames: tuple[str, ...]
@@ -56,22 +57,36 @@ class ClassRows:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What a solution changes in a frozen CLIP. Every part is optional, and parts are applied in the order below.
+    """What a solution changes in a frozen CLIP. Every part is optional.
+
+    :meth:`mergetune.solutions.Solution.edit` makes an edit from a stacked state. Edits of one form have the same names,
+    places and texts and differ only in tensors; :func:`prepare_images` and :func:`prepare_classes` turn a form into
+    functions of an edit. ``weights``, ``before`` and ``beside`` change the towers; the other parts change the features.
 
     Attributes:
-        weights: open_clip parameter name -> the tensor that is used instead, with a leading M.
-        before: (tower, block) -> function of the tokens that enter the block; its result enters instead. ``tower`` is
-            "text" or "image", ``block`` counts from 0.
-        beside: (tower, block) -> function of the tokens that enter the block; its result is added to what leaves it.
-        templates: texts of the class embeddings where there is no context; several are averaged as unit embeddings.
-            Empty: classes have no text, their embeddings are in ``rows``.
-        context: a soft prompt; the class embeddings come from it instead of ``templates``.
-        image_maps: functions of image features, [M, B, D] or [1, B, D] -> [M, B, D'], one after the other. Each takes
-            unit norm features, and the result is made unit norm.
-        raw_image_map: whether the first image map takes the features as they leave the tower instead.
-        rows: class rows, one after the other.
-        normalize: whether class embeddings are made unit norm before the product with image features.
-        scale: factor on the logits; None is the CLIP's.
+        weights: open_clip parameter name -> tensor that replaces the parameter, with a leading M. (LoRA, for example.)
+        before: (tower, block) -> function of the tokens that enter the block; the block gets its result instead.
+            ``tower`` is "text" or "image"; ``block`` counts from 0. (Deep prompts.)
+        beside: (tower, block) -> function of the tokens that enter the block; its result is added to the block's
+            output. (Adapters such as MMA.)
+        templates: texts with ``{}`` that the class embeddings come from if ``context`` is None; the unit-norm
+            embeddings of several texts are averaged. Empty: all class embeddings stand in ``rows``.
+        context: soft prompt that the class embeddings come from instead of ``templates``.
+        image_maps: functions of image features, [M, B, D] or [1, B, D] -> [M, B, D'], applied in order. Each takes
+            unit-norm features, and its result is scaled to unit norm.
+        raw_image_map: whether the first image map takes the tower's output without normalisation.
+        rows: class rows, applied in order.
+        normalize: whether class embeddings are scaled to unit norm before the product with image features.
+        scale: factor on the logits; None takes the logit scale of the CLIP.
+
+    Example:
+        >>> import torch
+        >>> from mergetune.clip import ClassRows, Edit
+        >>> text = Edit(templates=("a photo of a {}.",))
+        >>> shift = Edit(rows=(ClassRows(("cat",), torch.zeros(1, 1, 512), added=True),))
+        >>> both = text.under(shift)  # class embeddings of the text, and on them the row for "cat"
+        >>> both.templates, [rows.classnames for rows in both.rows], both.touches("text")
+        (('a photo of a {}.',), [('cat',)], False)
     """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -86,20 +101,20 @@ class Edit:
     scale: float | None = None
 
     def touches(self, tower: str) -> bool:
-        """Whether the blocks or weights of a tower, "text" or "image", are changed."""
+        """Whether the edit changes weights or block inputs or outputs of a tower, "text" or "image"."""
         hooks = {place[0] for place in (*self.before, *self.beside)}
         return tower in hooks or any(name.startswith("visual.") == (tower == "image") for name in self.weights)
 
     def under(self, top: Edit) -> Edit:
-        """This edit with ``top`` applied after it.
+        """One edit that applies this edit and then ``top``.
 
         Raises:
-            ValueError: both change the same weights or blocks, or both hold texts: one of them would be lost. A map of
-                raw features above another map.
+            ValueError: both edits change the same weights or blocks; ``top`` holds class texts, which would replace
+                those of this edit; ``top`` maps raw features although this edit has an image map.
         """
         for what in ("weights", "before", "beside"):
             if both := getattr(self, what).keys() & getattr(top, what).keys():
-                raise ValueError(f"solutions of a stack must not change the same {what}, got {sorted(both)[0]!r} twice")
+                raise ValueError(f"solutions of a stack must change different {what}, got {sorted(both)[0]!r} twice")
         if top.templates or top.context is not None:
             raise ValueError("only the base of a stack may hold class texts, got a prompt or templates above it")
         if self.image_maps and top.raw_image_map:

@@ -1,11 +1,12 @@
-"""Residual attention blocks on packed texts: frozen, with a backward written by hand, or by plain autograd.
+"""Residual attention blocks on packed texts: with a hand-written backward for frozen blocks, or with plain autograd.
 
-Frozen blocks need activation gradients only. The backward keeps the input of each normalisation, the queries, keys and
-values, and the hidden layer before its activation: 9 W numbers per token and block. It makes attention probabilities
-again. Plain autograd runs the same forward with the definition of the attention, for gradients of the weights and for
-second derivatives. In the last block only the pooled rows go past the attention.
+Frozen blocks need gradients of activations only. For them the forward keeps the input of each layer norm, the queries,
+keys and values, and the hidden layer before its activation: 9 W values per token and block. The backward computes the
+attention probabilities again. Plain autograd runs the same forward with the plain definition of attention and also
+gives gradients of weights and second derivatives. In the last block, only the pooled rows continue after the attention.
 
-Shapes: M prompts, R = S + T rows of a prompt (its shared prefix, then the packed texts), C classes, W width, H heads.
+Shapes: M prompts, R = S + T rows per prompt (S of the shared prefix, T of the packed texts), C classes, W width, H
+heads.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from torch.autograd.function import once_differentiable
 from mergetune import ops
 from mergetune.ops.arguments import real_dtype
 
-ACTIVATIONS = (nn.GELU, QuickGELU)  # those whose derivative is written here
+ACTIVATIONS = (nn.GELU, QuickGELU)  # activations whose derivative this file implements
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the texts lie in the packed rows.
+    """Positions of the texts in the packed rows.
 
     Attributes:
-        prefix: S, rows of the shared prefix; 0 if there is none.
-        lengths: rows of each text, after the prefix.
-        pooled: row of T, counted after the prefix, that becomes each text's feature, [C]; the last of the text.
+        prefix: S, number of rows of the shared prefix; 0 without a prefix.
+        lengths: number of rows of each text, without the prefix.
+        pooled: row that becomes the feature of each text, counted from the end of the prefix, [C]; the last row of the
+            text.
         heads: H.
-        causal: whether a row sees only the rows before it.
+        causal: whether a row attends only to itself and earlier rows.
     """
 
     prefix: int
@@ -49,19 +51,19 @@ class Layout:
 def run_blocks(
     blocks: tuple[ResidualAttentionBlock, ...], x: Tensor, layout: Layout, *, backend: str | None = None
 ) -> Tensor:
-    """The pooled rows after all blocks.
+    """Run all blocks and return the pooled rows.
 
     Args:
-        blocks: with one of ``ACTIVATIONS``; frozen unless backend is "torch".
+        blocks: blocks with an activation of ``ACTIVATIONS``; must be frozen unless backend is "torch".
         x: prefix and packed texts of each prompt, [M, R, W].
-        layout: where they lie.
-        backend: None takes the backward written by hand, "torch" plain autograd, with more memory.
+        layout: positions of the texts in the R rows.
+        backend: None uses the hand-written backward; "torch" uses plain autograd, which needs more memory.
 
     Returns:
-        [M, C, W], differentiable once in ``x``; with backend "torch" any number of times in ``x`` and the weights.
+        [M, C, W], differentiable once in ``x``; with "torch", any number of times in ``x`` and the weights.
 
     Raises:
-        ValueError: another backend, or blocks that are not frozen.
+        ValueError: an unknown backend, or blocks that require gradients without backend "torch".
     """
     if backend not in (None, "torch"):
         raise ValueError(f"backend must be None or 'torch', got {backend!r}")
@@ -90,7 +92,7 @@ class _Blocks(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's base takes *gradients; it passes one
         ctx, d: Tensor
     ) -> tuple[Tensor, None, None]:
-        kept = ctx.saved_tensors  # once: unpacking is what makes a checkpoint run again
+        kept = ctx.saved_tensors  # read once: each read would run a checkpoint again
         each = len(kept) // len(ctx.blocks)
         with torch.autocast(d.device.type, enabled=False):
             for i in reversed(range(len(ctx.blocks))):
@@ -100,7 +102,7 @@ class _Blocks(torch.autograd.Function):
 
 
 class Mlp(Protocol):
-    """The layers that a block's ``nn.Sequential`` has by name."""
+    """The named layers of a block's ``nn.Sequential``."""
 
     c_fc: nn.Linear
     gelu: nn.Module
@@ -108,13 +110,14 @@ class Mlp(Protocol):
 
 
 def mlp_of(block: ResidualAttentionBlock) -> Mlp:
+    """The MLP of a block, typed with its named layers."""
     return cast(Mlp, block.mlp)
 
 
 def _forward(
     block: ResidualAttentionBlock, x: Tensor, layout: Layout, *, last: bool, backend: str | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The rows after a block, and what its backward needs of them."""
+    """The rows after a block, and the tensors that the backward needs."""
     normed, *statistics_1 = _normalise(block.ln_1, x, backend)
     qkv = F.linear(normed, block.attn.in_proj_weight, block.attn.in_proj_bias)
     mixed = _attend(qkv, layout, last=last, backend=backend)
@@ -140,14 +143,14 @@ def _backward(
 
 
 def _split(qkv: Tensor, layout: Layout) -> tuple[Triple, Triple]:
-    """Views of the prefix's and of the texts' (q, k, v), each [M, rows, H, W / H]."""
+    """Views of (q, k, v) for the prefix and for the texts; each tensor is [M, rows, H, W / H]."""
     q, k, v = qkv.unflatten(-1, (3, layout.heads, -1)).unbind(2)
     s = layout.prefix
     return (q[:, :s], k[:, :s], v[:, :s]), (q[:, s:], k[:, s:], v[:, s:])
 
 
 def _attend(qkv: Tensor, layout: Layout, *, last: bool, backend: str | None) -> Tensor:
-    """Attention of all rows, [M, R, W]; in the last block of the pooled rows, [M, C, W]."""
+    """Attention output of all rows, [M, R, W]; in the last block, of the pooled rows, [M, C, W]."""
     prefix, (q, k, v) = _split(qkv, layout)
     _, prefix_k, prefix_v = prefix
     q = q[:, layout.pooled] if last else q
@@ -187,17 +190,17 @@ def _attend_backward(d: Tensor, qkv: Tensor, layout: Layout, *, last: bool) -> T
 
 
 def _normalise(norm: nn.LayerNorm, x: Tensor, backend: str | None) -> tuple[Tensor, ...]:
-    """The layer norm; without a backend also the mean and the reciprocal deviation, for the backward."""
+    """The normalised rows; without backend "torch" also mean and reciprocal deviation, for the backward."""
     if backend == "torch":
         return (layer_norm(norm, x),)
     return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The layer norm over the last dimension, written out.
+    """Layer norm over the last dimension, from elementary operations.
 
-    ``F.layer_norm`` gives right first and second derivatives only: in torch 2.14 its third derivative takes the saved
-    mean and deviation for constants.
+    ``F.layer_norm`` has correct first and second derivatives only: in torch 2.14 its third derivative treats the saved
+    mean and deviation as constants.
     """
     wide = x.to(real_dtype(x))
     variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)

@@ -1,12 +1,12 @@
-"""Class features from context vectors: the text tower run on packed tokens, behind a prefix shared by all classes.
+"""Class features from context vectors: a text tower that runs on packed tokens after a shared prefix.
 
-In a causal tower nothing after a text's last token can reach its feature, and ``[SOS, ctx_1 .. ctx_n]`` is the same
-for every class: its keys and values are computed once, and only the class names' own tokens are packed behind it,
-without padding. Context vectors behind the name are packed with it. Class-specific contexts and towers without a causal
-mask take whole sequences through the same code.
+In a causal tower, tokens after the pooled token cannot influence the text feature, and the prefix
+``[SOS, ctx_1 .. ctx_n]`` is the same for all classes. The keys and values of the prefix are computed once; the tokens
+of the class names (and context vectors after the name) are packed after the prefix without padding. Class-specific
+context vectors and towers without a causal mask use the same code with whole texts and no prefix.
 
 Shapes: M prompts encoded together, C classes, L context length, W tower width, D embedding width, T packed tokens,
-n context tokens, S of them in the shared prefix.
+n context vectors, S of them in the shared prefix.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from mergetune.clip.packed_blocks import Layout, run_blocks
 from mergetune.clip.text_tower import TextParts
 
 CHUNK_TOKENS = 8192
-"""Activations of at most so many tokens are kept at once: about 2 GB in float32 for a tower of 12 blocks, 512 wide."""
+"""Most tokens whose activations are kept: about 2 GB in float32 for a tower of 12 blocks and width 512."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedTexts:
-    """Tokens of some classes, one after the other, with room for the context vectors.
+    """The texts of some classes as one sequence of T tokens without padding.
 
     Attributes:
-        rows: embeddings plus positions of the packed tokens, the position alone where a context vector comes, [T, W].
-        lengths: packed tokens of each class, ascending.
-        pooled: row of T that becomes each class's feature, [C].
-        classes: which class each is, [C].
-        context_rows: rows of T that take the context vectors behind the prefix, class by class, [C * (n - S)].
+        rows: token embedding plus position embedding of each token, [T, W]; at a context vector's place, the position
+            embedding alone.
+        lengths: number of packed tokens per class, ascending.
+        pooled: row in T that becomes the feature of each class, [C].
+        classes: index of each class, [C].
+        context_rows: rows in T that receive the context vectors outside the prefix, class by class, [C * (n - S)].
     """
 
     rows: Tensor
@@ -46,35 +47,39 @@ class PackedTexts:
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """Context vectors -> class features of fixed class names. Make one with :func:`text_encoder`.
+    """Function of context vectors that returns class features for fixed names. Make one with :func:`text_encoder`.
 
-    The features are differentiable once and in the context vectors alone, by a backward written by hand.
-    ``dataclasses.replace(encoder, backend="torch")`` takes plain autograd: differentiable any number of times and also
-    in the tower's weights, which must stay in place until the gradient is made. It needs more memory, and second
-    derivatives keep the activations of all chunks.
+    By default, a hand-written backward makes the features differentiable once, with respect to the context vectors
+    only. ``dataclasses.replace(encoder, backend="torch")`` uses plain autograd instead: differentiable any number of
+    times, also with respect to the tower's weights (do not change these before the backward pass). Plain autograd needs
+    more memory, and second derivatives keep the activations of all chunks.
     """
 
     text: TextParts
-    start: Tensor  # [first_token, W]: the start token, if any, with its position
+    start: Tensor  # [first_token, W]: embedding plus position of the start token, if any
     context: int  # n
-    prefix_positions: Tensor | None  # [S, W], of the context vectors in the prefix; None: nothing is shared
+    prefix_positions: Tensor | None  # [S, W], position embeddings of the prefix's context vectors; None: no prefix
     chunks: tuple[PackedTexts, ...]
-    order: Tensor  # [C], where each class lies in the chunks
-    backend: str | None = None  # None: a backward written by hand; "torch": plain autograd
+    order: Tensor  # [C], index of each class in the concatenated chunks
+    backend: str | None = None  # None: hand-written backward; "torch": plain autograd
 
     @property
     def at_once(self) -> int:
-        """Prompts that a call takes with their activations kept; for more the gradient has them made again."""
+        """Most prompts per call whose activations are kept; for more prompts, the backward computes them again."""
         return CHUNK_TOKENS // sum(len(chunk.rows) for chunk in self.chunks)
 
     def __call__(self, ctx: Tensor) -> Tensor:
-        """Class features, not normalised.
+        """Encode M prompts.
 
         Args:
-            ctx: M prompts, each shared by all classes, [M, n, W], or specific to each, [M, C, n, W].
+            ctx: context vectors, [M, n, W] if all classes share them, [M, C, n, W] if they are class-specific.
 
         Returns:
-            [M, C, D], float64 from a float64 tower and else float32, differentiable in ``ctx``.
+            Class features [M, C, D], not normalised, differentiable in ``ctx``; float64 in a float64 tower, else
+            float32.
+
+        Raises:
+            ValueError: ``ctx`` has another shape.
         """
         shared, vectors = self.prefix_positions is not None, (self.context, self.text.width)
         if ctx.ndim not in ((3,) if shared else (3, 4)) or tuple(ctx.shape[-2:]) != vectors:
@@ -82,13 +87,13 @@ class TextEncoder:
             raise ValueError(f"ctx must have shape {form} with n, W = {vectors}, got {list(ctx.shape)}")
         ctx = ctx.to(self.text.dtype)
         encode = self._encode
-        wanted = ctx.requires_grad or self.backend == "torch"  # the latter makes gradients of weights as well
+        wanted = ctx.requires_grad or self.backend == "torch"  # "torch" also gives gradients of weights
         if len(ctx) > self.at_once and torch.is_grad_enabled() and wanted:
             encode = partial(
                 checkpoint, self._encode, use_reentrant=False, preserve_rng_state=False
-            )  # one piece at a time
+            )  # keeps the activations of one piece only
         chunks = []
-        with torch.autocast(ctx.device.type, enabled=False):  # the tower has the precision that was asked for
+        with torch.autocast(ctx.device.type, enabled=False):  # autocast would change the precision of the tower
             for chunk in self.chunks:
                 pieces = ctx.split(max(1, CHUNK_TOKENS // len(chunk.rows)))
                 chunks.append(torch.cat([encode(prompts, chunk) for prompts in pieces]))
@@ -119,22 +124,25 @@ def text_encoder(
     shared: bool = True,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TextEncoder:
-    """Pack class names for encoding with any context vectors.
+    """Pack the texts of some classes, for encoding with any context vectors.
 
     Args:
-        text: the tower.
-        tokens: each class's whole text, with stand-ins where the context goes, [C, L].
-        first: position of the first of a text's own tokens, behind the start token.
-        context: n, number of context tokens.
-        places: where each text has its context tokens, ascending, [C, n]; None where they come first, before the name.
-            :func:`arrange` makes both for CoOp's other positions of the class name.
-        shared: whether all classes will have the same context vectors; lets a causal tower share the prefix.
-        chunk_tokens: classes are encoded in chunks of about so many tokens, so that memory is bounded.
+        text: the parts of the text tower.
+        tokens: token ids of each class's whole text, with placeholders for the context vectors, [C, L].
+        first: position of the first token after the start token.
+        context: n, number of context vectors.
+        places: positions of the context vectors in each text, ascending, [C, n]; None for the first n positions, before
+            the class name. :func:`arrange` returns tokens and places for CoOp's other class-name positions.
+        shared: whether all classes have the same context vectors; a causal tower then shares their prefix.
+        chunk_tokens: approximate number of tokens that are encoded at once, which bounds the memory.
+
+    Raises:
+        ValueError: a text has no class name after its context vectors.
     """
     pooled = text.pooled_position(tokens)
     if (pooled < first + context).any() and text.causal:
         raise ValueError(
-            f"tokens must hold the class name after the {context} context tokens, got a text that ends before"
+            f"tokens must hold the class name after the {context} context tokens, got a text that ends earlier"
         )
     leading = torch.arange(first, first + context, device=tokens.device)
     places = leading.expand(len(tokens), -1) if places is None else places
@@ -148,7 +156,9 @@ def text_encoder(
         rows, context_rows, offset = [], [], 0
         for c in classes.tolist():
             positions = torch.arange(begin, begin + int(lengths[c]), device=tokens.device)
-            if not text.causal:  # without a mask the order is free: the pooled token goes last, where it is looked for
+            if (
+                not text.causal
+            ):  # without a mask the order is free: the pooled token goes last, where run_blocks expects it
                 positions = torch.cat([positions[positions != pooled[c]], pooled[c : c + 1]])
             at = (positions == places[c, inside:, None]).int().argmax(1)
             rows.append(embedding[tokens[c, positions]].to(text.dtype).index_fill(0, at, 0.0) + position[positions])
@@ -175,21 +185,21 @@ def text_encoder(
 
 
 def arrange(tokens: Tensor, name_end: Tensor, *, first: int, context: int, position: str) -> tuple[Tensor, Tensor]:
-    """Put the class names where CoOp's option CLASS_TOKEN_POSITION wants them (CoOp: trainers/coop.py, forward).
+    """Move class names to another position, as CoOp's CLASS_TOKEN_POSITION does (CoOp: trainers/coop.py, forward).
 
     Args:
-        tokens: texts with the name behind the n context tokens, [C, L].
-        name_end: position of the first token behind each name, [C].
+        tokens: token ids of texts with the class name after the n context tokens, [C, L].
+        name_end: position of the first token after each name, [C].
         first: position of the first context token.
-        context: n.
-        position: "end", or "middle" (the name behind the first n // 2 context tokens), or "front".
+        context: n, number of context tokens.
+        position: where the name goes: "end" (after all context tokens), "middle" (after the first n // 2) or "front".
 
     Returns:
-        The texts, [C, L], and the places of their context tokens, [C, n].
+        Token ids of the rearranged texts, [C, L], and the positions of their context tokens, [C, n].
     """
     before = {"end": context, "middle": context // 2, "front": 0}[position]
     name, at = (name_end - first - context)[:, None], torch.arange(tokens.shape[1], device=tokens.device)[None]
     in_name = (at >= first + before) & (at < first + before + name)
-    source = at + in_name * (context - before)  # what stands in for a context vector does not matter
+    source = at + in_name * (context - before)  # the token at a context place does not matter
     vector = torch.arange(context, device=tokens.device)[None]
     return tokens.gather(1, source), first + vector + (vector >= before) * name

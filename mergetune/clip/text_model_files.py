@@ -1,4 +1,4 @@
-"""The configuration of a Hugging Face text model: what it may say, and how many numbers its network has."""
+"""The configuration of a Hugging Face text model: allowed settings, and the number of parameters of the network."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ BERT = word_set(
     "type_vocab_size pad_token_id bos_token_id eos_token_id hidden_act hidden_dropout_prob "
     "attention_probs_dropout_prob initializer_range layer_norm_eps"
 )
-# {model_type: what describes the network}: open_clip knows how to pool these architectures and no others. What is not
-# listed is left out; some of it makes transformers import code (auto_map) or fetch kernels (attn_implementation).
+# {model_type: settings that describe the network}. open_clip can pool only these architectures. Other settings are left
+# out: some make transformers import code (auto_map) or download kernels (attn_implementation).
 TEXT_MODELS = {
     "bert": BERT,
     "roberta": BERT,
@@ -35,16 +35,16 @@ TEXT_MODELS = {
     ),
 }
 ACTIVATIONS = word_set("gelu gelu_new gelu_fast gelu_pytorch_tanh quick_gelu relu silu gated-gelu gated-silu")
-MOST_LAYERS = 256  # 24; each is made, if only as a description, before its numbers are counted
-MOST = 1 << 22  # 256,206, words of NLLB
+MOST_LAYERS = 256  # real models have 24; each layer is built on the meta device to count parameters
+MOST = 1 << 22  # the largest vocabulary, of NLLB, has 256,206 words
 
 
 def check_text_model(file: Path) -> dict[str, Any]:
-    """The parts of a text model's ``config.json`` that describe its network.
+    """Check a text model's ``config.json`` and return the settings that describe its network.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an architecture that open_clip does not know; a setting that is not plain, or out of bounds.
+        FileNotFoundError: the file does not exist.
+        ValueError: open_clip does not know the architecture, or a setting is not a plain value or out of bounds.
     """
     content = read_json(file)
     kind = content.get("model_type")
@@ -61,15 +61,15 @@ def check_text_model(file: Path) -> dict[str, Any]:
 
 
 def count_numbers(settings: dict[str, Any], file: Path) -> int:
-    """How many numbers the network has that a checked configuration describes. No room is made for them.
+    """Number of parameters of the network that checked settings describe. No memory is allocated for them.
 
     Args:
-        settings: of :func:`check_text_model`.
-        file: where they come from, for errors.
+        settings: result of :func:`check_text_model`.
+        file: file of the settings, for errors.
 
     Raises:
-        RuntimeError: transformers is missing.
-        ValueError: settings that do not fit together.
+        RuntimeError: the package transformers is missing.
+        ValueError: the settings do not fit together.
     """
     try:
         from transformers import AutoConfig, AutoModel
@@ -78,7 +78,7 @@ def count_numbers(settings: dict[str, Any], file: Path) -> int:
     try:
         with torch.device("meta"):
             network = AutoModel.from_config(AutoConfig.for_model(**settings), trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds on settings that do not fit together
+    except Exception as error:  # transformers raises many types of error on bad settings
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} must describe a text model that can be made, got {reason}") from error
+        raise ValueError(f"{file} must describe a text model that can be built, got {reason}") from error
     return sum(tensor.numel() for tensor in chain(network.parameters(), network.buffers()))

@@ -1,4 +1,7 @@
-"""The text tower of a model, taken apart for prompts. A tower that cannot be taken apart is opaque: it only encodes."""
+"""The text tower of a model as separate parts, which prompts and edits need.
+
+A tower that cannot be taken apart is opaque: mergetune only calls its ``encode_text``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ OPAQUE = (
 
 
 class ClipModel(Protocol):
-    """What is asked of a model; open_clip's CLIP, CustomTextCLIP and CoCa have it."""
+    """The interface that a model must have; open_clip's CLIP, CustomTextCLIP and CoCa have it."""
 
     visual: nn.Module
     logit_scale: nn.Parameter
@@ -34,19 +37,19 @@ class ClipModel(Protocol):
 
 @dataclass(frozen=True)
 class TextParts:
-    """The parts of a text tower, wherever open_clip keeps them. W is the tower's width, D the embedding's.
+    """The parts of a text tower. W is the width of the tower, D the embedding width, V the vocabulary size.
 
     Attributes:
-        token_embedding: the vocabulary, [V, W].
-        positional_embedding: [L, W].
+        token_embedding: the embedding of token ids, [V, W].
+        positional_embedding: the embedding of positions, [L, W].
         blocks: the residual attention blocks, in order.
         ln_final: the layer norm after the last block.
-        projection: W -> D as a matrix [W, D], a linear layer, or None.
-        pool: which row becomes the feature: "argmax" (highest token id), "eos" or "last".
-        eos_id: the token that "eos" looks for.
-        causal: whether a token sees only what stands before it.
-        heads: attention heads.
-        context_length: L, tokens in a text.
+        projection: the map from W to D: a matrix [W, D], a linear layer, or None if there is none.
+        pool: token whose row becomes the text feature: "argmax" (highest token id), "eos" or "last".
+        eos_id: the token id that "eos" looks for; None otherwise.
+        causal: whether a token attends only to itself and earlier tokens.
+        heads: number of attention heads.
+        context_length: L, number of tokens per text.
     """
 
     token_embedding: nn.Embedding
@@ -67,12 +70,12 @@ class TextParts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that the blocks work in."""
+        """Precision (dtype) of the blocks."""
         return mlp_of(self.blocks[0]).c_fc.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the tower lives."""
+        """Device of the tower."""
         return self.positional_embedding.device
 
     def astype(self, dtype: torch.dtype) -> TextParts:
@@ -87,21 +90,21 @@ class TextParts:
         )
 
     def pooled_position(self, tokens: Tensor) -> Tensor:
-        """The row of each text that becomes its feature. tokens [C, L] -> [C]."""
+        """Position of the token whose row becomes the text feature: tokens [C, L] -> [C]."""
         if self.pool == "last":
             return torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
         found = tokens.argmax(-1) if self.pool == "argmax" else (tokens == self.eos_id).int().argmax(-1)
         return found
 
     def project(self, x: Tensor, *, backend: str | None = None) -> Tensor:
-        """Class features of the pooled rows, not normalised.
+        """Apply the last layer norm and the projection to pooled rows.
 
         Args:
-            x: [..., W].
-            backend: "torch" as in :func:`mergetune.clip.packed_blocks.run_blocks`.
+            x: pooled rows, [..., W].
+            backend: as in :func:`mergetune.clip.packed_blocks.run_blocks`.
 
         Returns:
-            [..., D], float64 from float64 and else float32.
+            Text features, [..., D], not normalised; float64 if x is float64, else float32.
         """
         norm = self.ln_final
         x = layer_norm(norm, x) if backend == "torch" and isinstance(norm, nn.LayerNorm) else norm(x)
@@ -113,7 +116,7 @@ class TextParts:
 
 
 def _norm_as(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the last layer norm for a tower in another precision; LayerNormFp32 works in float32 alone."""
+    """A copy of the last layer norm for a tower of precision ``dtype``. LayerNormFp32 supports only float32."""
     if not isinstance(norm, LayerNormFp32):
         return deepcopy(norm).to(dtype)
     if dtype != torch.float64:
@@ -125,12 +128,12 @@ def _norm_as(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def pooled(features: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Towers with ``output_tokens`` give (pooled, tokens)."""
+    """The pooled features of a tower's output, which is a pair (pooled, tokens) in towers with ``output_tokens``."""
     return features[0] if isinstance(features, tuple) else features
 
 
 def checked_model(model: nn.Module) -> ClipModel:
-    """The model, refused by name if it is no CLIP."""
+    """The model, typed as a CLIP; raises TypeError, naming the missing member, if the model is no CLIP."""
     if missing := [name for name in MEMBERS if not hasattr(model, name)]:
         raise TypeError(
             f"model must have {', '.join(MEMBERS)}, as open_clip's models have, got {type(model).__name__} without "
@@ -140,17 +143,17 @@ def checked_model(model: nn.Module) -> ClipModel:
 
 
 def text_tower(model: ClipModel) -> Any:
-    """The module that holds the text side: the model itself where open_clip keeps it flat."""
+    """The module that holds the text tower: ``model.text``, or the model itself if it has no such module."""
     tower = getattr(model, "text", None)
     return tower if isinstance(tower, nn.Module) else model
 
 
 def obstacle(model: ClipModel) -> str | None:
-    """Why the text tower cannot be taken apart: the rule and what was got, in words; None if it can be."""
+    """The reason why the text tower cannot be taken apart, as a sentence with rule and value; None if it can be."""
     tower = text_tower(model)
     kind = type(tower).__name__
     blocks: Any = getattr(getattr(tower, "transformer", None), "resblocks", ())
-    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa):  # it may add to its tower
+    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa):  # others may change it
         return (
             f"text tower must be that of open_clip's CLIP, CustomTextCLIP or CoCa, got {kind} of {type(model).__name__}"
         )
@@ -175,7 +178,7 @@ def text_parts(model: ClipModel) -> TextParts:
     """The parts of the model's text tower.
 
     Raises:
-        TypeError: an opaque tower, naming it.
+        TypeError: the tower is opaque; the message names the tower and the reason.
     """
     if reason := obstacle(model):
         raise TypeError(f"{reason}: {OPAQUE}")
@@ -199,13 +202,13 @@ def _pool(tower: Any) -> Any:
     return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
 
 
-# -- what else is asked of a tower, opaque or not ----------------------------------------------------------------------
+# -- properties of any tower, opaque or not ----------------------------------------------------------------------------
 
 
 def output_dim(model: ClipModel) -> int | None:
-    """D, the width of a text's embedding, if the tower tells it."""
+    """D, width of text features, read from the tower's attributes; None if they do not show D."""
     tower = text_tower(model)
-    if hasattr(tower, "text_projection"):  # TextTransformer: its output_dim is not D where it has no projection
+    if hasattr(tower, "text_projection"):  # TextTransformer: without a projection, output_dim is not D
         projection = tower.text_projection
         if projection is None:
             return tower.token_embedding.embedding_dim
@@ -215,23 +218,23 @@ def output_dim(model: ClipModel) -> int | None:
 
 
 def working_dtype(model: ClipModel) -> torch.dtype:
-    """The precision of the text tower's matrices: in open_clip's mixed precision its embeddings are float32."""
+    """Precision of the text tower's matrices. (In open_clip's mixed precision the embeddings stay float32.)"""
     tower = text_tower(model)
     linear = next((module.weight for module in tower.modules() if isinstance(module, nn.Linear)), None)
     return (next(tower.parameters()) if linear is None else linear).dtype
 
 
 def context_length(model: ClipModel, tokenizer: Callable[..., Tensor]) -> int:
-    """L, tokens in a text: the tower's, or the tokenizer's where that is less or the tower does not tell.
+    """L, number of tokens per text: the smallest ``context_length`` of tokenizer, text tower and model.
 
-    A text model of Hugging Face takes longer texts than the CLIP was trained on.
+    A Hugging Face text model may allow longer texts than the CLIP was trained on.
 
     Raises:
-        TypeError: neither tells.
+        TypeError: none of them has a ``context_length``.
     """
     told = [getattr(one, "context_length", None) for one in (tokenizer, text_tower(model), model)]
     lengths = [length for length in told if isinstance(length, int) and length > 0]
     if not lengths:
         kind = type(text_tower(model)).__name__
-        raise TypeError(f"tokenizer must have context_length, as the text tower {kind} does not tell it, got neither")
+        raise TypeError(f"tokenizer must have context_length because the text tower {kind} has none, got none")
     return min(lengths)

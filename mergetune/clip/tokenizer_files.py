@@ -1,4 +1,4 @@
-"""What a tokenizer's files may hold: vocabularies, and settings of transformers' own classes for them."""
+"""Checks of tokenizer files: they may hold vocabularies and settings of transformers' built-in tokenizers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from mergetune.io import MAX_SETTINGS, MAX_VOCABULARY, read_regular
 
 
 def word_set(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
 SIDES, FLAG = ("left", "right"), (True, False)
-TOKENIZER_KWARGS = {  # {name: the values that it may have; None is any text}
+TOKENIZER_KWARGS = {  # {name: allowed values; None allows any text}
     "clean": ("canonicalize", "lower", "whitespace"),
     "strip_sep_token": FLAG,
     "language": None,
@@ -47,29 +48,34 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
-# Their tokenizers are a vocabulary and rules. Some of the others start programs (a phonemizer) or load other models.
+# Tokenizers that consist of a vocabulary and rules. Some others start programs (a phonemizer) or load other models.
 FAMILIES = word_set(
     "Albert Bart Barthez Bert BigBird CLIP Camembert Deberta DebertaV2 DistilBert Electra GPT2 Gemma Llama MBart "
     "MBart50 MPNet MT5 Nllb PreTrained Qwen2 RemBert Roberta Siglip Siglip2 T5 XLMRoberta XLNet"
 )
-# In a config.json: what chooses one of these tokenizers where no class is named.
+# Values of model_type in config.json that select one of these tokenizers if no class is named.
 MODEL_TYPES = word_set(
     "albert bart bert big_bird camembert clip clip_text_model deberta deberta-v2 distilbert electra gemma gemma2 "
     "gemma3 gpt2 llama m2m_100 mbart mpnet mt5 nllb qwen2 rembert roberta siglip siglip2 siglip2_text_model "
     "siglip_text_model t5 xlm-roberta xlnet"
 )
-# Settings that a text's tokens do not depend on; they name files, classes or programs (a chat template is one).
+# Settings without effect on tokens; they name files, classes or programs (a chat template is a program).
 UNUSED = word_set(
     "auto_map chat_template fast_tokenizer_files name_or_path _name_or_path _commit_hash processor_class "
     "feature_extractor_type image_processor_type trust_remote_code"
 )
 # Fields of an added token.
 TOKEN = word_set("__type content lstrip rstrip normalized single_word special")
-NAMED = ("added_tokens_decoder", "extra_special_tokens", "model_specific_special_tokens")  # settings: tokens by name
+NAMED = (
+    "added_tokens_decoder",
+    "extra_special_tokens",
+    "model_specific_special_tokens",
+)  # settings with a dict of tokens
 SCALAR = (str, int, float, bool, type(None))
 
 
 def read_json(file: Path, *, limit: int = MAX_SETTINGS) -> dict[str, Any]:
+    """The JSON object in a regular file of at most ``limit`` bytes; raises ValueError for anything else."""
     text = read_regular(file, limit=limit)
     try:
         content = json.loads(text.decode("utf-8-sig"))
@@ -81,12 +87,14 @@ def read_json(file: Path, *, limit: int = MAX_SETTINGS) -> dict[str, Any]:
 
 
 def brief(value: Any) -> str:
-    return reprlib.repr(value)  # of any depth and length
+    """A short repr of a value of any depth and length."""
+    return reprlib.repr(value)
 
 
 def check_tokenizer_setting(key: str, value: Any, where: str) -> None:
+    """Raise ValueError, naming the place ``where``, unless a tokenizer may have this setting with this value."""
     if key not in TOKENIZER_KWARGS:
-        raise ValueError(f"{where} is not a setting that a downloaded backbone may have")
+        raise ValueError(f"{where} must be absent: a downloaded backbone may not have this setting")
     allowed = TOKENIZER_KWARGS[key]
     if isinstance(value, str) if allowed is None else any(type(value) is type(one) and value == one for one in allowed):
         return
@@ -96,14 +104,14 @@ def check_tokenizer_setting(key: str, value: Any, where: str) -> None:
 
 
 def check_plain(value: Any, where: str, *, nested: bool = False) -> None:
-    """Refuse what is not a number, a text, a flag or a list of them; nested also takes an object of those."""
+    """Raise ValueError unless the value is a number, text, flag or list of these (``nested``: or a dict of these)."""
     inner = value.values() if nested and isinstance(value, dict) else value if isinstance(value, list) else [value]
     if not all(isinstance(one, SCALAR) for one in inner):
         raise ValueError(f"{where} must be a number, a text, a flag or a list of them, got {value!r}")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files, the settings after a check."""
+    """Copy the tokenizer files of one folder to another; files with settings are checked first."""
     checks = {
         "tokenizer_config.json": _check_tokenizer_config,
         "special_tokens_map.json": _check_special_tokens,
@@ -128,7 +136,7 @@ def _check_tokenizer_config(config: dict[str, Any], file: Path) -> dict[str, Any
     _refuse_code(config, file)
     _check_class(config.get("tokenizer_class"), file)
     if config.pop("init_inputs", None):
-        raise ValueError(f"{file}: init_inputs must be empty: a tokenizer's settings have names")
+        raise ValueError(f"{file}: init_inputs must be empty: only named settings of a tokenizer can be checked")
     kept = {key: value for key, value in config.items() if key not in UNUSED and not key.endswith("_file")}
     for key, value in kept.items():
         _check_tokens(value, f"{file}: {key}", named=key in NAMED)
@@ -137,8 +145,8 @@ def _check_tokenizer_config(config: dict[str, Any], file: Path) -> dict[str, Any
 
 def _check_special_tokens(tokens: dict[str, Any], file: Path) -> dict[str, Any]:
     for key, value in tokens.items():
-        if not re.fullmatch(r"\w+_tokens?", key):  # transformers takes any key for an argument, paths among them
-            raise ValueError(f"{file}: {key} must be the name of a token, as unk_token")
+        if not re.fullmatch(r"\w+_tokens?", key):  # transformers would pass any key as an argument, also paths
+            raise ValueError(f"{file}: {key} must be the name of a token, such as unk_token")
         _check_tokens(value, f"{file}: {key}", named=key in NAMED)
     return tokens
 
@@ -151,7 +159,7 @@ def _check_added_tokens(tokens: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _check_transformers_config(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Of a model's configuration, what chooses the tokenizer's class."""
+    """Check a model's configuration and return the settings that select the tokenizer class."""
     _refuse_code(config, file)
     _check_class(config.get("tokenizer_class"), file)
     kept = {"tokenizer_class": config["tokenizer_class"]} if config.get("tokenizer_class") else {}
@@ -160,7 +168,7 @@ def _check_transformers_config(config: dict[str, Any], file: Path) -> dict[str, 
 
 
 def _refuse_code(config: Mapping[str, Any], file: Path) -> None:
-    """Refuse a tokenizer that is a Python file. Code of other parts is left out: nothing here would call it."""
+    """Raise ValueError for a tokenizer that is Python code. Code of other parts is ignored: nothing here calls it."""
     code = config.get("auto_map")
     if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
         raise ValueError(
@@ -176,7 +184,7 @@ def _check_class(name: Any, file: Path) -> None:
 
 
 def _check_tokens(value: Any, where: str, *, named: bool = False) -> None:
-    """Refuse what is not a plain value, a token, or a list of them; named also takes an object of those."""
+    """Raise ValueError unless the value is plain, a token or a list of these, or with ``named`` a dict of these."""
     if named and isinstance(value, dict) and not value.keys() <= TOKEN:
         value = list(value.values())
     for one in value if isinstance(value, list) else [value]:

@@ -1,7 +1,7 @@
-"""What a tokenizer.json may hold: a vocabulary, and the few steps around it that published tokenizers have.
+"""Checks of a tokenizer.json: it may hold a vocabulary and the processing steps of published tokenizers.
 
-The library that runs these steps trusts them: a chain of replacements makes a text grow until the process is aborted, a
-regular expression can take for ever or fail in a way that no caller expects.
+The tokenizers library runs any steps: a chain of replacements can make a text grow until the process is aborted, and a
+regular expression can run for ever or fail with an unexpected error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# {part: {type: its settings}}. Of each type a part has one at most; of those in SEVERAL, more.
+# One dict per part: {type: settings}. A part has each type at most once, except the types in SEVERAL.
 NORMALIZERS = {
     "BertNormalizer": "clean_text handle_chinese_chars strip_accents lowercase",
     "ByteLevel": "",
@@ -64,21 +64,21 @@ MODELS = {
     "WordLevel": "vocab unk_token",
     "WordPiece": "unk_token continuing_subword_prefix max_input_chars_per_word vocab",
 }
-PARTS = {  # {part: (its types, what a sequence calls its steps)}
+PARTS = {  # {part: (types, key of the steps in a Sequence)}
     "normalizer": (NORMALIZERS, "normalizers"),
     "pre_tokenizer": (PRE_TOKENIZERS, "pretokenizers"),
     "post_processor": (POST_PROCESSORS, "processors"),
     "decoder": (DECODERS, "decoders"),
 }
 SEVERAL = ("Replace", "Split")
-# Regular expressions: those of published tokenizers, each of which is fast on every text.
+# Regular expressions of published tokenizers; each is fast on every text.
 _ENDINGS = r"'s|'t|'re|'ve|'m|'ll|'d"
 _WORDS = rf"{_ENDINGS}|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"
 _START, _REST = (
     rf"(?i:{_ENDINGS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+",
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-PATTERNS = {  # {pattern: the fewest bytes that it matches}
+PATTERNS = {  # {pattern: fewest bytes of a match}
     r"\s+": 1,
     r" {2,}": 2,
     r"\s{2,}|[\n\r\t]": 1,
@@ -88,14 +88,14 @@ PATTERNS = {  # {pattern: the fewest bytes that it matches}
     rf"{_START}|\p{{N}}|{_REST}": 1,
     rf"{_START}|\p{{N}}{{1,3}}|{_REST}": 1,
 }
-MAX_STEPS = 32  # of a part: 6
-MAX_TEXT = 64  # bytes of a setting, or of what one character becomes: 33
-MAX_GROWTH = 16  # how many times longer all replacements together may make a text: 3
-MAX_LENGTH = 1 << 16  # tokens that a text is cut or filled to: 64
+MAX_STEPS = 32  # steps per part; published tokenizers have up to 6
+MAX_TEXT = 64  # bytes of a setting or of a character's replacement; published: up to 33
+MAX_GROWTH = 16  # factor by which all replacements may lengthen a text; published: 3
+MAX_LENGTH = 1 << 16  # tokens to which texts are cut or padded; published: 64
 
 
 def check_tokenizer_json(content: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Refuse a tokenizer.json with steps that published tokenizers do not have; raises ValueError with the key."""
+    """The content, checked; raises ValueError, naming the key, for steps that no published tokenizer has."""
     for part, (types, inner) in PARTS.items():
         steps = list(_steps(content.get(part), part, inner, file))
         if len(steps) > MAX_STEPS:
@@ -107,12 +107,14 @@ def check_tokenizer_json(content: dict[str, Any], file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {part} must make a text at most {MAX_GROWTH} times longer, got {growth:,.0f}")
         for name, count in Counter(step["type"] for _, step in steps).items():
             if count > 1 and name not in SEVERAL:
-                raise ValueError(f"{file}: {part} must have {name} once, got it {count} times")
+                raise ValueError(f"{file}: {part} must have {name} at most once, got {count} times")
     model = content.get("model") or {}
     where = f"{file}: model"
     _check_step(model, MODELS, where, free=("vocab", "merges"))
     if model.get("dropout"):
-        raise ValueError(f"{where}.dropout must be absent: a text has the same tokens each time")
+        raise ValueError(
+            f"{where}.dropout must be absent, so that a text always has the same tokens, got {_short(model['dropout'])}"
+        )
     _check_lengths(content, file)
     return content
 
@@ -124,13 +126,13 @@ def _steps(value: Any, where: str, inner: str, file: Path, depth: int = 0) -> It
         return
     steps = value.get(inner)
     if not isinstance(steps, list) or depth > 4 or len(steps) > MAX_STEPS:
-        raise ValueError(f"{file}: {where}.{inner} must be a list of at most {MAX_STEPS} steps, in at most 4 others")
+        raise ValueError(f"{file}: {where}.{inner} must be a list of at most {MAX_STEPS} steps, nested at most 4 deep")
     for number, step in enumerate(steps):
         yield from _steps(step, f"{where}.{inner}[{number}]", inner, file, depth + 1)
 
 
 def _check_step(step: Any, types: Mapping[str, str], where: str, *, free: tuple[str, ...] = ()) -> float:
-    """How many times longer it makes a text."""
+    """Check one step; return the factor by which it may lengthen a text."""
     name = step.get("type") if isinstance(step, dict) else None
     if not isinstance(name, str) or name not in types:
         raise ValueError(f"{where} must be one of {', '.join(types)}, got {_short(name)}")
@@ -138,7 +140,7 @@ def _check_step(step: Any, types: Mapping[str, str], where: str, *, free: tuple[
     for key, value in step.items():
         place = f"{where}.{key}"
         if key != "type" and key not in allowed:
-            raise ValueError(f"{place} is not a setting that {name} has in published tokenizers")
+            raise ValueError(f"{place} must be absent: {name} has no such setting in published tokenizers")
         if key == "pattern":
             _pattern_bytes(value, place)
         elif key == "precompiled_charsmap":
@@ -154,7 +156,7 @@ def _check_step(step: Any, types: Mapping[str, str], where: str, *, free: tuple[
 
 
 def _pattern_bytes(pattern: Any, where: str) -> int:
-    """The fewest bytes that a pattern matches."""
+    """Fewest bytes of a match of the pattern."""
     kind, text = next(iter(pattern.items())) if isinstance(pattern, dict) and len(pattern) == 1 else (None, None)
     if kind == "String" and isinstance(text, str) and 0 < (size := len(text.encode(errors="replace"))) <= MAX_TEXT:
         return size
@@ -167,16 +169,19 @@ def _pattern_bytes(pattern: Any, where: str) -> int:
 
 
 def _check_charsmap(value: Any, where: str) -> None:
-    """Refuse a table in which one character becomes a long text: its texts follow a search tree, with zeros between."""
+    """Raise ValueError for a table that replaces a character by a long text.
+
+    The table holds a search tree and then the replacement texts, separated by zeros.
+    """
     try:
         content = base64.b64decode(value or "", validate=True)
         texts = content[4 + struct.unpack_from("<L", content)[0] :] if content else b""
         texts.decode()
     except (TypeError, ValueError, struct.error, binascii.Error) as error:
-        raise ValueError(f"{where} must be a table of characters: {error}") from error
+        raise ValueError(f"{where} must be a table of character replacements: {error}") from error
     longest = max(map(len, texts.split(b"\0")))
     if longest > MAX_TEXT:
-        raise ValueError(f"{where} must make at most {MAX_TEXT} bytes of a character, got {longest:,}")
+        raise ValueError(f"{where} must replace a character by at most {MAX_TEXT} bytes, got {longest:,}")
 
 
 def _check_template(value: Any, where: str) -> None:
@@ -190,7 +195,7 @@ def _check_template(value: Any, where: str) -> None:
 
 
 def _check_lengths(content: dict[str, Any], file: Path) -> None:
-    """Refuse that texts are filled up until the memory is full."""
+    """Raise ValueError for padding or truncation lengths that would fill the memory."""
     padding, truncation = content.get("padding"), content.get("truncation")
     for name, value in (("padding", padding), ("truncation", truncation)):
         if not isinstance(value, dict | None):

@@ -1,4 +1,4 @@
-"""Accuracy of solutions, and loss along paths, over planes and in its curvature, with figures."""
+"""Evaluation: accuracy of solutions, and the loss along paths, over planes and in its curvature, with figures."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Classifiers made of solutions, of ensembles and of templates, and their accuracy in one call.
+"""Classifiers from solutions, templates and ensembles, and their accuracy.
 
 Shapes: C classes, D embedding width, B images.
 """
@@ -18,11 +18,21 @@ from mergetune.solutions import Solution, image_features, span, stacked
 
 
 def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Classifier:
-    """The classifier of a solution, or of zero-shot templates, for any class names.
+    """The classifier of a solution or of zero-shot templates: a function of class names that returns class weights.
 
     Args:
         clip: the CLIP that the solution was made for.
-        solution: of any kind; or one or more templates with ``{}``.
+        solution: a solution of any kind, or one or more templates with ``{}``.
+
+    Raises:
+        ValueError: the solution was made for another CLIP.
+
+    Example:
+        >>> import mergetune as mt
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> classify = mt.classifier(clip, "an icon of a {}")
+        >>> classify(["cat", "dog", "car"]).shape  # [C, D]
+        torch.Size([3, 128])
     """
     if not isinstance(solution, Solution):
         return Classifier(lambda names: clip.logit_scale * clip.class_embeddings(names, solution))
@@ -38,10 +48,17 @@ def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Cl
 
 
 def logit_ensemble(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
-    """Average of the logits, ``(1 - t) a + t b``.
+    """A classifier whose logits are ``(1 - t) a + t b``, the weighted average of the logits of two classifiers.
 
-    For classifiers of the same image features it is the average of the weights. Otherwise the features of both stand
-    side by side, and the weights too.
+    If both take the same image features, the class weights are averaged. Otherwise the image features of both are
+    concatenated, and so are the scaled class weights.
+
+    Example:
+        >>> import mergetune as mt
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> a, b = mt.classifier(clip, "an icon of a {}"), mt.classifier(clip, "a photo of a {}.")
+        >>> mt.logit_ensemble(a, b, t=0.5)(["cat", "dog"]).shape  # [C, D]
+        torch.Size([2, 128])
     """
     if a.images is b.images:
         return Classifier(lambda names: _mixed(a(names), b(names), t), a.images, a.bias or b.bias)
@@ -61,13 +78,28 @@ def logit_ensemble(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
 
 
 def weight_average(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
-    """WiSE-FT (arXiv 2109.01903) on class embeddings: directions are averaged, and lengths, so that unit stays unit.
+    """A classifier with averaged class weights: WiSE-FT (arXiv 2109.01903) on class embeddings.
+
+    Directions and lengths of the class weights are averaged separately, so weights of equal length keep their length.
+
+    Args:
+        a, b: two classifiers of the same image features.
+        t: 0 gives the directions and lengths of a, 1 those of b.
 
     Raises:
-        ValueError: classifiers of different image features: their weights mean different things.
+        ValueError: the classifiers take different image features, so their weights cannot be averaged.
+
+    Example:
+        >>> import mergetune as mt
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> a, b = mt.classifier(clip, "an icon of a {}"), mt.classifier(clip, "a photo of a {}.")
+        >>> round(mt.weight_average(a, b)(["cat"]).norm().item() / clip.logit_scale, 4)
+        1.0
     """
     if a.images is not b.images:
-        raise ValueError("classifiers must take the same image features for a weight average, got two different ones")
+        raise ValueError(
+            "classifiers must take the same image features for a weight average, got different ones: use logit_ensemble"
+        )
 
     def average(names: Sequence[str]) -> Tensor:
         mixed = _mixed(a(names), b(names), t)
@@ -84,12 +116,26 @@ def _mixed(start: Tensor, end: Tensor, t: float) -> Tensor:
 
 
 def evaluate(clip: FrozenClip, solution: Solution | str | Sequence[str], features: Batches) -> Report:
-    """Accuracy of a solution, or of zero-shot templates, on cached features.
+    """Accuracy of a solution or of zero-shot templates on cached features.
 
     Args:
         clip: the CLIP that the features come from.
-        solution: of any kind; or one or more templates with ``{}``.
-        features: images with labels.
+        solution: a solution of any kind, or one or more templates with ``{}``.
+        features: images with labels; their classes are the label space.
+
+    Returns:
+        Accuracy over all images and per class, in percent.
+
+    Raises:
+        ValueError: the features come from another CLIP, or the solution was made for another one.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
+        >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
+        >>> mt.evaluate(clip, "an icon of a {}", features).accuracy
+        100.0
     """
     _check_clip(clip, features)
     return accuracy(classifier(clip, solution), features)

@@ -1,4 +1,4 @@
-"""Accuracy, per class and over classes; harmonic mean; base-to-novel over seeds. Accuracies are in percent.
+"""Accuracy over images and per class, base-to-novel results over seeds, harmonic mean. Accuracies are in percent.
 
 Shapes: N images, C classes, D embedding width.
 """
@@ -25,12 +25,16 @@ ImageMap = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """Class weights by class names, and what is done with image features before their product. It is called with names.
+    """A function of class names that returns class weights, with the map of image features that goes with them.
+
+    Make one with :func:`mergetune.classifier`.
 
     Attributes:
-        weights: class names -> class weights with the logit scale, [C, D], or [C, D + 1] with a bias.
-        images: what is read of images [B, ...] -> image features [B, D]; None takes cached features as they are.
-        bias: whether the weights hold a bias.
+        weights: function of C class names that returns class weights, multiplied by the logit scale: [C, D], or
+            [C, D + 1] with a bias.
+        images: function of image inputs [B, ...] that returns image features [B, D]; None uses cached features
+            unchanged.
+        bias: whether the last column of the weights is a bias.
     """
 
     weights: Callable[[Sequence[str]], Tensor]
@@ -38,11 +42,11 @@ class Classifier:
     bias: bool = False
 
     def __call__(self, classnames: Sequence[str]) -> Tensor:
-        """Class weights with the logit scale, [C, D], or [C, D + 1] with a bias."""
+        """Class weights multiplied by the logit scale, [C, D], or [C, D + 1] with a bias."""
         return self.weights(classnames)
 
     def logits(self, classnames: Sequence[str], x: Tensor) -> Tensor:
-        """[B, C] for what is read of B images."""
+        """Logits [B, C] of the inputs of B images."""
         weights = self.weights(classnames)
         x = x.to(weights)
         return inputs(x if self.images is None else self.images(x), weights) @ weights.T
@@ -50,12 +54,12 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Report:
-    """How a classifier does on some images.
+    """Accuracy of a classifier on N images.
 
     Attributes:
-        accuracy: correct share of all images, percent.
-        per_class: class name -> accuracy of its images, percent; classes without images are left out. A name that
-            several classes have is followed by their number: "missile (657)".
+        accuracy: share of correctly classified images, in percent.
+        per_class: class name -> accuracy on the images of the class, in percent. Classes without images are left out.
+            If several classes have the same name, the class number is added: "missile (657)".
         images: N.
     """
 
@@ -65,15 +69,16 @@ class Report:
 
     @property
     def mean_per_class(self) -> float:
-        """Mean of the classes' accuracies, percent."""
+        """Mean of the accuracies of the classes, in percent."""
         return statistics.fmean(self.per_class.values())
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, from the number of test images alone, percent."""
+        """Standard error of the accuracy due to the number of test images, in percent."""
         return _standard_error(self.accuracy, self.images)
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, the mean over classes and the standard error, JSON-able."""
         return asdict(self) | {"mean_per_class": self.mean_per_class, "standard_error": self.standard_error}
 
 
@@ -144,14 +149,24 @@ def accuracy(
     images: ImageMap | None = None,
     batch_size: int = 2048,
 ) -> Report:
-    """Accuracy of a classifier, or of class weights, on cached features.
+    """Accuracy of a classifier or of class weights on cached features.
 
     Args:
-        weights: a classifier; or one row per class of ``features``, [C, D], or [C, D + 1] with a bias.
+        weights: a classifier, or one row per class of ``features``, [C, D] or [C, D + 1] with a bias.
         features: image features with labels.
-        normalize: make the rows unit norm first, as for class features of a prompt.
-        images: applied to the features first; a classifier has its own.
-        batch_size: rows at a time.
+        normalize: whether the rows are scaled to unit norm first, as class features of a prompt need.
+        images: function that is applied to the features first; not used with a classifier, which holds such a function.
+        batch_size: images per batch.
+
+    Raises:
+        ValueError: the weights do not have one row of the right width per class.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> features = mt.FeatureCache.from_tensors(torch.eye(3), [0, 1, 1], ["cat", "dog", "car"])
+        >>> report = mt.accuracy(torch.eye(3), features)
+        >>> round(report.accuracy, 1), report.per_class
+        (66.7, {'cat': 100.0, 'dog': 50.0})
     """
     if isinstance(weights, Classifier):
         weights, images = weights(features.classnames), weights.images
@@ -193,8 +208,10 @@ class BaseNovel:
     """Accuracy on base and on novel classes.
 
     Attributes:
-        base, novel: each among its own classes (CoCoOp's protocol).
-        seen, unseen: the same images among the classes of both, the joint label space; None where it was not tested.
+        base, novel: base images classified among the base classes, novel images among the novel classes (CoCoOp's
+            protocol).
+        seen, unseen: the same images, classified among the classes of both: the joint label space. None where it was
+            not tested.
     """
 
     base: Report
@@ -204,6 +221,7 @@ class BaseNovel:
 
     @property
     def hm(self) -> float:
+        """Harmonic mean of both accuracies, in percent."""
         return harmonic_mean(self.base.accuracy, self.novel.accuracy)
 
     @property
@@ -222,15 +240,17 @@ class BaseNovel:
 
 @dataclass(frozen=True)
 class Row:
-    """A method over seeds: means and standard deviations; hm is the harmonic mean of the mean accuracies, as published.
+    """Results of a method over several seeds, in percent.
 
     Attributes:
-        base, novel, hm: percent.
-        base_std, novel_std, hm_std: over seeds, percent; 0 for one seed.
-        base_error, novel_error: standard error from the number of test images, percent.
-        seeds: number of runs.
+        name: name of the method.
+        base, novel: mean accuracy over seeds.
+        hm: harmonic mean of the two mean accuracies, as in publications.
+        base_std, novel_std, hm_std: standard deviation over seeds; 0 for one seed.
+        base_error, novel_error: standard error due to the number of test images, averaged over seeds.
+        seeds: number of seeds.
         seen, unseen, joint_hm: as base, novel and hm, in the joint label space; None where it was not tested.
-        seen_std, unseen_std, joint_hm_std: over seeds.
+        seen_std, unseen_std, joint_hm_std: standard deviation of these over seeds.
     """
 
     name: str
@@ -252,7 +272,22 @@ class Row:
 
 
 def base_to_novel(classify: Classifier, base: FeatureCache, novel: FeatureCache) -> BaseNovel:
-    """Test a classifier on base and on novel classes, each among its own classes and among all."""
+    """Accuracy of a classifier on base and on novel classes, each among its classes and in the joint label space.
+
+    Args:
+        classify: the classifier.
+        base: test features of the base classes.
+        novel: test features of the novel classes.
+
+    Example:
+        >>> import mergetune as mt
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> def images(names):  # class embeddings in place of image features
+        ...     return mt.FeatureCache.from_tensors(clip.class_embeddings(names), range(len(names)), names)
+        >>> classify = mt.classifier(clip, "a photo of a {}.")
+        >>> mt.base_to_novel(classify, base=images(["cat", "dog"]), novel=images(["car", "tree"])).hm
+        100.0
+    """
     tests = {"base": base, "novel": novel}
     weights = {part: classify(features.classnames) for part, features in tests.items()}
     found = score(weights, tests, images=classify.images)
@@ -261,7 +296,20 @@ def base_to_novel(classify: Classifier, base: FeatureCache, novel: FeatureCache)
 
 
 def summarise(name: str, runs: Sequence[BaseNovel]) -> Row:
-    """Mean and spread of a method's runs."""
+    """Mean and spread of the results of a method over seeds.
+
+    Args:
+        name: name of the method.
+        runs: one result per seed.
+
+    Example:
+        >>> import mergetune as mt
+        >>> from mergetune.evaluation import BaseNovel, Report
+        >>> runs = [BaseNovel(Report(base, {}, 100), Report(60.0, {}, 100)) for base in (70.0, 80.0)]
+        >>> row = mt.summarise("CoOp", runs)
+        >>> row.base, row.novel, round(row.hm, 2), round(row.base_std, 2)
+        (75.0, 60.0, 66.67, 7.07)
+    """
     if not runs:
         raise ValueError(f"runs must hold at least one result of {name!r}, got none")
     columns = {part: [getattr(run, part).accuracy for run in runs] for part in ("base", "novel")}
@@ -282,7 +330,13 @@ def summarise(name: str, runs: Sequence[BaseNovel]) -> Row:
 
 
 def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n); 0 if both are 0."""
+    """Harmonic mean of two accuracies, 2 b n / (b + n); 0 if both are 0.
+
+    Example:
+        >>> import mergetune as mt
+        >>> mt.harmonic_mean(60.0, 40.0)
+        48.0
+    """
     if base < 0 or novel < 0:
         raise ValueError(f"accuracies must not be negative, got {base} and {novel}")
     return 2 * base * novel / (base + novel) if base + novel else 0.0

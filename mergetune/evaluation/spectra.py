@@ -1,19 +1,19 @@
-"""Curvature of the loss along the way through solutions: extreme eigenvalues of its Hessian, and their sum.
+"""Curvature of the loss along the path through solutions: extreme eigenvalues and trace of the Hessian.
 
-Hessian-vector products are exact, in float64. The loss is f(p) = L(t(p)): p is what is interpolated, t are its class
-weights as the logits take them, and L is the mean cross-entropy. With J = dt/dp and g = dL/dt,
+Hessian-vector products are exact, in float64. The loss is f(p) = L(t(p)): p is the interpolated vector, t(p) are the
+class weights in the logits, and L is the mean cross-entropy. With J = dt/dp and g = dL/dt,
 
     grad f = J^T g
-    H v = J^T L'' (J v) + d<g, J v>/dp,    g held constant.
+    H v = J^T L'' (J v) + d<g, J v>/dp,    with g held constant.
 
-<J^T g, v> = <g, J v>, so its gradient in g is J v, and its gradient in p is the second term: one backward through the
-backward gives both, without any image. L'' needs no autograd. An image x with the logits scale * t x and their softmax
-q adds scale * q * (dz - <q, dz>) x^T to L'' u, where dz = scale * u x; the sum is divided by the number of images,
-which are read in parts.
+The scalar <J^T g, v> equals <g, J v>. Its gradient with respect to g is J v, and its gradient with respect to p is the
+second term of H v. One backward through the backward gives both, without any image. L'' needs no autograd: an image x
+with logits scale * t x and softmax q adds scale * q * (dz - <q, dz>) x^T to L'' u, where dz = scale * u x; the sum over
+images, which are read in batches, is divided by their number.
 
-Where image features depend on the point too, H v is the gradient of <grad f, v>, image by image.
+If image features depend on the point, too, H v is computed as the gradient of <grad f, v>, summed over images.
 
-Shapes: B images, C classes, D embedding width, n numbers in one point.
+Shapes: B images, C classes, D embedding width, n values in one point.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from mergetune.solutions.space import ROWS, SHARES
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-RESTARTS = 300  # of Lanczos
+RESTARTS = 300  # most restarts of Lanczos
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Curvature at points of the way through some solutions.
+    """Curvature of the mean cross-entropy at points on the path through some solutions.
 
-    The Hessian is that of the mean cross-entropy with respect to what is interpolated. Its eigenvalues depend on how
-    that is scaled: compare them along one way, not between the two spaces or between backbones.
+    The Hessian is taken with respect to the interpolated vector, and its eigenvalues depend on the scale of that
+    vector. Compare eigenvalues along one path, not between the two spaces or between backbones.
 
     Attributes:
-        positions: where, 0 at the first solution, 1 at the second, and so on.
+        positions: position of each point: 0 is the first solution, 1 the second, and so on.
         solutions: names of the solutions at positions 0, 1, ...
-        highest: the largest eigenvalues at each position, descending.
-        lowest: the smallest eigenvalue, negative where the loss bends downward.
-        trace: estimated sum of all eigenvalues.
-        trace_error: standard error of that estimate.
-        gradient: norm of the gradient, which a quadratic surrogate around the point takes to be 0.
+        highest: the largest eigenvalues at each point, descending.
+        lowest: the smallest eigenvalue at each point; negative if the loss curves downward in some direction.
+        trace: estimated trace (sum of all eigenvalues) at each point.
+        trace_error: standard error of each trace estimate.
+        gradient: norm of the gradient at each point; a quadratic surrogate around a point assumes 0.
         size: n, number of eigenvalues.
     """
 
@@ -67,6 +67,7 @@ class Spectrum:
     size: int
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, JSON-able."""
         return asdict(self)
 
 
@@ -83,7 +84,7 @@ def spectrum(
     seed: int = 1,
     progress: bool = True,
 ) -> Spectrum:
-    """Extreme eigenvalues (Lanczos: ARPACK) and trace (Hutchinson) of the Hessian along the way through solutions.
+    """Extreme eigenvalues (Lanczos: ARPACK) and trace (Hutchinson) of the Hessian along the path through solutions.
 
     A point takes about 50 to 100 exact Hessian-vector products in float64. For a prompt of ViT-B/16 with 50 classes and
     800 images, one product takes about 1.7 s of a processor core in parameter space and 0.01 s in embedding space. In
@@ -92,30 +93,44 @@ def spectrum(
 
     Args:
         clip: the frozen CLIP of all solutions.
-        solutions: two or more of one kind, by name, in the order in which the way goes through them.
+        solutions: name -> solution, two or more of one kind, in the order of the path.
         features: images with labels.
-        points: evenly spaced on each straight piece, both its ends included.
-        top: how many of the largest eigenvalues.
-        probes: random vectors for the trace; the largest eigenvalues are taken exactly, the probes see the others.
-        space: "embedding": with respect to class weights before their normalisation; "parameter": to what was trained.
-        tol: relative accuracy of the largest eigenvalues; the smallest is right to tol times the spectrum's extent.
-        seed: of Lanczos' start and of the probes.
-        progress: show a bar where stderr is a terminal.
+        points: number of evenly spaced points on each straight piece, including both ends of the piece.
+        top: number of largest eigenvalues.
+        probes: number of random vectors for the trace. They estimate only the part of the trace that the ``top``
+            eigenvalues leave.
+        space: vector of the Hessian: "embedding" takes class features before their normalisation, "parameter" the
+            trained states.
+        tol: relative accuracy of the largest eigenvalues. The smallest one is accurate to tol times the extent of the
+            spectrum.
+        seed: seed of the start vector of Lanczos and of the probes.
+        progress: show a progress bar if stderr is a terminal.
 
     Raises:
+        ValueError: too few solutions, points or probes, ``top`` out of range, or solutions that no line joins.
         RuntimeError: Lanczos does not converge.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> names = ["cat", "dog"]
+        >>> features = mt.FeatureCache.from_tensors(clip.class_embeddings(names), [0, 1], names)
+        >>> ends = {text: mt.Head.zero_shot(clip, names, text) for text in ("an icon of a {}", "a {}")}
+        >>> found = mt.spectrum(clip, ends, features, points=2, top=1)
+        >>> found.positions, found.size, len(found.highest)
+        ((0.0, 1.0), 256, 2)
     """
     if len(solutions) < 2:
         raise ValueError(f"solutions must be at least 2, got {len(solutions)}")
     if points < 2:
-        raise ValueError(f"points must be at least 2, both ends, got {points}")
+        raise ValueError(f"points must be at least 2, for both ends, got {points}")
     if probes < 2:
         raise ValueError(f"probes must be at least 2, got {probes}")
     at = _twice(clip, tuple(solutions.values()), features, space)
     ends = _flat(at)
     size = ends.shape[1]
     if not 1 <= top < size:
-        raise ValueError(f"top must lie in [1, {size - 1}], below the {size} numbers of a solution, got {top}")
+        raise ValueError(f"top must lie in [1, {size - 1}], below the number of eigenvalues, got {top}")
     positions = np.linspace(0, len(solutions) - 1, (points - 1) * (len(solutions) - 1) + 1).tolist()
     rows = []
     for position in tqdm(positions, "curvature", unit="point", disable=None if progress else True):
@@ -129,14 +144,14 @@ def spectrum(
 
 
 def hessian(clip: FrozenClip, solution: Solution, features: Batches, *, space: str = "embedding") -> LinearOperator:
-    """The Hessian of the mean cross-entropy at a solution, as scipy's ``LinearOperator`` of shape [n, n], float64.
+    """The Hessian of the mean cross-entropy at a solution, as a scipy ``LinearOperator`` of shape [n, n], float64.
 
     Args:
-        clip: the solution's frozen CLIP.
+        clip: the frozen CLIP of the solution.
         solution: the point.
         features: images with labels.
-        space: "embedding": with respect to its class weights before their normalisation, flattened; "parameter": to
-            what was trained, flattened.
+        space: vector of the Hessian, flattened: "embedding" takes class features before their normalisation,
+            "parameter" the trained state.
     """
     at = _twice(clip, (solution,), features, space)
     point = _flat(at)[0]
@@ -144,17 +159,17 @@ def hessian(clip: FrozenClip, solution: Solution, features: Batches, *, space: s
 
 
 def _twice(clip: FrozenClip, solutions: tuple[Solution, ...], features: Batches, space: str) -> Span:
-    """The solutions in float64, in a space that can be differentiated twice."""
+    """The span of the solutions in float64, in a space that is differentiable twice."""
     return span(clip, solutions, features.classnames, space=space, precision=torch.float64, backend="torch")
 
 
 def _flat(at: Span) -> Tensor:
-    """The ends as vectors, [K, n]: what derivatives are taken in."""
+    """The ends as vectors p, [K, n]; derivatives are taken with respect to these."""
     return torch.cat([end.flatten(1) for name, end in at.ends.items() if name != SHARES], 1)
 
 
 def _state(at: Span, vector: Tensor, shares: Tensor | None) -> State:
-    """A vector as a stacked state of one setting; shares of the ends' images stay as they are."""
+    """A vector p as a stacked state of one setting, with the given weights of the ends' image features."""
     found, begin = {}, 0
     for name, end in at.ends.items():
         if name == SHARES:
@@ -169,11 +184,11 @@ def _state(at: Span, vector: Tensor, shares: Tensor | None) -> State:
 
 @dataclass(frozen=True, eq=False)
 class _Expansion:
-    """First and second derivative of the mean cross-entropy at a point; the file's docstring has the mathematics.
+    """First and second derivative of the mean cross-entropy at a point; see the docstring of the file.
 
     Attributes:
         gradient: J^T g, [n].
-        product: v -> H v, both [n].
+        product: function v -> H v; both are [n].
     """
 
     gradient: Tensor
@@ -181,7 +196,7 @@ class _Expansion:
 
 
 def _expand(at: Span, point: Tensor, features: Batches, piece: int = 0, t: float = 0.0) -> _Expansion:
-    """The derivatives at a point, which lies at ``t`` between the ends ``piece`` and the next one."""
+    """Derivatives at a point, which lies at ``t`` on the line from end number ``piece`` to the next end."""
     shares = at.ends.get(SHARES)
     if shares is not None:
         shares = torch.lerp(shares[piece], shares[min(piece + 1, len(shares) - 1)], t)[None]
@@ -193,7 +208,7 @@ def _expand(at: Span, point: Tensor, features: Batches, piece: int = 0, t: float
 
 @torch.enable_grad()
 def _expand_classes(space: Space, p: Tensor, state: State, features: Batches) -> _Expansion:
-    """Where only class features depend on the point."""
+    """Derivatives if only class features depend on the point."""
     t = space.unit(space.classes(state))[0]
     loss = _ClassLoss(t.detach(), space.scale, features)
     g = loss.gradient().requires_grad_()
@@ -210,7 +225,7 @@ def _expand_classes(space: Space, p: Tensor, state: State, features: Batches) ->
 
 
 def _expand_images(at: Span, p: Tensor, shares: Tensor | None, features: Batches) -> _Expansion:
-    """Where image features depend on the point: each part of the images is gone through anew for every product."""
+    """Derivatives if image features depend on the point; every product reads all images again."""
 
     @torch.enable_grad()
     def total(of_part: Callable[[Tensor], Tensor]) -> Tensor:
@@ -230,21 +245,21 @@ def _expand_images(at: Span, p: Tensor, shares: Tensor | None, features: Batches
 
 @dataclass(frozen=True, eq=False)
 class _ClassLoss:
-    """L, the mean cross-entropy as a function of the class weights t in the logits; images are read in parts."""
+    """L, the mean cross-entropy as a function of the class weights t in the logits; images are read in batches."""
 
     t: Tensor  # [C, D]
     scale: float
     features: Batches
 
     def gradient(self) -> Tensor:
-        """g, [C, D]."""
+        """The gradient g = dL/dt, [C, D]."""
         total = torch.zeros_like(self.t)
         for x, labels, probabilities in self._parts():
             total += (probabilities - F.one_hot(labels, len(self.t))).T @ x
         return total * (self.scale / len(self.features))
 
     def product(self, u: Tensor) -> Tensor:
-        """L'' u, of a direction [C, D]."""
+        """The product L'' u with a direction u, [C, D]."""
         total = torch.zeros_like(self.t)
         for x, _, probabilities in self._parts():
             logits = x @ u.T
@@ -252,14 +267,14 @@ class _ClassLoss:
         return total * (self.scale**2 / len(self.features))
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs [B, D], labels [B] and softmax probabilities [B, C]."""
+        """Batches of image features [B, D], labels [B] and softmax probabilities [B, C]."""
         for rows, labels, _ in self.features.batches(ROWS):
             x = inputs(rows.to(self.t), self.t)
             yield x, labels.to(self.t.device), (self.scale * x @ self.t.T).softmax(-1)
 
 
 def _operator(point: Tensor, product: Callable[[Tensor], Tensor]) -> LinearOperator:
-    """``product`` on flat arrays."""
+    """``product`` as a LinearOperator on flat arrays."""
 
     def flat(v: np.ndarray) -> np.ndarray:
         direction = torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)).view(point.shape).to(point.device)
@@ -278,21 +293,21 @@ def _linear_operator(size: int, product: Callable[[np.ndarray], np.ndarray]) -> 
 def _extremes(
     operator: LinearOperator, top: int, probes: int, tol: float, seed: int
 ) -> tuple[tuple[float, ...], float, float, float]:
-    """The largest eigenvalues, the smallest, the trace and its standard error."""
+    """The largest eigenvalues, the smallest one, the trace and its standard error."""
     from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
     size, random = operator.shape[0], np.random.default_rng(seed)
     settings: dict[str, Any] = {"v0": random.standard_normal(size), "tol": tol, "maxiter": RESTARTS}
     try:
         values, vectors = eigsh(operator, top, which="LA", **settings)
-        # Most eigenvalues lie close to 0, where Lanczos' relative accuracy is dear. Seen from the largest, the smallest
-        # is the farthest, and as accurate as the spectrum's extent allows.
+        # Most eigenvalues lie close to 0, where relative accuracy takes many iterations. After a shift by the largest
+        # eigenvalue, the smallest one has the largest magnitude, and tol is relative to the extent of the spectrum.
         far = max(values[-1], 0.0)
         shifted = _linear_operator(size, lambda v: operator.matvec(v) - far * v)
         lowest = eigsh(shifted, 1, which="LM", return_eigenvectors=False, **settings)[0] + far
     except ArpackNoConvergence as error:
-        raise RuntimeError(f"Lanczos did not converge: tol must be larger, got {tol} ({error})") from error
-    # Hutchinson on what the known eigenvectors leave (Hutch++, arXiv 2010.09649): unbiased for any basis of theirs.
+        raise RuntimeError(f"tol must be larger, got {tol}, with which Lanczos did not converge ({error})") from error
+    # Hutchinson on the complement of the known eigenvectors (Hutch++, arXiv 2010.09649): unbiased for any basis.
     known = np.linalg.qr(vectors)[0]
     estimates = []
     for _ in range(probes):

@@ -1,4 +1,4 @@
-"""What is trained: a named state that edits a frozen CLIP. Kinds, files, and the spaces that solutions lie in."""
+"""Solutions, named states that edit a frozen CLIP: their kinds, their files and the spaces that hold them."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""Solution: a named state and how it edits a frozen CLIP; what all kinds share, and how they are saved and loaded.
+"""Solution: the base class of everything that is trained, the functions on states, and the files of solutions.
 
-Shapes: M settings that are computed together, C classes, D embedding width.
+Shapes: M settings (states that are computed together), C classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -30,142 +30,156 @@ WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
 FORMAT_VERSION = 1
 
 State = dict[str, Tensor]
-"""What is trained, interpolated, merged and saved, by name. A stacked state has a leading M in every tensor."""
+"""Tensors by name. A stacked state holds M states: each of its tensors has a leading dimension M."""
 
 
 class Solution:
-    """A named state, and a pure description of how it edits a frozen CLIP. Each kind is a frozen dataclass in a file.
+    """A named state, and a pure description of how this state edits a frozen CLIP.
 
-    A kind has its tensors as fields, says with :meth:`edit` what they change, and registers itself in
-    :mod:`mergetune.solutions.kinds`. Everything else is written once, for all kinds.
+    The state is a dict of tensors: these are trained, interpolated, merged and saved. :meth:`edit` says what they
+    change in a CLIP, as an :class:`mergetune.clip.Edit`. Nothing is injected into the model, so one CLIP serves any
+    number of solutions. Functions take stacked states, with a leading dimension M in every tensor: the M points of a
+    path, for example, are computed in one call.
+
+    Each kind of solution (prompt, head, residual ...) is a frozen dataclass in one file. The kind holds its tensors as
+    fields, implements ``edit``, ``zero_shot_points`` and ``card``, and is listed in :mod:`mergetune.solutions.kinds`.
+    Training, paths, merging, evaluation and files are written once for all kinds.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> head = mt.Head(torch.ones(2, 3), ("cat", "dog"))
+        >>> {name: list(tensor.shape) for name, tensor in head.state().items()}
+        {'weight': [2, 3]}
+        >>> head.with_state({"weight": torch.zeros(2, 3)}).weight.sum().item()
+        0.0
     """
 
     kind: ClassVar[str]
-    """Its name in files and tables: "prompt"."""
+    """Name of the kind in files and tables, for example "prompt"."""
     tensors: ClassVar[tuple[str, ...]]
-    """Names of the fields that are the state; a field that is None is not in it."""
+    """Names of the fields that form the state; a field that is None is left out."""
     tower: ClassVar[str] = "image"
-    """The tower whose weights it depends on, "image", "text" or "both": their fingerprint is kept with it."""
+    """Tower whose weights the solution depends on: "image", "text" or "both"."""
     image_input: ClassVar[ImageInput] = "feature"
-    """What is read of each image, see :func:`mergetune.clip.prepare_images`."""
+    """What the solution takes of each image, see :data:`mergetune.clip.ImageInput`."""
     surrogate_on: ClassVar[str] = "state"
-    """What the second-order surrogate is taken on: "classes", the class embeddings, or "state", the state itself."""
+    """On what :func:`mergetune.fit` measures the distance to zero-shot: "classes" (class embeddings) or "state"."""
 
     # Fields of each kind, which narrows their types (checkers take no narrower type of a field that may be written).
     classnames: Any
-    """Classes of its own, to which it is limited, a tuple of names; None serves any classes."""
+    """Names of the classes that the tensors belong to, a tuple; None if the tensors belong to no classes."""
     backbone: Any
-    """Name of the CLIP that it was made for, or None."""
+    """Name of the CLIP that the solution was made for, or None if unknown."""
     fingerprint: Any
-    """Fingerprint of that CLIP's ``tower``, or None; another CLIP is refused."""
+    """SHA-256 of the weights of ``tower`` in that CLIP, or None; :meth:`check` refuses a CLIP with other weights."""
     notes: Any
-    """Settings and origin, a JSON-able dict, kept with the file."""
+    """Settings and origin: a JSON-able dict that is saved with the solution."""
     logit_scale: Any = None
-    """Factor on the logits; None is the CLIP's."""
+    """Factor on the logits; None takes the logit scale of the CLIP."""
     normalize: Any = True
-    """Whether class embeddings are made unit norm before their product with image features."""
+    """Whether class embeddings are scaled to unit norm before the product with image features."""
 
-    # -- what each kind says ------------------------------------------------------------------------------------------
+    # -- what every kind implements -----------------------------------------------------------------------------------
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
-        """How a stacked state of this form edits the CLIP. Checks nothing: :meth:`check` does."""
+        """Description of what stacked states of this form change in the CLIP. :meth:`check` checks the CLIP."""
         raise NotImplementedError
 
     def zero_shot_points(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> Sequence[Self]:
-        """The zero-shot solution in this form, the best candidate first; empty if there is no such point."""
+        """Zero-shot solutions of this kind (w1 of :func:`mergetune.fit`), best candidate first, or nothing."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """What is kept with the tensors beside the fields that all kinds have, JSON-able."""
+        """JSON-able values that are saved in addition to the tensors and the fields that all kinds have."""
         return {}
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: State) -> Self:
-        """A solution from its :meth:`settings` and its tensors."""
+        """The solution with the saved :meth:`settings` and tensors."""
         return cls(**tensors, **common_fields(config))
 
-    #: The fields of :meth:`settings` that must be in a file, and their types.
+    #: The :meth:`settings` that a file must hold, with their types.
     needed_settings: ClassVar[Mapping[str, Any]] = {}
 
     def check_width(self, clip: FrozenClip) -> None:
-        """Refuse a CLIP that has other widths.
+        """Check that the widths of the solution fit the CLIP.
 
         Raises:
-            ValueError: says which width was expected.
+            ValueError: a width differs; the message names the expected one.
         """
 
     def card(self) -> tuple[str, str, str]:
-        """Title, tag and one sentence for a model card."""
+        """Title, tag and one sentence for a model card on the Hugging Face Hub."""
         raise NotImplementedError
 
-    # -- what a kind may say otherwise ---------------------------------------------------------------------------------
+    # -- defaults that a kind may override -----------------------------------------------------------------------------
 
     def between(self, a: State, b: State, t: float | Tensor) -> State:
-        """The points ``t`` on the line from a (0) to b (1), which is straight unless a kind says otherwise.
+        """States at ``t`` on the line from a (t = 0) to b (t = 1). The line is straight unless a kind overrides it.
 
         Args:
             a, b: stacked states, of M settings or of one.
-            t: one number for all, or [M].
+            t: one number for all settings, or one per setting, [M].
         """
         return self.straight(a, b, t)
 
     @staticmethod
     def straight(a: State, b: State, t: float | Tensor) -> State:
-        """``(1 - t) a + t b``."""
+        """States at ``t`` on the straight line: ``(1 - t) a + t b``."""
         return {name: mix(a[name], b[name], t) for name in b}
 
     def mixture(self, ends: State, shares: Tensor) -> State:
-        """Points at mixtures of some solutions, a weighted sum unless a kind says otherwise.
+        """M mixtures of K states: weighted sums unless a kind overrides them.
 
         Args:
-            ends: K of them, as one stacked state.
-            shares: each point's shares of the ends, which sum to 1, [M, K] float64.
+            ends: the K states, stacked.
+            shares: weight of each end in each mixture, [M, K] float64; each row sums to 1.
         """
         return weighted_sums(ends, shares)
 
     def mean_of(self, ends: State) -> State:
-        """The mean of some solutions, as a stacked state of one setting."""
+        """Mean of stacked states, as a stacked state of one setting (M = 1)."""
         return {name: end.mean(0, keepdim=True) for name, end in ends.items()}
 
     def starts_at(self, point: Solution) -> bool:
-        """Whether a line leads from a zero-shot point to this solution, on which training may start."""
+        """Whether training may start between ``point``, a zero-shot solution, and this solution."""
         shapes = [[tensor.shape for tensor in solution.state().values()] for solution in (point, self)]
         return shapes[0] == shapes[1]
 
     def distance(self, states: State, to: State) -> Tensor:
-        """What the surrogate "identity" on the state penalises, [M]: half the squared distance."""
+        """Surrogate "identity" on the state, [M]: half the squared distance of each setting to ``to``."""
         return torch.stack([0.5 * (states[name] - to[name]).flatten(1).square().sum(1) for name in states]).sum(0)
 
     def check_classes(self, classnames: Sequence[str]) -> None:
-        """Refuse to be trained on, or walked through, other classes than its own."""
+        """Raise ValueError unless these are the solution's classes, in order. A kind without classes takes any."""
         if self.classnames is not None:
             check_same_classes("classnames", classnames, self.classnames)
 
     def plain_head(self) -> Any:
-        """This solution where it is a plain linear head, :class:`mergetune.Head`, which needs no CLIP; else None."""
+        """The solution as a :class:`mergetune.Head` if it is a linear head, which needs no CLIP; else None."""
         return None
 
     def rescaled(self, logit_scale: float) -> Self:
-        """The same logits with another factor on them, where the state can take up the difference."""
+        """A solution with the same logits and this logit scale; self if the tensors cannot absorb the change."""
         return self
 
     def in_form_of(self, like: Solution) -> Self:
-        """The same solution as far as possible in the form of another: with its logit scale."""
+        """This solution in the form of ``like`` as far as possible: by default, with the logit scale of ``like``."""
         return self if like.logit_scale is None else self.rescaled(like.logit_scale)
 
     def zero_shot_classes(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Class features of the zero-shot solution, [C, D]: the target of a surrogate on class embeddings."""
+        """Zero-shot class features, [C, D]: a surrogate on class embeddings measures the distance to them."""
         return self.zero_shot_points(clip, classnames, templates)[0].class_weights(clip, classnames)
 
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
-        """Refuse a solution of the same kind to which no line leads.
+        """Check that a line leads from this solution to another of the same kind.
 
         Args:
-            other: the other end.
-            space: "parameter" or "embedding".
+            other: the other end of the line.
+            space: "parameter" interpolates states, "embedding" class embeddings.
 
         Raises:
-            ValueError: shapes or classes that differ.
+            ValueError: shapes or classes differ.
         """
         if space == "embedding":
             return
@@ -175,54 +189,54 @@ class Solution:
 
     @property
     def form(self) -> Hashable:
-        """Equal for solutions whose states can be stacked."""
+        """Hashable key: solutions with equal keys have states that can be stacked."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in self.state().items())
         return self.kind, shapes, self.classnames, json.dumps(self.settings(), sort_keys=True)
 
     @property
     def identity(self) -> tuple[Tensor | str, ...]:
-        """What the class embeddings depend on: tensors and texts, for a digest."""
+        """Tensors and texts that determine the class embeddings, for a digest."""
         return tuple(self.state().values())
 
-    # -- what is the same for all kinds -------------------------------------------------------------------------------
+    # -- the same for all kinds ---------------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """The named tensors that are trained, interpolated, merged and saved."""
+        """The tensors that are trained, interpolated, merged and saved, by name."""
         found = {name: getattr(self, name) for name in self.tensors}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def saved_state(self) -> State:
-        """The tensors that a file holds: :meth:`state`, and of a stack those of its base too."""
+        """The tensors that a file holds: :meth:`state`; a stack adds the states below its top."""
         return self.state()
 
     def with_state(self, state: State, **changes: Any) -> Self:
-        """The same solution with another state, copied as float32.
+        """A copy of this solution with another state, cloned as float32.
 
         Args:
-            state: tensors by the names of :meth:`state`.
-            changes: other fields.
+            state: tensors under the names of :meth:`state`.
+            changes: new values of other fields.
         """
         given = {name: tensor.detach().float().clone().contiguous() for name, tensor in state.items()}
         return dataclasses.replace(self, **given, **changes)  # pyright: ignore[reportArgumentType]
 
     @property
     def numbers(self) -> int:
-        """How many numbers the state holds."""
+        """Number of values in the state."""
         return sum(tensor.numel() for tensor in self.state().values())
 
     def origin(self, clip: FrozenClip) -> dict[str, Any]:
-        """The fields that say which CLIP a solution was made for."""
+        """The fields ``backbone`` and ``fingerprint`` of a solution that is made for this CLIP."""
         return {"backbone": clip.name, "fingerprint": self._fingerprint_of(clip)}
 
     def _fingerprint_of(self, clip: FrozenClip) -> str:
-        """Of the weights that the solution depends on."""
+        """Fingerprint of the weights of the CLIP that the solution depends on."""
         return clip.fingerprint if self.tower == "both" else getattr(clip, f"{self.tower}_fingerprint")
 
     def check(self, clip: FrozenClip) -> None:
-        """Refuse a CLIP that the solution was not made for.
+        """Check that the solution was made for this CLIP.
 
         Raises:
-            ValueError: another width, or other weights.
+            ValueError: the CLIP has another width or other weights.
         """
         self.check_width(clip)
         if self.fingerprint is None:
@@ -244,15 +258,15 @@ class Solution:
             classnames: C names.
 
         Returns:
-            [C, D], or [C, D + 1] for a head with a bias, the weight of a constant 1.
+            [C, D]; or [C, D + 1] for a head with a bias, which stands in the last column.
         """
         self.check(clip)
         edit = self.edit(clip, stacked(self.state(), clip.device))
         return prepare_classes(clip, edit, classnames)(edit)[0]
 
     def class_embeddings(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
-        """Unit-norm class embeddings, [C, D] float32: of a head the directions of its rows."""
-        weights = self.class_weights(clip, classnames)  # a bias stands only in rows that are taken as they are
+        """Unit-norm class embeddings, [C, D] float32; those of a head are the directions of its rows."""
+        weights = self.class_weights(clip, classnames)  # only rows that are not normalised may hold a bias
         return F.normalize(weights if self.normalize else weights[:, : clip.embed_dim], dim=-1)
 
     def save(self, path: str | Path) -> None:
@@ -261,10 +275,10 @@ class Solution:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what :meth:`save` wrote.
+        """The solution that :meth:`save` wrote into the folder ``path``.
 
         Raises:
-            ValueError: another kind, a damaged file, or one of a later version.
+            ValueError: the folder holds another kind, a damaged file or a later format.
         """
         return read_solution(cls, path)
 
@@ -276,31 +290,31 @@ S = TypeVar("S", bound=Solution)
 
 
 def mix(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
-    """``(1 - t) a + t b``, for one t or for [M] of them."""
+    """``(1 - t) a + t b``, for one number t or for one t per setting, [M]."""
     if isinstance(t, Tensor):
         t = t.to(b).view(-1, *(1,) * (b.ndim - 1))
     return (1 - t) * a + t * b
 
 
 def weighted_sums(ends: State, shares: Tensor) -> State:
-    """Sums of K stacked states with the weights [M, K], in float64: far outside the ends shares are large."""
+    """Weighted sums of K stacked states with weights [M, K], in float64: far from the ends, weights are large."""
     return {name: torch.tensordot(shares, end.double(), 1).to(end) for name, end in ends.items()}
 
 
 def stacked(
     state: Mapping[str, Tensor], device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> State:
-    """A state as a stacked one of one setting."""
+    """A stacked state that holds this state alone (M = 1)."""
     return {name: tensor.to(device, dtype)[None] for name, tensor in state.items()}
 
 
 def stack_states(states: Sequence[Mapping[str, Tensor]], device: torch.device | None = None) -> State:
-    """Several states as one stacked state, float32."""
+    """The states as one stacked state, float32, with M = ``len(states)``."""
     return {name: torch.stack([state[name].float().to(device) for state in states]) for name in states[0]}
 
 
 def inputs(x: Tensor, weights: Tensor) -> Tensor:
-    """Features [..., B, D] as class weights [..., C, D] take them: with a 1 behind where those hold a bias."""
+    """Features [..., B, D], with a constant 1 appended to each if the class weights hold a bias, [..., C, D + 1]."""
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if weights.shape[-1] == x.shape[-1] + 1 else x
 
 
@@ -308,15 +322,16 @@ def inputs(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def check_same_shapes(a: Solution, b: Solution) -> None:
-    """Refuse two solutions whose states have other shapes."""
+    """Raise ValueError unless the states of two solutions have the same shapes."""
     shapes = [{name: list(tensor.shape) for name, tensor in solution.state().items()} for solution in (a, b)]
     for name in {**shapes[0], **shapes[1]}:
         here, there = (found.get(name) for found in shapes)
         if here != there:
-            raise ValueError(f"solutions on one path must have one shape, got {here} and {there} for {name}")
+            raise ValueError(f"solutions on one path must have equal shapes, got {here} and {there} for {name}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the tensor is floating point and finite."""
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if not tensor.isfinite().all():
@@ -327,6 +342,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def write_solution(solution: Solution, path: str | Path) -> None:
+    """Write a solution into a folder: tensors as safetensors, everything else as JSON with their checksum."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {
@@ -340,8 +356,8 @@ def write_solution(solution: Solution, path: str | Path) -> None:
         "notes": solution.notes,
     }
     weights = serialize({name: t.detach().cpu().contiguous() for name, t in solution.saved_state().items()})
-    config["sha256"] = hashlib.sha256(weights).hexdigest()  # a save that is cut off between the two files is seen
-    text = json.dumps(config, indent=2)  # before anything is written: notes may not be JSON
+    config["sha256"] = hashlib.sha256(weights).hexdigest()  # shows a save that was cut off between the two files
+    text = json.dumps(config, indent=2)  # fails before anything is written if notes are not JSON
     write_atomically(path / WEIGHTS, weights)
     write_atomically(path / CONFIG, f"{text}\n".encode())
 

@@ -1,4 +1,4 @@
-"""Prompts and heads from other projects' checkpoint files."""
+"""Readers of prompts and heads in checkpoint files of other projects. No code in a file is run."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor
 from mergetune.io import load_tensors, load_torch, read_npz, read_regular, read_safetensors, require_file
 from mergetune.io.tensor_files import EXTRAS
 
-CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # of one set of class names: rebuilt, never read
-KGCOOP_UNUSED = ("bias_vectors", "meta_net.")  # saved by KgCoOp, not used in its forward; CoCoOp uses its meta_net
-PRODA_ONLY = ("nc_token_prefix", "nc_token_suffix")  # the texts without a class name, of its own term of the loss
-HEADS = ("fc", "head", "classifier", "classification_head", "linear")  # what others call their last layer
+CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # depend on class names: never read
+KGCOOP_UNUSED = ("bias_vectors", "meta_net.")  # KgCoOp saves these and never uses them; CoCoOp uses its meta_net
+PRODA_ONLY = ("nc_token_prefix", "nc_token_suffix")  # texts without a class name, for an extra loss term
+HEADS = ("fc", "head", "classifier", "classification_head", "linear")  # usual names of a last layer
 
 PICKLES = (".pkl", ".pickle", ".joblib")
 
 
 @dataclass(frozen=True, eq=False)
 class PromptFile:
-    """What a CoOp-family checkpoint says.
+    """Content of a CoOp-family checkpoint.
 
     Attributes:
-        ctx: context vectors, [n, W] or [C, n, W] float32.
-        epoch: training epoch, if recorded.
-        file: where it was read.
+        ctx: context vectors, float32: [n, W] if all classes share them, [C, n, W] if they are class-specific.
+        epoch: training epoch, or None if the file does not record one.
+        file: path of the file that was read.
     """
 
     ctx: Tensor
@@ -40,13 +40,13 @@ class PromptFile:
 
 @dataclass(frozen=True, eq=False)
 class HeadFile:
-    """What a linear classifier's file says: ``logits = scale * (x @ weight.T + bias)``.
+    """Content of a linear classifier's file: ``logits = scale * (x @ weight.T + bias)``.
 
     Attributes:
         weight: [C, D] float32.
         bias: [C] float32, or None.
         scale: factor on the logits.
-        rows: what each row of the weight stands for, class names or label numbers; None if the file does not tell.
+        rows: class name or label number of each row of the weight; None if the file has neither.
     """
 
     weight: Tensor
@@ -58,37 +58,43 @@ class HeadFile:
         """The class name of each row.
 
         Args:
-            classnames: the names by label number; may be None where the file has names itself.
+            classnames: class names by label number; None takes the names from the file.
+
+        Raises:
+            ValueError: the file has no names and none are given, or the given names differ from those of the file.
         """
         named = tuple(row for row in self.rows or () if isinstance(row, str))
         if not named:
             if classnames is None:
-                raise ValueError("classnames must be given: the head does not name its classes")
+                raise ValueError("classnames must be given for a head whose file does not name its classes, got None")
             names, labels = tuple(classnames), tuple(row for row in self.rows or () if isinstance(row, int))
             if not labels or (max(labels) >= len(names) == len(labels)):
                 return names
             if min(labels) < 0 or max(labels) >= len(names):
-                raise ValueError(f"classnames must name the labels up to {max(labels)}, got {len(names)} names")
+                raise ValueError(
+                    f"classnames must name the labels 0 to {max(labels)} of the head, got {len(names)} names"
+                )
             return tuple(names[label] for label in labels)
         if classnames is not None and set(classnames) != set(named):
             other = sorted(set(classnames) ^ set(named))
-            raise ValueError(f"classnames must be those of the head, got a difference in {', '.join(other[:5])}")
+            raise ValueError(f"classnames must be those of the head, got other names: {', '.join(other[:5])}")
         return named
 
 
 def read_prompt(path: str | Path) -> PromptFile:
-    """Read the context vectors of CoOp, KgCoOp, ProGrad or the official MERGETUNE.
+    """Read the context vectors from a checkpoint of CoOp, KgCoOp, ProGrad or the official MERGETUNE.
 
-    ProDA with a single prompt has the same format; its distributions of several prompts are refused.
+    A ProDA checkpoint with a single prompt has the same format; one with several prompts raises ValueError.
 
     Args:
-        path: a file ``model.pth.tar-N``, ``model-best.pth.tar`` and the like; or the folder that holds it (or holds
-            ``prompt_learner``, or the official ``prompt_mid_learner``): then the file that Dassl's text file
-            ``checkpoint`` names, else the highest epoch.
+        path: a file such as ``model.pth.tar-N`` or ``model-best.pth.tar``, or its folder, or a folder that contains
+            ``prompt_learner`` or the official code's ``prompt_mid_learner``. In a folder, the file that Dassl's text
+            file ``checkpoint`` names is read, else the one with the highest epoch.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: not a checkpoint, foreign objects in it, or no context vectors.
+        FileNotFoundError: no checkpoint at ``path``.
+        ValueError: the file is no checkpoint, holds objects other than tensors and plain values, holds no context
+            vectors, or holds further parameters.
     """
     file = checkpoint_file(path)
     content = load_tensors(file)
@@ -105,7 +111,7 @@ def read_prompt(path: str | Path) -> PromptFile:
     if ctx.ndim == 3 and any(name in state for name in PRODA_ONLY):
         if len(ctx) > 1:
             raise ValueError(
-                f"{file} must hold one prompt, got ProDA's distribution of {len(ctx)}: no prompt equals it"
+                f"{file} must hold one prompt, got a distribution of {len(ctx)} (ProDA), which no single prompt equals"
             )
         ctx = ctx[0]
     epoch = content.get("epoch")
@@ -113,10 +119,10 @@ def read_prompt(path: str | Path) -> PromptFile:
 
 
 def state_dict_of(file: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a checkpoint's state_dict, without the prefixes of wrappers and of CoOp's learner.
+    """The state_dict of a checkpoint, without the prefixes "module." and "prompt_learner." of its names.
 
     Raises:
-        ValueError: there is no state_dict.
+        ValueError: the checkpoint holds no state_dict.
     """
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -125,33 +131,34 @@ def state_dict_of(file: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_arrays(file: Path) -> dict[str, Tensor]:
-    """The floating-point arrays of a .pt, .pth, .npz or .safetensors file, as float32, by name.
+    """Read all arrays of a .pt, .pth, .npz or .safetensors file, as float32, by name.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a pickle, a damaged file, or an entry that is no floating-point array.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is a pickle or damaged, or an entry is no floating-point array.
     """
-    require_file(file, f"path must be a file of arrays, got {file}, where there is no file")
+    require_file(file, f"path must be a file of arrays, got {file}, which does not exist")
     return {str(name): _floats(f"{file}: {name}", value) for name, value in _read_dict(file).items()}
 
 
 def read_head(path: str | Path, *, name: str | None = None, logit_scale: float | None = None) -> HeadFile:
-    """Read a linear classifier from .pt or .pth (a tensor, or a dict of them), .safetensors or .npz.
+    """Read a linear classifier from a .pt or .pth file (a tensor or a dict of tensors), .safetensors or .npz.
 
     Args:
         path: the file.
-        name: of the weight in it. None: ``weight``, scikit-learn's ``coef_``, or ``weight`` of ``fc``, ``head``,
-            ``classifier``, ``classification_head`` or ``linear``; and nothing else may be in the file: a head that was
-            trained together with other layers is none for a frozen CLIP's features.
-        logit_scale: factor on the logits where the weight does not hold it. None: the file's own ``scale``, or 1.
+        name: name of the weight in the file. None accepts ``weight``, scikit-learn's ``coef_``, or ``weight`` of
+            ``fc``, ``head``, ``classifier``, ``classification_head`` or ``linear``. With None the file must hold
+            nothing but the head, because a head that was trained together with other layers does not fit the features
+            of a frozen CLIP.
+        logit_scale: factor on the logits that the weight does not contain. None takes ``scale`` from the file, or 1.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a pickle; a file that cannot be read; no head in it, or more than a head; a head for features that
-            are not scaled to unit norm (WiSE-FT's attribute ``normalize``).
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is a pickle or damaged; it holds no head, or more than a head; the head takes features
+            that are not unit norm (WiSE-FT's attribute ``normalize`` is False).
     """
     file = Path(path)
-    require_file(file, f"path must be a head's file, got {file}, where there is no file")
+    require_file(file, f"path must be the file of a head, got {file}, which does not exist")
     content = {str(key).removeprefix("module."): value for key, value in _read_dict(file).items()}
     known = ("weight", "coef_", *(f"{layer}.weight" for layer in HEADS))
     found = [key for key in ([name] if name else known) if key in content]
@@ -171,8 +178,8 @@ def read_head(path: str | Path, *, name: str | None = None, logit_scale: float |
         raise ValueError(f"{file} must hold a head for features of unit norm, got one with normalize=False")
     if logit_scale is None and "logit_scale" in extras:
         raise ValueError(
-            f"{file} holds a logit_scale: give logit_scale=, the factor on its logits (exp of what is there if that is "
-            "a logarithm, as in CLIP)"
+            f"logit_scale must be given for {file}, because the file holds a logit_scale of unknown meaning: give the "
+            "factor on the logits (exp of the stored value if that is a logarithm, as in CLIP)"
         )
     try:
         logit_scale = float(extras.get("scale", 1.0)) if logit_scale is None else logit_scale
@@ -185,12 +192,13 @@ def read_head(path: str | Path, *, name: str | None = None, logit_scale: float |
 
 
 def read_sklearn(model: Any) -> HeadFile:
-    """A head from a fitted ``sklearn.linear_model.LogisticRegression``, or what has its coef_, intercept_ and classes_.
+    """Weight, bias and classes of a fitted scikit-learn classifier with ``coef_``, ``intercept_`` and ``classes_``.
 
-    Two classes have one row there, the second's logit against the first's: half of it goes to each.
+    For two classes, scikit-learn keeps one row w, the logit of the second class minus that of the first. The head gets
+    the rows -w / 2 and w / 2.
     """
     if not all(hasattr(model, name) for name in ("coef_", "intercept_", "classes_")):
-        raise TypeError(f"model must be fitted, with coef_, intercept_ and classes_, got {type(model).__name__}")
+        raise TypeError(f"model must be fitted and have coef_, intercept_ and classes_, got {type(model).__name__}")
     weight, bias, rows = _head("model", model.coef_, model.intercept_, model.classes_.tolist(), binary=True)
     return HeadFile(weight, bias, 1.0, rows)
 
@@ -198,7 +206,7 @@ def read_sklearn(model: Any) -> HeadFile:
 def _head(
     origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, binary: bool
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...] | tuple[int, ...] | None]:
-    """Weight, bias and what the rows stand for, checked, as float32."""
+    """Checked weight and bias, float32, and the class name or label number of each row."""
     weight, bias = (
         _floats(f"{origin}: the weight", weight),
         None if bias is None else _floats(f"{origin}: the bias", bias),
@@ -213,7 +221,9 @@ def _head(
     stand_for = None
     if rows is not None:
         if len(rows) != len(weight):
-            raise ValueError(f"{origin}: there must be a class for each of the {len(weight)} rows, got {len(rows)}")
+            raise ValueError(
+                f"{origin}: the classes must be as many as the {len(weight)} rows of the weight, got {len(rows)}"
+            )
         numbers = [int(row) for row in rows if isinstance(row, int | float) and float(row).is_integer()]
         if len(numbers) != len(rows) and not all(isinstance(row, str) for row in rows):
             raise ValueError(f"{origin}: classes must be whole numbers or names, got {rows[:3]}")
@@ -231,10 +241,10 @@ def _floats(name: str, values: Any) -> Tensor:
 
 
 def _read_dict(file: Path) -> dict[str, Any]:
-    """The arrays of a .safetensors, .npz or torch file, by name; a bare tensor is called ``weight``."""
+    """The arrays of a .safetensors, .npz or torch file, by name; a single tensor gets the name ``weight``."""
     if file.suffix in PICKLES:
         raise ValueError(
-            f"{file} must be .pt, .safetensors or .npz, got a pickle, which is never run: save a scikit-learn model "
+            f"{file} must be .pt, .safetensors or .npz, got a pickle, which could run code: save a scikit-learn model "
             "with np.savez('head.npz', coef_=model.coef_, intercept_=model.intercept_, classes_=model.classes_)"
         )
     if file.suffix == ".safetensors":
@@ -258,10 +268,10 @@ def _read_dict(file: Path) -> dict[str, Any]:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint at a path: the file itself, or of a folder the one that Dassl names, else the latest.
+    """Path of the checkpoint file at a path: the file itself, or the file of a folder, see :func:`read_prompt`.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: no checkpoint at ``path``.
     """
     path = Path(path)
     if path.is_file():
@@ -283,4 +293,4 @@ def checkpoint_file(path: str | Path) -> Path:
         return max(numbered, key=numbered.__getitem__)
     if (path / "model-best.pth.tar").is_file():
         return path / "model-best.pth.tar"
-    raise FileNotFoundError(f"path must hold model.pth.tar-N or model-best.pth.tar, got {path} without one")
+    raise FileNotFoundError(f"path must contain model.pth.tar-N or model-best.pth.tar, got {path} with neither")

@@ -1,4 +1,4 @@
-"""A prompt as CoOp's checkpoint, which CoOp's own evaluation runs.
+"""Export of a prompt as a checkpoint that CoOp's evaluation reads.
 
 Shapes: C classes, n context tokens, W width of the text tower.
 """
@@ -26,40 +26,48 @@ def to_coop(
     epoch: int = 50,
     dtype: str = "float32",
 ) -> Path:
-    """Write ``prompt_learner/model.pth.tar-N`` as CoOp saves it, and the text file ``checkpoint`` beside it.
+    """Write a prompt as CoOp saves one: ``prompt_learner/model.pth.tar-N`` and the text file ``checkpoint``.
 
-    CoOp's own evaluation runs it: ``--model-dir FOLDER --load-epoch N --eval-only``, with N_CTX (or a CTX_INIT of as
-    many words), CSC and CLASS_TOKEN_POSITION of TRAINER.COOP set to the solution's, as the file tells none of them.
-    Optimiser and scheduler are None: there is nothing to resume. (CoOp: trainers/coop.py; Dassl: utils/torchtools.py.)
+    CoOp evaluates the file with ``--model-dir FOLDER --load-epoch N --eval-only``. The file does not hold N_CTX, CSC
+    and CLASS_TOKEN_POSITION of TRAINER.COOP: set these to the values of the prompt (instead of N_CTX, a CTX_INIT with
+    that many words works, too). Training cannot resume from the file: optimiser and scheduler are None. (CoOp:
+    trainers/coop.py; Dassl: utils/torchtools.py.)
 
     Args:
-        solution: a prompt whose text ends in "." behind the name, as CoOp's do.
+        solution: a prompt whose template has "." after the class name, as CoOp's have.
         folder: CoOp's output directory.
-        clip: the CLIP that it was made for; its embedded class names go into the file, as CoOp's do.
-        classnames: C names; those of a class-specific prompt if None.
-        epoch: N.
-        dtype: "float32", as with CoOp's PREC fp32 and amp; "float16", as with fp16, rounds the context vectors.
+        clip: the CLIP that the prompt was made for. As in CoOp, the file holds its embeddings of the class names.
+        classnames: C names; None takes those of a class-specific prompt.
+        epoch: N, number in the file name.
+        dtype: "float32" for CoOp's PREC fp32 and amp; "float16" for fp16, which rounds the context vectors.
 
     Returns:
-        The checkpoint's path.
+        Path of the checkpoint.
 
     Raises:
-        TypeError: another kind of solution; a CLIP that takes no prompts.
-        ValueError: a text or a CLIP that CoOp does not have; class names that do not fit.
+        TypeError: the solution is no prompt, or the CLIP takes no prompts.
+        ValueError: CoOp has no such template or CLIP, or the class names do not fit.
+
+    Example:
+        >>> import mergetune as mt, tempfile
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> prompt = mt.Prompt.from_template(clip, "a photo of a {}.")
+        >>> mt.to_coop(prompt, tempfile.mkdtemp(), clip=clip, classnames=["cat", "dog"]).name
+        'model.pth.tar-50'
     """
     if not isinstance(solution, Prompt):
-        raise TypeError(f"solution must be a prompt, got a {solution.kind}: CoOp has no other")
+        raise TypeError(f"solution must be a prompt, the only kind that CoOp has, got a {solution.kind}")
     if solution.template.split("{}")[1] != ".":
-        raise ValueError(f"solution must have '.' behind the class name, as CoOp has, got {solution.template!r}")
+        raise ValueError(f"solution must have '.' after the class name, as in CoOp, got {solution.template!r}")
     embedding = clip.text.token_embedding.weight
     if clip.first_token != 1:
-        raise ValueError(f"clip must have one start token before a text, as CoOp's has, got {clip.first_token}")
+        raise ValueError(f"clip must have one start token before a text, as in CoOp, got {clip.first_token}")
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype must be float32 or float16, got {dtype!r}")
     if epoch < 1:
         raise ValueError(f"epoch must be at least 1, got {epoch}")
     classnames = classnames_of(solution, classnames)
-    space_of(clip, solution, classnames)  # checks that all of them belong together
+    space_of(clip, solution, classnames)  # checks that clip, solution and classnames fit together
     texts = [fill(solution.template, name.replace("_", " ")) for name in classnames]
     embedded = embedding[clip.tokenize(texts)]
     tensors = {

@@ -1,4 +1,4 @@
-"""Solutions in other projects' formats: a plain linear head, open_clip's classifier, a folder for the Hub.
+"""Exports to formats of other projects: a plain linear head, open_clip's classifier, a folder for the Hub.
 
 Shapes: C classes, D embedding width.
 """
@@ -35,20 +35,34 @@ def to_head(
     classnames: Sequence[str] | None = None,
     fold_scale: bool = False,
 ) -> Head:
-    """Write a plain linear head: ``weight`` [C, D], ``bias`` [C] if there is one, ``classnames`` and ``scale``.
+    """Write a solution as a plain linear head: ``weight`` [C, D], ``bias`` [C] if any, ``classnames`` and ``scale``.
 
-    Its logits are ``scale * (x @ weight.T + bias)`` on unit-norm image features. In .npz and .pt all are entries beside
-    each other; in .safetensors names and scale are JSON in the metadata. ``Head.from_checkpoint`` reads each back.
+    The logits of unit-norm image features x are ``scale * (x @ weight.T + bias)``. A .npz, .pt or .pth file holds the
+    four as entries; a .safetensors file holds class names and scale as JSON in its metadata.
+    ``Head.from_checkpoint`` reads all of them.
 
     Args:
-        solution: a head, or a prompt, whose class embeddings become the weight.
-        file: .safetensors, .npz, .pt or .pth.
-        clip: the CLIP that it was made for; for a prompt only.
-        classnames: of a prompt that has none of its own; a head is written whole.
-        fold_scale: let weight and bias take up the scale, which is 1 then: ``logits = x @ weight.T + bias``.
+        solution: a head, or another solution that leaves image features unchanged: its class embeddings become the
+            weight.
+        file: path that ends in .safetensors, .npz, .pt or .pth.
+        clip: the CLIP that the solution was made for; a plain head needs none.
+        classnames: C names, for a solution that serves any classes. All classes of a head are written.
+        fold_scale: multiply weight and bias by the scale and write scale 1: ``logits = x @ weight.T + bias``.
 
     Returns:
         The head that was written.
+
+    Raises:
+        ValueError: another file ending; ``clip`` or ``classnames`` is missing; the solution changes image features.
+
+    Example:
+        >>> import mergetune as mt, os, tempfile
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> prompt = mt.Prompt.from_template(clip, "a photo of a {}.")
+        >>> file = os.path.join(tempfile.mkdtemp(), "head.safetensors")
+        >>> head = mt.to_head(prompt, file, clip=clip, classnames=["cat", "dog"])
+        >>> head.weight.shape, mt.Head.from_checkpoint(file).classnames
+        (torch.Size([2, 128]), ('cat', 'dog'))
     """
     file = Path(file)
     if file.suffix not in HEAD_SUFFIXES:
@@ -73,23 +87,29 @@ def to_head(
 def zero_shot_classifier(
     solution: Solution, clip: FrozenClip, classnames: Sequence[str] | None = None, *, file: str | Path | None = None
 ) -> Tensor:
-    """What ``open_clip.build_zero_shot_classifier`` returns, [D, C].
+    """A classifier matrix [D, C] in the format of ``open_clip.build_zero_shot_classifier``.
 
-    ``clip.logit_scale * image_features @ classifier`` are the solution's logits. A prompt's columns have unit norm; a
-    head's have the norm that keeps its logits.
+    ``clip.logit_scale * image_features @ classifier`` gives the logits of the solution. The columns of a prompt have
+    unit norm; the columns of a head have the norms that keep its logits.
 
     Args:
-        solution: a prompt, or a head without bias.
-        clip: the CLIP that it was made for.
-        classnames: C names; the solution's own if None.
-        file: also saved here with ``torch.save``, if given.
+        solution: a solution that leaves image features unchanged: a prompt, a head without bias, a residual on one.
+        clip: the CLIP that the solution was made for.
+        classnames: C names; None takes the classes of the solution.
+        file: path to which the matrix is also saved with ``torch.save``.
 
     Raises:
-        ValueError: a head with a bias, for which such a classifier has no place.
+        ValueError: a head with a bias, which this format cannot hold, or a solution that changes image features.
+
+    Example:
+        >>> import mergetune as mt
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> mt.zero_shot_classifier(mt.Templates(("an icon of a {}",)), clip, ["cat", "dog"]).shape  # [D, C]
+        torch.Size([128, 2])
     """
     head = _as_head(solution, clip, classnames, whole=False).rescaled(clip.logit_scale)
     if head.bias is not None:
-        raise ValueError("solution must be a prompt or a head without bias, got a head with one: use to_head")
+        raise ValueError("solution must be a prompt or a head without bias, got a head with a bias: use to_head")
     classifier = head.weight.to(clip.device).T
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -100,15 +120,22 @@ def zero_shot_classifier(
 def to_hub(
     solution: Solution, folder: str | Path, *, license: str | None = None, repo_id: str = "name/repository"
 ) -> None:
-    """Write a folder for the Hugging Face Hub: weights as safetensors, JSON, and a model card with YAML front matter.
+    """Write a folder for the Hugging Face Hub: the saved solution and a model card, README.md with YAML metadata.
 
-    ``mergetune.load_solution`` reads it, here or downloaded.
+    ``mergetune.load_solution`` reads the folder, also after a download from the Hub.
 
     Args:
-        solution: what to write.
-        folder: made if missing; a README.md in it is replaced.
-        license: the card's, as the Hub spells it: "mit".
-        repo_id: where it will be, for the card's example.
+        solution: the solution to write.
+        folder: created if it does not exist; its README.md is replaced.
+        license: license in the card's metadata, as the Hub spells it, for example "mit".
+        repo_id: future repository, "name/repository", for the code example in the card.
+
+    Example:
+        >>> import mergetune as mt, os, tempfile, torch
+        >>> folder = tempfile.mkdtemp()
+        >>> mt.to_hub(mt.Head(torch.eye(2), ("cat", "dog")), folder, license="mit")
+        >>> sorted(os.listdir(folder))
+        ['README.md', 'solution.json', 'solution.safetensors']
     """
     folder = Path(folder)
     solution.save(folder)
@@ -124,18 +151,18 @@ def push_to_hub(
     license: str | None = None,
     commit_message: str = "Upload with mergetune",
 ) -> str:
-    """Upload what :func:`to_hub` writes to the Hugging Face Hub; the repository is made if it is not there.
+    """Upload the folder of :func:`to_hub` to the Hugging Face Hub. The repository is created if it does not exist.
 
     Args:
-        solution: what to upload.
+        solution: the solution to upload.
         repo_id: "name/repository".
-        private: of a new repository; None is the account's default.
-        token: of the Hub; None is the one that ``hf auth login`` keeps.
+        private: whether a new repository is private; None takes the default of the account.
+        token: access token of the Hub; None takes the token that ``hf auth login`` stored.
         license: see :func:`to_hub`.
-        commit_message: of the upload.
+        commit_message: message of the upload's commit.
 
     Returns:
-        The repository's URL.
+        URL of the repository.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,36 +173,39 @@ def push_to_hub(
 
 
 def classnames_of(solution: Solution, classnames: Sequence[str] | None) -> tuple[str, ...]:
+    """The given class names, or those of the solution."""
     names = solution.classnames if classnames is None else classnames
     if names is None:
-        raise ValueError("classnames must be given for a prompt that is shared by all classes")
+        raise ValueError(f"classnames must be given for a {solution.kind} that serves any classes, got None")
     return tuple(names)
 
 
 def _as_head(
     solution: Solution, clip: FrozenClip | None, classnames: Sequence[str] | None, *, whole: bool = True
 ) -> Head:
-    """A solution's classifier as a plain linear head.
+    """The classifier of a solution as a plain linear head.
 
     Args:
-        solution: of any kind that leaves image features as they are.
-        clip: the CLIP that it was made for; only a linear head needs none.
-        classnames: of a solution without classes of its own, or some of its classes unless ``whole``.
-        whole: refuse to leave out classes of the solution's own.
+        solution: a solution of any kind that leaves image features unchanged.
+        clip: the CLIP that the solution was made for; None is enough for a plain head.
+        classnames: C names; None takes the classes of the solution.
+        whole: whether ``classnames`` must be all classes of a solution that has classes.
     """
     own = solution.classnames
     if whole and own is not None and classnames is not None and tuple(classnames) != own:
-        raise ValueError(f"classnames must be the {solution.kind}'s own {len(own)}, or None")
+        raise ValueError(
+            f"classnames must be the {len(own)} classes of the {solution.kind} or None, got {len(classnames)} names"
+        )
     plain = solution.plain_head()
     if plain is not None and (whole or classnames is None):
         return plain
     if clip is None:
-        raise ValueError(f"clip must be given for a {solution.kind}: it makes the class embeddings")
+        raise ValueError(f"clip must be given for a {solution.kind}, whose class embeddings it computes, got None")
     names = classnames_of(solution, classnames)
     if solution.image_input != "feature" or image_features(clip, solution) is not None:
         raise ValueError(
-            f"solution must take image features as the CLIP gives them, got a {solution.kind} that changes them: save "
-            "it with solution.save, and classify with mergetune"
+            f"solution must leave image features unchanged, got a {solution.kind} that changes them: save the "
+            "solution with solution.save, and classify with mergetune.classifier"
         )
     at = span(clip, [solution], names)
     weights = at.space.unit(at.ends["classes"])[0]
@@ -194,7 +224,7 @@ def torch_bytes(content: Any) -> bytes:
 
 
 def _card(solution: Solution, license: str | None, repo_id: str) -> str:
-    """The model card: what it is, what it belongs to, how it is loaded."""
+    """The model card: description, backbone, classes, and code that loads the solution."""
     backbone = solution.backbone or ""
     complete = backbone.startswith(("hf-hub:", "local-dir:"))
     name, _, pretrained = backbone.partition("/")

@@ -1,4 +1,4 @@
-"""Head: a linear classifier on image features."""
+"""Head: a linear classifier on image features, with one weight row per class."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ from mergetune.solutions.checkpoints import HeadFile, read_head, read_sklearn
 
 @dataclass(frozen=True, eq=False)
 class Head(Solution):
-    """A linear classifier on image features: ``logits = scale * (x @ weight.T + bias)``.
+    """A linear classifier on unit-norm image features x: ``logits = logit_scale * (x @ weight.T + bias)``.
 
     Attributes:
-        weight: [C, D] float32.
+        weight: one row per class, [C, D] float32.
         classnames: C names.
-        bias: [C] float32, or None. In the unit of the weight: a feature that is always 1.
-        logit_scale: factor on the logits; 1 for weights that hold it already, as others' heads do.
-        backbone, fingerprint: the CLIP that it was made for, if known; the fingerprint is the image tower's.
-        notes: settings and origin, JSON-able, kept with the file.
-        normalize: whether the rows are made unit norm before the product: a cosine classifier.
+        bias: [C] float32, or None. ``logit_scale`` multiplies the bias, too.
+        logit_scale: factor on the logits; 1 if the weight contains the factor, as in heads of other libraries.
+        backbone, fingerprint: CLIP that the head was made for, if known; fingerprint of its image tower.
+        notes: settings and origin, JSON-able; saved with the head.
+        normalize: whether the rows are scaled to unit norm before the product (a cosine classifier).
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> head = mt.Head(torch.eye(2), ("cat", "dog"), bias=torch.zeros(2), logit_scale=100.0)
+        >>> list(head.state()), head.numbers
+        (['weight', 'bias'], 6)
+        >>> head.rescaled(1.0).weight  # the same logits with the scale in the weight
+        tensor([[100.,   0.],
+                [  0., 100.]])
     """
 
     weight: Tensor
@@ -56,7 +65,7 @@ class Head(Solution):
             if tuple(self.bias.shape) != (len(self.weight),):
                 raise ValueError(f"bias must have shape [C] = [{len(self.weight)}], got {list(self.bias.shape)}")
             if self.normalize:
-                raise ValueError("bias must be None where rows are made unit norm, got one")
+                raise ValueError("bias must be None with normalize=True, got a bias: a cosine classifier has none")
         if not 0 < self.logit_scale < float("inf"):
             raise ValueError(f"logit_scale must be positive and finite, got {self.logit_scale}")
 
@@ -69,7 +78,14 @@ class Head(Solution):
         *,
         bias: bool = False,
     ) -> Head:
-        """The zero-shot classifier: unit class embeddings, the CLIP's logit scale, and a bias of 0 if wanted."""
+        """The zero-shot classifier as a head: unit-norm class embeddings and the CLIP's logit scale.
+
+        Args:
+            clip: the frozen CLIP.
+            classnames: C names.
+            templates: one or more texts with ``{}``; the class embeddings of several are averaged.
+            bias: whether the head gets a bias, which starts at zero.
+        """
         weight = clip.class_embeddings(classnames, templates)
         return cls(
             weight=weight,
@@ -89,24 +105,34 @@ class Head(Solution):
         name: str | None = None,
         logit_scale: float | None = None,
     ) -> Head:
-        """Read a linear classifier, [C, D] and a bias if there is one, from .pt, .pth, .safetensors or .npz, safely.
+        """Read a linear classifier from a .pt, .pth, .safetensors or .npz file. No code in the file is run.
 
-        It must have been trained on the CLIP's own features at unit norm. Heads in pickles are converted first:
-        WiSE-FT's by ``mergetune convert``; scikit-learn's are saved as .npz, or given to
-        :meth:`from_sklearn`.
+        The classifier must have been trained on unit-norm image features of the same CLIP. A head in a pickle must be
+        converted first: WiSE-FT's with ``mergetune convert``, scikit-learn's with :meth:`from_sklearn` or by saving
+        its arrays as .npz.
 
         Args:
-            path: the file; see :func:`mergetune.solutions.read_head`.
-            classnames: the class names by label number; may be None where the file has them.
-            name: of the weight in a file that holds more than a head: "classification_head.weight".
-            logit_scale: factor on the logits. None: what the file says, or 1, as the weight holds it already.
+            path: the file, with a weight [C, D] and optionally a bias; see :func:`mergetune.solutions.read_head`.
+            classnames: class names by label number; None takes the names from the file.
+            name: name of the weight in a file that also holds other layers, such as "classification_head.weight".
+            logit_scale: factor on the logits. None takes ``scale`` from the file, or 1 if the file has none.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file holds no head or several, or names that do not match; see
+                :func:`mergetune.solutions.read_head`.
         """
         found = read_head(path, name=name, logit_scale=logit_scale)
         return cls._from_file(found, classnames, {"checkpoint": Path(path).name})
 
     @classmethod
     def from_sklearn(cls, model: Any, *, classnames: Sequence[str] | None = None) -> Head:
-        """A fitted ``sklearn.linear_model.LogisticRegression``; ``classnames`` by label number, if it has numbers."""
+        """The head of a fitted ``sklearn.linear_model.LogisticRegression``.
+
+        Args:
+            model: the fitted model.
+            classnames: class names by label number; needed if the model was fitted on numbers.
+        """
         return cls._from_file(read_sklearn(model), classnames, {"checkpoint": type(model).__name__})
 
     @classmethod
@@ -117,23 +143,23 @@ class Head(Solution):
     # -- as a solution -------------------------------------------------------------------------------------------------
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
-        """Its rows are the class weights; the bias is the weight of a constant 1."""
+        """An edit whose class rows are the weight; a bias is appended as the last column."""
         weight, bias = states["weight"], states.get("bias")
         values = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
         return Edit(rows=(ClassRows(self.classnames, values),), normalize=self.normalize, scale=self.logit_scale)
 
     def zero_shot_points(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> list[Head]:
-        """The zero-shot classifier of these templates, with a bias of 0 if this head has one."""
+        """The zero-shot classifier of these templates, with a zero bias if this head has a bias."""
         point = Head.zero_shot(clip, classnames, templates, bias=self.bias is not None)
         return [replace(point.rescaled(self.logit_scale), normalize=self.normalize)]
 
     def plain_head(self) -> Head | None:
-        """Itself, unless its rows are made unit norm."""
+        """The head itself, or None if its rows are scaled to unit norm."""
         return None if self.normalize else self
 
     def rescaled(self, logit_scale: float) -> Head:
-        """The same logits with another factor on them: weight and bias take up the difference."""
-        if self.normalize:  # the length of its rows does not matter
+        """A head with the same logits and this logit scale; weight and bias absorb the ratio of the scales."""
+        if self.normalize:  # the rows are scaled to unit norm and cannot absorb a factor
             return self
         factor = self.logit_scale / logit_scale
         bias = None if self.bias is None else self.bias * factor
@@ -152,14 +178,17 @@ class Head(Solution):
             raise ValueError(f"weight must have the embedding's width {clip.embed_dim}, got {list(self.weight.shape)}")
 
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
-        """Also refuse another logit scale: the same weights would not mean the same logits."""
-        super().check_line(other)  # class weights are the state: there is one space
+        """Check that a line joins two heads: equal shapes, classes, logit scale and ``normalize``."""
+        super().check_line(other)  # the state is the class weights, so both spaces are the same
         if other.logit_scale is None or abs(self.logit_scale / other.logit_scale - 1) > 1e-6:
             raise ValueError(
-                f"heads on one path must have one logit_scale, got {self.logit_scale} and {other.logit_scale}"
+                f"heads on one path must have one logit_scale, got {self.logit_scale} and {other.logit_scale}: "
+                "convert one of them with rescaled(logit_scale)"
             )
         if self.normalize != other.normalize:
-            raise ValueError(f"heads on one path must agree in normalize, got {self.normalize} and {other.normalize}")
+            raise ValueError(
+                f"heads on one path must have the same normalize, got {self.normalize} and {other.normalize}"
+            )
 
     @property
     def form(self) -> Hashable:

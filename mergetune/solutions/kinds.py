@@ -1,4 +1,4 @@
-"""The kinds of solutions, by name; solutions of any kind opened, put in another's form, interpolated."""
+"""The table of solution kinds, and functions for solutions of any kind: open, zero-shot, interpolate."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ S = TypeVar("S", bound=Solution)
 
 
 def kind_named(name: object) -> type[Solution]:
-    """The class of a kind.
+    """The class of a kind, for example :class:`mergetune.Prompt` for "prompt".
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is unknown.
     """
     if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {name!r}")
@@ -33,10 +33,21 @@ def kind_named(name: object) -> type[Solution]:
 
 
 def load_solution(path: str | Path) -> Solution:
-    """Read a saved solution of any kind.
+    """Read a solution of any kind that was saved with ``solution.save(path)``.
 
     Args:
-        path: a folder that :meth:`Solution.save` wrote.
+        path: the folder with ``solution.json`` and ``solution.safetensors``.
+
+    Raises:
+        FileNotFoundError: the folder has no ``solution.json``.
+        ValueError: an unknown kind, a damaged file or a later format.
+
+    Example:
+        >>> import mergetune as mt, tempfile, torch
+        >>> folder = tempfile.mkdtemp()
+        >>> mt.Head(torch.eye(2), ("cat", "dog")).save(folder)
+        >>> mt.load_solution(folder).classnames
+        ('cat', 'dog')
     """
     try:
         kind = kind_named(read_config(Path(path)).get("kind"))
@@ -46,27 +57,47 @@ def load_solution(path: str | Path) -> Solution:
 
 
 def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[str] = PLAIN) -> Solution:
-    """The zero-shot solution in the form of another: a prompt of the first template's words, a head, no residual.
+    """The zero-shot solution in the form of another solution, such as w1 for a path.
+
+    For a prompt, the context vectors are the words of a template; for a head, the rows are zero-shot class embeddings;
+    a residual is zero and a map the identity.
+
+    Args:
+        clip: the frozen CLIP.
+        like: the solution whose form is taken.
+        template: one or more templates; of several, a prompt takes the first that has as many context tokens.
 
     Raises:
-        ValueError: there is no zero-shot solution in this form.
+        ValueError: the kind has no zero-shot solution.
     """
     points = like.zero_shot_points(clip, like.classnames or (), check_templates(template))
     if not points:
-        raise ValueError(f"a zero-shot solution must exist in the form of the solution, got a {like.kind}: it has none")
+        raise ValueError(f"like must be of a kind with a zero-shot solution, got a {like.kind}, which has none")
     return points[0]
 
 
 def open_solution(
     path: str | Path, *, classnames: Sequence[str] | None = None, template: str | None = None, position: str = "end"
 ) -> Solution:
-    """A solution in any form that is read: saved by mergetune, a checkpoint of CoOp's family, or a head's file.
+    """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, or the file of a head.
 
     Args:
-        path: a folder with ``solution.json``; a checkpoint or its folder, see :meth:`Prompt.from_checkpoint`; or a head
-            in .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`.
-        classnames: the classes of a head or a class-specific context, by label, where the file does not name them.
-        template, position: of a prompt, see :meth:`Prompt.from_checkpoint`; a saved solution knows its own.
+        path: a folder with ``solution.json``; a prompt checkpoint or its folder, see :meth:`Prompt.from_checkpoint`;
+            or a head as .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`.
+        classnames: class names by label number, for a head or a class-specific prompt whose file has no names.
+        template, position: text and class-name position of a prompt checkpoint, see :meth:`Prompt.from_checkpoint`.
+            Not used for a solution that mergetune saved.
+
+    Raises:
+        FileNotFoundError: nothing is at ``path``.
+        ValueError: the file is none of these.
+
+    Example:
+        >>> import mergetune as mt, os, tempfile, torch
+        >>> file = os.path.join(tempfile.mkdtemp(), "head.pt")
+        >>> torch.save({"weight": torch.eye(2)}, file)
+        >>> mt.open_solution(file, classnames=["cat", "dog"]).kind
+        'head'
     """
     path = Path(path)
     if (path / CONFIG).is_file():
@@ -85,11 +116,24 @@ def open_solution(
 
 
 def interpolate(a: Solution, b: S, t: float) -> S:
-    """The solution at ``t`` on the line from a (0) to b (1), in the space of what was trained.
+    """The solution at ``t`` on the line from a (t = 0) to b (t = 1): its state is ``(1 - t) a + t b``.
+
+    A kind may define another line for its states, see :meth:`Solution.between`.
 
     Args:
-        a, b: solutions of one kind and shape. Logit scale, texts and notes are those of b.
-        t: ``(1 - t) a + t b`` for kinds with a straight line.
+        a, b: solutions of one kind and shape. The result has the logit scale, texts and notes of b.
+        t: position on the line; values outside [0, 1] extrapolate.
+
+    Raises:
+        TypeError: two different kinds.
+        ValueError: shapes, classes, texts or logit scales differ.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> a, b = (mt.Head(torch.full((2, 2), x), ("cat", "dog")) for x in (0.0, 1.0))
+        >>> mt.interpolate(a, b, 0.25).weight
+        tensor([[0.2500, 0.2500],
+                [0.2500, 0.2500]])
     """
     a = a.in_form_of(b)
     check_compatible(a, b)
@@ -98,15 +142,15 @@ def interpolate(a: Solution, b: S, t: float) -> S:
 
 
 def check_compatible(a: Solution, b: Solution, *, space: str = "parameter") -> None:
-    """Refuse two solutions that cannot stand on one line.
+    """Check that a line joins two solutions.
 
     Args:
-        a, b: the ends.
-        space: "parameter", the line of what was trained, or "embedding", that of the class embeddings.
+        a, b: the ends of the line.
+        space: "parameter" checks the line of states, "embedding" the line of class embeddings.
 
     Raises:
-        TypeError: two kinds.
-        ValueError: shapes, classes, texts or scales that differ.
+        TypeError: two different kinds.
+        ValueError: shapes, classes, texts or logit scales differ.
     """
     if type(a) is not type(b):
         raise TypeError(f"solutions on one path must be of one kind, got {a.kind} and {b.kind}")

@@ -1,4 +1,4 @@
-"""LinearMap: a matrix on image features, the same for all classes."""
+"""LinearMap: one matrix that maps image features, for all classes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from mergetune.solutions.checkpoints import read_arrays
 class LinearMap(Solution):
     """A linear map of image features, ``x' = normalise(x A)`` (the linear adapter of ProLIP, arXiv 2410.05270).
 
-    It belongs to no class, so that it serves classes without training images too. It stands on a solution that has the
-    class embeddings, see :class:`mergetune.Stack`.
+    The map belongs to no class, so classes without training images use it, too. A map makes no class embeddings: put
+    it on a solution that does, with :class:`mergetune.Stack`.
 
     Attributes:
-        matrix: A, [D, D] float32; the identity changes nothing.
-        backbone, fingerprint: the CLIP that it was made for, if known; the fingerprint is the image tower's.
-        notes: settings and origin, JSON-able, kept with the file.
+        matrix: A, [D, D] float32; the identity matrix changes nothing.
+        backbone, fingerprint: CLIP that the map was made for, if known; fingerprint of its image tower.
+        notes: settings and origin, JSON-able; saved with the map.
 
     Example:
-        >>> import torch
-        >>> LinearMap(torch.eye(512)).numbers
+        >>> import mergetune as mt, torch
+        >>> mt.Stack(mt.Templates(), mt.LinearMap(torch.eye(512))).numbers
         262144
     """
 
@@ -49,20 +49,20 @@ class LinearMap(Solution):
 
     @classmethod
     def identity_map(cls, clip: FrozenClip) -> LinearMap:
-        """The zero-shot point: a map that changes nothing."""
+        """The identity map, the start of training: it changes nothing."""
         matrix = torch.eye(clip.embed_dim, device=clip.device)
         return cls(matrix, backbone=clip.name, fingerprint=clip.image_fingerprint)
 
     @classmethod
     def from_file(cls, path: str | Path, *, transposed: bool = False) -> LinearMap:
-        """Read the only square matrix of a .pt, .pth, .npz or .safetensors file, safely.
+        """Read a map from a .pt, .pth, .npz or .safetensors file that holds one square matrix. No code is run.
 
         Args:
             path: the file.
-            transposed: the matrix stands on the left, ``A x``, as the weight of a ``torch.nn.Linear`` does.
+            transposed: whether the file holds the transpose of A, as the weight of a ``torch.nn.Linear`` does.
 
         Raises:
-            ValueError: no such matrix, or further arrays that would be lost.
+            ValueError: the file holds no square matrix, or other arrays, which would be lost.
         """
         found = read_arrays(Path(path))
         square = {name: value for name, value in found.items() if value.ndim == 2 and value.shape[0] == value.shape[1]}
@@ -73,17 +73,17 @@ class LinearMap(Solution):
         return cls(matrix.T.contiguous() if transposed else matrix, notes={"file": Path(path).name, "name": name})
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
-        """Unit-norm features are multiplied by the matrix from the right."""
+        """An edit with one image map: x -> x A."""
         return Edit(image_maps=(states["matrix"].__rmatmul__,))
 
     def zero_shot_points(
         self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]
     ) -> list[LinearMap]:
-        """The identity: the solution below, unchanged."""
+        """The identity map: it leaves the solution below unchanged."""
         return [replace(self, matrix=torch.eye(len(self.matrix)).to(self.matrix))]
 
     def distance(self, states: State, to: State) -> Tensor:
-        """The squared Frobenius distance, without a half: ProLIP's ``|A - I|^2``."""
+        """Squared Frobenius distance, [M], without the factor 1/2, as in ProLIP's ``|A - I|^2``."""
         return (states["matrix"] - to["matrix"]).square().sum((-2, -1))
 
     def check_width(self, clip: FrozenClip) -> None:

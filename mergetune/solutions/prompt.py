@@ -1,4 +1,4 @@
-"""Prompt: context vectors in front of, around or behind the class names, and the template they stand in."""
+"""Prompt: context vectors that stand before, around or behind the class name in a template."""
 
 from __future__ import annotations
 
@@ -28,17 +28,29 @@ POSITIONS = ("end", "middle", "front")
 
 @dataclass(frozen=True, eq=False)
 class Prompt(Solution):
-    """Context vectors around the class name (CoOp, arXiv 2109.01134).
+    """A soft prompt: trained context vectors in place of the words around the class name (CoOp, arXiv 2109.01134).
+
+    Shapes: n context vectors, W width of the text tower, C classes.
 
     Attributes:
-        ctx: context vectors, [n, W], or specific to each class, [C, n, W]. float32.
-        template: the whole text; the words before ``{}`` only hold the places of the context vectors: "X X X X {}.".
-        classnames: the classes of a class-specific context; None where the context is shared.
-        backbone: name of the CLIP that it was made for, if known.
-        fingerprint: that CLIP's text fingerprint, if known; another CLIP is refused.
-        notes: settings and origin, JSON-able, kept with the file.
-        position: where the class name stands, CoOp's CLASS_TOKEN_POSITION: "end", behind all context vectors;
-            "middle", behind the first n // 2; "front", before them. The words behind ``{}`` follow all of them.
+        ctx: context vectors, float32: [n, W] if all classes share them, [C, n, W] if they are class-specific.
+        template: the whole text, for example "X X X X {}."; each token before ``{}`` marks the place of one context
+            vector.
+        classnames: the C classes of class-specific context vectors; None for shared ones.
+        backbone, fingerprint: CLIP that the prompt was made for, if known; fingerprint of its text tower. A CLIP with
+            another text tower is refused.
+        notes: settings and origin, JSON-able; saved with the prompt.
+        position: place of the class name, CoOp's CLASS_TOKEN_POSITION: "end" (behind all context vectors), "middle"
+            (behind the first n // 2) or "front" (before all). The words after ``{}`` end the text in each case.
+
+    Example:
+        >>> import mergetune as mt
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> prompt = mt.Prompt.from_template(clip, "a photo of a {}.")
+        >>> prompt.ctx.shape  # [n, W]
+        torch.Size([4, 128])
+        >>> prompt.class_embeddings(clip, ["cat", "dog"]).shape  # [C, D]
+        torch.Size([2, 128])
     """
 
     ctx: Tensor
@@ -72,14 +84,15 @@ class Prompt(Solution):
 
     @classmethod
     def from_template(cls, clip: FrozenClip, template: str = "a photo of a {}.", *, position: str = "end") -> Prompt:
-        """The zero-shot solution: the embeddings of the template's own words.
+        """The zero-shot prompt: its context vectors are the token embeddings of the words before ``{}``.
 
-        Its class embeddings are those of ``clip.class_embeddings(classnames, template)``. With the class name at
-        another position they are not: that is CoOp's start from words, no zero-shot solution.
+        With position "end", the prompt gives the class embeddings ``clip.class_embeddings(classnames, template)``. At
+        another position the class name moves to another place, so the prompt is CoOp's start from words but no
+        zero-shot solution.
 
         Raises:
-            TypeError: a CLIP that takes no prompts, naming its text tower.
-            ValueError: a template without words before the class name.
+            TypeError: the text tower of the CLIP takes no prompts; the message names the tower.
+            ValueError: the template has no words before the class name.
         """
         check_templates(template)
         embedding = clip.text.token_embedding.weight
@@ -100,7 +113,16 @@ class Prompt(Solution):
         suffix: str = ".",
         position: str = "end",
     ) -> Prompt:
-        """CoOp's random start: normal context vectors of standard deviation 0.02."""
+        """CoOp's random start: context vectors drawn from a normal distribution with standard deviation 0.02.
+
+        Args:
+            clip: the frozen CLIP.
+            n_ctx: n, number of context vectors.
+            classnames: C names for class-specific context vectors; None for shared ones.
+            seed: seed of the draw.
+            suffix: the text after the class name.
+            position: place of the class name, see :class:`Prompt`.
+        """
         if n_ctx < 1:
             raise ValueError(f"n_ctx must be at least 1, got {n_ctx}")
         shape = (n_ctx, clip.text.width) if classnames is None else (len(classnames), n_ctx, clip.text.width)
@@ -123,15 +145,21 @@ class Prompt(Solution):
         classnames: Sequence[str] | None = None,
         position: str = "end",
     ) -> Prompt:
-        """Read a prompt of CoOp, KgCoOp, ProGrad or the official MERGETUNE, ``prompt_learner/model.pth.tar-N``, safely.
+        """Read a prompt checkpoint of CoOp, KgCoOp, ProGrad or the official MERGETUNE. No code in the file is run.
 
         Args:
-            path: the file, or its folder; see :func:`mergetune.solutions.read_prompt`.
-            template: the text that it was trained with, one token before ``{}`` for each context vector; None is CoOp's
+            path: the file ``prompt_learner/model.pth.tar-N``, or its folder; see
+                :func:`mergetune.solutions.read_prompt`.
+            template: the text of the training run, with one token before ``{}`` per context vector; None takes CoOp's
                 "X X X X {}.".
-            classnames: the classes of a class-specific context, in the order of training (CoOp: sorted labels); not
-                looked at for a shared one.
-            position: the run's TRAINER.COOP.CLASS_TOKEN_POSITION, which the file does not tell; KgCoOp has "end" only.
+            classnames: names of the classes of a class-specific prompt, in the order of training (CoOp: sorted labels).
+                Not used for shared context vectors.
+            position: ``TRAINER.COOP.CLASS_TOKEN_POSITION`` of the run, which the file does not hold. KgCoOp always has
+                "end".
+
+        Raises:
+            FileNotFoundError: no checkpoint at ``path``.
+            ValueError: the file holds no context vectors, or other parameters as well.
         """
         found = read_prompt(path)
         return cls(
@@ -148,22 +176,22 @@ class Prompt(Solution):
         return self.ctx.shape[-2]
 
     def per_class(self, classnames: Sequence[str]) -> Prompt:
-        """The same prompt with a context of its own for every class."""
+        """A class-specific prompt, [C, n, W], that starts with these context vectors for every class."""
         if self.classnames is not None:
-            raise ValueError(f"ctx is class-specific already, got {list(self.ctx.shape)}")
+            raise ValueError(f"ctx must be shared by all classes, [n, W], got class-specific {list(self.ctx.shape)}")
         ctx = self.ctx.expand(len(classnames), -1, -1)
         return replace(self, ctx=ctx.clone(), classnames=tuple(classnames))
 
     # -- as a solution -------------------------------------------------------------------------------------------------
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
-        """The class embeddings of this text with the context vectors of each setting."""
+        """An edit that takes the class embeddings from the template with these context vectors."""
         return Edit(context=Context(states["ctx"], self.template, self.position, self.classnames))
 
     def zero_shot_points(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> list[Prompt]:
-        """The words of each template, and of the plain "a photo of a {}." last; those of this prompt's length first.
+        """Zero-shot prompts of the templates and, last, of "a photo of a {}."; those with this prompt's n come first.
 
-        A dataset's own template may have no words before the name: "{} texture.".
+        Templates without words before the class name, such as "{} texture.", are left out.
         """
         texts = [template for template in (*templates, PLAIN) if words_before(template)]
         points = [Prompt.from_template(clip, template, position=self.position) for template in texts]
@@ -171,11 +199,11 @@ class Prompt(Solution):
         return sorted(points, key=lambda point: point.ctx.shape != self.ctx.shape)
 
     def zero_shot_classes(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """The class embeddings of all templates together: context vectors have those of one text only."""
+        """Class embeddings averaged over all templates, [C, D]; a zero-shot prompt has those of one template."""
         return clip.class_embeddings(classnames, templates)
 
     def in_form_of(self, like: Solution) -> Prompt:
-        """With context vectors for each class, if the other prompt has them."""
+        """This prompt; expanded to class-specific context vectors if ``like`` has such."""
         if like.classnames is None or self.classnames is not None:
             return self
         return self.per_class(like.classnames)
@@ -185,7 +213,7 @@ class Prompt(Solution):
 
     @classmethod
     def restore(cls, config: Mapping[str, Any], tensors: State) -> Prompt:
-        position = config.get("position", "end")  # files from before the other positions do not have it
+        position = config.get("position", "end")  # old files have no position
         return cls(**tensors, template=config["template"], position=position, **common_fields(config))
 
     def check_width(self, clip: FrozenClip) -> None:
@@ -193,7 +221,11 @@ class Prompt(Solution):
             raise ValueError(f"ctx must have the text tower's width {clip.text.width}, got {list(self.ctx.shape)}")
 
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
-        """Also refuse other words behind the class name and another position: no line of context vectors joins them."""
+        """Check that a line joins two prompts.
+
+        In space "parameter", both must have equal shapes and classes, the same words after ``{}`` and the same
+        position. In space "embedding", any two prompts have a line.
+        """
         super().check_line(other, space=space)
         there = other.settings()
         template, position = there["template"], there["position"]
@@ -201,7 +233,8 @@ class Prompt(Solution):
             return
         if self.template.split("{}")[1] != template.split("{}")[1]:
             raise ValueError(
-                f"templates on one path of context vectors must end alike, got {self.template!r}, {template!r}"
+                f"templates on one path of context vectors must end alike after {{}}, got {self.template!r} and "
+                f"{template!r}"
             )
         if self.position != position:
             raise ValueError(
@@ -210,7 +243,7 @@ class Prompt(Solution):
 
     @property
     def form(self) -> Hashable:
-        """Only the words behind the class name matter: the words before it are replaced."""
+        """Key with the words after ``{}`` only: the context vectors replace the words before ``{}``."""
         return self.kind, self.template.split("{}")[1], self.position, tuple(self.ctx.shape), self.classnames
 
     @property
@@ -227,5 +260,5 @@ class Prompt(Solution):
 
 
 def placeholder_template(n_ctx: int, suffix: str = ".") -> str:
-    """CoOp's stand-in text: "X X X X {}."."""
+    """CoOp's placeholder text with n_ctx tokens before the class name, for example "X X X X {}."."""
     return " ".join(["X"] * n_ctx) + " {}" + suffix

@@ -1,4 +1,4 @@
-"""Residual: a vector per class, added to the class embedding of whatever solution it stands on."""
+"""Residual: one vector per class that is added to the class embedding of the solution below."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from mergetune.solutions.stack import Stack
 
 @dataclass(frozen=True, eq=False)
 class Residual(Solution):
-    """Class residuals, ``W_c = normalise(T_c + r_c)`` (TaskRes, arXiv 2211.10277).
+    """Class residuals: a vector r_c per class, ``W_c = normalise(T_c + r_c)`` (TaskRes, arXiv 2211.10277).
 
-    T_c is the unit-norm class embedding of the solution below, see :class:`mergetune.Stack`. A class without a row
-    keeps T_c, so that a residual of a few classes leaves all others as they were.
+    T_c is the unit-norm class embedding of the solution below in a :class:`mergetune.Stack`. A class without a row
+    keeps T_c.
 
     Attributes:
-        rows: r, [R, D] float32.
-        classnames: R names.
-        backbone, fingerprint: the CLIP that it was made for, if known; the fingerprint is the image tower's.
-        notes: settings and origin, JSON-able, kept with the file.
+        rows: the vectors r, [R, D] float32.
+        classnames: R names, one per row.
+        backbone, fingerprint: CLIP that the residual was made for, if known; fingerprint of its image tower.
+        notes: settings and origin, JSON-able; saved with the residual.
 
     Example:
-        >>> import torch
-        >>> Residual(torch.zeros(2, 512), ("cat", "dog")).numbers
+        >>> import mergetune as mt, torch
+        >>> residual = mt.Residual(torch.zeros(2, 512), ("cat", "dog"))
+        >>> mt.Stack(mt.Templates(("a photo of a {}.",)), residual).numbers
         1024
     """
 
@@ -55,26 +56,26 @@ class Residual(Solution):
 
     @classmethod
     def zeros(cls, clip: FrozenClip, classnames: Sequence[str]) -> Residual:
-        """The zero-shot point: residuals that change nothing."""
+        """Zero residuals for these classes, the start of training: they change nothing."""
         rows = torch.zeros(len(check_classnames(classnames)), clip.embed_dim, device=clip.device)
         return cls(rows, tuple(classnames), backbone=clip.name, fingerprint=clip.image_fingerprint)
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
-        """Its rows are added to the class embeddings."""
+        """An edit that adds the rows to the class embeddings."""
         return Edit(rows=(ClassRows(self.classnames, states["rows"], added=True),))
 
     def zero_shot_points(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> list[Residual]:
-        """Zeros: the solution below, unchanged."""
+        """Zero residuals: they leave the solution below unchanged."""
         return [replace(self, rows=torch.zeros_like(self.rows))]
 
     def distance(self, states: State, to: State) -> Tensor:
-        """Mean over classes of half the squared distance, so that its weight does not depend on their number."""
+        """Half the squared distance, averaged over classes, [M]: its scale does not depend on the number of classes."""
         return 0.5 * (states["rows"] - to["rows"]).square().sum(-1).mean(-1)
 
     def check_classes(self, classnames: Sequence[str]) -> None:
-        """At least one of the classes must have a row; the others fall back to the solution below."""
+        """Check that at least one class has a row; the others keep the embeddings of the solution below."""
         if not set(classnames) & set(self.classnames):
-            raise ValueError(f"classnames must share a class with the residual's, got {list(classnames)[:3]}")
+            raise ValueError(f"classnames must contain a class of the residual, got {list(classnames)[:3]}")
 
     def check_width(self, clip: FrozenClip) -> None:
         if self.rows.shape[1] != clip.embed_dim:
@@ -90,15 +91,15 @@ class Residual(Solution):
 
 
 def read_taskres(path: str | Path) -> tuple[Tensor, Tensor]:
-    """The class embeddings and the residuals of a TaskRes checkpoint, both [C, D] float32.
+    """Read the class embeddings and the residuals of a TaskRes checkpoint, both [C, D] float32.
 
-    The file does not hold the factor on the residuals (RESIDUAL_SCALE, 0.5, for Oxford Flowers 1) and no class names.
+    The file holds neither class names nor the factor on the residuals (RESIDUAL_SCALE: 0.5, for Oxford Flowers 1).
 
     Args:
-        path: ``prompt_learner/model.pth.tar-N``, or its folder.
+        path: the file ``prompt_learner/model.pth.tar-N``, or its folder.
 
     Raises:
-        ValueError: not such a checkpoint.
+        ValueError: the file is not a TaskRes checkpoint.
     """
     file = checkpoint_file(path)
     state = state_dict_of(file, load_tensors(file))
@@ -115,13 +116,16 @@ def read_taskres(path: str | Path) -> tuple[Tensor, Tensor]:
 def open_taskres(
     path: str | Path, *, classnames: Sequence[str], factor: float = 0.5, logit_scale: float = 100.0
 ) -> Stack:
-    """A TaskRes checkpoint as a stack: its class embeddings as a cosine classifier, and the residuals on them.
+    """Read a TaskRes checkpoint as a stack of a cosine classifier (its class embeddings) and the residuals.
 
     Args:
-        path: see :func:`read_taskres`.
+        path: the file ``prompt_learner/model.pth.tar-N``, or its folder.
         classnames: C names, in the order of training.
-        factor: on the residuals, TRAINER.TaskRes.RESIDUAL_SCALE of the run, which the file does not tell.
+        factor: factor on the residuals, ``TRAINER.TaskRes.RESIDUAL_SCALE`` of the run. The file does not hold it.
         logit_scale: factor on the logits; 100 for OpenAI's models.
+
+    Raises:
+        ValueError: the file is not a TaskRes checkpoint.
     """
     base, rows = read_taskres(path)
     notes = {"checkpoint": checkpoint_file(path).name, "factor": factor}

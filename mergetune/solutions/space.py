@@ -1,6 +1,6 @@
-"""Space: what solutions of one form compute for fixed classes, at any points; loss and accuracy there.
+"""Space: class features, image features and logits as functions of a stacked state; loss and accuracy at its points.
 
-Shapes: M points, K solutions, B images, C classes, D embedding width.
+Shapes: M points (the settings of a stacked state), K solutions, B images, C classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ from mergetune.facts.function_options import SPACES
 from mergetune.solutions.base import Solution, State, inputs, stack_states, weighted_sums
 from mergetune.solutions.kinds import check_compatible
 
-CHUNK = 1 << 25  # numbers of class weights that are made at once: 128 MB in float32
-ROWS = 2048  # images at a time
-SHARES = "image shares"  # name of a state's part: shares of the ends' image features. They are no lengths.
+CHUNK = 1 << 25  # class-weight values computed at once: 128 MB in float32
+ROWS = 2048  # images per batch
+SHARES = "image shares"  # state entry with the weights that mix the ends' image features; no coordinate of the space
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """A space of solutions: what each of its points, a stacked state, computes for fixed classes.
+    """A space of solutions for fixed classes: what an edited CLIP computes as a function of a stacked state.
 
-    Made by :func:`space_of` for solutions of one form, and by :func:`span` for some solutions. The objective, paths,
-    planes, spectra, Fisher information, merging and accuracy are written on it.
+    The M settings of a stacked state are points of the space. Training objective, paths, planes, spectra, merging and
+    accuracy use these functions alone, so they work for every kind of solution. :func:`space_of` makes a space whose
+    points are states of one form; :func:`span` makes a space that holds given solutions.
 
     Attributes:
-        classes: states -> class features as they are interpolated, [M, C, D] or [M, C, D + 1], not normalised.
-        images: states and the inputs of B images -> unit-norm image features [M, B, D]; None where features do not
-            depend on the state: then they are the inputs, [B, D].
-        between: points on the line from one stacked state to another, see :meth:`Solution.between`.
+        classes: states -> class features as they are interpolated, [M, C, D] or [M, C, D + 1] (with a bias), not
+            normalised.
+        images: states and the inputs of B images -> unit-norm image features, [M, B, D]. None if image features do not
+            depend on the state: then the inputs are the features, [B, D].
+        between: function that gives points on the line between two stacked states, see :meth:`Solution.between`.
         scale: factor on the logits.
-        normalize: whether class features are made unit norm before the product.
+        normalize: whether class features are scaled to unit norm before the product with image features.
         width: D.
-        encoder: the packed text tower, where class features come from context vectors.
-        mixture: points at mixtures of some states, see :meth:`Solution.mixture`.
+        encoder: the packed text tower if class features come from context vectors, else None.
+        mixture: function that mixes several states, see :meth:`Solution.mixture`.
     """
 
     classes: Callable[[State], Tensor]
@@ -52,15 +54,15 @@ class Space:
     mixture: Callable[[State, Tensor], State] = weighted_sums
 
     def unit(self, weights: Tensor) -> Tensor:
-        """Class features as they meet image features."""
+        """Class features as the logits use them: scaled to unit norm if ``normalize``."""
         return F.normalize(weights, dim=-1) if self.normalize else weights
 
     def features(self, states: State, x: Tensor) -> Tensor:
-        """Image features, unit norm: [M, B, D], or x itself, [B, D], where they do not depend on the state."""
+        """Unit-norm image features, [M, B, D]; x itself, [B, D], if features do not depend on the state."""
         return x if self.images is None else self.images(states, x)
 
     def logits(self, states: State, x: Tensor) -> Tensor:
-        """[M, B, C] for the inputs of B images."""
+        """Logits [M, B, C] for the inputs of B images."""
         weights = self.unit(self.classes(states))
         return self.scale * inputs(self.features(states, x.to(weights)), weights) @ weights.mT
 
@@ -73,17 +75,27 @@ def space_of(
     precision: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Space:
-    """The space of solutions like ``form``: its points are stacked states.
+    """The space whose points are states of the same form as the state of ``form``.
 
     Args:
-        clip: the CLIP that they were made for.
-        form: one of them.
-        classnames: C names; for a solution with classes of its own those, in its order.
-        precision: of the towers.
-        backend: "torch": plain autograd in the text tower, differentiable any number of times.
+        clip: the CLIP that the solution was made for.
+        form: a solution; its texts, logit scale and classes hold for all points.
+        classnames: C names; for a solution with ``classnames``, these names in the same order.
+        precision: precision of the towers.
+        backend: "torch" runs the text tower with plain autograd, differentiable any number of times. None runs the
+            fused text tower, differentiable once.
 
     Raises:
-        ValueError: a CLIP or class names that do not belong to the solution.
+        ValueError: the CLIP or the class names do not belong to the solution.
+
+    Example:
+        >>> import mergetune as mt
+        >>> from mergetune.solutions import space_of, stack_states
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> prompts = [mt.Prompt.random(clip, n_ctx=2, seed=seed) for seed in (1, 2, 3)]
+        >>> space = space_of(clip, prompts[0], ["cat", "dog"])
+        >>> space.classes(stack_states([prompt.state() for prompt in prompts])).shape  # [M, C, D]
+        torch.Size([3, 2, 128])
     """
     form.check(clip)
     form.check_classes(classnames)
@@ -102,32 +114,32 @@ def space_of(
     )
 
 
-# -- some solutions in one space ---------------------------------------------------------------------------------------
+# -- given solutions as points of one space ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Some solutions as points of one space.
+    """K solutions as points of one space, which also contains their mixtures: the points of lines and planes.
 
     Attributes:
-        space: where they lie.
-        ends: K of them, one stacked state.
+        space: the space that holds the solutions.
+        ends: the K solutions as one stacked state of the space.
     """
 
     space: Space
     ends: State
 
     def points(self, mixtures: Tensor) -> State:
-        """The points at mixtures of the ends.
+        """M points that mix the ends, as a stacked state.
 
         Args:
-            mixtures: each point's shares of the ends, which sum to 1, [M, K] float64.
+            mixtures: weight of each end in each point, [M, K] float64; each row sums to 1.
         """
         return self.space.mixture(self.ends, mixtures.to(next(iter(self.ends.values())).device))
 
     @property
     def size(self) -> int:
-        """How many numbers one point has."""
+        """Number of values in the state of one point."""
         return sum(end[0].numel() for end in self.ends.values())
 
 
@@ -140,16 +152,20 @@ def span(
     precision: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Span:
-    """Put solutions of one kind into one space; the last one's text, scale and classes are those of all.
+    """Put solutions of one kind into one space. Texts and logit scale of the last solution hold for all points.
 
     Args:
         clip: the frozen CLIP of all solutions.
-        solutions: of one kind.
+        solutions: K solutions of one kind.
         classnames: C names.
-        space: "embedding" interpolates class features before their normalisation, and image features where solutions
-            change them; "parameter" interpolates what was trained.
-        precision: of the points and of the towers.
+        space: "embedding" interpolates class features before their normalisation, and image features if the solutions
+            change them; "parameter" interpolates the states.
+        precision: precision of the states and of the towers.
         backend: see :func:`space_of`.
+
+    Raises:
+        ValueError: an unknown ``space``, or solutions that no line joins.
+        TypeError: solutions of several kinds.
     """
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
@@ -168,7 +184,7 @@ def span(
 def _embedded(
     clip: FrozenClip, solutions: Sequence[Solution], classnames: Sequence[str], precision: torch.dtype
 ) -> Span:
-    """Class features as a state, and each end's share of the image features, where ends differ in them."""
+    """The span in space "embedding". Its state holds class features, and mixing weights if image features change."""
     last = solutions[-1]
     own = [image_features(clip, solution) for solution in solutions]
     state = {"classes": torch.stack([s.class_weights(clip, classnames).to(clip.device) for s in solutions])}
@@ -195,7 +211,7 @@ def _embedded(
 
 
 def image_features(clip: FrozenClip, solution: Solution) -> Callable[[Tensor], Tensor] | None:
-    """A solution's image features, [B, ...] -> [B, D] unit norm; None where it takes cached features as they are."""
+    """Function for a solution's unit-norm image features, [B, ...] -> [B, D]; None if cached features are unchanged."""
     edit = solution.edit(clip, stack_states([solution.state()], clip.device))
     images = prepare_images(clip, edit, solution.image_input)
     return None if images is None else lambda x: images(edit, x)[0]
@@ -207,14 +223,17 @@ def _to(precision: torch.dtype, state: State) -> State:
 
 @torch.no_grad()
 def measure(at: Span, mixtures: Tensor, images: Batches) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean cross-entropy, and accuracy in percent, at mixtures of the K ends.
+    """Mean cross-entropy and accuracy at M mixtures of K solutions.
 
-    The text tower takes many points at once, and images are read once for them all.
+    Many points are encoded in one call of the text tower, and images are read once for all points of that call.
 
     Args:
-        at: the solutions.
-        mixtures: each point's shares of the ends, which sum to 1, [M, K] float64.
-        images: with labels.
+        at: the K solutions.
+        mixtures: weight of each solution in each point, [M, K] float64; each row sums to 1.
+        images: images with labels.
+
+    Returns:
+        The M losses, and the M accuracies in percent.
     """
     losses, hits, space = [], [], at.space
     device = next(iter(at.ends.values())).device
@@ -222,7 +241,7 @@ def measure(at: Span, mixtures: Tensor, images: Batches) -> tuple[tuple[float, .
     for chunk in mixtures.to(device).split(max(1, CHUNK // numbers)):
         states = at.points(chunk)
         weights = space.unit(space.classes(states))
-        weights = weights.expand(len(chunk), -1, -1)  # they may not depend on the state
+        weights = weights.expand(len(chunk), -1, -1)  # one row of settings if class features do not depend on the state
         loss, right = torch.zeros(2, len(weights), dtype=torch.float64, device=device)
         for rows, labels, _ in images.batches(ROWS):
             x, labels = space.features(states, rows.to(weights)), labels.to(device)

@@ -1,4 +1,4 @@
-"""Stack: solutions on top of each other; the base has the class embeddings, the top one is trained."""
+"""Stack: solutions applied one after the other; the first makes class embeddings, the last is trained."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from mergetune.solutions.base import COMMON, Solution, State, check_fields, comm
 
 @dataclass(frozen=True, init=False, eq=False)
 class Stack(Solution):
-    """A base and what was put on it: ``Stack(prompt, linear_map, residual)``.
+    """Several solutions applied in order to one CLIP, for example ``Stack(prompt, linear_map, residual)``.
 
-    The edits are applied in order: first those of the base, then those of each solution above it. All but the top are
-    frozen: :func:`mergetune.tune` makes a stack from ``base=``, and :func:`mergetune.fit` goes on training its top.
+    The first part, the base, makes the class embeddings; each further part edits what the parts before it give. Only
+    the last part, the top, is trained; all others are frozen. :func:`mergetune.tune` with ``base=`` returns a stack,
+    and :func:`mergetune.fit` of a stack continues training its top.
 
     Attributes:
-        parts: from the base up; a stack among them is taken apart.
-        backbone, fingerprint: those of the base.
-        notes: settings and origin, JSON-able, kept with the file.
+        parts: the solutions from the base to the top; a stack among the arguments contributes its parts.
+        backbone, fingerprint: CLIP that the stack was made for; by default that of the base.
+        notes: settings and origin, JSON-able; saved with the stack.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> residual = mt.Residual(torch.zeros(2, 512), ("cat", "dog"))
+        >>> stack = mt.Stack(mt.Templates(("a photo of a {}.",)), mt.LinearMap(torch.eye(512)), residual)
+        >>> [part.kind for part in stack.parts]
+        ['templates', 'map', 'residual']
+        >>> list(stack.state())
+        ['residual.rows']
     """
 
     parts: tuple[Solution, ...]
@@ -58,25 +68,25 @@ class Stack(Solution):
         }.items():
             object.__setattr__(self, name, value)
 
-    # -- its parts -----------------------------------------------------------------------------------------------------
+    # -- the parts -----------------------------------------------------------------------------------------------------
 
     @property
     def base(self) -> Solution:
-        """All but the top: a solution, or a stack."""
+        """All parts below the top, as one solution: the only other part, or a stack."""
         return self.parts[0] if len(self.parts) == 2 else Stack(*self.parts[:-1])
 
     @property
     def top(self) -> Solution:
-        """The part that is trained."""
+        """The last part, which is trained."""
         return self.parts[-1]
 
     @property
-    def tower(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # of the base, not of the class
+    def tower(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base's, not a constant
         return self.parts[0].tower
 
     @property
     def image_input(self) -> ImageInput:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The earliest of those that its parts read: the others are made of it."""
+        """The earliest image input among the parts; the inputs of the other parts are computed from it."""
         return earliest_input([part.image_input for part in self.parts])
 
     @property
@@ -85,7 +95,7 @@ class Stack(Solution):
 
     @property
     def classnames(self) -> tuple[str, ...] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The classes that it is limited to: the base's, since the others fall back to the base."""
+        """The classes of the base; the other parts do not limit the classes, they fall back to the base."""
         return self.parts[0].classnames
 
     @property
@@ -99,18 +109,18 @@ class Stack(Solution):
     # -- as a solution -------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """The top's state, its names prefixed by its kind: "residual.rows"."""
+        """The state of the top; each name is prefixed with the kind of the top, for example "residual.rows"."""
         return self._named(len(self.parts) - 1, self.top.state())
 
     def with_state(self, state: State, **changes: Any) -> Stack:
-        """The same base with another state of the top."""
+        """A stack of the same parts in which the top has another state."""
         top = self.top.with_state(self._of_top(state))
         given = {"notes": self.notes, "backbone": self.backbone, "fingerprint": self.fingerprint} | changes
         return Stack(*self.parts[:-1], top, **given)
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
-        """The edits of all parts, from the base up."""
-        if clip not in self._edits:  # the same object every time, so that what does not change is computed once
+        """The edits of all parts, applied from the base to the top."""
+        if clip not in self._edits:  # the same Edit object in each call, so that frozen parts are computed once
             self._edits.clear()
             self._edits[clip] = self._edit_of_base(clip)
         return self._edits[clip].under(self.top.edit(clip, self._of_top(states)))
@@ -124,14 +134,14 @@ class Stack(Solution):
         return found
 
     def zero_shot_points(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> list[Stack]:
-        """The base, unchanged by the top."""
+        """Stacks of the same base and a zero-shot top, which leaves the base unchanged."""
         points = self.top.zero_shot_points(clip, classnames, templates)
         return [
             Stack(*self.parts[:-1], point, backbone=self.backbone, fingerprint=self.fingerprint) for point in points
         ]
 
     def between(self, a: State, b: State, t: float | Tensor) -> State:
-        """The line of the top."""
+        """States on the line of the top; the other parts are the same at both ends."""
         return self._named(len(self.parts) - 1, self.top.between(self._of_top(a), self._of_top(b), t))
 
     def mixture(self, ends: State, shares: Tensor) -> State:
@@ -147,7 +157,7 @@ class Stack(Solution):
         return self.top.distance(self._of_top(states), self._of_top(to))
 
     def rescaled(self, logit_scale: float) -> Stack:
-        """Itself: the top was trained at the scale of the base."""
+        """The stack itself: its top was trained at the logit scale of its base."""
         return self
 
     def check_width(self, clip: FrozenClip) -> None:
@@ -163,15 +173,20 @@ class Stack(Solution):
             part.check_classes(classnames)
 
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
-        """Also refuse another base: a line leads through the tops alone."""
+        """Check that a line joins two stacks: the same parts below the top, and tops that a line joins."""
         assert isinstance(other, Stack)  # of the same kind
         if len(self.parts) != len(other.parts) or any(
             a.form != b.form or not all(map(torch.equal, a.state().values(), b.state().values()))
             for a, b in zip(self.parts[:-1], other.parts[:-1], strict=True)
         ):
-            raise ValueError("stacks on one path must have one base: only their tops differ on the way")
+            raise ValueError(
+                "stacks on one path must have the same base (all parts below the top), got different ones: tune both "
+                "on one base"
+            )
         if type(self.top) is not type(other.top):
-            raise TypeError(f"stacks on one path must have tops of one kind, got {self.top.kind} and {other.top.kind}")
+            raise TypeError(
+                f"stacks on one path must have tops of the same kind, got {self.top.kind} and {other.top.kind}"
+            )
         self.top.check_line(other.top, space=space)
 
     @property
@@ -200,7 +215,7 @@ class Stack(Solution):
         }
 
     def saved_state(self) -> State:
-        """The states of all parts."""
+        """The states of all parts, each name prefixed with the kind of its part."""
         return {name: t for i, part in enumerate(self.parts) for name, t in self._named(i, part.saved_state()).items()}
 
     @classmethod
@@ -231,7 +246,7 @@ class Stack(Solution):
 
 
 def _prefixes(kinds: Sequence[str]) -> list[str]:
-    """The prefix of each part's tensors: its kind, and a number from the second of a kind on."""
+    """Prefix of the tensor names of each part: its kind; from the second part of a kind on, also a number."""
     seen, found = Counter(), []
     for kind in kinds:
         seen[kind] += 1

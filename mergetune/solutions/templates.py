@@ -1,4 +1,4 @@
-"""Templates: zero-shot class embeddings as a solution; nothing is trained."""
+"""Templates: the zero-shot class embeddings of texts as a solution without trained tensors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from mergetune.solutions.base import Solution, State, common_fields
 
 @dataclass(frozen=True, eq=False)
 class Templates(Solution):
-    """The zero-shot class embeddings of one or more texts, averaged: the base of a stack where nothing was tuned.
+    """Zero-shot class embeddings, averaged over one or more texts: a solution with an empty state.
+
+    Templates serve as the base of a :class:`mergetune.Stack` on an untuned CLIP.
 
     Attributes:
-        texts: each with ``{}`` where the class name goes.
-        backbone, fingerprint: the CLIP that it belongs to, if known; the fingerprint is the text tower's.
-        notes: JSON-able, kept with the file.
+        texts: the templates, each with ``{}`` in the place of the class name.
+        backbone, fingerprint: CLIP that the solution belongs to, if known; fingerprint of its text tower.
+        notes: JSON-able; saved with the solution.
 
     Example:
-        >>> Templates(("a photo of a {}.",)).numbers
-        0
+        >>> import mergetune as mt
+        >>> mt.Templates(("a photo of a {}.", "a drawing of a {}.")).state()
+        {}
     """
 
     texts: tuple[str, ...] = (PLAIN,)
@@ -39,13 +42,13 @@ class Templates(Solution):
         object.__setattr__(self, "texts", check_templates(self.texts))
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
-        """Class embeddings of the texts."""
+        """An edit that takes the class embeddings from the texts."""
         return Edit(templates=self.texts)
 
     def zero_shot_points(
         self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]
     ) -> list[Templates]:
-        """Itself."""
+        """The solution itself, which is zero-shot."""
         return [self]
 
     def settings(self) -> dict[str, Any]:

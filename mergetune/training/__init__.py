@@ -1,4 +1,4 @@
-"""Training: the objective, the schedule, runs that resume, stage 1 and stage 2."""
+"""Training: stage 1 (tune), stage 2 (fit), their objective and schedule, and runs that resume."""
 
 from typing import TYPE_CHECKING
 

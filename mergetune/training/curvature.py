@@ -1,4 +1,4 @@
-"""Diagonals H for the second-order surrogate of the zero-shot path."""
+"""The Fisher diagonal H of the second-order surrogate of the zero-shot path."""
 
 from __future__ import annotations
 
@@ -20,24 +20,31 @@ def fisher_diagonal(
     unit_mean: bool = True,
     batch_size: int = 4096,
 ) -> Tensor:
-    """Diagonal Gauss-Newton (Fisher) of the zero-shot classifier's cross-entropy, on unlabelled features.
+    """Diagonal of the Fisher (Gauss-Newton) matrix of a zero-shot classifier's cross-entropy, on unlabelled features.
 
-    ``h[c, d] = scale^2 * mean_x p_c (1 - p_c) x_d^2``, for the surrogate normalised to mean 1, so that lam keeps its
-    meaning. The labels are not used: the expectation over them is the classifier's own.
+    With the class probabilities p of the classifier, ``h[c, d] = scale^2 * mean_x p_c (1 - p_c) x_d^2``. Labels are not
+    used: the expectation over labels is taken under p.
 
     Args:
-        features: image features; a tensor is [N, D].
-        w1: the zero-shot solution, [C, D].
+        features: image features x; a tensor must be [N, D].
+        w1: class weights of the zero-shot solution, [C, D].
         scale: logit scale.
-        normalize: whether class weights are made unit norm before the product.
-        unit_mean: divide h by its mean over classes and dimensions; False gives h itself, as merging wants it.
-        batch_size: rows at a time.
+        normalize: whether class weights are scaled to unit norm before the product.
+        unit_mean: divide h by its mean over classes and dimensions, so that ``lam`` of :func:`mergetune.fit` has the
+            same meaning for all surrogates. False returns h, which merging needs.
+        batch_size: images per batch.
 
     Returns:
-        [C, D] float32.
+        h, [C, D] float32.
 
     Raises:
-        ValueError: the mean is to be 1, and the classifier is so sure of every image that its Fisher vanishes.
+        ValueError: ``unit_mean`` is set and h is 0, because the classifier is certain of every image.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> h = mt.fisher_diagonal(torch.eye(3), torch.eye(3)[:2], scale=10.0)
+        >>> h.shape, round(h.mean().item(), 4)
+        (torch.Size([2, 3]), 1.0)
     """
     weights = (F.normalize(w1, dim=-1) if normalize else w1).float()
     total = torch.zeros_like(weights, dtype=torch.float64)

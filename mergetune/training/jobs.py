@@ -1,4 +1,4 @@
-"""A training run before its first step: its optimiser and schedule, and what it is put together of."""
+"""Job: a checked training run before its first step, with optimiser, schedule and objective."""
 
 from __future__ import annotations
 
@@ -21,12 +21,18 @@ TOWER_PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Training:
-    """The optimiser and its schedule: warm-up epochs at a constant rate, then a cosine by epoch.
+    """Optimiser and learning-rate schedule: warm-up epochs at a constant rate, then a cosine that falls per epoch.
 
-    The defaults beside epochs, batch_size and lr are those of CoOp's family.
+    The defaults are those of the CoOp family.
 
     Attributes:
-        batch_size: images per step; None is all of them.
+        epochs: number of epochs, including the warm-up.
+        batch_size: images per step; None takes all images in each step.
+        lr: learning rate at the start of the cosine.
+        momentum: momentum of SGD.
+        weight_decay: weight decay.
+        warmup_epochs, warmup_lr: number of warm-up epochs and their learning rate.
+        seed: seed of the batch order, the views and the random path points.
         optimizer: "sgd" or "adam".
     """
 
@@ -59,7 +65,7 @@ class Training:
                 )
 
     def lr_at(self, epoch: int) -> float:
-        """Learning rate of an epoch. The cosine starts after the warm-up and spans all epochs, as in Dassl."""
+        """Learning rate of an epoch (from 0). As in Dassl, the cosine starts after the warm-up and spans ``epochs``."""
         if epoch < self.warmup_epochs:
             return self.warmup_lr
         return self.lr * 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / self.epochs))
@@ -67,15 +73,15 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A training run before its first step: what :func:`tune` and :func:`fit` check and put together.
+    """A checked training run before its first step; :func:`tune_job` and :func:`fit_job` make one.
 
     Attributes:
         clip: the frozen CLIP.
-        objective: what is minimised.
-        start: where; the result is a solution of its kind.
-        features: few-shot features.
-        training: the optimiser.
-        settings: every argument that the result depends on beside start, features, val and clip, JSON-able.
+        objective: the loss that is minimised.
+        start: the solution at which training starts; the result has the same kind.
+        features: few-shot training images.
+        training: optimiser and schedule.
+        settings: all other arguments that the result depends on, JSON-able.
         cuda_graph, val, resume, progress: see :func:`fit`.
     """
 
@@ -92,45 +98,48 @@ class Job:
 
     @property
     def batches(self) -> int:
-        """Batches an epoch: whole ones only (the last few images wait for the next epoch), as in Dassl."""
+        """Number of batches per epoch, full ones only: as in Dassl, an epoch skips the left-over images."""
         return len(self.features) // self.batch_size
 
     @property
     def batch_size(self) -> int:
+        """Images per step; at most the number of training images."""
         size = self.training.batch_size
         return len(self.features) if size is None else min(size, len(self.features))
 
     @property
     def pace(self) -> Hashable:
-        """Key of jobs that can be trained together: same text encoder, same number of steps per epoch and of epochs."""
-        if self.objective.space.encoder is None or self.cuda_graph:  # no encoder to share; a graph is of one run
+        """Key of jobs that can train together: same text encoder, same number of steps per epoch and of epochs."""
+        if (
+            self.objective.space.encoder is None or self.cuda_graph
+        ):  # no encoder to share, or a CUDA graph, which serves one run
             return id(self)
         encoder = id(self.clip), self.features.classnames, self.start.form, self.settings["precision"]
         return encoder, self.batches, self.training.epochs
 
 
 def training_of(options: Any) -> Training:
-    """The training of :class:`TuneOptions` or :class:`FitOptions`."""
+    """The optimiser and schedule in the options of :func:`tune` or :func:`fit`."""
     return Training(**{field.name: getattr(options, field.name) for field in fields(Training)})
 
 
 def without_sgd(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run, without its optimiser if that is SGD: files of version 0.1, which had no other, agree."""
+    """Settings without ``optimizer`` if it is "sgd", so that they equal settings in files of version 0.1."""
     return {name: value for name, value in settings.items() if (name, value) != ("optimizer", "sgd")}
 
 
 def check_features(clip: FrozenClip, solution: Solution, features: Batches, val: Batches | None) -> None:
-    """Refuse images that do not belong to the CLIP, to the solution, or to each other.
+    """Check that training and validation images fit the CLIP, the solution and each other.
 
     Raises:
-        ValueError: says which.
+        ValueError: the images do not fit; the message names the argument and the rule.
     """
     for name, cache in (("features", features), ("val", val)):
         if cache is None:
             continue
         if cache.holds != solution.image_input:
             raise ValueError(
-                f"{name} must hold what a {solution.kind} reads of images, {solution.image_input}, got {cache.holds}"
+                f"{name} must hold the image input of a {solution.kind}, {solution.image_input}, got {cache.holds}"
             )
         width = getattr(cache, "dim", clip.embed_dim)
         if width != clip.embed_dim:
@@ -149,21 +158,24 @@ def check_features(clip: FrozenClip, solution: Solution, features: Batches, val:
         raise ValueError(
             f"features must hold images of every class, got none of {features.classnames[int(counts.argmin())]!r}"
         )
-    # The same picture under two names is the data set's own affair; the same name with the same features is a leak.
+    # A picture under two names may belong to the dataset; the same name with the same features is a leak.
     if val is not None and (both := features.shared_with(val).tolist()):
         what = f"{val.files[both[0]]!r}" if val.files else f"row {both[0]}"
         raise ValueError(f"val must not share images with features, got {len(both)} in both, {what} among them")
 
 
 def check_cuda_graph(wanted: bool, device: torch.device, *, random: bool = False) -> None:
+    """Raise ValueError if a CUDA graph is wanted without a CUDA device or with random path points."""
     if wanted and device.type != "cuda":
-        raise ValueError(f"cuda_graph needs a CLIP on a CUDA device, got {device}")
+        raise ValueError(f"cuda_graph must be False unless the CLIP is on a CUDA device, got a CLIP on {device}")
     if wanted and random:
-        raise ValueError("cuda_graph must be False with grid='random': a graph replays the points it was captured with")
+        raise ValueError(
+            "cuda_graph must be False with grid='random': a graph would repeat the points of the captured step"
+        )
 
 
 def tower_precision(precision: str, device: torch.device) -> str:
-    """The precision of the text tower; "auto" is bfloat16 where the machine multiplies it faster than float32."""
+    """Precision of the text tower. "auto" gives "bfloat16" if the device multiplies it faster than float32."""
     if precision not in ("auto", *TOWER_PRECISIONS):
         raise ValueError(f"precision must be one of auto, {', '.join(TOWER_PRECISIONS)}, got {precision!r}")
     if precision != "auto":

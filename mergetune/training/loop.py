@@ -1,4 +1,4 @@
-"""The training loop of both stages, for one run or several in lockstep."""
+"""The training loop of both stages, for one run or for several runs that train together."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ from mergetune.training.jobs import Job
 from mergetune.training.objective import Batch, Objective, products_with, together
 from mergetune.training.runs import FitResult, TrainingRun
 
-MAX_PRODUCTS = 1 << 28  # bytes of anchors' products that are kept for all features
+MAX_PRODUCTS = 1 << 28  # most bytes for the cached products of anchors and features
 
 
 def train_together(jobs: Sequence[Job]) -> list[FitResult]:
-    """Train several runs, in lockstep where they share the text encoder: one call of it serves a step of all of them.
+    """Train several runs. Runs with equal ``pace`` train together: one text-tower call per step serves all of them.
 
-    Each run has its own loss, batches, optimiser, ``val`` and ``resume``, and is up to rounding what it is alone.
-    Killed, the same call goes on; runs that are behind catch up first.
+    Each run keeps its loss, batches, optimiser, ``val`` and ``resume``. Up to rounding, a run gives the same result as
+    when it is trained alone. If the process is killed, the same call continues: runs that are behind catch up first.
 
     Args:
-        jobs: of :func:`tune_job` and :func:`fit_job`.
+        jobs: results of :func:`tune_job` and :func:`fit_job`.
 
     Returns:
-        Their results, in this order.
+        One result per job, in the same order.
 
     Raises:
-        ValueError: jobs with one folder for ``resume``, or folders that hold other runs.
-        FloatingPointError: see :func:`fit`; of several runs it says which.
+        ValueError: two jobs have the same ``resume`` folder, or a folder holds another run.
+        FloatingPointError: a loss became NaN or infinite, see :func:`fit`; the message names the run.
     """
     folders = [Path(job.resume).resolve() for job in jobs if job.resume is not None]
     if repeated := [folder for folder in folders if folders.count(folder) > 1]:
-        raise ValueError(f"resume must be a folder for each run, got {repeated[0]} twice")
-    runs = [TrainingRun(job, _which(jobs, i)) for i, job in enumerate(jobs)]  # all are read before any is trained
+        raise ValueError(f"resume must be a different folder for each run, got {repeated[0]} twice")
+    runs = [
+        TrainingRun(job, _which(jobs, i)) for i, job in enumerate(jobs)
+    ]  # reads and checks all folders before any run trains
     for group in _groups(runs):
         _train(group)
     return [run.result() for run in runs]
 
 
 def _which(jobs: Sequence[Job], i: int) -> str:
-    """What an error says of run i, where there are others."""
+    """Description of run i for errors; empty if there is one run."""
     if len(jobs) == 1:
         return ""
     return f" of run {i + 1} of {len(jobs)}" + ("" if jobs[i].resume is None else f" ({jobs[i].resume})")
 
 
 def _groups(runs: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
-    """The unfinished runs, in parts that go in lockstep."""
+    """The unfinished runs, in groups that train together."""
     by_pace: dict[Hashable, list[TrainingRun]] = {}
     for run in runs:
         if len(run.history) < run.job.training.epochs:
@@ -62,7 +64,7 @@ def _groups(runs: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
         parts = 1
         encoder = alike[0].job.objective.space.encoder
         if len(alike) > 1 and encoder is not None:
-            # Beyond this many states the encoder recomputes activations, which costs as much as lockstep saves.
+            # Beyond this many states the encoder recomputes activations, which costs what training together saves.
             settings = max(run.job.objective.settings for run in alike)
             parts = math.ceil(len(alike) / max(1, encoder.at_once // settings))
         for part in range(parts):
@@ -70,7 +72,7 @@ def _groups(runs: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
 
 
 def _train(runs: Sequence[TrainingRun]) -> None:
-    """SGD on objectives from their starts: the loop of both stages, for one run or several in lockstep."""
+    """Train a group of runs together, from the epoch that each run has reached."""
     job = runs[0].job
     products = {run: _anchor_products(run.job, MAX_PRODUCTS // len(runs)) for run in runs}
     epochs = range(min(len(run.history) for run in runs), job.training.epochs)
@@ -101,7 +103,7 @@ def _train(runs: Sequence[TrainingRun]) -> None:
 def _gradients(
     objectives: Sequence[Objective], states: Sequence[State], batches: Sequence[Batch]
 ) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
-    """Each run's loss of its batch, the terms and the gradients to its state, all by one backward."""
+    """Loss, terms and gradients of each run on its batch, with one backward pass for all runs."""
     losses, terms = zip(*together(objectives, states, batches), strict=True)
     gradients = iter(torch.autograd.grad(losses, [tensor for state in states for tensor in state.values()]))
     own = [[next(gradients) for _ in state] for state in states]
@@ -109,18 +111,18 @@ def _gradients(
 
 
 def _capture(gradients: Callable[..., list], batches: Sequence[Batch]) -> Callable[..., list]:
-    """The same function as one CUDA graph: batches are copied to where the first ones lie, the results stay in place.
+    """Capture ``gradients`` as a CUDA graph; the returned function copies batches into its inputs and replays it.
 
-    The optimisers step outside of it, so that their learning rates may change.
+    The results stay in the same tensors. Optimiser steps are not captured, so learning rates may change.
     """
 
     def tensors(batch: Sequence[object]) -> list[Tensor]:
-        return [t for t in batch if isinstance(t, Tensor)]  # neither the generator, which is unused, nor None
+        return [t for t in batch if isinstance(t, Tensor)]  # without the generator (not used) and None
 
     static = [tuple(t.clone() if isinstance(t, Tensor) else t for t in batch) for batch in batches]
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries choose their algorithms and take their workspaces here
+    with torch.cuda.stream(aside):  # libraries choose algorithms and allocate workspaces
         for _ in range(3):
             gradients(static)
     torch.cuda.current_stream().wait_stream(aside)
@@ -139,7 +141,7 @@ def _capture(gradients: Callable[..., list], batches: Sequence[Batch]) -> Callab
 
 
 def _anchor_products(job: Job, most: int) -> Tensor | None:
-    """The anchors' products with all features, [K, N, C], where there is one view of each and few enough bytes."""
+    """Products of the anchors with all features, [K, N, C]; None if these vary per step or need too much memory."""
     objective, features, device = job.objective, job.features, job.clip.device
     if objective.anchors is None or features.views > 1:
         return None

@@ -1,8 +1,10 @@
-"""The LMC objective: anchors, grids of path points and surrogates, put together for one set of classes.
+"""The LMC objective of both stages: cross-entropy, surrogate of the zero-shot path, and paths to fine-tuned anchors.
 
     L(w) = CE(w) + lam * S(w; w1) + sum_k beta_k * mean_n CE(w2_k + a_n (w - w2_k))        (arXiv 2601.10497)
 
-Shapes: B batch, C classes, D embedding width, K anchors, N points on a path.
+w is the trained solution, w1 the zero-shot solution, w2_k an anchor (a fine-tuned solution), a_n a path point.
+
+Shapes: B images of a batch, C classes, D embedding width, K anchors, N points per path, M settings of a stacked state.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from mergetune.solutions import Space, State, inputs
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
-    """The fine-tuned solutions w2, at the far ends of the paths.
+    """The fine-tuned solutions w2, from which the paths lead to the trained solution.
 
     Attributes:
-        classes: their class features, [K, C, D], for space "embedding".
-        images: their image features for what is read of B images, [K, B, D], for space "embedding"; None where those
-            are the trained solution's.
-        state: their stacked state, for space "parameter"; None is space "embedding".
+        classes: class features of the anchors, [K, C, D], for space "embedding".
         betas: weight of each path, [K].
-        alphas: fixed path points, [N]; None draws ``points`` uniform ones at every step.
-        points: N.
+        alphas: fixed path points, [N]; None draws uniform random points in every step.
+        points: N, the number of random points.
+        images: function of the inputs of B images that returns the anchors' image features, [K, B, D], for space
+            "embedding"; None if solutions of this kind leave image features unchanged.
+        state: the anchors as one stacked state, for space "parameter"; None selects space "embedding".
     """
 
     classes: Tensor
@@ -46,7 +48,7 @@ class Anchors:
         return len(self.classes)
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
-        """The path points of a step, [N]."""
+        """The path points of one step, [N]."""
         if self.alphas is not None:
             return self.alphas
         return torch.rand(self.points, generator=generator, dtype=torch.float64)
@@ -54,15 +56,17 @@ class Anchors:
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """The zero-shot solution w1, and how the surrogate measures the distance to it.
+    """The surrogate S(w; w1): how far the trained solution is from the zero-shot solution w1.
+
+    The surrogate is measured on class embeddings (then ``classes`` is set) or on states (then ``distance`` is set).
 
     Attributes:
         lam: weight of the surrogate.
-        surrogate: one of ``SURROGATES``; "identity" and "fisher" are diagonal, "cosine" and "l2" are the official
-            code's.
-        classes: class features of w1, [C, D]: the surrogate is taken on class embeddings.
-        curvature: the diagonal of "fisher", [C, D].
-        distance: states -> the surrogate, [M]: it is taken on the state, ``classes`` is None.
+        surrogate: one of ``SURROGATES``, on class embeddings: "identity" and "fisher" have a diagonal H; "cosine" and
+            "l2" come from the official code.
+        classes: class features of w1, [C, D].
+        curvature: the diagonal H of "fisher", [C, D].
+        distance: function of stacked states that returns the surrogate on states, [M].
     """
 
     lam: float
@@ -74,13 +78,15 @@ class Near:
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """The loss of a solution's state on a batch. Without anchors and w1 it is plain cross-entropy.
+    """The loss as a function of a solution's state and a batch. Without anchors and surrogate: plain cross-entropy.
+
+    The objective uses only the functions of :class:`mergetune.solutions.Space`, so it serves every kind of solution.
 
     Attributes:
-        space: of the solution.
-        anchors: the fine-tuned solutions, and their paths.
-        near: the zero-shot solution, and the surrogate.
-        backend: see :func:`mergetune.ops.lmc_loss`.
+        space: the space of the trained solution.
+        anchors: the fine-tuned solutions and their paths, or None.
+        near: the surrogate of the zero-shot path, or None.
+        backend: implementation of the fused loss, see :func:`mergetune.ops.lmc_loss`.
     """
 
     space: Space
@@ -90,13 +96,13 @@ class Objective:
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """The names of the terms that a call returns."""
+        """Names of the terms that a call returns."""
         paths = 0 if self.anchors is None else len(self.anchors)
         return ("endpoint", "surrogate", *(f"path_{k + 1}" for k in range(paths)))
 
     @property
     def settings(self) -> int:
-        """Number of states that one call encodes: the solution's, and in space "parameter" every path point's."""
+        """Number of states that one step encodes as class features: w and, in space "parameter", every path point."""
         anchors = self.anchors
         if anchors is None or anchors.state is None:
             return 1
@@ -110,22 +116,23 @@ class Objective:
         generator: torch.Generator | None = None,
         anchor_dots: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss and its terms without their weights.
+        """Compute the loss and its terms on a batch.
 
         Args:
-            state: what is trained.
-            x: image features, [B, D], or what the solution reads of images.
-            labels: [B].
-            generator: draws the path points of grid "random".
-            anchor_dots: :meth:`anchor_products` of x, where they are known, [K, B, C].
+            state: the trained state.
+            x: image features, [B, D], or the image inputs of the solution's kind.
+            labels: class indices, [B].
+            generator: random generator of the path points of grid "random".
+            anchor_dots: :meth:`anchor_products` of x, [K, B, C], if already computed.
 
         Returns:
-            The loss, differentiable in ``state``, and [2 + K] terms, named by ``term_names``.
+            The loss, differentiable in ``state``, and the detached terms without their weights, [2 + K], in the order
+            of ``term_names``.
         """
         return together([self], [state], [(x, labels, generator, anchor_dots)])[0]
 
     def anchor_products(self, x: Tensor) -> Tensor | None:
-        """``x @ anchors.T``, [K, B, C], which can be made once for all features; None where it is not needed."""
+        """``x @ anchors.T``, [K, B, C], which can be computed once for all features; None if the loss needs none."""
         if self.anchors is None or self.anchors.state is not None or self.space.images is not None:
             return None
         return products_with(self.anchors.classes, x)
@@ -133,7 +140,7 @@ class Objective:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def stack(self, state: State, alphas: Tensor | None) -> list[State]:
-        """What a step encodes, as stacked states: the state, and the points of its paths in space "parameter"."""
+        """Stacked states that one step encodes: the state and, in space "parameter", the points of each path."""
         end = {name: tensor[None] for name, tensor in state.items()}
         if alphas is None or self.anchors is None or self.anchors.state is None:
             return [end]
@@ -147,13 +154,13 @@ class Objective:
         self, states: list[State], classes: list[Tensor], x: Tensor, labels: Tensor, alphas: Tensor | None,
         anchor_dots: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The loss and its terms.
+        """The loss and its terms, from encoded class features.
 
         Args:
-            states: of :meth:`stack`.
-            classes: their class features, [M, C, D] each.
+            states: result of :meth:`stack`.
+            classes: class features of each stacked state, [M, C, D] each.
             x, labels: the batch.
-            alphas: the path points, [N]; None where there are no paths.
+            alphas: path points, [N]; None without anchors.
             anchor_dots: see :meth:`__call__`.
         """
         anchors, space = self.anchors, self.space
@@ -195,9 +202,12 @@ class Objective:
         return loss + (anchors.betas.to(points) * points).sum(), torch.cat([terms, points.detach()])
 
     def _points(self, weights: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy at each of M points, [M]: of class features [M, C, D], image features [B, D] or [M, B, D].
+        """Mean cross-entropy at each of M points, [M].
 
-        Every point's class features come from the text tower itself: the definition of LMC.
+        Args:
+            weights: class features of the points, [M, C, D].
+            features: image features, [B, D] or [M, B, D].
+            labels: class indices, [B].
         """
         unit = self.space.unit(weights)
         x = inputs(features, unit)
@@ -208,7 +218,7 @@ class Objective:
     def _embedding_paths(
         self, anchors: Anchors, w: Tensor, features: Tensor, x: Tensor, labels: Tensor, alphas: Tensor
     ) -> Tensor:
-        """Mean cross-entropy over the points of each path, [K], where image features differ between its ends."""
+        """Mean cross-entropy over the points of each path, [K], if image features differ between the ends of a path."""
         t = alphas.to(w).view(-1, 1, 1)
         assert anchors.images is not None  # the trained solution changes images, and its anchors are of its form
         theirs = anchors.images(x)
@@ -220,7 +230,7 @@ class Objective:
         return torch.stack(found)
 
     def _surrogate(self, w: Tensor) -> Tensor:
-        """The official code's distances of class features [C, D]."""
+        """Distance "cosine" or "l2" of class features [C, D] to those of w1, as in the official code."""
         near = self.near
         assert near is not None and near.classes is not None
         if near.surrogate == "cosine":
@@ -229,27 +239,32 @@ class Objective:
 
     @property
     def _is_diagonal(self) -> bool:
-        """Whether the fused op computes the surrogate: on unit norm, 1 - cos is the identity's 1/2 |t - t1|^2."""
+        """Whether the fused op computes the surrogate. For unit-norm t, "cosine" equals "identity", 1/2 |t - t1|^2."""
         surrogate = "" if self.near is None else self.near.surrogate
         return surrogate in ("identity", "fisher") or (surrogate == "cosine" and self.space.normalize)
 
 
 def products_with(anchors: Tensor, x: Tensor) -> Tensor:
-    """Features [B, D] times the anchors' class features [K, C, D], [K, B, C]."""
+    """Products of features [B, D] with the class features of the anchors [K, C, D]: [K, B, C]."""
     return inputs(x, anchors) @ anchors.mT
 
 
 Batch = tuple[Tensor, Tensor, torch.Generator | None, Tensor | None]
-"""What a call of an objective takes behind the state."""
+"""The arguments of an objective after the state: image inputs, labels, generator, anchor products."""
 
 
 def together(
     objectives: Sequence[Objective], states: Sequence[State], batches: Sequence[Batch]
 ) -> list[tuple[Tensor, Tensor]]:
-    """What each objective gives for its own state and batch, with one call of the text tower that all of them share.
+    """Evaluate each objective on its state and batch, with one text-tower call for all of them.
+
+    Args:
+        objectives: objectives that share a text encoder.
+        states: one state per objective.
+        batches: one batch per objective.
 
     Returns:
-        Loss and terms of each, as :meth:`Objective.__call__` does.
+        Loss and terms of each objective, as :meth:`Objective.__call__` returns them.
     """
     alphas = [
         None if objective.anchors is None else objective.anchors.draw(batch[2])
@@ -264,8 +279,8 @@ def together(
 
 
 def _classes(space: Space, states: Sequence[State]) -> list[Tensor]:
-    """Class features of each stacked state, with one call for those of one shape."""
-    if len(states) == 1:  # not copied: a head is its own class features, and they may be many
+    """Class features of each stacked state; states of the same shape are encoded in one call."""
+    if len(states) == 1:  # without a copy, since the class features of a head may be large
         return [space.classes(states[0])]
     groups: dict[tuple, list[int]] = {}
     for i, state in enumerate(states):
@@ -275,22 +290,34 @@ def _classes(space: Space, states: Sequence[State]) -> list[Tensor]:
         joined = {name: torch.cat([states[i][name] for i in members]) for name in states[members[0]]}
         sizes = [len(next(iter(states[i].values()))) for i in members]
         made = space.classes(joined)
-        made = made.expand(sum(sizes), -1, -1) if len(made) == 1 else made  # they may not depend on the state
+        made = made.expand(sum(sizes), -1, -1) if len(made) == 1 else made  # they may be the same for all states
         found |= dict(zip(members, made.split(sizes), strict=True))
     return [found[i] for i in range(len(states))]
 
 
 def path_points(grid: str | Sequence[float], points: int) -> Tensor | None:
-    """The points a_n of a path; 0 is the fine-tuned solution, 1 is w.
+    """The points a_n of a path, where 0 is the fine-tuned solution and 1 is the trained solution w.
 
     Args:
-        grid: "even": ``points`` evenly spaced in [0, 1) (the paper); "official": ``arange(0.1, 1.01, 1 / points)``, the
-            official code's: .1 .3 .5 .7 .9 for 5, but fewer points than asked for from 12 on, and for some the
-            last a hair above 1; "random": uniform, new at every step; or the points themselves.
-        points: N; not used with points of your own.
+        grid: one of these names, or a list of points in [0, 1]:
+
+            - "even": N evenly spaced points in [0, 1), as in the paper;
+            - "official": ``arange(0.1, 1.01, 1 / N)`` as in the official code. N = 5 gives .1 .3 .5 .7 .9; from N = 12
+              on there are fewer than N points, and for some N the last point lies slightly above 1;
+            - "random": uniform random points, drawn in every step.
+        points: N; not used with a list of points.
 
     Returns:
-        float64 [N], or None for "random".
+        Points, [N] float64, or None for "random".
+
+    Raises:
+        TypeError: ``grid`` is neither a name nor a list.
+        ValueError: an unknown name, points outside [0, 1], or N below 1.
+
+    Example:
+        >>> from mergetune.training.objective import path_points
+        >>> path_points("even", 5).tolist()
+        [0.0, 0.2, 0.4, 0.6, 0.8]
     """
     if not isinstance(grid, str):
         if not isinstance(grid, Sequence | np.ndarray | Tensor):

@@ -1,4 +1,4 @@
-"""The state of a training run: its epochs, how it is kept on disk and resumed, and its result."""
+"""TrainingRun: the state of a run in training, its files for resuming, and FitResult, its result."""
 
 from __future__ import annotations
 
@@ -35,14 +35,21 @@ RESULT, STATE = "result.json", "state.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
-    """What a training run leaves.
+    """The result of :func:`mergetune.tune` and :func:`mergetune.fit`.
 
     Attributes:
-        solution: what was found.
-        history: one entry an epoch: lr, loss, every term of the loss, and val_accuracy where there was a val set.
+        solution: the trained solution; with ``val``, that of the best epoch.
+        history: one entry per epoch: lr, loss, every term of the loss and, with ``val``, val_accuracy.
         settings: every argument that the result depends on, JSON-able.
-        timings: seconds, steps, milliseconds a step; of this process alone if the run was resumed. Of runs that were
-            trained together each has an equal part of the seconds.
+        timings: seconds, steps and ms_per_step. A resumed run counts only the last process; runs that train together
+            share the seconds equally.
+
+    Example:
+        >>> import mergetune as mt, tempfile, torch
+        >>> head, folder = mt.Head(torch.eye(2), ("cat", "dog")), tempfile.mkdtemp()
+        >>> mt.FitResult(head, history=(), settings={"method": "head"}, timings={}).save(folder)
+        >>> mt.FitResult.load(folder).settings
+        {'method': 'head'}
     """
 
     solution: Solution
@@ -67,10 +74,14 @@ class FitResult:
 
 
 class TrainingRun:
-    """The state of a training run: what it is made of, its epochs, and how it is kept on disk.
+    """The state of a run in training: current and best solution, optimiser, history, and the file for resuming.
 
-    Every epoch draws from a generator of its own, seeded by (seed, epoch): what a resumed run needs is the solution's
-    state, the optimiser's and the history, no more.
+    Each epoch uses a new random generator with a seed from (seed, epoch). A resumed run therefore needs only the
+    states of solution and optimiser and the history.
+
+    Args:
+        job: the checked run.
+        which: description of the run for errors; empty if there is one run.
     """
 
     def __init__(self, job: Job, which: str) -> None:
@@ -103,12 +114,17 @@ class TrainingRun:
             self.read(self.folder)
 
     def begin(self, epoch: int) -> Tensor:
-        """Set the epoch's learning rate; give the place for the loss and terms of its steps."""
+        """Set the learning rate of an epoch; return a tensor of zeros for loss and terms, [steps, 1 + terms]."""
         self.optimizer.param_groups[0]["lr"] = self.job.training.lr_at(epoch)
         return torch.zeros(self.job.batches, len(self.names), device=self.job.clip.device)
 
     def batches(self, epoch: int, products: Tensor | None) -> Iterator[Batch]:
-        """The batches of an epoch."""
+        """Batches of one epoch (see :data:`Batch`), in a random order that depends on seed and epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            products: anchor products of all training images, [K, N, C], or None.
+        """
         features, size = self.job.features, self.job.batch_size
         generator = torch.Generator().manual_seed((self.job.training.seed << 20) + epoch)
         order = torch.randperm(len(features), generator=generator)
@@ -121,7 +137,12 @@ class TrainingRun:
             yield x, self.labels[there], generator, None if products is None else products[:, there]
 
     def end(self, epoch: int, record: Tensor) -> None:
-        """Check an epoch, evaluate it and write it down."""
+        """Finish an epoch: check for NaN, add the epoch to the history and save the state.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            record: loss and terms of each step, [steps, 1 + terms].
+        """
         _check_finite(record, self.state, self.names, epoch, self.which)
         self.steps += len(record)
         entry = {
@@ -136,6 +157,7 @@ class TrainingRun:
             self.write(self.folder)
 
     def result(self) -> FitResult:
+        """The result: the solution of the best epoch, or of the last one without ``val``."""
         start, clip = self.job.start, self.job.clip
         notes = {"settings": self.settings, "best_epoch": self.best_epoch, "start": start.notes}
         return FitResult(
@@ -152,7 +174,7 @@ class TrainingRun:
         )
 
     def add(self, entry: dict[str, float]) -> None:
-        """Append an epoch; the best one is that of the highest val accuracy, or the last where there is no val set."""
+        """Append an epoch to the history. The best one has the highest val accuracy, or is the last without ``val``."""
         scores = [past.get("val_accuracy", -1.0) for past in self.history]
         if "val_accuracy" not in entry or not scores or entry["val_accuracy"] > max(scores):
             self.best, self.best_epoch = self._copy(), entry["epoch"]
@@ -168,7 +190,7 @@ class TrainingRun:
         return accuracy(space.classes(states)[0], val, normalize=space.normalize, images=images).accuracy
 
     def write(self, folder: Path) -> None:
-        """Replace the state on disk in one step, so that a kill leaves the old one or the new one."""
+        """Replace the state on disk atomically: a killed process leaves the old or the new state."""
         tensors: State = {}
         for name, tensor in self.state.items():
             tensors[f"state.{name}"], tensors[f"best.{name}"] = tensor.detach(), self.best[name]
@@ -222,7 +244,7 @@ class TrainingRun:
 
 
 def _renamed(tensors: State, names: list[str]) -> State:
-    """The tensors of a state file of version 0.1, which knew one parameter: a head's bias was its last column."""
+    """Tensors of a state file under today's names. Version 0.1 had one parameter, with a head's bias as last column."""
     if "parameter" not in tensors:
         return tensors
     found = {}
@@ -236,7 +258,7 @@ def _renamed(tensors: State, names: list[str]) -> State:
 
 
 def _check_finite(record: Tensor, state: State, names: Sequence[str], epoch: int, which: str) -> None:
-    """One look an epoch, so that the loop never waits for the device."""
+    """Raise FloatingPointError for NaN or inf. Called once per epoch, so that no step waits for the device."""
     broken = ~record.isfinite()
     if broken.any():
         step = int(broken.any(1).int().argmax())
@@ -245,7 +267,7 @@ def _check_finite(record: Tensor, state: State, names: Sequence[str], epoch: int
         value = record[step, names.index(name)].item()
         raise FloatingPointError(
             f"the term {name!r}{which} became {value} at step {epoch * len(record) + step + 1} (epoch {epoch + 1}): "
-            "lower lr, or look at the features"
+            "lower lr, or check the features"
         )
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise FloatingPointError(
@@ -254,7 +276,7 @@ def _check_finite(record: Tensor, state: State, names: Sequence[str], epoch: int
 
 
 def short_digest(*parts: Tensor | str) -> str:
-    """Short SHA-256 of tensors and texts."""
+    """First 16 hex digits of the SHA-256 of tensors and texts."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):

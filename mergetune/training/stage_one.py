@@ -1,4 +1,4 @@
-"""Stage 1: tune() fine-tunes a prompt, a head, a class residual or an image map on cached features."""
+"""Stage 1: tune() trains a prompt, a head, a class residual or an image map on cached features."""
 
 from __future__ import annotations
 
@@ -49,40 +49,59 @@ def tune(
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> FitResult:
-    """Stage 1: fine-tune on cached features.
+    """Stage 1: fine-tune a solution of one kind on cached few-shot features.
 
     Args:
         clip: the frozen CLIP that the features come from.
         features: few-shot features of the classes to learn.
-        method: "coop" (arXiv 2109.01134), "kgcoop" (arXiv 2303.13283: cross-entropy + ``kg_weight`` * (1 - cos)),
-            "head" (linear head started at the zero-shot weights), "residual" (a vector per class, added to the class
-            embeddings of ``base``) or "map" (a matrix on the image features below ``base``). The last two give a
-            :class:`mergetune.Stack` of the base, which stays as it is, and what was trained.
-        base: of "residual" and "map": a solution. None: the zero-shot class embeddings of ``zero_shot``.
-        template: the text whose words the context starts from; for a head its zero-shot text.
-        n_ctx: a random start with so many context tokens instead.
-        class_specific: separate context vectors for each class.
-        position: of the class name, "end", "middle" or "front" (CoOp's CLASS_TOKEN_POSITION).
-        zero_shot: templates of the class embeddings that KgCoOp stays near, and that a head, a residual or a map starts
-            from; None: ``template``.
-        kg_weight: KgCoOp's weight.
-        lam: weight of the distance to the base. A residual r costs ``lam`` times the mean over classes of 1/2 |r|^2; a
-            map A costs ``lam |A - I|^2``. None: 8 and 0.5.
-        epochs, batch_size, lr, optimizer, momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`Training`.
-            None: the method's own, of CoOp's family SGD with 50 epochs, 32 images per step, 2e-3; of a residual and a
-            map Adam with 300 steps of all images, 1e-3.
-        seed: of the random start and the order of the batches.
-        precision: of the text tower: "float32", "bfloat16", or "auto", the faster one here. What is trained, its
-            optimiser and the loss are float32.
-        backend: see :func:`mergetune.ops.lmc_loss`.
-        cuda_graph: capture a step once and replay it; for a CLIP on a GPU.
-        val: features for choosing the best epoch; never the test set.
-        resume: a folder for the state of the run; a killed run that is given it again goes on from its last epoch.
-        progress: show a bar where stderr is a terminal.
+        method: what is trained:
+
+            - "coop": a prompt (arXiv 2109.01134);
+            - "kgcoop": a prompt near the zero-shot class embeddings (arXiv 2303.13283), with the loss cross-entropy +
+              ``kg_weight`` * mean(1 - cos);
+            - "head": a linear head that starts at the zero-shot weights;
+            - "residual": a vector per class that is added to the class embeddings of ``base``;
+            - "map": a matrix on image features, with the class embeddings of ``base``.
+
+            "residual" and "map" return a :class:`mergetune.Stack` of the unchanged base and the trained part.
+        base: solution below a residual or a map. None takes the zero-shot class embeddings of ``zero_shot``.
+        template: text whose words the context vectors start from; for a head, its zero-shot text.
+        n_ctx: number of context vectors that start at random values; None starts from the words of ``template``.
+        class_specific: train separate context vectors for each class.
+        position: place of the class name, "end", "middle" or "front" (CoOp's CLASS_TOKEN_POSITION).
+        zero_shot: templates of the zero-shot class embeddings, to which KgCoOp stays near and at which a head, a
+            residual or a map starts. None takes ``template``.
+        kg_weight: weight of KgCoOp's distance.
+        lam: weight of the distance to the base: ``lam * mean_c 1/2 |r_c|^2`` for a residual r,
+            ``lam * |A - I|^2`` for a map A. None takes 8 for a residual, 0.5 for a map.
+        epochs, batch_size, lr, optimizer, momentum, weight_decay, warmup_epochs, warmup_lr: optimiser and schedule, see
+            :class:`mergetune.training.jobs.Training`. None takes the method's default: for prompts and heads SGD, 50
+            epochs, 32 images per step, lr 2e-3; for residuals and maps Adam, 300 steps of all images, lr 1e-3.
+        seed: seed of the random start and of the batch order.
+        precision: precision of the text tower, "float32", "bfloat16", or "auto" for the faster one on this device. The
+            trained tensors, the optimiser and the loss are float32.
+        backend: implementation of the fused loss, see :func:`mergetune.ops.lmc_loss`.
+        cuda_graph: capture one step as a CUDA graph and replay it; needs a CLIP on a GPU.
+        val: validation features that select the best epoch. Do not pass the test set.
+        resume: folder for the state of the run. If the run is killed, the same call continues after its last epoch.
+        progress: show a progress bar if stderr is a terminal.
+
+    Returns:
+        The trained solution, with history, settings and timings.
 
     Raises:
-        ValueError: an argument out of its range; a base and features that do not belong together.
+        ValueError: an argument is out of range, or base, features and CLIP do not belong together.
         FloatingPointError: a term of the loss became NaN or infinite.
+
+    Example:
+        >>> import mergetune as mt
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
+        >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
+        >>> prompt = mt.tune(clip, features, method="coop", epochs=1).solution
+        >>> stack = mt.tune(clip, features, method="residual", base=prompt, epochs=1).solution
+        >>> prompt.kind, [part.kind for part in stack.parts]
+        ('prompt', ['prompt', 'residual'])
     """
     job = tune_job(
         clip, features,
@@ -105,11 +124,11 @@ def tune_job(
     progress: bool = True,
     **given: Any,
 ) -> Job:
-    """Check and put together a run of :func:`tune`, for :func:`train_together`.
+    """Check the arguments of :func:`tune` and return the run as a job, for :func:`train_together`.
 
     Args:
         clip, features, base, val, resume, progress: see :func:`tune`.
-        given: options of :class:`mergetune.facts.TuneOptions`.
+        given: the other options of :func:`tune`, see :class:`mergetune.facts.TuneOptions`.
     """
     options = TuneOptions(**given)
     if options.method not in TUNE_SETTINGS:
@@ -156,28 +175,32 @@ def tune_job(
 
 
 def _check_options(options: TuneOptions, base: Solution | None, *, on_base: bool) -> None:
-    """Refuse options that the method does not look at, and values out of their range."""
+    """Raise ValueError for values out of range and for options that the method does not use."""
     if not (math.isfinite(options.kg_weight) and options.kg_weight >= 0):
         raise ValueError(f"kg_weight must be finite and not negative, got {options.kg_weight!r}")
     if options.lam is not None and not (math.isfinite(options.lam) and options.lam >= 0):
         raise ValueError(f"lam must be finite and not negative, got {options.lam!r}")
     if options.lam is not None and not on_base:
-        raise ValueError(f"lam is for {' and '.join(TOP_METHODS)}, got {options.lam!r} for {options.method}")
+        raise ValueError(
+            f"lam must be None unless method is {' or '.join(TOP_METHODS)}, got {options.lam!r} for {options.method}"
+        )
     if base is not None and not on_base:
-        raise ValueError(f"base is for {' and '.join(TOP_METHODS)}, got one for {options.method}")
+        raise ValueError(
+            f"base must be None unless method is {' or '.join(TOP_METHODS)}, got a base for {options.method}"
+        )
     if base is not None and not isinstance(base, Solution):
-        raise TypeError(f"base must be a solution, got {base!r}: load it first")
+        raise TypeError(f"base must be a solution, got {base!r}: load a file with mergetune.open_solution")
     if (options.class_specific or options.n_ctx is not None) and options.method not in ("coop", "kgcoop"):
         raise ValueError(
-            f"n_ctx and class_specific are for prompts, got {options.n_ctx}, {options.class_specific} for a "
-            f"{options.method}"
+            f"n_ctx must be None and class_specific False for a method without a prompt, got {options.n_ctx} and "
+            f"{options.class_specific} for {options.method}"
         )
 
 
 def _start(
     clip: FrozenClip, classnames: Sequence[str], options: TuneOptions, texts: Sequence[str], base: Solution | None
 ) -> Solution:
-    """Where the method starts: words, random vectors, the zero-shot head, or the unchanged base."""
+    """The solution at which the method starts: a prompt of words or random vectors, a zero-shot head, or a stack."""
     if options.method in TOP_METHODS:
         below = Templates(tuple(texts), backbone=clip.name, fingerprint=clip.text_fingerprint) if base is None else base
         top = Residual.zeros(clip, classnames) if options.method == "residual" else LinearMap.identity_map(clip)

@@ -1,4 +1,4 @@
-"""Stage 2: fit() is MERGETUNE, from the zero-shot and the fine-tuned solutions to one with low-loss paths to both."""
+"""Stage 2: fit() is MERGETUNE. It trains a solution with low-loss paths to the zero-shot and fine-tuned solutions."""
 
 from __future__ import annotations
 
@@ -62,40 +62,58 @@ def fit(
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> FitResult:
-    """MERGETUNE: continue until one solution has a low-loss straight path to the zero-shot and to the fine-tuned ones.
+    """MERGETUNE: train one solution w with low-loss straight paths to the zero-shot and to the fine-tuned solutions.
 
-    The defaults are the paper's. The official code's settings are ``lam=10, surrogate="cosine", beta=1.0, tau=1.0,
-    grid="official", epochs=100``.
+    The loss is cross-entropy + ``lam`` * surrogate(w, zero-shot) + ``beta`` * mean cross-entropy on the path to
+    ``tuned``. The defaults are those of the paper (arXiv 2601.10497). The official code uses ``lam=10,
+    surrogate="cosine", beta=1.0, tau=1.0, grid="official", epochs=100``.
 
     Args:
         clip: the frozen CLIP that the features come from.
         features: the few-shot features that ``tuned`` was trained on.
-        tuned: the fine-tuned solution w2, or several.
-        zero_shot: the zero-shot solution w1: one or more templates, or a solution. None is "a photo of a {}.". What tau
-            mixes in is the words of the first template with as many tokens as tuned's context, else "a photo of a".
-        lam: weight of the surrogate for the zero-shot path, paper 8..16.
-        beta: weight of the path to ``tuned``, paper .1 ... 5; one for each of several.
-        tau: where the search starts, ``(1 - tau) w1 + tau w2`` in [0, 1]; the mean of several w2.
-        points: N points on each path, paper 5..10.
-        grid: "even", "official", "random" or the points themselves, see
+        tuned: the fine-tuned solution w2, or several solutions of one kind.
+        zero_shot: the zero-shot solution w1, as one or more templates or as a solution. None takes "a photo of a {}.".
+            The start of a prompt mixes ``tuned`` with the words of the first template that has as many tokens as
+            ``tuned`` has context vectors, or with "a photo of a" if no template has.
+        lam: weight of the surrogate of the path to w1; 8 to 16 in the paper.
+        beta: weight of the path to each w2, one number or one per solution; 0.1 to 5 in the paper.
+        tau: start of the training, ``(1 - tau) w1 + tau w2``, in [0, 1]; several w2 are averaged.
+        points: N, number of points on each path; 5 to 10 in the paper.
+        grid: "even", "official", "random" or a list of points, see
             :func:`mergetune.training.objective.path_points`.
-        surrogate: "identity" (the paper's: 1/2 |t - t1|^2, which on unit class embeddings is 1 - cos), "fisher"
-            (diagonal Gauss-Newton), "cosine" or "l2" (official code). On class weights, in both spaces.
-        space: "embedding" interpolates class embeddings (official code), "parameter" what is trained; one for heads.
-        epochs, batch_size, lr: paper 50, 128, 2e-3.
-        optimizer, momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`Training`.
-        seed: of the order of the batches, the choice of views and the random grid.
-        precision: of the text tower: "float32", "bfloat16", or "auto", the faster one here. What is trained, its
-            optimiser and the loss are float32.
-        backend: see :func:`mergetune.ops.lmc_loss`.
-        cuda_graph: capture a step once and replay it; for a CLIP on a GPU, and not with ``grid="random"``.
-        val: features for choosing the best epoch; never the test set.
-        resume: a folder for the state of the run; a killed run that is given it again goes on from its last epoch.
-        progress: show a bar where stderr is a terminal.
+        surrogate: "identity" (paper: 1/2 |t - t1|^2, which equals 1 - cos for unit class embeddings), "fisher"
+            (diagonal Gauss-Newton), "cosine" or "l2" (official code). Prompts and heads are compared by their class
+            weights t, in both spaces; other kinds by their states, with "identity" only.
+        space: what the paths interpolate: "embedding" the class embeddings (official code), "parameter" the trained
+            states. For heads both are the same.
+        epochs, batch_size, lr: 50, 128 and 2e-3 in the paper.
+        optimizer, momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`mergetune.training.jobs.Training`.
+        seed: seed of the batch order, the views and the random grid.
+        precision: precision of the text tower, "float32", "bfloat16", or "auto" for the faster one on this device. The
+            trained tensors, the optimiser and the loss are float32.
+        backend: implementation of the fused loss, see :func:`mergetune.ops.lmc_loss`.
+        cuda_graph: capture one step as a CUDA graph and replay it; needs a CLIP on a GPU and a fixed ``grid``.
+        val: validation features that select the best epoch. Do not pass the test set.
+        resume: folder for the state of the run. If the run is killed, the same call continues after its last epoch.
+        progress: show a progress bar if stderr is a terminal.
+
+    Returns:
+        The trained solution, of the kind of ``tuned``, with history, settings and timings.
 
     Raises:
-        ValueError: an argument out of its range; solutions, features and CLIP that do not belong together.
-        FloatingPointError: a term of the loss became NaN or infinite; says which one and at which step.
+        TypeError: ``tuned`` or ``zero_shot`` is no solution or of another kind.
+        ValueError: an argument is out of range, or solutions, features and CLIP do not belong together.
+        FloatingPointError: a term of the loss became NaN or infinite; the message names the term and the step.
+
+    Example:
+        >>> import mergetune as mt
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
+        >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
+        >>> tuned = mt.tune(clip, features, method="head", epochs=1).solution
+        >>> merged = mt.fit(clip, features, tuned, epochs=2).solution
+        >>> merged.kind, merged.classnames
+        ('head', ('cat', 'dog'))
     """
     job = fit_job(
         clip, features, tuned,
@@ -117,24 +135,26 @@ def fit_job(
     progress: bool = True,
     **given: Any,
 ) -> Job:
-    """Check and put together a run of :func:`fit`, for :func:`train_together`.
+    """Check the arguments of :func:`fit` and return the run as a job, for :func:`train_together`.
 
     Args:
         clip, features, tuned, val, resume, progress: see :func:`fit`.
-        given: options of :class:`mergetune.facts.FitOptions`.
+        given: the other options of :func:`fit`, see :class:`mergetune.facts.FitOptions`.
     """
     options = FitOptions(**given)
     training = training_of(options)
     precision = tower_precision(options.precision, clip.device)
     anchors = [tuned] if isinstance(tuned, Solution | str) else list(tuned)
     if others := [anchor for anchor in anchors if not isinstance(anchor, Solution)]:
-        raise TypeError(f"tuned must be a solution, or several, got {others[0]!r}: load it first")
+        raise TypeError(
+            f"tuned must be a solution, or several, got {others[0]!r}: load a file with mergetune.open_solution"
+        )
     if not anchors:
         raise ValueError("tuned must hold at least one solution, got none")
     betas = _betas(options, len(anchors))
     alphas = path_points(options.grid, options.points)
     check_cuda_graph(options.cuda_graph, clip.device, random=alphas is None)
-    # Heads come with the logit scale beside their weight or in it: one unit for all, so that lam and lr mean the same.
+    # A head's logit scale may be separate or part of its weight. One convention gives lam and lr one meaning.
     anchors = [anchor.rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
     solution, classnames = anchors[0], features.classnames
     for other in anchors[1:]:
@@ -175,12 +195,12 @@ def fit_job(
 
 
 def _betas(options: FitOptions, count: int) -> list[float]:
-    """The weight of each path; refuses values out of their range."""
+    """The weight of each path; raises ValueError for options out of range."""
     beta = options.beta
     one = isinstance(beta, Real | float | int)  # Real holds the others too, but not for type checkers
     betas = [float(beta)] * count if one else [float(b) for b in beta]
     if len(betas) != count:
-        raise ValueError(f"beta must be one number, or one for each of the {count} solutions, got {len(betas)}")
+        raise ValueError(f"beta must be one number, or one per solution ({count}), got {len(betas)}")
     for name, values in (("lam", [options.lam]), ("beta", betas)):
         if not all(math.isfinite(value) and value >= 0 for value in values):
             raise ValueError(
@@ -198,14 +218,12 @@ def _betas(options: FitOptions, count: int) -> list[float]:
 def _zero_shot(
     clip: FrozenClip, features: Batches, options: FitOptions, tuned: Solution, space: Space
 ) -> tuple[Near, str, Solution | None]:
-    """The surrogate around the zero-shot solution; a digest of that; and the solution that tau mixes in, if any."""
+    """The surrogate around the zero-shot solution w1, a digest of w1, and the w1 that the start mixes in, or None."""
     zero_shot, classnames = options.zero_shot, features.classnames
     given, templates = None, ()
     if isinstance(zero_shot, Solution):
         if type(zero_shot) is not type(tuned):
-            raise TypeError(
-                f"zero_shot must be a {tuned.kind} or templates where tuned is a {tuned.kind}, got a {zero_shot.kind}"
-            )
+            raise TypeError(f"zero_shot must be templates or a {tuned.kind}, the kind of tuned, got a {zero_shot.kind}")
         given = zero_shot.in_form_of(tuned)
         points: Sequence[Solution] = [given]
         if tuned.surrogate_on == "state":
@@ -216,8 +234,8 @@ def _zero_shot(
     if not points:
         if options.lam or options.tau < 1:
             raise ValueError(
-                f"lam must be 0 and tau 1 for a {tuned.kind}, got {options.lam} and {options.tau}: it has no zero-shot "
-                "point in its form"
+                f"lam must be 0 and tau 1 for a {tuned.kind}, which has no zero-shot solution, got {options.lam} and "
+                f"{options.tau}"
             )
         return Near(0.0, distance=lambda states: tuned.distance(states, states)), "none", None
     start = _start_at(points, tuned) if options.tau < 1 or tuned.surrogate_on == "state" else None
@@ -240,19 +258,19 @@ def _zero_shot(
 
 
 def _start_at(points: Sequence[Solution], tuned: Solution) -> Solution:
-    """The first zero-shot point that has the shapes of tuned."""
+    """The first zero-shot solution at which training of tuned can start; raises ValueError if there is none."""
     for point in points:
         if tuned.starts_at(point):
             return point
     theirs, own = ([list(t.shape) for t in s.state().values()][0] for s in (points[0], tuned))
     raise ValueError(
-        f"zero_shot must have tuned's shape {own} for tau < 1, got {theirs}: give a template with as many tokens "
-        "before {} as tuned has context vectors, or tau=1 to start at tuned"
+        f"zero_shot must have the shape of tuned, {own}, for tau < 1, got {theirs}: give a template with as many "
+        "tokens before {} as tuned has context vectors, or start at tuned with tau=1"
     )
 
 
 def _images_of(clip: FrozenClip, anchors: Sequence[Solution]) -> Callable[[Tensor], Tensor]:
-    """What is read of B images -> each anchor's image features, [K, B, D]."""
+    """Function of the inputs of B images that returns the image features of each anchor, [K, B, D]."""
     own = [image_features(clip, anchor) for anchor in anchors]
 
     @torch.no_grad()

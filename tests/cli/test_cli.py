@@ -13,7 +13,7 @@ from miniature import write_miniature
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mergetune import experiments, load_solution, open_solution
+from mergetune import load_solution, open_solution
 from mergetune.cli import app
 
 CLASSES = ("anchor", "bell", "camera", "heart")

@@ -144,7 +144,7 @@ def test_another_models_weights_are_refused(tiny_name, tmp_path):
     with pytest.raises(RuntimeError, match="state_dict"):
         load_clip(tiny_name, tmp_path / "other.pt")
     torch.save(open_clip.CLIP(8, VISION, {**TEXT, "width": 32}).state_dict(), tmp_path / "wide.pt")
-    with pytest.raises(RuntimeError, match="wide.pt are not those of 'tiny-test': text pos_embed width"):
+    with pytest.raises(RuntimeError, match="wide.pt do not fit the model 'tiny-test': text pos_embed width"):
         load_clip(tiny_name, tmp_path / "wide.pt")
 
 
@@ -320,7 +320,7 @@ def test_a_local_checkpoint_takes_the_preprocessing_of_all_tags(tiny_name, tmp_p
     default = json.loads(json.dumps(PreprocessCfg().mean))
     assert (cfg["mean"], cfg["resize_mode"]) == (([0.5] * 3, "squash") if taken else (default, "shortest"))
     if taken:
-        assert "weights.pt does not tell" in told[0] and "resize_mode squash" in told[0] and " size " not in told[0]
+        assert "weights.pt does not record" in told[0] and "resize_mode squash" in told[0] and " size " not in told[0]
 
 
 def test_a_tag_brings_its_own_preprocessing(tiny_name, monkeypatch):

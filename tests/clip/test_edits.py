@@ -346,8 +346,8 @@ REFUSED = [
     ({"weights": {PROJ: (2, 16, 9)}}, r"must have shape \[M, 16, 8\], got \[2, 16, 9\]"),
     ({"weights": {PROJ: (2, 16, 8), BIAS: (3, 16)}}, "of 2 settings or of one, got 3 for 'ln_final.bias'"),
     ({"weights": {"logit_scale": (2,)}}, "weights must not hold logit_scale: .* the edit's scale"),
-    ({"before": ("text", 3)}, "before must name blocks of the text tower, which are 0 to 2, got 3"),
-    ({"beside": ("image", -1)}, "beside must name blocks of the image tower, which are 0 to 2, got -1"),
+    ({"before": ("text", 3)}, "before must name blocks of the text tower, 0 to 2, got 3"),
+    ({"beside": ("image", -1)}, "beside must name blocks of the image tower, 0 to 2, got -1"),
     ({"beside": ("visual", 0)}, "beside must name a tower, one of text, image, got 'visual'"),
 ]
 
@@ -410,7 +410,7 @@ def test_inputs_that_an_image_tower_does_not_have_are_refused():
         prepare_images(resnet, hooked, "pixels")
     with pytest.raises(TypeError, match="image_tokens needs an image tower made of transformer blocks"):
         image_tokens(resnet, torch.zeros(1, 3, 32, 32), 0)
-    with pytest.raises(ValueError, match="block must be one of the image tower's, which are 0 to 2, got 3"):
+    with pytest.raises(ValueError, match="block must be one of the image tower's blocks, 0 to 2, got 3"):
         image_tokens(clip, pixels(clip), BLOCKS)
     with pytest.raises(ValueError, match="image_input must be one of 'pixels', .*got 'picture'"):
         prepare_images(clip, Edit(templates=(TEMPLATE,)), "picture")

@@ -117,7 +117,7 @@ def test_without_a_network_one_sentence_tells_what_is_missed_before_weights_are_
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: pytest.fail("fetches the weights"))
     named = open_clip.get_model_config(name)["text_cfg"]["hf_model_name"]
     tag = open_clip.list_pretrained_tags_by_model(name)[0] if open_clip.list_pretrained_tags_by_model(name) else "a tag"
-    with pytest.raises(RuntimeError, match=f"the text model of {name!r} must be described by {named!r}") as error:
+    with pytest.raises(RuntimeError, match=f"the text model of {name!r} needs the configuration of {named!r}") as error:
         load_clip(name, tag, cache_dir=tmp_path)
     assert f"config.json of hf-hub:{named} could not be downloaded" in str(error.value)
     assert "\n" not in str(error.value)
@@ -129,7 +129,7 @@ def test_a_tokenizer_that_was_not_fetched_is_missed(tmp_path, builtin):
     as_repository(write_text_model(tmp_path / "text", "bert", vocab_size=len(WORDS)), tmp_path / "cache", "org/text")
     name, weights = builtin(model, {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": HUB})
     with pytest.raises(
-        RuntimeError, match="tokenizer of 'tiny-test' must have a vocabulary, got one that does not tell"
+        RuntimeError, match="tokenizer of 'tiny-test' must have a vocabulary, got the same tokens for 'cat' and 'dog'"
     ):
         load_clip(name, weights, cache_dir=tmp_path / "cache")
 
@@ -142,7 +142,8 @@ def test_nothing_is_fetched_for_a_folder(tmp_path, monkeypatch):
     load_clip(f"local-dir:{folder}")
     (folder / "config.json").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"must hold config\.json, the configuration of its text model, as 'org/"
+        FileNotFoundError,
+        match=r"must hold config\.json, the configuration of its text model, got none: copy the file from 'org/",
     ):
         load_clip(f"local-dir:{folder}")
 
@@ -281,7 +282,7 @@ def test_damaged_configurations_are_named(tmp_path, content):
 def test_settings_that_do_not_fit_are_one_error(tmp_path, change):
     _, folder = hugging_face(tmp_path / "clip")
     edit(folder, **change)
-    with pytest.raises(ValueError, match=r"config\.json must describe a text model that can be made, got"):
+    with pytest.raises(ValueError, match=r"config\.json must describe a text model that can be built, got"):
         load_clip(f"local-dir:{folder}")
 
 
@@ -299,7 +300,7 @@ def test_a_text_model_is_not_far_larger_than_the_weights(tmp_path, monkeypatch, 
     _, folder = hugging_face(tmp_path / "clip", kind)
     edit(folder, **LARGE[kind])
     monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("room was made for it"))
-    with pytest.raises(ValueError, match="model_cfg must be the network of its weights, got one of at least"):
+    with pytest.raises(ValueError, match="model_cfg must describe the network of its weights, got one of at least"):
         load_clip(f"local-dir:{folder}")
 
 

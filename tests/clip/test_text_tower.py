@@ -442,7 +442,7 @@ def test_a_model_that_adds_to_its_tower_is_opaque():
 
 def test_a_model_that_gives_more_than_a_row_a_text_is_refused_by_name():
     clip = FrozenClip(tower(open_clip.CustomTextCLIP, pool_type="none"), Words(), "tiny")
-    with pytest.raises(TypeError, match=r"encode_text must give \[n, D\] for 5 texts, got .* from CustomTextCLIP"):
+    with pytest.raises(TypeError, match=r"encode_text must return \[n, D\] for 5 texts, got .* from CustomTextCLIP"):
         clip.class_embeddings(NAMES, "x {}")
 
 

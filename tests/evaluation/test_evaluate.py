@@ -308,13 +308,13 @@ def test_the_barrier_by_hand(alphas, loss, barrier):
 @pytest.mark.parametrize(
     ("kwargs", "error", "match"),
     [
-        ({"points": 1}, ValueError, "points must be at least 2, both ends, got 1"),
+        ({"points": 1}, ValueError, "points must be at least 2, for both ends, got 1"),
         ({"space": "weights"}, ValueError, "space must be one of embedding, parameter, got 'weights'"),
         ({"b": head(bias=False)}, TypeError, "one kind, got prompt and head"),
         (
             {"b": replace(prompt(), ctx=normal(2, 16), template="X X {}."), "space": "parameter"},
             ValueError,
-            "one shape",
+            "equal shapes",
         ),
     ],
 )
@@ -324,7 +324,7 @@ def test_paths_that_make_no_sense_are_refused(clip, kwargs, error, match):
 
 
 def test_heads_with_and_without_bias_are_refused_by_name(clip):
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="equal shapes"):
         path(clip, head(1, bias=False), head(2), cache(60))
 
 

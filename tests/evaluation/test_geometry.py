@@ -174,9 +174,9 @@ def test_between_two_solutions_the_spectrum_is_that_of_their_mixture(clip):
     ("arguments", "message"),
     [
         ({"solutions": {"a": prompt()}}, "solutions must be at least 2, got 1"),
-        ({"points": 1}, "points must be at least 2, both ends, got 1"),
+        ({"points": 1}, "points must be at least 2, for both ends, got 1"),
         ({"probes": 1}, "probes must be at least 2, got 1"),
-        ({"top": 0, "space": "parameter"}, r"top must lie in \[1, 63\], below the 64 numbers of a solution, got 0"),
+        ({"top": 0, "space": "parameter"}, r"top must lie in \[1, 63\], below the number of eigenvalues, got 0"),
         ({"top": 24}, r"top must lie in \[1, 23\]"),
         ({"space": "weights"}, "space must be one of embedding, parameter, got 'weights'"),
     ],

@@ -333,7 +333,7 @@ def test_proda_with_one_prompt_is_coops_format_and_with_several_is_refused(tmp_p
     torch.save({"state_dict": learner(context(1, N_CTX, WIDTH), **nc), "epoch": 5}, tmp_path / "one")
     assert torch.equal(read_prompt(tmp_path / "one").ctx, context(1, N_CTX, WIDTH)[0])
     torch.save({"state_dict": learner(context(8, N_CTX, WIDTH), **nc), "epoch": 5}, tmp_path / "many")
-    with pytest.raises(ValueError, match="got ProDA's distribution of 8"):
+    with pytest.raises(ValueError, match="got a distribution of 8"):
         read_prompt(tmp_path / "many")
 
 

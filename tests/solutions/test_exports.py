@@ -139,7 +139,7 @@ def test_what_coop_could_not_run_is_refused_and_nothing_written(clip, tmp_path, 
 
 def test_a_tower_without_start_token_is_not_coops(tmp_path):
     prompt = replace(make("prompt"), fingerprint=None)
-    with pytest.raises(ValueError, match="clip must have one start token before a text, as CoOp's has, got 0"):
+    with pytest.raises(ValueError, match="clip must have one start token before a text, as in CoOp, got 0"):
         solutions.to_coop(prompt, tmp_path, clip=build_clip(siglip=True), classnames=NAMES)
 
 
@@ -184,7 +184,7 @@ def test_heads_that_can_not_be_written_are_refused(clip, tmp_path):
         solutions.to_head(make("prompt"), tmp_path / "head.pt", classnames=NAMES)
     with pytest.raises(ValueError, match="classnames must be given for a prompt that is shared"):
         solutions.to_head(make("prompt"), tmp_path / "head.pt", clip=clip)
-    with pytest.raises(ValueError, match="classnames must be the head's own 3"):
+    with pytest.raises(ValueError, match="classnames must be the 3 classes of the head"):
         solutions.to_head(make("head"), tmp_path / "head.pt", classnames=NAMES[:2])
     assert not list(tmp_path.iterdir())
 
@@ -212,7 +212,7 @@ def test_a_zero_shot_classifier_gives_the_solutions_logits(clip, tmp_path, kind)
 
 
 def test_a_bias_has_no_place_in_a_zero_shot_classifier(clip):
-    with pytest.raises(ValueError, match="got a head with one: use to_head"):
+    with pytest.raises(ValueError, match="got a head with a bias: use to_head"):
         solutions.zero_shot_classifier(make("head with bias"), clip)
 
 

@@ -70,7 +70,7 @@ def test_two_classes_may_have_one_name(clip):
         ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \[C\] = \[3\], got \[2\]"),
         ({"bias": torch.full((3,), float("nan"))}, ValueError, "bias must be finite"),
         ({"classnames": ("a", "b")}, ValueError, "must name the 3 classes of weight, got 2"),
-        ({"classnames": ("a", "b", "")}, ValueError, "must be texts"),
+        ({"classnames": ("a", "b", "")}, ValueError, "must be non-empty texts"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale must be positive"),
         ({"logit_scale": float("nan")}, ValueError, "logit_scale must be positive"),
     ],

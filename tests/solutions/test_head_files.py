@@ -62,7 +62,7 @@ def test_the_logit_scale_of_a_head(tmp_path):
     save_arrays(tmp_path / "unit.npz", weight=WEIGHT)
     assert Head.from_checkpoint(tmp_path / "unit.npz", classnames=NAMES, logit_scale=100.0).logit_scale == 100.0
     save_arrays(tmp_path / "log.npz", weight=WEIGHT, logit_scale=4.6052)
-    with pytest.raises(ValueError, match="holds a logit_scale: give logit_scale="):
+    with pytest.raises(ValueError, match="logit_scale must be given for"):
         Head.from_checkpoint(tmp_path / "log.npz", classnames=NAMES)
     assert Head.from_checkpoint(tmp_path / "log.npz", classnames=NAMES, logit_scale=100.0).logit_scale == 100.0
 
@@ -130,10 +130,10 @@ def test_scikit_learn(tmp_path, classes, labels, saved):
 def test_scikit_learns_classes_must_have_names(tmp_path):
     linear_model = pytest.importorskip("sklearn.linear_model")
     model = linear_model.LogisticRegression().fit(context(40, WIDTH).numpy(), np.arange(40) % 4)
-    with pytest.raises(ValueError, match="must name the labels up to 3, got 3 names"):
+    with pytest.raises(ValueError, match="must name the labels 0 to 3 of the head, got 3 names"):
         Head.from_sklearn(model, classnames=NAMES)
-    with pytest.raises(TypeError, match="model must be fitted, .* got LogisticRegression"):
+    with pytest.raises(TypeError, match="model must be fitted .* got LogisticRegression"):
         Head.from_sklearn(linear_model.LogisticRegression(), classnames=NAMES)
     named = linear_model.LogisticRegression().fit(context(3, WIDTH).numpy(), NAMES)
-    with pytest.raises(ValueError, match="classnames must be those of the head, got a difference in ant, dog"):
+    with pytest.raises(ValueError, match="classnames must be those of the head, got other names: ant, dog"):
         Head.from_sklearn(named, classnames=("dog", "bee", "cat"))

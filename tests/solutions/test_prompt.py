@@ -55,7 +55,7 @@ def test_per_class_contexts_are_their_own_memory(clip):
     assert torch.equal(own.ctx[1], shared.ctx)
     changed = own.class_embeddings(clip, NAMES) - shared.class_embeddings(clip, NAMES)
     assert changed[0].abs().max() > 1e-3 and changed[1:].abs().max() < 1e-6
-    with pytest.raises(ValueError, match="class-specific already"):
+    with pytest.raises(ValueError, match="ctx must be shared by all classes"):
         own.per_class(NAMES)
 
 
@@ -182,10 +182,10 @@ def test_class_names_of_a_prompt_are_checked_when_it_is_made(names):
     ("kind", "names", "match"),
     [
         ("shared", (), "at least one name"),
-        ("shared", ("cat", " "), "must be texts, got ' '"),
-        ("shared", ("cat", 3), "must be texts, got 3"),
+        ("shared", ("cat", " "), "must be non-empty texts, got ' '"),
+        ("shared", ("cat", 3), "must be non-empty texts, got 3"),
         ("shared", ("cat", "very " * 12), "must fit the text tower's 16 tokens"),
-        ("class-specific", ("cat", "fire truck"), "3 classes in its order, got 2"),
+        ("class-specific", ("cat", "fire truck"), "3 classes of the solution in the same order, got 2"),
         ("class-specific", ("cat", "dog", "fire truck"), "class 1 must be 'fire truck', got 'dog'"),
         ("head", ("cat", "bird"), "among the head's 3 classes, got 'bird'"),
     ],

@@ -137,11 +137,23 @@ def test_what_is_no_residual_is_refused(change, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"method": "coop", "lam": 1.0}, ValueError, "lam is for residual and map, got 1.0 for coop"),
-        ({"method": "coop", "base": prompt()}, ValueError, "base is for residual and map, got one for coop"),
-        ({"method": "residual", "base": "out/fit"}, TypeError, "base must be a solution, got 'out/fit': load it first"),
+        (
+            {"method": "coop", "lam": 1.0},
+            ValueError,
+            "lam must be None unless method is residual or map, got 1.0 for coop",
+        ),
+        (
+            {"method": "coop", "base": prompt()},
+            ValueError,
+            "base must be None unless method is residual or map, got a base for coop",
+        ),
+        ({"method": "residual", "base": "out/fit"}, TypeError, "base must be a solution, got .out/fit.: load a file"),
         ({"method": "residual", "lam": -1.0}, ValueError, "lam must be finite and not negative, got -1.0"),
-        ({"method": "residual", "n_ctx": 4}, ValueError, "n_ctx and class_specific are for prompts"),
+        (
+            {"method": "residual", "n_ctx": 4},
+            ValueError,
+            "n_ctx must be None and class_specific False for a method without a prompt",
+        ),
     ],
 )
 def test_options_that_the_method_has_not_are_refused(clip, arguments, error, message):

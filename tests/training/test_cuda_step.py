@@ -168,9 +168,13 @@ def test_a_captured_step_is_the_same_step(clip: FrozenClip, monkeypatch: pytest.
 def test_a_graph_is_refused_where_there_is_no_gpu(clip: FrozenClip) -> None:
     x = F.normalize(torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0)), dim=-1)
     features = FeatureCache.from_tensors(x, torch.arange(8) % 4, NAMES)
-    with pytest.raises(ValueError, match="cuda_graph needs a CLIP on a CUDA device, got cpu"):
+    with pytest.raises(
+        ValueError, match="cuda_graph must be False unless the CLIP is on a CUDA device, got a CLIP on cpu"
+    ):
         tune(clip, features, cuda_graph=True)
-    with pytest.raises(ValueError, match="cuda_graph needs a CLIP on a CUDA device, got cpu"):
+    with pytest.raises(
+        ValueError, match="cuda_graph must be False unless the CLIP is on a CUDA device, got a CLIP on cpu"
+    ):
         fit(clip, features, Prompt.from_template(clip), cuda_graph=True)
 
 

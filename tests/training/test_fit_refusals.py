@@ -40,7 +40,7 @@ BAD_FIT = [
     ({"lam": float("inf")}, "lam must be finite"),
     ({"beta": -1}, "beta must be finite and not negative, got -1"),
     ({"beta": float("nan")}, "beta must be finite"),
-    ({"beta": [0.5, 0.5]}, "beta must be one number, or one for each of the 1 solutions, got 2"),
+    ({"beta": [0.5, 0.5]}, "beta must be one number, or one per solution .1., got 2"),
     ({"beta": []}, "beta must be one number"),
     ({"tuned": []}, "tuned must hold at least one solution"),
     ({"points": 0}, "points must be .*at least 1, got 0"),
@@ -59,8 +59,8 @@ BAD_FIT = [
     ({"tuned": prompt().per_class(NAMES[::-1])}, "class 0 must be 'dog', got 'cat'"),
     ({"tuned": replace(head(), classnames=NAMES[::-1])}, "class 0 must be 'dog', got 'cat'"),
     ({"tuned": Head(torch.ones(3, 6), NAMES)}, "weight must have the embedding's width 8, got"),
-    ({"tuned": Head(torch.ones(2, 8), NAMES[:2])}, "2 classes in its order, got 3"),
-    ({"tuned": [prompt(), replace(prompt(), ctx=torch.ones(2, 16))]}, "one shape"),
+    ({"tuned": Head(torch.ones(2, 8), NAMES[:2])}, "2 classes of the solution in the same order, got 3"),
+    ({"tuned": [prompt(), replace(prompt(), ctx=torch.ones(2, 16))]}, "equal shapes"),
     ({"tuned": replace(prompt(), fingerprint="x" * 64)}, "clip must be the one that the prompt was made for"),
 ]
 BAD_TUNE = [
@@ -90,7 +90,7 @@ def gap() -> FeatureCache:
 def test_fit_refuses_before_it_trains(clip, tmp_path, monkeypatch, change, match):
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
     kwargs = {"features": cache(), "tuned": head() if match is None else prompt(), **change}
-    with pytest.raises(ValueError, match=match or "3 classes in its order, got 2"):
+    with pytest.raises(ValueError, match=match or "3 classes of the solution in the same order, got 2"):
         fit(clip, resume=tmp_path / "run", **kwargs)
     assert not (tmp_path / "run").exists()
 

@@ -174,7 +174,7 @@ def test_a_run_that_explodes_is_named_by_its_place_among_all(clip):
 
 def test_runs_in_lockstep_need_folders_of_their_own(clip, tmp_path):
     jobs = [tune_job(clip, cache(), seed=seed, resume=tmp_path / "run", **LOCKSTEP) for seed in (1, 2)]
-    with pytest.raises(ValueError, match="resume must be a folder for each run, got .*run twice"):
+    with pytest.raises(ValueError, match="resume must be a different folder for each run, got .*run twice"):
         train_together(jobs)
     tune(clip, cache(), resume=tmp_path / "run", **LOCKSTEP)
     with pytest.raises(ValueError, match="holds another run: its seed is 1, this run's is 2"):
