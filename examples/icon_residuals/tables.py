@@ -75,9 +75,7 @@ def _accuracies(cell: dict[str, Any], names: Sequence[str], weights: Tensor | No
     found = []
     for space in ("half", "joint"):
         right = torch.tensor([cell["right"][name][space] for name in names]).double()  # [rows, classes]
-        ends = [
-            100 * (weights * part) @ right.T / ((weights * part) @ images)[:, None] for part in (base, ~base)
-        ]
+        ends = [100 * (weights * part) @ right.T / ((weights * part) @ images)[:, None] for part in (base, ~base)]
         found += [*ends, (2 * ends[0] * ends[1] / (ends[0] + ends[1])).nan_to_num()]
     found = torch.stack(found, -1)
     return found[0] if one else found

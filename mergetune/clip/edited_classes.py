@@ -241,7 +241,7 @@ def _spread(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _index(classes: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(classes, device=like.device)
+    return torch.tensor(classes, dtype=torch.int64, device=like.device)
 
 
 def _same_width(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
