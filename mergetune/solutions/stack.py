@@ -169,8 +169,8 @@ class Stack(Solution):
             part.check(clip)
 
     def check_classes(self, classnames: Sequence[str]) -> None:
-        for part in self.parts:
-            part.check_classes(classnames)
+        """The top's own rule. What is below only serves these classes: a head of more classes than are trained may."""
+        self.top.check_classes(classnames)
 
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
         """Check that a line joins two stacks: the same parts below the top, and tops that a line joins."""
