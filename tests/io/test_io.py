@@ -57,7 +57,7 @@ def test_a_value_that_json_cannot_hold_leaves_the_old_document(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
 def test_a_damaged_document_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.json must be JSON: "):
+    with pytest.raises(ValueError, match=r"a\.json must be JSON, got "):
         read_json(tmp_path / "a.json")
 
 
