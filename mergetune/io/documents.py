@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, FailFast, Field, Strict, ValidationError, WrapValidator, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, WrapValidator, field_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from mergetune.io.files import MAX_SETTINGS, read_regular, write_atomically
@@ -69,7 +69,7 @@ def _hexadecimal(text: str) -> str:
     return text
 
 
-Items = Annotated[tuple[T, ...], Strict(False), FailFast()]
+Items = Annotated[tuple[T, ...], Field(strict=False, fail_fast=True)]  # a list of a million faults gives one
 """A list of the document, as a tuple."""
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """A whole number from 0 on."""
