@@ -34,14 +34,19 @@ class Shard(Document, frozen=True):
     images: Items[Identity]
     skipped: dict[str, str]
 
-    def misfit(self, files: Sequence[str]) -> tuple[str, str, object] | None:
-        """What does not fit the names of the shard's images: field, expectation and value; None if all fits."""
+    def misfit(self, files: Sequence[str], *, images: bool) -> tuple[str, str, object] | None:
+        """What does not fit the names of the shard's images: field, expectation and value; None if all fits.
+
+        Args:
+            files: the names.
+            images: whether ``images`` was read as well.
+        """
         if foreign := self.skipped.keys() - set(files):
             return "skipped", "limited to images of this shard", min(foreign)
         readable = len(files) - len(self.skipped)
         if self.rows != readable:
             return "rows", f"{readable:,}, one per image that was not skipped", self.rows
-        if self.images and len(self.images) != len(files):
+        if images and len(self.images) != len(files):
             return "images", f"a list of {len(files):,}, one entry per image", self.images
         return None
 
@@ -128,7 +133,7 @@ class Manifest(Plan, frozen=True, extra="allow"):
         if len(self.shards) != self.shard_count:
             raise fault(("shards",), f"a list of {self.shard_count:,}, one entry per shard", self.shards)
         for number, shard in enumerate(self.shards):
-            if wrong := shard.misfit(self.files_of(number)):
+            if wrong := shard.misfit(self.files_of(number), images=False):
                 field, expected, value = wrong
                 raise fault(("shards", number, field), expected, value)
         return self

@@ -58,7 +58,7 @@ def finished_shards(path: Path, plan: Plan) -> dict[int, Shard]:
         if file.is_file():
             record = read_document(file, ShardRecord, limit=MAX_TABLE, way_on=REBUILD)
             if record.plan == plan.id:
-                if wrong := record.shard.misfit(plan.files_of(number)):
+                if wrong := record.shard.misfit(plan.files_of(number), images=True):
                     field, expected, value = wrong
                     raise damaged(file, ("shard", field), f"be {expected}", value, way_on=REBUILD)
                 _check_size(path / shard_name(number), record.shard.bytes)

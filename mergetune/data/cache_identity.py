@@ -75,6 +75,7 @@ def refuse_stale(path: Path, recorded: Plan, wanted: Plan) -> None:
     for name, words in KEY.items():
         before, now = getattr(recorded, name), getattr(wanted, name)
         if before != now:
+            before, now = (value if str(value).isprintable() else repr(value) for value in (before, now))
             raise ValueError(
                 f"feature cache {path} is stale: {words} must be {before}, as when the cache was built, "
                 f"got {now}; {REBUILD}"

@@ -416,4 +416,6 @@ def read_solution(cls: type[S], path: str | Path) -> S:
         wanted, got = ", ".join(cls.tensors) or "the tensors of its parts", ", ".join(sorted(tensors)) or "none"
         raise ValueError(f"{path / WEIGHTS} must hold {wanted}, got {got}; {WAY_ON}") from error
     except ValueError as error:  # a name or text that the kind refuses, or shapes that do not fit the names
-        raise ValueError(f"{path / CONFIG} does not describe a {cls.kind}: {error}; {WAY_ON}") from error
+        raise ValueError(
+            f"{path / CONFIG} does not describe a solution of kind {cls.kind!r}: {error}; {WAY_ON}"
+        ) from error

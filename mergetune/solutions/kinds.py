@@ -16,6 +16,7 @@ from mergetune.solutions.residual import Residual
 from mergetune.solutions.stack import Stack
 from mergetune.solutions.templates import Templates
 
+#: {name: class} of the kinds of solutions.
 KINDS: dict[str, type[Solution]] = {kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, Stack)}
 
 S = TypeVar("S", bound=Solution)
