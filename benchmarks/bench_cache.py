@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from measure import BATCHES, TASKS, WIDTH, compare
 
 from mergetune import FeatureCache, cache_features
-from mergetune.data import ImageList, cache, cache_building, cache_files, load_image
+from mergetune.data import ImageList, cache, cache_building, load_image
+from mergetune.data.cache_documents import FORMAT, Plan
 from mergetune.experiments.icons import load_icons
 
 ICONS = 512
@@ -40,7 +41,7 @@ def random_cache(path: Path, rows: int, classnames: Sequence[str], *, shard_size
     centres = F.normalize(torch.randn(len(classnames), WIDTH, generator=generator), dim=-1)
     labels = torch.arange(rows) * len(classnames) // rows
     plan = {
-        "format": cache_files.FORMAT,
+        "format": FORMAT,
         "id": "",
         "clip": "",
         "fingerprint": "",
@@ -54,12 +55,13 @@ def random_cache(path: Path, rows: int, classnames: Sequence[str], *, shard_size
         "labels": labels.tolist(),
         "classnames": list(classnames),
     }
+    plan = Plan.model_validate(plan)
     path.mkdir(parents=True, exist_ok=True)
     for number, own in enumerate(labels.split(shard_size)):
         noise = torch.randn(len(own), WIDTH, generator=generator) / WIDTH**0.5
         shard = F.normalize(0.5 * centres[own] + noise, dim=-1).half()[None]
-        files = cache_files.shard_files(plan, number)
-        identities = [[hashlib.sha256(file.encode()).hexdigest(), 110_000, 1_700_000_000_000_000_000] for file in files]
+        files = plan.files_of(number)
+        identities = [(hashlib.sha256(file.encode()).hexdigest(), 110_000, 1_700_000_000_000_000_000) for file in files]
         cache_building._write_shard(path, plan, number, shard, identities, {})
     cache_building._finish(path, plan)
 

@@ -46,6 +46,14 @@ def test_facts_need_no_torch():
     )
 
 
+def test_help_and_facts_need_no_models_of_documents():
+    """Nothing of ours imports pydantic for them; a version of typer may, for the help of a command."""
+    blocked = "import sys; sys.modules['pydantic'] = None\n"
+    python("-c", blocked + "import mergetune.facts.function_options, mergetune.merging.methods, mergetune.cli")
+    for argument in ("--help", "--version"):
+        python("-c", blocked + WITHOUT_TORCH, argument)
+
+
 def test_facts_do_not_depend_on_docstrings():
     listed = python("-m", "mergetune", "merge", "--list")
     assert all(f"{name} {facts.title}" in " ".join(listed.split()) for name, facts in METHODS.items())

@@ -29,10 +29,9 @@ from mergetune.data.cache_files import (
     finished_shards,
     image_identities,
     map_shard,
-    read_document,
-    shard_count,
+    read_manifest,
+    read_plan,
     shard_name,
-    skipped_files,
 )
 from mergetune.data.cache_identity import file_sha256, refuse_changed
 from mergetune.data.image_lists import ImageList
@@ -108,35 +107,35 @@ class FeatureCache:
         path = Path(path)
         if not (path / MANIFEST).is_file():
             if (path / PLAN).is_file():
-                plan = read_document(path / PLAN)
-                done, total = len(finished_shards(path, plan)), shard_count(plan)
+                plan = read_plan(path)
+                done, total = len(finished_shards(path, plan)), plan.shard_count
                 raise ValueError(
                     f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again"
                 )
             raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
-        manifest = read_document(path / MANIFEST, images=False)
+        manifest = read_manifest(path)
         shards = {
             path / shard_name(number): map_shard(path, number, shard, manifest)
-            for number, shard in enumerate(manifest["shards"])
+            for number, shard in enumerate(manifest.shards)
         }
         shards = {file: shard for file, shard in shards.items() if shard.numel()}
         large = sum(shard.nbytes for shard in shards.values()) > MAX_MAPPED
-        skipped = skipped_files(manifest)
-        kept = [i for i, file in enumerate(manifest["files"]) if file not in skipped]
+        skipped = manifest.skipped
+        kept = [i for i, file in enumerate(manifest.files) if file not in skipped]
         return cls(
             path=path,
-            labels=torch.tensor([manifest["labels"][i] for i in kept], dtype=torch.int64),
-            classnames=tuple(manifest["classnames"]),
-            files=tuple(manifest["files"][i] for i in kept),
-            fingerprint=manifest["fingerprint"],
-            dtype=manifest["dtype"],
-            views=manifest["views"],
-            dim=manifest["dim"],
+            labels=torch.tensor([manifest.labels[i] for i in kept], dtype=torch.int64),
+            classnames=manifest.classnames,
+            files=tuple(manifest.files[i] for i in kept),
+            fingerprint=manifest.fingerprint,
+            dtype=manifest.dtype,
+            views=manifest.views,
+            dim=manifest.dim,
             skipped=skipped,
             stored=torch.arange(len(kept)),
             shards=tuple(shards.values()),
             opened=OpenFiles(shards) if large and may_open(len(shards)) else None,
-            checksums=tuple(shard["sha256"] for shard in manifest["shards"]),
+            checksums=tuple(shard.sha256 for shard in manifest.shards),
         )
 
     @classmethod
@@ -325,11 +324,11 @@ class FeatureCache:
         """
         if self.path is None:
             return
-        manifest = read_document(self.path / MANIFEST, images=False)
-        shards = tqdm(manifest["shards"], desc="verify shards", unit="shard", disable=None if progress else True)
+        manifest = read_manifest(self.path)
+        shards = tqdm(manifest.shards, desc="verify shards", unit="shard", disable=None if progress else True)
         for number, shard in enumerate(shards):
             file = self.path / shard_name(number)
-            if file_sha256(file, limit=MAX_WEIGHTS) != shard["sha256"]:
+            if file_sha256(file, limit=MAX_WEIGHTS) != shard.sha256:
                 raise ValueError(f"{file} is damaged: its checksum differs from the manifest; {REBUILD}")
         if images is not None:
             refuse_changed(self.path, manifest, images, image_identities(self.path, manifest), trust_mtime=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +17,21 @@ from tqdm import tqdm
 
 from mergetune.clip import PRECISIONS
 from mergetune.data.cache import FeatureCache
+from mergetune.data.cache_documents import FORMAT, Identity, Manifest, Plan, Shard, ShardRecord
 from mergetune.data.cache_files import (
-    FORMAT,
     MANIFEST,
     OURS,
     PLAN,
     REBUILD,
     cache_lock,
     finished_shards,
-    read_document,
+    read_plan,
     record_name,
     remove_building_files,
     remove_cache_files,
-    shard_count,
-    shard_files,
     shard_name,
 )
-from mergetune.data.cache_identity import KEY, image_identity, is_complete, refuse_changed, refuse_stale, reordered
+from mergetune.data.cache_identity import KEY, image_identity, is_complete, refuse_changed, refuse_stale, relabelled
 from mergetune.data.image_files import load_image
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import MAX_PIXELS
@@ -122,7 +120,7 @@ def cache_features(
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     path = Path(path)
-    wanted = {
+    fields = {
         "format": FORMAT,
         "clip": clip.name,
         "fingerprint": clip.image_fingerprint,
@@ -132,13 +130,12 @@ def cache_features(
         "seed": seed if views > 1 else None,
         "dim": clip.embed_dim,
         "shard_size": shard_size,
-        "files": list(images.files),
-        "labels": list(images.labels),
-        "classnames": list(images.classnames),
+        "files": images.files,
+        "labels": images.labels,
+        "classnames": images.classnames,
     }
-    wanted["id"] = hashlib.sha256(
-        compact_json([wanted[name] for name in (*KEY, "dim", "shard_size", "files")])
-    ).hexdigest()
+    known = compact_json([fields[name] for name in (*KEY, "dim", "shard_size", "files")])
+    wanted = Plan.model_validate({**fields, "id": hashlib.sha256(known).hexdigest()})
     with torchrun_team() as team, contextlib.ExitStack() as stack:
         job = team.lead(lambda: _begin(path, wanted, images, overwrite=overwrite, stack=stack))
         if job is not None:
@@ -161,8 +158,8 @@ def cache_features(
 
 
 def _begin(
-    path: Path, wanted: dict[str, Any], images: ImageList, *, overwrite: bool, stack: contextlib.ExitStack
-) -> tuple[dict[str, Any], list[int]] | None:
+    path: Path, wanted: Plan, images: ImageList, *, overwrite: bool, stack: contextlib.ExitStack
+) -> tuple[Plan, list[int]] | None:
     """The plan and the numbers of the shards to build, or None if the cache is complete.
 
     If shards must be built, the lock of the folder is taken and held until ``stack`` closes.
@@ -180,27 +177,27 @@ def _begin(
         return None
     plan, done = None, {}
     if not overwrite and (path / PLAN).is_file():
-        plan = read_document(path / PLAN)
+        plan = read_plan(path)
         refuse_stale(path, plan, wanted)
-        if set(plan["files"]) != set(wanted["files"]):
+        if set(plan.files) != set(wanted.files):
             raise ValueError(f"feature cache {path} is unfinished and was started with other images; {REBUILD}")
         done = finished_shards(path, plan)
-        refuse_changed(path, plan, images, ((number, shard["images"]) for number, shard in done.items()))
-        plan |= {"labels": reordered(plan, wanted), "classnames": wanted["classnames"]}
+        refuse_changed(path, plan, images, ((number, shard.images) for number, shard in done.items()))
+        plan = relabelled(plan, wanted)
     if plan is None:
         remove_cache_files(path)
         plan = wanted
     for leftover in path.glob(".*.part"):
         leftover.unlink()
-    write_atomically(path / PLAN, compact_json(plan))
-    return plan, [number for number in range(shard_count(plan)) if number not in done]
+    write_atomically(path / PLAN, compact_json(plan.model_dump()))
+    return plan, [number for number in range(plan.shard_count) if number not in done]
 
 
 def _build(
     clip: FrozenClip,
     root: Path,
     path: Path,
-    plan: dict[str, Any],
+    plan: Plan,
     numbers: list[int],
     *,
     batch_size: int,
@@ -214,7 +211,7 @@ def _build(
         return
     batches = {number: _batches(plan, number, batch_size) for number in numbers}
     loader = DataLoader(
-        _Views(root, plan, clip.preprocess, clip.augment if plan["views"] > 1 else None, max_pixels),
+        _Views(root, plan, clip.preprocess, clip.augment if plan.views > 1 else None, max_pixels),
         batch_sampler=[batch for number in numbers for batch in batches[number]],
         num_workers=workers,
         collate_fn=_collate,
@@ -233,7 +230,7 @@ def _build(
             encoded, images, skipped = [], [], {}
             for batch in batches[number]:
                 pixels, identities, errors = next(loaded)
-                files = [plan["files"][i] for i in batch]
+                files = [plan.files[i] for i in batch]
                 for i, reason in errors.items():
                     if on_error == "raise":
                         raise ValueError(reason)
@@ -243,69 +240,68 @@ def _build(
                     encoded.append(_encode(clip, pixels, readable, plan))
                 images += identities
                 bar.update(len(batch))
-            empty = torch.empty(plan["views"], 0, plan["dim"], dtype=PRECISIONS[plan["dtype"]])
+            empty = torch.empty(plan.views, 0, plan.dim, dtype=PRECISIONS[plan.dtype])
             _write_shard(path, plan, number, torch.cat([empty, *encoded], dim=1), images, skipped)
 
 
 @torch.no_grad()
-def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: dict[str, Any]) -> Tensor:
+def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: Plan) -> Tensor:
     """Encodes a batch of pixels [B, V, 3, H, W] as features [V, B, D] in the dtype of the cache."""
     features = torch.stack([clip.encode_image(view.to(clip.device)).float().cpu() for view in pixels.unbind(1)])
-    if features.shape[-1] != plan["dim"]:
-        raise ValueError(f"clip.encode_image must give D = clip.embed_dim = {plan['dim']}, got {features.shape[-1]}")
+    if features.shape[-1] != plan.dim:
+        raise ValueError(f"clip.encode_image must give D = clip.embed_dim = {plan.dim}, got {features.shape[-1]}")
     bad = ~features.isfinite().all(-1)
     if bad.any():
         view, row = bad.nonzero()[0].tolist()
         raise ValueError(f"features must be finite, got NaN or inf for {files[row]!r} (view {view}) from {clip.name}")
-    return features.to(PRECISIONS[plan["dtype"]])
+    return features.to(PRECISIONS[plan.dtype])
 
 
 def _write_shard(
-    path: Path, plan: dict[str, Any], number: int, features: Tensor, images: list[list[Any]], skipped: dict[str, str]
+    path: Path, plan: Plan, number: int, features: Tensor, images: Sequence[Identity], skipped: dict[str, str]
 ) -> None:
     """Writes a shard, and then its record, which marks the shard as finished."""
     content = safetensors.torch.save({"features": features.contiguous()}, metadata={"format": "pt"})
-    record = {
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "rows": features.shape[1],
-        "images": images,
-        "skipped": skipped,
-    }
+    shard = Shard(
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        rows=features.shape[1],
+        images=tuple(images),
+        skipped=skipped,
+    )
     write_atomically(path / shard_name(number), content)
-    write_atomically(path / record_name(number), compact_json({"plan": plan["id"], "shard": record}))
+    write_atomically(path / record_name(number), compact_json(ShardRecord(plan=plan.id, shard=shard).model_dump()))
 
 
-def _finish(path: Path, plan: dict[str, Any]) -> None:
+def _finish(path: Path, plan: Plan) -> None:
     """Writes the manifest from the plan and the records, and removes these."""
     done = finished_shards(path, plan)
-    missing = [number for number in range(shard_count(plan)) if number not in done]
+    missing = [number for number in range(plan.shard_count) if number not in done]
     if missing:
         raise RuntimeError(
             f"{len(missing)} shards of {path} are missing, the first is {shard_name(missing[0])}: ranks must build "
             "on one shared file system"
         )
-    shards = [done[number] for number in range(shard_count(plan))]
-    if not any(shard["rows"] for shard in shards):
-        raise ValueError(f"images must hold at least one readable image, all {len(plan['files'])} were skipped")
-    write_atomically(path / MANIFEST, compact_json({**plan, "torch": torch.__version__, "shards": shards}))
+    shards = [done[number] for number in range(plan.shard_count)]
+    if not any(shard.rows for shard in shards):
+        raise ValueError(f"images must hold at least one readable image, all {len(plan.files)} were skipped")
+    manifest = Manifest.model_validate({**dict(plan), "torch": str(torch.__version__), "shards": shards})
+    write_atomically(path / MANIFEST, compact_json(manifest.model_dump()))
     remove_building_files(path)
 
 
 class _Views(torch.utils.data.Dataset):
     """Decoded images: item i is (pixels [V, 3, H, W], identity, None), or (None, identity, reason) if unreadable."""
 
-    def __init__(
-        self, root: Path, plan: dict[str, Any], preprocess: Callable, augment: Callable | None, max_pixels: int
-    ) -> None:
-        self.root, self.files = root, plan["files"]
-        self.views, self.seed = plan["views"], plan["seed"]
+    def __init__(self, root: Path, plan: Plan, preprocess: Callable, augment: Callable | None, max_pixels: int) -> None:
+        self.root, self.files = root, plan.files
+        self.views, self.seed = plan.views, plan.seed
         self.preprocess, self.augment, self.max_pixels = preprocess, augment, max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> tuple[Tensor | None, list[Any], str | None]:
+    def __getitem__(self, i: int) -> tuple[Tensor | None, Identity, str | None]:
         path = self.root / self.files[i]
         identity = image_identity(path)
         try:
@@ -322,17 +318,17 @@ class _Views(torch.utils.data.Dataset):
         return torch.stack(views), identity, None
 
 
-def _collate(items: list[tuple[Tensor | None, list[Any], str | None]]) -> tuple[Tensor | None, list, dict[int, str]]:
+def _collate(items: list[tuple[Tensor | None, Identity, str | None]]) -> tuple[Tensor | None, list, dict[int, str]]:
     pixels = [views for views, _, _ in items if views is not None]
     errors = {i: reason for i, (_, _, reason) in enumerate(items) if reason is not None}
     return torch.stack(pixels) if pixels else None, [identity for _, identity, _ in items], errors
 
 
-def _batches(plan: dict[str, Any], number: int, batch_size: int) -> list[list[int]]:
+def _batches(plan: Plan, number: int, batch_size: int) -> list[list[int]]:
     """Positions of a shard's images, in batches.
 
     No batch crosses shards, so the bits of a shard do not depend on the rank that builds it.
     """
-    first = number * plan["shard_size"]
-    positions = list(range(first, first + len(shard_files(plan, number))))
+    first = number * plan.shard_size
+    positions = list(range(first, first + len(plan.files_of(number))))
     return [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]

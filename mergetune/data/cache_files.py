@@ -8,34 +8,32 @@ atomically, so a build may be killed at any time and continued later.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor
 
 from mergetune.clip import PRECISIONS
-from mergetune.io import STORED_NAMES, locked, read_regular
+from mergetune.data.cache_documents import Identity, Manifest, Plan, Shard, ShardImages, ShardRecord
+from mergetune.io import MAX_TABLE, STORED_NAMES, damaged, locked, parse_document, read_document, read_regular
 
-FORMAT = "mergetune.features/1"
 MANIFEST, PLAN, LOCK = "manifest.json", "building.json", ".lock"
 OURS = re.compile(r"manifest\.json|building\.json|shard-\d+\.(safetensors|json)|\..*")  # and hidden files
 REBUILD = "overwrite=True (--overwrite) rebuilds the cache, another path keeps it"
 
 
-def file_state(path: str | Path) -> list[int | None]:
+def file_state(path: str | Path) -> tuple[int | None, int | None]:
     try:
         stat = os.stat(path)
     except OSError:
-        return [None, None]
-    return [stat.st_size, stat.st_mtime_ns]
+        return None, None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def cache_lock(path: Path) -> AbstractContextManager[None]:
@@ -52,63 +50,65 @@ def record_name(number: int) -> str:
     return f"shard-{number:05d}.json"
 
 
-def shard_files(plan: dict[str, Any], number: int) -> list[str]:
-    first = number * plan["shard_size"]
-    return plan["files"][first : first + plan["shard_size"]]
-
-
-def shard_count(plan: dict[str, Any]) -> int:
-    return -(-len(plan["files"]) // plan["shard_size"])
-
-
-def skipped_files(manifest: dict[str, Any]) -> dict[str, str]:
-    return {file: reason for shard in manifest["shards"] for file, reason in shard["skipped"].items()}
-
-
-def finished_shards(path: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """{number: record} of the finished shards of an unfinished cache; a damaged shard raises ValueError."""
+def finished_shards(path: Path, plan: Plan) -> dict[int, Shard]:
+    """{number: shard} of the finished shards of an unfinished cache; a damaged shard raises ValueError."""
     done = {}
-    for number in range(shard_count(plan)):
-        if (path / record_name(number)).is_file():
-            record = _read_json(path / record_name(number))
-            if record["plan"] == plan["id"]:
-                _check_size(path / shard_name(number), record["shard"]["bytes"])
-                done[number] = record["shard"]
+    for number in range(plan.shard_count):
+        file = path / record_name(number)
+        if file.is_file():
+            record = read_document(file, ShardRecord, limit=MAX_TABLE, way_on=REBUILD)
+            if record.plan == plan.id:
+                if wrong := record.shard.misfit(plan.files_of(number), images=True):
+                    field, expected, value = wrong
+                    raise damaged(file, ("shard", field), f"be {expected}", value, way_on=REBUILD)
+                _check_size(path / shard_name(number), record.shard.bytes)
+                done[number] = record.shard
     return done
 
 
-def read_document(file: Path, *, images: bool = True) -> dict[str, Any]:
-    """Reads a manifest or a plan.
+def read_plan(path: Path) -> Plan:
+    """The plan of an unfinished cache; a damaged one raises ValueError."""
+    return read_document(path / PLAN, Plan, limit=MAX_TABLE, way_on=REBUILD)
 
-    Args:
-        file: the file.
-        images: False leaves out the identities of the images, which are two thirds of a manifest.
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a finished cache without the identities of the images, which are two thirds of it.
 
     Raises:
         ValueError: the file is damaged or of another format.
     """
-    content = read_regular(file)
-    if not images:
-        kept, end = [], 0
-        for begin, after in _images_in(content):
-            kept.append(content[end:begin] + b"[]")
-            end = after
-        content = b"".join([*kept, content[end:]])
-    document = _parse(content, file)
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{file} must have format {FORMAT!r}, got {found!r}; {REBUILD}")
-    return document
+    content, kept, end = _manifest_bytes(path), [], 0
+    for begin, after in _images_in(content):
+        kept.append(content[end:begin] + b"[]")
+        end = after
+    content = b"".join([*kept, content[end:]])
+    return parse_document(content, Manifest, name=path / MANIFEST, way_on=REBUILD)
 
 
-def image_identities(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, list[list[Any]]]]:
+def image_identities(path: Path, manifest: Manifest) -> Iterator[tuple[int, tuple[Identity, ...]]]:
     """Yields number and image identities of each shard in a manifest, one shard at a time to save memory."""
-    content = read_regular(path / MANIFEST)
+    content, file = _manifest_bytes(path), path / MANIFEST
     places = list(_images_in(content))
-    if len(places) == len(manifest["shards"]):
-        yield from ((number, json.loads(content[begin:end])) for number, (begin, end) in enumerate(places))
+    if len(places) == len(manifest.shards):
+        texts = (b'{"images":%b}' % content[begin:end] for begin, end in places)
+        found = (
+            parse_document(text, ShardImages, name=file, way_on=REBUILD, at=("shards", number)).images
+            for number, text in enumerate(texts)
+        )
     else:  # the manifest was reformatted after it was written
-        yield from enumerate(shard["images"] for shard in json.loads(content)["shards"])
+        found = (shard.images for shard in parse_document(content, Manifest, name=file, way_on=REBUILD).shards)
+    for number, images in enumerate(found):
+        if len(images) != (count := len(manifest.files_of(number))):
+            rule = f"be a list of {count:,}, one entry per image"
+            raise damaged(file, ("shards", number, "images"), rule, images, way_on=REBUILD)
+        yield number, images
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    try:
+        return read_regular(path / MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"{error}; {REBUILD}") from None
 
 
 def _images_in(content: bytes) -> Iterator[tuple[int, int]]:
@@ -119,22 +119,22 @@ def _images_in(content: bytes) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def map_shard(path: Path, number: int, shard: dict[str, Any], manifest: dict[str, Any]) -> Tensor:
+def map_shard(path: Path, number: int, shard: Shard, manifest: Manifest) -> Tensor:
     """The memory-mapped features of a shard, [V, n, D]. Only the header is read, and not through the mapping."""
     file = path / shard_name(number)
-    _check_size(file, shard["bytes"])
+    _check_size(file, shard.bytes)
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             header = content.get_slice("features")
             names, shape, dtype = list(content.keys()), header.get_shape(), header.get_dtype()
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
-    expected = [manifest["views"], shard["rows"], manifest["dim"]]
-    stored, kept = STORED_NAMES[manifest["dtype"]], PRECISIONS[manifest["dtype"]]
+    expected = [manifest.views, shard.rows, manifest.dim]
+    stored, kept = STORED_NAMES[manifest.dtype], PRECISIONS[manifest.dtype]
     if names != ["features"] or shape != expected or dtype != stored:
         raise ValueError(f"{file} is damaged: the file must hold {stored} {expected}, got {dtype} {shape}; {REBUILD}")
-    begin = shard["bytes"] - math.prod(shape) * kept.itemsize
-    return torch.from_file(str(file), size=shard["bytes"], dtype=torch.uint8)[begin:].view(kept).view(shape)
+    begin = shard.bytes - math.prod(shape) * kept.itemsize
+    return torch.from_file(str(file), size=shard.bytes, dtype=torch.uint8)[begin:].view(kept).view(shape)
 
 
 def _check_size(file: Path, size: int) -> None:
@@ -142,17 +142,6 @@ def _check_size(file: Path, size: int) -> None:
     if found != size:
         state = "missing" if found is None else "truncated" if found < size else "damaged"
         raise ValueError(f"{file} is {state}: the file must have {size} bytes, got {found}; {REBUILD}")
-
-
-def _read_json(file: Path) -> Any:
-    return _parse(read_regular(file), file)
-
-
-def _parse(content: bytes, file: Path) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; {REBUILD}") from error
 
 
 def remove_building_files(path: Path) -> None:

@@ -6,8 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from mergetune.data.cache_documents import Identity, Plan
 from mergetune.data.cache_files import (
     MANIFEST,
     PLAN,
@@ -15,14 +16,15 @@ from mergetune.data.cache_files import (
     cache_lock,
     file_state,
     image_identities,
-    read_document,
+    read_manifest,
     remove_building_files,
-    shard_files,
 )
 from mergetune.data.image_lists import ImageList
 from mergetune.io import MAX_IMAGE, compact_json, sha256_regular, write_atomically
 
-# Entries on which features depend, and their names in messages. Labels and class names are not among them.
+P = TypeVar("P", bound=Plan)
+
+# Fields on which features depend, and their names in messages. Labels and class names are not among them.
 KEY = {
     "fingerprint": "the image weights",
     "preprocess": "the preprocessing",
@@ -32,7 +34,7 @@ KEY = {
 }
 
 
-def is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
+def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
     """Whether a complete cache exists at ``path``.
 
     If labels of all images or modification times are new, they are stored in the manifest. Plan and records that a
@@ -43,46 +45,51 @@ def is_complete(path: Path, wanted: dict[str, Any], images: ImageList) -> bool:
     """
     if not (path / MANIFEST).is_file():
         return False
-    manifest = read_document(path / MANIFEST, images=False)
+    manifest = read_manifest(path)
     refuse_stale(path, manifest, wanted)
-    lacking = set(wanted["files"]).difference(manifest["files"])
+    lacking = set(wanted.files).difference(manifest.files)
     if lacking:
-        first = next(file for file in wanted["files"] if file in lacking)
+        first = next(file for file in wanted.files if file in lacking)
         raise ValueError(
             f"feature cache {path} lacks {len(lacking)} of {len(images)} images, the first is {first!r}; {REBUILD}"
         )
     moved = refuse_changed(path, manifest, images, image_identities(path, manifest))
-    fresh = dict(manifest)
-    if len(wanted["files"]) == len(manifest["files"]):
-        fresh |= {"labels": reordered(manifest, wanted), "classnames": wanted["classnames"]}
+    fresh = manifest
+    if len(wanted.files) == len(manifest.files):
+        fresh = relabelled(manifest, wanted)
     if moved or fresh != manifest or (path / PLAN).exists():
         # The update is optional: it is left out if the folder is read-only or another process builds the cache.
         with contextlib.suppress(OSError, RuntimeError), cache_lock(path):
-            if read_document(path / MANIFEST, images=False) == manifest:
-                for number, identities in image_identities(path, manifest):
-                    manifest["shards"][number]["images"] = moved.get(number, identities)
-                write_atomically(path / MANIFEST, compact_json({**fresh, "shards": manifest["shards"]}))
+            if read_manifest(path) == manifest:
+                shards = [
+                    manifest.shards[number].model_copy(update={"images": moved.get(number, known)})
+                    for number, known in image_identities(path, manifest)
+                ]
+                fresh = fresh.model_copy(update={"shards": tuple(shards)})
+                write_atomically(path / MANIFEST, compact_json(fresh.model_dump()))
                 remove_building_files(path)
     return True
 
 
-def refuse_stale(path: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+def refuse_stale(path: Path, recorded: Plan, wanted: Plan) -> None:
     for name, words in KEY.items():
-        if recorded[name] != wanted[name]:
+        before, now = getattr(recorded, name), getattr(wanted, name)
+        if before != now:
+            before, now = (value if str(value).isprintable() else repr(value) for value in (before, now))
             raise ValueError(
-                f"feature cache {path} is stale: {words} must be {recorded[name]}, as when the cache was built, "
-                f"got {wanted[name]}; {REBUILD}"
+                f"feature cache {path} is stale: {words} must be {before}, as when the cache was built, "
+                f"got {now}; {REBUILD}"
             )
 
 
 def refuse_changed(
     path: Path,
-    recorded: dict[str, Any],
+    recorded: Plan,
     images: ImageList,
-    identities: Iterable[tuple[int, list[list[Any]]]],
+    identities: Iterable[tuple[int, tuple[Identity, ...]]],
     *,
     trust_mtime: bool = True,
-) -> dict[int, list[list[Any]]]:
+) -> dict[int, tuple[Identity, ...]]:
     """Checks that each image still has the bytes that were encoded.
 
     Args:
@@ -101,16 +108,16 @@ def refuse_changed(
     listed, changed, moved = set(images.files), [], {}
     for number, known in identities:
         today = []
-        for file, (sha256, size, mtime) in zip(shard_files(recorded, number), known, strict=True):
+        for file, (sha256, size, mtime) in zip(recorded.files_of(number), known, strict=True):
             if file in listed:
                 now = file_state(os.path.join(images.root, file))
-                same = now == [size, mtime] and trust_mtime
+                same = now == (size, mtime) and trust_mtime
                 if not same and (now[0] != size or file_sha256(images.root / file) != sha256):
                     changed.append(file)
                 mtime = now[1]
-            today.append([sha256, size, mtime])
-        if today != known:
-            moved[number] = today
+            today.append((sha256, size, mtime))
+        if tuple(today) != known:
+            moved[number] = tuple(today)
     if changed:
         raise ValueError(
             f"feature cache {path} is stale: {len(changed)} of {len(images)} images below {images.root} are missing or "
@@ -119,16 +126,17 @@ def refuse_changed(
     return moved
 
 
-def reordered(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[int]:
-    """The wanted labels in the order of the recorded files."""
-    label_of = dict(zip(wanted["files"], wanted["labels"], strict=True))
-    return [label_of[file] for file in recorded["files"]]
+def relabelled(recorded: P, wanted: Plan) -> P:
+    """The recorded document with the wanted labels and class names; the order of its files stays."""
+    label_of = dict(zip(wanted.files, wanted.labels, strict=True))
+    labels = tuple(label_of[file] for file in recorded.files)
+    return recorded.model_copy(update={"labels": labels, "classnames": wanted.classnames})
 
 
-def image_identity(path: Path) -> list[Any]:
-    """[SHA-256, size in bytes, modification time in ns] of a file; None for values that cannot be read."""
+def image_identity(path: Path) -> Identity:
+    """SHA-256, size in bytes and modification time in ns of a file; None for values that cannot be read."""
     stat = file_state(path)  # taken before reading, so that a file that changes during reading looks changed later
-    return [file_sha256(path), *stat]
+    return file_sha256(path), *stat
 
 
 def file_sha256(path: Path, *, limit: int = MAX_IMAGE) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import posixpath
 import re
@@ -18,7 +17,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import MAX_IMAGE, MAX_LIST, read_regular
+from mergetune.io import MAX_IMAGE, read_regular
 
 # The supported formats, recognised by content and not by file name. Pillow decodes each of them within this process,
 # with its code or a codec library, from the pixels of one picture. Formats that Pillow knows but that are left out:
@@ -187,14 +186,6 @@ def _jpeg_scans(content: bytes) -> int:
         scans += marker == _SCAN
         at += int.from_bytes(content[at : at + 2], "big")
     return scans
-
-
-def read_json(path: Path) -> Any:
-    content = read_regular(path, limit=MAX_LIST)
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
 
 
 def _file_names(folder: str) -> set[str]:

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergetune.data.image_files import brief, image_names, prettify, read_json, require_files, subfolders
+from mergetune.data.image_files import brief, image_names, prettify, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
-from mergetune.io import read_regular_text, sha256_regular
+from mergetune.io import MAX_LIST, read_json, read_regular_text, sha256_regular
 
 VAL_SHARE, TEST_SHARE = 0.2, 0.3  # CoOp's shares for data without an official split
 
@@ -138,7 +138,7 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
         ValueError: the file is not a split file, a label has two names, or a label has no images in train.
     """
     json_file, images = Path(root, json_file), Path(root, image_dir)
-    content = read_json(json_file)
+    content = read_json(json_file, limit=MAX_LIST)
     if not isinstance(content, dict) or not isinstance(content.get("train"), list) or not content["train"]:
         raise ValueError(f"{json_file} must be an object with a list under 'train', got {brief(content)}")
     names: dict[int, str] = {}
@@ -299,7 +299,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def _table_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() == ".json":
-        rows = read_json(path)
+        rows = read_json(path, limit=MAX_LIST)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} must be a list of objects with path and label, got {brief(rows)}")
     elif path.suffix.lower() == ".csv":

@@ -1,11 +1,28 @@
-"""Files and processes: atomic files, JSON, locks, safe reading of tensor files, and ranks under torchrun."""
+"""Files and processes: atomic files, JSON documents, locks, safe reading of tensor files, and ranks under torchrun."""
 
 from typing import TYPE_CHECKING
 
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.io.documents import compact_json, jsonable, read_json, write_json
+    from mergetune.io.documents import (
+        Count,
+        Document,
+        Items,
+        JsonObject,
+        Number,
+        Sha256,
+        Size,
+        check_document,
+        compact_json,
+        damaged,
+        fault,
+        jsonable,
+        parse_document,
+        read_document,
+        read_json,
+        write_json,
+    )
     from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name
     from mergetune.io.files import (
         MAX_IMAGE,
@@ -42,11 +59,21 @@ __all__ = [
     "MAX_WEIGHTS",
     "STORED_DTYPES",
     "STORED_NAMES",
+    "Count",
+    "Document",
     "Inert",
+    "Items",
+    "JsonObject",
+    "Number",
+    "Sha256",
+    "Size",
     "Unpickler",
+    "check_document",
     "compact_json",
     "convert_module",
+    "damaged",
     "dtype_name",
+    "fault",
     "installed_version",
     "is_torchscript",
     "jsonable",
@@ -55,7 +82,9 @@ __all__ = [
     "load_torch",
     "locked",
     "open_regular",
+    "parse_document",
     "read_at",
+    "read_document",
     "read_json",
     "read_npz",
     "read_regular",
@@ -76,7 +105,10 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.io.documents": "compact_json jsonable read_json write_json",
+        "mergetune.io.documents": (
+            "Count Document Items JsonObject Number Sha256 Size check_document compact_json damaged fault jsonable "
+            "parse_document read_document read_json write_json"
+        ),
         "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
         "mergetune.io.files": (
             "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "

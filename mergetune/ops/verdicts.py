@@ -13,22 +13,24 @@ import platform
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AllowInfNan
 
-from mergetune.io import installed_version, open_regular, write_json
+from mergetune.io import Document, Items, installed_version, read_document, write_json
 from mergetune.ops import native
 
 FORMAT = 1
 MAX_BYTES = 1 << 20  # largest verdict file; a usual one has about 20 kB
+WAY_ON = "`mergetune doctor --kernels` makes a new verdict"
 HOME_VARIABLE = "MERGETUNE_HOME"
 
+AnyFloat = Annotated[float, AllowInfNan(True)]  # a wrong result may be off by any amount
 Status = Literal["agreed", "wrong", "raised", "crashed", "hung", "not tried"]
 
 
-class Trial(BaseModel):
+class Trial(Document, frozen=True):
     """The outcome of one implementation on the problems of one op, dtype and shape class.
 
     Attributes:
@@ -41,25 +43,21 @@ class Trial(BaseModel):
         seconds: median time of one call with its gradient, on the first problem.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     backend: str
     status: Status
     detail: str = ""
-    error: float | None = None
-    allowed: float | None = None
+    error: AnyFloat | None = None
+    allowed: AnyFloat | None = None
     seconds: float | None = None
 
 
-class Verdict(BaseModel):
+class Verdict(Document, frozen=True):
     """All trials of one op, dtype and shape class; ``chosen`` is the fastest backend that agreed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     op: str
     dtype: str
     shape_class: str
-    trials: tuple[Trial, ...]
+    trials: Items[Trial]
 
     @property
     def chosen(self) -> str:
@@ -68,10 +66,8 @@ class Verdict(BaseModel):
         return min(agreed, key=lambda trial: trial.seconds or 0.0).backend if agreed else "torch"
 
 
-class DeviceFacts(BaseModel):
+class DeviceFacts(Document, frozen=True):
     """Device, driver and versions for which a verdict is valid; if one of them changes, a new verdict is needed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     device: str
     driver: str
@@ -84,7 +80,7 @@ class DeviceFacts(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
-class VerdictFile(BaseModel):
+class VerdictFile(Document, frozen=True):
     """The results of one run of the verification.
 
     Attributes:
@@ -94,11 +90,9 @@ class VerdictFile(BaseModel):
         seconds: duration of the run.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     format: Literal[1] = FORMAT
     facts: DeviceFacts
-    verdicts: tuple[Verdict, ...]
+    verdicts: Items[Verdict]
     seconds: float
 
 
@@ -146,26 +140,11 @@ def read_verdicts(facts: DeviceFacts) -> VerdictFile | None:
     Raises:
         ValueError: the file is damaged; the message names the file, the field, and the command that renews it.
     """
-    path = "the verdict"
     try:
-        path = verdict_path(facts)
-        with open_regular(path) as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"the file has more than {MAX_BYTES} bytes")
-        found = VerdictFile.model_validate_json(content)
+        found = read_document(verdict_path(facts), VerdictFile, limit=MAX_BYTES, way_on=WAY_ON)
     except OSError:
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise ValueError(f"{path} is not a verdict of mergetune: {where}: {first['msg']}. {REMEDY}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a verdict of mergetune: {error}. {REMEDY}") from None
     return found if found.facts == facts else None
-
-
-REMEDY = "`mergetune doctor --kernels` makes a new one."
 
 
 def write_verdicts(found: VerdictFile) -> Path:

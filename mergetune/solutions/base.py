@@ -10,8 +10,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +20,54 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.clip import Edit, FrozenClip, ImageInput, check_same_classes, prepare_classes
-from mergetune.io import MAX_SETTINGS, MAX_WEIGHTS, read_regular, read_regular_text, write_atomically
+from mergetune.io import (
+    MAX_WEIGHTS,
+    Document,
+    Items,
+    JsonObject,
+    Sha256,
+    check_document,
+    read_document,
+    read_regular,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
-FORMAT_VERSION = 1
+FORMAT, VERSION = "mergetune-solution", 1
+WAY_ON = "save the solution again, or take another copy of the folder"
 
 State = dict[str, Tensor]
 """Tensors by name. A stacked state holds M states: each of its tensors has a leading dimension M."""
+
+
+class Description(Document, frozen=True):
+    """The fields of a saved solution that all kinds have; a kind with settings adds a field per setting.
+
+    The fields have the names of the kind's own fields and keep their documentation.
+    """
+
+    classnames: Items[str] | None
+    backbone: str | None
+    fingerprint: str | None
+    notes: JsonObject
+
+
+class SolutionFile(Document, frozen=True, extra="allow"):
+    """``solution.json``; the other fields are the description, which depends on the kind.
+
+    Attributes:
+        format, version: name and version of the format.
+        kind: the kind of the solution.
+        sha256: checksum of ``solution.safetensors``, which shows a save that stopped between the two files.
+    """
+
+    format: Literal["mergetune-solution"]
+    version: Literal[1]
+    kind: str
+    sha256: Sha256
 
 
 class Solution:
@@ -93,13 +130,13 @@ class Solution:
         """JSON-able values that are saved in addition to the tensors and the fields that all kinds have."""
         return {}
 
-    @classmethod
-    def restore(cls, config: Mapping[str, Any], tensors: State) -> Self:
-        """The solution with the saved :meth:`settings` and tensors."""
-        return cls(**tensors, **common_fields(config))
+    #: The model of :meth:`settings` and of the fields that all kinds have, as a file holds them.
+    description: ClassVar[type[Description]] = Description
 
-    #: The :meth:`settings` that a file must hold, with their types.
-    needed_settings: ClassVar[Mapping[str, Any]] = {}
+    @classmethod
+    def restore(cls, description: Description, tensors: State) -> Self:
+        """A solution from its description and its tensors."""
+        return cls(**tensors, **dict(description))
 
     def check_width(self, clip: FrozenClip) -> None:
         """Check that the widths of the solution fit the CLIP.
@@ -346,8 +383,8 @@ def write_solution(solution: Solution, path: str | Path) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {
-        "format": "mergetune-solution",
-        "version": FORMAT_VERSION,
+        "format": FORMAT,
+        "version": VERSION,
         "kind": solution.kind,
         **solution.settings(),
         "classnames": solution.classnames,
@@ -362,64 +399,39 @@ def write_solution(solution: Solution, path: str | Path) -> None:
     write_atomically(path / CONFIG, f"{text}\n".encode())
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> SolutionFile:
+    """The ``solution.json`` of a folder; the description is not checked yet."""
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} must be a folder with {CONFIG}, as save() writes it")
-    try:
-        config = json.loads(read_regular_text(path / CONFIG, limit=MAX_SETTINGS))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path / CONFIG} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != "mergetune-solution":
-        raise ValueError(f"{path / CONFIG} must have format 'mergetune-solution'")
-    if config.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path / CONFIG}: version must be {FORMAT_VERSION}, got {config.get('version')!r}: update mergetune"
-        )
-    return config
+    return read_document(path / CONFIG, SolutionFile, way_on=WAY_ON)
 
 
 def read_solution(cls: type[S], path: str | Path) -> S:
     """The solution that :func:`write_solution` wrote into a folder; it must be of the kind ``cls``."""
     path = Path(path)
     config = read_config(path)
-    if config.get("kind") != cls.kind:
-        raise ValueError(f"{path} must hold a {cls.kind}, got {config.get('kind')!r}")
-    check_fields(path / CONFIG, config, {**COMMON, "sha256": str, **cls.needed_settings})
+    if config.kind != cls.kind:
+        raise ValueError(f"{path / CONFIG} must hold a {cls.kind}, got {config.kind!r}")
+    description = check_document(config.model_extra, cls.description, name=path / CONFIG, way_on=WAY_ON)
     try:
         weights = read_regular(path / WEIGHTS, limit=MAX_WEIGHTS)
-        tensors = deserialize(weights)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path / WEIGHTS} cannot be read: {error}") from error
-    if hashlib.sha256(weights).hexdigest() != config["sha256"]:
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path / WEIGHTS} cannot be read: {error}; {WAY_ON}") from error
+    if hashlib.sha256(weights).hexdigest() != config.sha256:
         raise ValueError(
-            f"{path / WEIGHTS} must be what {CONFIG} describes, got another checksum: saving was interrupted"
+            f"{path / WEIGHTS} must be the file that {CONFIG} describes, got another checksum: saving was interrupted, "
+            f"or one of the files is damaged; {WAY_ON}"
         )
     try:
-        return cls.restore(config, tensors)
+        tensors = deserialize(weights)
+    except SafetensorError:
+        raise ValueError(f"{path / WEIGHTS} must be a .safetensors file; {WAY_ON}") from None
+    try:
+        return cls.restore(description, tensors)
     except TypeError as error:  # tensors of other names
-        wanted, got = ", ".join(cls.tensors), ", ".join(sorted(tensors)) or "none"
-        raise ValueError(f"{path / WEIGHTS} must hold {wanted}, got {got}") from error
-
-
-COMMON: Mapping[str, type | UnionType] = {
-    "classnames": list | None,
-    "backbone": str | None,
-    "fingerprint": str | None,
-    "notes": dict,
-}
-
-
-def check_fields(file: Path | str, config: Mapping[str, Any], fields: Mapping[str, type | UnionType]) -> None:
-    for name, expected in fields.items():
-        if name not in config or not isinstance(config[name], expected):
-            raise ValueError(f"{file}: {name} must be there and right, got {config.get(name)!r}")
-
-
-def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = config["classnames"]
-    return {
-        "classnames": None if names is None else tuple(names),
-        "backbone": config["backbone"],
-        "fingerprint": config["fingerprint"],
-        "notes": config["notes"],
-    }
+        wanted, got = ", ".join(cls.tensors) or "the tensors of its parts", ", ".join(sorted(tensors)) or "none"
+        raise ValueError(f"{path / WEIGHTS} must hold {wanted}, got {got}; {WAY_ON}") from error
+    except ValueError as error:  # a name or text that the kind refuses, or shapes that do not fit the names
+        raise ValueError(
+            f"{path / CONFIG} does not describe a solution of kind {cls.kind!r}: {error}; {WAY_ON}"
+        ) from error

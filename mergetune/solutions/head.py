@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
-from mergetune.solutions.base import Solution, State, check_finite, common_fields
+from mergetune.io import Items, Number
+from mergetune.solutions.base import Description, Solution, State, check_finite
 from mergetune.solutions.checkpoints import HeadFile, read_head, read_sklearn
+
+
+class HeadDescription(Description, frozen=True):
+    """A saved head."""
+
+    classnames: Items[str]
+    logit_scale: Annotated[Number, Field(gt=0)]
+    normalize: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +60,7 @@ class Head(Solution):
     kind: ClassVar[str] = "head"
     tensors: ClassVar[tuple[str, ...]] = ("weight", "bias")
     surrogate_on: ClassVar[str] = "classes"
-    needed_settings: ClassVar[Mapping[str, Any]] = {"logit_scale": int | float}
+    description: ClassVar[type[Description]] = HeadDescription
 
     def __post_init__(self) -> None:
         check_finite("weight", self.weight)
@@ -167,11 +177,6 @@ class Head(Solution):
 
     def settings(self) -> dict[str, Any]:
         return {"logit_scale": self.logit_scale} | ({"normalize": True} if self.normalize else {})
-
-    @classmethod
-    def restore(cls, config: Mapping[str, Any], tensors: State) -> Head:
-        unit = config.get("normalize", False)
-        return cls(**tensors, logit_scale=config["logit_scale"], normalize=unit, **common_fields(config))
 
     def check_width(self, clip: FrozenClip) -> None:
         if self.weight.shape[1] != clip.embed_dim:

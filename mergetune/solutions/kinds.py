@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_templates
+from mergetune.io import damaged
 from mergetune.solutions.base import CONFIG, Solution, read_config, stacked
 from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
@@ -15,21 +16,11 @@ from mergetune.solutions.residual import Residual
 from mergetune.solutions.stack import Stack
 from mergetune.solutions.templates import Templates
 
+#: {name: class} of the kinds of solutions.
 KINDS: dict[str, type[Solution]] = {kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, Stack)}
 """The kinds of solutions by name. A new kind is registered here and nowhere else."""
 
 S = TypeVar("S", bound=Solution)
-
-
-def kind_named(name: object) -> type[Solution]:
-    """The class of a kind, for example :class:`mergetune.Prompt` for "prompt".
-
-    Raises:
-        ValueError: the kind is unknown.
-    """
-    if not isinstance(name, str) or name not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {name!r}")
-    return KINDS[name]
 
 
 def load_solution(path: str | Path) -> Solution:
@@ -49,11 +40,11 @@ def load_solution(path: str | Path) -> Solution:
         >>> mt.load_solution(folder).classnames
         ('cat', 'dog')
     """
-    try:
-        kind = kind_named(read_config(Path(path)).get("kind"))
-    except ValueError as error:
-        raise ValueError(f"{Path(path) / CONFIG}: {error}") from error if "kind must" in str(error) else error
-    return kind.load(path)
+    kind = read_config(Path(path)).kind
+    if kind not in KINDS:
+        rule = f"be one of {', '.join(KINDS)}"
+        raise damaged(Path(path) / CONFIG, ("kind",), rule, kind, way_on="update mergetune if a later version wrote it")
+    return KINDS[kind].load(path)
 
 
 def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[str] = PLAIN) -> Solution:

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from mergetune.clip import Edit, FrozenClip
-from mergetune.solutions.base import Solution, State, check_finite
+from mergetune.solutions.base import Description, Solution, State, check_finite
 from mergetune.solutions.checkpoints import read_arrays
+
+
+class LinearMapDescription(Description, frozen=True):
+    """A saved map."""
+
+    classnames: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +47,7 @@ class LinearMap(Solution):
 
     kind: ClassVar[str] = "map"
     tensors: ClassVar[tuple[str, ...]] = ("matrix",)
+    description: ClassVar[type[Description]] = LinearMapDescription
 
     def __post_init__(self) -> None:
         check_finite("matrix", self.matrix)

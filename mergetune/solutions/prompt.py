@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +20,17 @@ from mergetune.clip import (
     words_before,
     words_before_name,
 )
-from mergetune.solutions.base import Solution, State, check_finite, common_fields
+from mergetune.solutions.base import Description, Solution, State, check_finite
 from mergetune.solutions.checkpoints import read_prompt
 
 POSITIONS = ("end", "middle", "front")
+
+
+class PromptDescription(Description, frozen=True):
+    """A saved prompt."""
+
+    template: str
+    position: Literal["end", "middle", "front"] = "end"  # files from before the other positions do not have it
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +72,7 @@ class Prompt(Solution):
     tensors: ClassVar[tuple[str, ...]] = ("ctx",)
     tower: ClassVar[str] = "text"
     surrogate_on: ClassVar[str] = "classes"
-    needed_settings: ClassVar[Mapping[str, Any]] = {"template": str}
+    description: ClassVar[type[Description]] = PromptDescription
 
     def __post_init__(self) -> None:
         check_finite("ctx", self.ctx)
@@ -210,11 +217,6 @@ class Prompt(Solution):
 
     def settings(self) -> dict[str, Any]:
         return {"template": self.template, "position": self.position}
-
-    @classmethod
-    def restore(cls, config: Mapping[str, Any], tensors: State) -> Prompt:
-        position = config.get("position", "end")  # old files have no position
-        return cls(**tensors, template=config["template"], position=position, **common_fields(config))
 
     def check_width(self, clip: FrozenClip) -> None:
         if self.ctx.shape[-1] != clip.text.width:

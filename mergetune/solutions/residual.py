@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
-from mergetune.io import load_tensors
-from mergetune.solutions.base import Solution, State, check_finite
+from mergetune.io import Items, load_tensors
+from mergetune.solutions.base import Description, Solution, State, check_finite
 from mergetune.solutions.checkpoints import checkpoint_file, state_dict_of
 from mergetune.solutions.head import Head
 from mergetune.solutions.stack import Stack
+
+
+class ResidualDescription(Description, frozen=True):
+    """A saved residual."""
+
+    classnames: Items[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,7 @@ class Residual(Solution):
 
     kind: ClassVar[str] = "residual"
     tensors: ClassVar[tuple[str, ...]] = ("rows",)
+    description: ClassVar[type[Description]] = ResidualDescription
 
     def __post_init__(self) -> None:
         check_finite("rows", self.rows)

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from mergetune.clip import Edit, FrozenClip, ImageInput, earliest_input
-from mergetune.solutions.base import COMMON, Solution, State, check_fields, common_fields, stacked
+from mergetune.io import Document, Items, fault
+from mergetune.solutions.base import Description, Solution, State, stacked
+
+
+class StackPart(Document, frozen=True, extra="allow"):
+    """A part of a saved stack; the other fields are the description, which depends on the kind."""
+
+    kind: str
+
+
+def _part(entry: Any) -> tuple[str, Description]:
+    """Kind and description of a part of a saved stack."""
+    from mergetune.solutions.kinds import KINDS  # the table of kinds names this file
+
+    part, kinds = StackPart.model_validate(entry), [kind for kind in KINDS if kind != Stack.kind]
+    if part.kind not in kinds:
+        raise fault(("kind",), f"one of {', '.join(kinds)}", part.kind)
+    return part.kind, KINDS[part.kind].description.model_validate(part.model_extra)
+
+
+class StackDescription(Description, frozen=True):
+    """A saved stack."""
+
+    parts: Annotated[Items[Annotated[tuple[str, Description], PlainValidator(_part)]], Field(min_length=2)]
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -45,7 +69,7 @@ class Stack(Solution):
 
     kind: ClassVar[str] = "stack"
     tensors: ClassVar[tuple[str, ...]] = ()
-    needed_settings: ClassVar[Mapping[str, Any]] = {"parts": list}
+    description: ClassVar[type[Description]] = StackDescription
 
     def __init__(
         self,
@@ -219,17 +243,16 @@ class Stack(Solution):
         return {name: t for i, part in enumerate(self.parts) for name, t in self._named(i, part.saved_state()).items()}
 
     @classmethod
-    def restore(cls, config: Mapping[str, Any], tensors: State) -> Stack:
-        from mergetune.solutions.kinds import kind_named  # the table of kinds names this file
+    def restore(cls, description: Description, tensors: State) -> Stack:
+        from mergetune.solutions.kinds import KINDS  # the table of kinds names this file
 
-        parts, names = [], _prefixes([entry.get("kind", "") for entry in config["parts"]])
-        for entry, prefix in zip(config["parts"], names, strict=True):
-            kind = kind_named(entry.get("kind"))
-            check_fields("a part of the stack", entry, {**COMMON, **kind.needed_settings})
+        assert isinstance(description, StackDescription)
+        parts = []
+        prefixes = _prefixes([kind for kind, _ in description.parts])
+        for (kind, described), prefix in zip(description.parts, prefixes, strict=True):
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            parts.append(kind.restore(entry, own))
-        common = common_fields(config)
-        return cls(*parts, notes=common["notes"], backbone=common["backbone"], fingerprint=common["fingerprint"])
+            parts.append(KINDS[kind].restore(described, own))
+        return cls(*parts, notes=description.notes, backbone=description.backbone, fingerprint=description.fingerprint)
 
     def _named(self, part: int, state: State) -> State:
         prefix = _prefixes([part.kind for part in self.parts])[part]

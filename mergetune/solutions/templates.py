@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mergetune.clip import PLAIN, Edit, FrozenClip, check_templates
-from mergetune.solutions.base import Solution, State, common_fields
+from mergetune.io import Items
+from mergetune.solutions.base import Description, Solution, State
+
+
+class TemplatesDescription(Description, frozen=True):
+    """Saved templates."""
+
+    classnames: None
+    texts: Items[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +44,7 @@ class Templates(Solution):
     kind: ClassVar[str] = "templates"
     tensors: ClassVar[tuple[str, ...]] = ()
     tower: ClassVar[str] = "text"
-    needed_settings: ClassVar[Mapping[str, Any]] = {"texts": list}
+    description: ClassVar[type[Description]] = TemplatesDescription
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "texts", check_templates(self.texts))
@@ -53,10 +61,6 @@ class Templates(Solution):
 
     def settings(self) -> dict[str, Any]:
         return {"texts": list(self.texts)}
-
-    @classmethod
-    def restore(cls, config: Mapping[str, Any], tensors: State) -> Templates:
-        return cls(texts=config["texts"], **common_fields(config))
 
     @property
     def identity(self) -> tuple[str, ...]:

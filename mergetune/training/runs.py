@@ -8,9 +8,10 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import AfterValidator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -18,9 +19,17 @@ from torch import Tensor
 from mergetune.data import Batches
 from mergetune.evaluation import accuracy
 from mergetune.io import (
+    Count,
+    Document,
+    Items,
+    JsonObject,
+    Number,
+    damaged,
+    fault,
     installed_version,
     jsonable,
-    read_regular_text,
+    parse_document,
+    read_document,
     remove_parts,
     require_regular,
     write_atomically,
@@ -30,7 +39,52 @@ from mergetune.solutions import Solution, State, load_solution
 from mergetune.training.jobs import Job
 from mergetune.training.objective import Batch
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 RESULT, STATE = "result.json", "state.safetensors"
+
+
+def _numbered(history: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
+    for i, entry in enumerate(history):
+        if entry.get("epoch") != i + 1:
+            raise fault((i, "epoch"), f"{i + 1}", entry.get("epoch"))
+    return history
+
+
+History = Annotated[Items[dict[str, Number]], AfterValidator(_numbered)]
+"""One entry per epoch, numbered from 1 on: learning rate, loss and its terms by name."""
+
+
+class ResultFile(Document, frozen=True, extra="ignore"):
+    """``result.json``: the fields of :class:`FitResult` but the solution, and the versions of the packages."""
+
+    history: History
+    settings: JsonObject
+    timings: dict[str, Number]
+    versions: dict[str, str] = {}
+
+
+class RunRecord(Document, frozen=True, extra="ignore"):
+    """What a state file says about its run, as its metadata "run".
+
+    Attributes:
+        settings: every argument that the result depends on.
+        history: the finished epochs.
+        best_epoch: the epoch of the best state; 0 before the first.
+        digest: checksum of the tensors.
+    """
+
+    settings: JsonObject
+    history: History
+    best_epoch: Count
+    digest: str
+
+    @model_validator(mode="after")
+    def _best_is_finished(self) -> Self:
+        if self.best_epoch > len(self.history):
+            raise fault(("best_epoch",), f"at most {len(self.history)}, the finished epochs", self.best_epoch)
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +119,15 @@ class FitResult:
 
     @classmethod
     def load(cls, path: str | Path) -> FitResult:
-        """Read what :meth:`save` wrote."""
-        try:
-            record = json.loads(read_regular_text(Path(path) / RESULT))
-            return cls(load_solution(path), tuple(record["history"]), record["settings"], record["timings"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{Path(path) / RESULT} is not a result of mergetune: {error}") from error
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder holds no result.
+            ValueError: a damaged file; the message names the file and the field.
+        """
+        way_on = f"load_solution({str(path)!r}) reads the solution alone"
+        record = read_document(Path(path) / RESULT, ResultFile, way_on=way_on)
+        return cls(load_solution(path), record.history, record.settings, record.timings)
 
 
 class TrainingRun:
@@ -213,26 +270,15 @@ class TrainingRun:
         path = folder / STATE
         if not path.exists():
             return
-        try:
-            require_regular(path)
-            with safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["run"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings, history, best_epoch = (record[name] for name in ("settings", "history", "best_epoch"))
-            if short_digest(*(tensors[name] for name in sorted(tensors))) != record["digest"]:
-                raise ValueError("its checksum is wrong")
-            tensors = _renamed(tensors, list(self.state))
-            if not {"state", "best"} <= {name.split(".")[0] for name in tensors}:
-                raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"resume: {path} cannot be read ({error}): delete it to start anew") from error
+        record, tensors = self._read_state(path)
+        settings = record.settings
         for name in {**settings, **self.settings}:
             old, new = settings.get(name), jsonable(self.settings.get(name))
             if old != new:
                 raise ValueError(
                     f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}"
                 )
-        self.history, self.best_epoch = history, best_epoch
+        self.history, self.best_epoch = list(record.history), record.best_epoch
         for name, tensor in self.state.items():
             self.best[name] = tensors[f"best.{name}"].to(tensor)
             with torch.no_grad():
@@ -242,12 +288,38 @@ class TrainingRun:
                 if key == f"optimizer.{slot}.{name}":
                     self.optimizer.state[tensor][slot] = value if slot == "step" else value.to(tensor)
 
+    def _read_state(self, path: Path) -> tuple[RunRecord, State]:
+        """The record and the tensors of a state file, by their present names."""
+        way_on = "delete it to start anew"
+        try:
+            require_regular(path)
+            with safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get("run")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            raise ValueError(f"resume: {path} must be a .safetensors file, got something else; {way_on}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"resume: {path} cannot be read: {error}; {way_on}") from error
+        if text is None:
+            raise ValueError(f"resume: {path} must have metadata 'run', got none; {way_on}")
+        record = parse_document(text, RunRecord, name=f"resume: {path}", way_on=way_on)
+        if short_digest(*(tensors[name] for name in sorted(tensors))) != record.digest:
+            raise damaged(f"resume: {path}", ("digest",), "be that of its tensors", record.digest, way_on=way_on)
+        found = _renamed(tensors, list(self.state))
+        for part in ("state", "best"):
+            for name, tensor in self.state.items():
+                if (there := found.get(f"{part}.{name}")) is None or there.shape != tensor.shape:
+                    got = "none" if there is None else f"{list(there.shape)}"
+                    rule = f"{path} must hold the tensor {part}.{name} of shape {list(tensor.shape)}"
+                    raise ValueError(f"resume: {rule}, got {got}; {way_on}")
+        return record, found
+
 
 def _renamed(tensors: State, names: list[str]) -> State:
     """Tensors of a state file under today's names. Version 0.1 had one parameter, with a head's bias as last column."""
     if "parameter" not in tensors:
         return tensors
-    found = {}
+    found = {}  # the caller checks names and shapes
     for old, new in {"parameter": "state", "best": "best", "momentum": "optimizer.momentum_buffer"}.items():
         if old not in tensors:
             continue

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mergetune.clip import PRECISIONS
-from mergetune.data import FeatureCache, ImageList, cache_building, cache_features, cache_files, row_reading
+from mergetune.data import FeatureCache, ImageList, cache_building, cache_features, row_reading
 from mergetune.data import cache as cache_module
+from mergetune.data.cache_documents import FORMAT, Plan
 from mergetune.evaluation import accuracy
 from mergetune.training import fisher_diagonal
 
@@ -68,15 +69,16 @@ def uneven_cache(path: Path, dtype: str = "float32", *, views: int = 3, dim: int
     """Write a cache of 12 shards of up to 4 rows, two of them empty. All its rows [V, N, D]."""
     path.mkdir()
     files = [f"{i}.png" for i in range(45)]
-    plan = {"format": cache_files.FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": 0}
+    plan = {"format": FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": 0}
     plan |= {"dtype": dtype, "views": views, "dim": dim, "shard_size": 4, "files": files}
     plan |= {"labels": [i % 3 for i in range(45)], "classnames": ["a", "b", "c"]}
+    plan = Plan.model_validate(plan)
     generator, all_rows = torch.Generator().manual_seed(seed), []
     for number in range(12):
-        own = cache_files.shard_files(plan, number)
+        own = plan.files_of(number)
         skipped = {file: "gone" for file in own if number in (4, 11) or file in ("0.png", "13.png", "14.png")}
         rows = torch.randn(views, len(own) - len(skipped), dim, generator=generator).to(PRECISIONS[dtype])
-        cache_building._write_shard(path, plan, number, rows, [["", 0, 0]] * len(own), skipped)
+        cache_building._write_shard(path, plan, number, rows, [("", 0, 0)] * len(own), skipped)
         all_rows.append(rows)
     cache_building._finish(path, plan)
     return torch.cat(all_rows, dim=1).float()
@@ -215,10 +217,11 @@ WHOLE = torch.full((N_LARGE, D_LARGE), D_LARGE**-0.5, dtype=torch.float16)
 def large(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("large")
     rows = F.normalize(torch.randn(N_LARGE, D_LARGE, generator=torch.Generator().manual_seed(0)), dim=-1).half()
-    plan = {"format": cache_files.FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": None}
+    plan = {"format": FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": None}
     plan |= {"dtype": "float16", "views": 1, "dim": D_LARGE, "shard_size": 500, "classnames": ["a", "b"]}
     plan |= {"files": [f"{i}.png" for i in range(N_LARGE)], "labels": [i % 2 for i in range(N_LARGE)]}
-    identity = [64 * "0", 110_000, 1_700_000_000_000_000_000]
+    plan = Plan.model_validate(plan)
+    identity = (64 * "0", 110_000, 1_700_000_000_000_000_000)
     for number, shard in enumerate(rows.split(500)):
         cache_building._write_shard(path, plan, number, shard[None], [identity] * len(shard), {})
     cache_building._finish(path, plan)

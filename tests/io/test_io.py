@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,7 +20,11 @@ from mergetune.io import (
     FLOAT_DTYPES,
     STORED_DTYPES,
     STORED_NAMES,
+    Count,
+    Document,
     Inert,
+    Items,
+    Number,
     Unpickler,
     compact_json,
     dtype_name,
@@ -27,6 +32,7 @@ from mergetune.io import (
     jsonable,
     locked,
     read_at,
+    read_document,
     read_json,
     read_npz,
     read_regular,
@@ -58,8 +64,50 @@ def test_a_value_that_json_cannot_hold_leaves_the_old_document(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
 def test_a_damaged_document_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.json must be JSON: "):
+    with pytest.raises(ValueError, match=r"a\.json must be JSON, got "):
         read_json(tmp_path / "a.json")
+
+
+class Point(Document, frozen=True):
+    """A document of this test."""
+
+    version: Literal[3]
+    name: str
+    at: Items[Number]
+    more: dict[str, Count] = {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"at": [1, "2"]}, r"is damaged: at\[1\] must be a number, got '2'; draw it again"),
+        ({"at": [float("nan")]}, r"is damaged: at\[0\] must be a finite number, got nan; draw it again"),
+        ({"at": ["x"] * 10**6}, r"is damaged: at\[0\] must be a number, got 'x'; draw it again"),
+        ({"name": None}, "is damaged: name must be a text, got null; draw it again"),
+        ({"more": {"a b": -1}}, r"is damaged: more\['a b'\] must be at least 0, got -1; draw it again"),
+        ({"more": {"a": True}}, "is damaged: more.a must be a whole number, got true; draw it again"),
+        ({"more": {"a": 1 << 70}}, "is damaged: more.a must be at most 9007199254740992, got 118059162071741130.*"),
+        ({"name": [1, 2], "version": 2}, "must have version 3, got 2; draw it again"),
+        ({"name": [1, 2], "version": 10}, "must have version 3, got 10; update mergetune"),
+        ({"version": True}, "must have version 3, got true; draw it again"),
+        ({"extra": {}}, "is damaged: extra must not be there, got an object of 0; draw it again"),
+    ],
+)
+def test_a_document_that_differs_from_its_model_is_refused_in_one_sentence(tmp_path, change, said):
+    write_json(tmp_path / "a.json", {"version": 3, "name": "p", "at": [1, 2.5]} | change)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/a\.json {said}$") as raised:
+        read_document(tmp_path / "a.json", Point, way_on="draw it again")
+    assert raised.value.__cause__ is None
+
+
+def test_a_document_is_read_as_its_model(tmp_path):
+    write_json(tmp_path / "a.json", {"version": 3, "name": "\udc80", "at": [1, 2.5]})
+    point = read_document(tmp_path / "a.json", Point, way_on="draw it again")
+    assert point == Point(version=3, name="\udc80", at=(1, 2.5)) and type(point.at[0]) is int
+    with pytest.raises(ValueError, match=r"a\.json must have at most 10 bytes, got \d+; draw it again"):
+        read_document(tmp_path / "a.json", Point, way_on="draw it again", limit=10)
+    with pytest.raises(ValueError, match="must be a regular file, got a folder; draw it again"):
+        read_document(tmp_path, Point, way_on="draw it again")
 
 
 def test_a_byte_order_mark_and_a_missing_document(tmp_path):

@@ -132,14 +132,14 @@ def test_the_wrong_kind_is_refused(clip, tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("{", "is not JSON"),
-        ("", "is not JSON"),
-        (b"\xff\xfe\x00", "is not JSON"),
-        ("[]", "must have format"),
+        ("{", "must be JSON"),
+        ("", "must be JSON"),
+        (b"\xff\xfe\x00", "must be JSON"),
+        ("[]", "the content must be an object, got a list of 0"),
         ("{}", "must have format"),
         ({"format": "something"}, "must have format"),
-        ({"version": 2}, "version must be 1, got 2: update mergetune"),
-        ({"version": None}, "version must be 1"),
+        ({"version": 2}, "must have version 1, got 2; update mergetune"),
+        ({"version": None}, "must have version 1, got null"),
         ({"kind": "adapter"}, "kind must be one of prompt, head, templates, residual, map, stack, got 'adapter'"),
     ],
 )

@@ -373,7 +373,7 @@ def test_a_result_comes_back(clip, tmp_path, tuned):
 def test_a_damaged_result_is_refused(clip, tmp_path, content):
     fit(clip, cache(), prompt(), **QUICK).save(tmp_path)
     (tmp_path / "result.json").write_text(content)
-    with pytest.raises(ValueError, match="result.json is not a result of mergetune"):
+    with pytest.raises(ValueError, match="result.json is damaged: .*; load_solution"):
         FitResult.load(tmp_path)
     with pytest.raises(FileNotFoundError):
         FitResult.load(tmp_path / "missing")

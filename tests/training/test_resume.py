@@ -15,6 +15,7 @@ from tiny import cache, parameter, prompt, tiny_clip
 
 from mergetune import FitResult, fit, tune
 from mergetune.io import write_atomically
+from mergetune.training.runs import short_digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,18 +179,22 @@ def test_a_damaged_state_is_refused(clip, finished, tmp_path, damage):
     else:
         content = {"truncated": whole[:-9], "empty": b"", "noise": random.Random(0).randbytes(500)}[damage]
         (tmp_path / STATE).write_bytes(content)
-    with pytest.raises(ValueError, match="resume: .*state.safetensors cannot be read .* delete it to start anew"):
+    with pytest.raises(
+        ValueError, match="resume: .*state.safetensors (must|is damaged: ).*, got .*; delete it to start anew"
+    ):
         fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)
 
 
-@pytest.mark.parametrize("missing", ["settings", "history", "best.ctx", "state.ctx"])
+@pytest.mark.parametrize("missing", ["settings", "history", "best_epoch", "digest", "best.ctx", "state.ctx"])
 def test_a_state_that_lacks_something_is_refused(clip, finished, tmp_path, missing):
     with safe_open(finished / STATE, "pt") as file:
         record = json.loads(file.metadata()["run"])
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != missing}  # noqa: SIM118
     record.pop(missing, None)
+    if "." in missing:
+        record["digest"] = short_digest(*(tensors[name] for name in sorted(tensors)))
     save_file(tensors, tmp_path / STATE, metadata={"run": json.dumps(record)})
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=rf"state\.safetensors .*{missing} .*got (no such field|none); delete it"):
         fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)
 
 
@@ -197,5 +202,5 @@ def test_a_flipped_bit_in_the_state_is_refused(clip, finished, tmp_path):
     content = bytearray((finished / STATE).read_bytes())
     content[-3] ^= 1
     (tmp_path / STATE).write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="digest must be that of its tensors"):
         fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)

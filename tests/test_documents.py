@@ -1,0 +1,299 @@
+"""Our own documents: every fault is one sentence that names file, field, expectation, value and the way on."""
+
+import copy
+import json
+import math
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cache_cases import BUILD, NoMoreEncoding, TinyClip, draw_images
+from fit_cases import QUICK
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny import cache, normal, prompt, tiny_clip
+
+from mergetune import (
+    FeatureCache,
+    FitResult,
+    Head,
+    LinearMap,
+    Prompt,
+    Residual,
+    Stack,
+    cache_features,
+    fit,
+    load_solution,
+)
+from mergetune.ops import Trial, Verdict, VerdictFile, verdicts
+from mergetune.solutions import Templates
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEMPLATE, NAMES = "a photo of a {}.", ("cat", "dog")
+FOREIGN = ("pydantic", "Traceback", "type=", "input_value", "Input should", "Expecting", "Error(", "\x1b")
+ABSURD = [None, True, -1, 10**30, 1.5, math.nan, math.inf, "absurd", "\x1b[31m" * 20, [], [[[]]], {}, {"": {"a": []}}]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A document in a folder.
+
+    Attributes:
+        file: name of the file that messages must have.
+        load: reads the document of a folder.
+        read, write: the text of the document in a folder.
+        free: fields with any content, or any text that is compared with something else.
+        optional: fields that a file may lack.
+        nullable: fields that may be null.
+    """
+
+    folder: Path
+    file: str
+    load: Callable[[Path], Any]
+    free: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    nullable: tuple[str, ...] = ()
+
+    def read(self, folder: Path) -> str:
+        return (folder / self.file).read_text(encoding="utf-8")
+
+    def write(self, folder: Path, content: bytes) -> None:
+        (folder / self.file).write_bytes(content)
+
+
+@dataclass(frozen=True)
+class StateCase(Case):
+    """The record in the metadata of a state file."""
+
+    def read(self, folder: Path) -> str:
+        with safe_open(folder / self.file, "pt") as file:
+            return file.metadata()["run"]
+
+    def write(self, folder: Path, content: bytes) -> None:
+        with safe_open(folder / self.file, "pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, folder / self.file, metadata={"run": content.decode(errors="replace")})
+
+
+SOLUTIONS = {
+    "prompt": Prompt(normal(4, 16), TEMPLATE, notes={"a": [1]}),
+    "class-specific prompt": Prompt(normal(2, 4, 16), TEMPLATE, NAMES, backbone="tiny", fingerprint="f"),
+    "head": Head(normal(2, 8), NAMES, logit_scale=12.5),
+    "cosine head": Head(normal(2, 8), NAMES, normalize=True),
+    "residual": Residual(normal(2, 8), NAMES),
+    "map": LinearMap(torch.eye(8)),
+    "templates": Templates((TEMPLATE, "the {}")),
+    "stack": Stack(Templates(), LinearMap(torch.eye(8)), Residual(normal(2, 8), NAMES)),
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict[str, Case]:
+    root = tmp_path_factory.mktemp("documents")
+    found = {}
+    for kind, solution in SOLUTIONS.items():
+        solution.save(root / kind)
+        nullable = ("backbone", "fingerprint", *(("classnames",) if "prompt" in kind or kind == "stack" else ()))
+        found[kind] = Case(root / kind, "solution.json", load_solution, ("notes",), ("position", "normalize"), nullable)
+    images = draw_images(root / "images", 11)
+    built = cache_features(TinyClip(), images, root / "cache", **BUILD)
+
+    def opened(folder: Path) -> FeatureCache:
+        return cache_features(NoMoreEncoding(), images, folder, **BUILD)
+
+    def continued(folder: Path) -> FeatureCache:
+        return cache_features(TinyClip(), images, folder, **BUILD)
+
+    free = ("preprocess", "files", "images", "skipped")
+    found["manifest"] = Case(built.path, "manifest.json", opened, free, (), ("seed",))
+    manifest = json.loads((built.path / "manifest.json").read_text())
+    for name, file in {"plan": "building.json", "shard record": "shard-00001.json"}.items():
+        folder = shutil.copytree(built.path, root / name)
+        (folder / "manifest.json").unlink()
+        plan = {key: value for key, value in manifest.items() if key not in ("torch", "shards")}
+        (folder / "building.json").write_text(json.dumps(plan))
+        for number, shard in enumerate(manifest["shards"]):
+            record = {"plan": manifest["id"], "shard": shard}
+            (folder / f"shard-{number:05d}.json").write_text(json.dumps(record))
+        found[name] = Case(folder, file, continued, free, (), ("seed",))
+
+    def resumed(folder: Path) -> FitResult:
+        return fit(tiny_clip(), cache(), prompt(), resume=folder, **QUICK)
+
+    resumed(root / "run").save(root / "run")
+    found["state"] = StateCase(root / "run", "state.safetensors", resumed, ("settings",))
+    found["result"] = Case(root / "run", "result.json", FitResult.load, ("settings",), ("versions",))
+
+    facts = verdicts.device_facts(torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGETUNE_HOME", str(root / "verdict"))
+        trial = Trial(backend="cpp", status="wrong", detail="off", error=math.inf, allowed=0.1, seconds=1.0)
+        verdict = Verdict(op="lmc_loss", dtype="torch.float32", shape_class="small", trials=(trial,))
+        path = verdicts.write_verdicts(VerdictFile(facts=facts, verdicts=(verdict,), seconds=1.0))
+
+    def read_verdict(folder: Path) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MERGETUNE_HOME", str(folder.parent))
+            return verdicts.read_verdicts(facts)
+
+    optional = ("format", "detail", "error", "allowed", "seconds")
+    found["verdict"] = Case(path.parent, path.name, read_verdict, ("facts",), optional, ("error", "allowed", "seconds"))
+    return found
+
+
+DOCUMENTS = [*SOLUTIONS, "manifest", "plan", "shard record", "state", "result", "verdict"]
+
+
+@pytest.fixture(params=DOCUMENTS)
+def case(request, cases, tmp_path) -> Case:
+    case = cases[request.param]
+    folder = shutil.copytree(case.folder, tmp_path / ("kernels" if request.param == "verdict" else "copy"))
+    return type(case)(folder, case.file, case.load, case.free, case.optional, case.nullable)
+
+
+def places(value: Any, free: tuple[str, ...], at: tuple = ()):
+    """Path to each field of a document, to the first and to the last entry of each list."""
+    if isinstance(value, dict):
+        entries = list(value.items())
+    else:
+        entries = [(i, value[i]) for i in sorted({0, len(value) - 1})] if isinstance(value, list) and value else []
+    for key, inner in entries:
+        yield (*at, key)
+        if key not in free:
+            yield from places(inner, free, (*at, key))
+
+
+def changed(document: Any, path: tuple, change: Callable[[Any, Any], None]) -> bytes:
+    copied = copy.deepcopy(document)
+    inner = copied
+    for step in path[:-1]:
+        inner = inner[step]
+    change(inner, path[-1])
+    return json.dumps(copied).encode()
+
+
+def refusal(case: Case, content: bytes) -> str | None:
+    """The message of the error; None if the document is accepted."""
+    work = case.folder.parent / f"{case.folder.name}-work" / case.folder.name  # loading may finish a cache
+    shutil.copytree(case.folder, work)
+    case.write(work, content)
+    try:
+        case.load(work)
+    except ValueError as error:
+        message = str(error)
+        another = f"feature cache {work} " in message or f"{work} holds another run: " in message
+        assert type(error) is ValueError and (case.file in message or another), message
+        assert "\n" not in message and not [word for word in FOREIGN if word in message], message
+        assert len(message) < 3 * len(str(work)) + 500, message
+        return message
+    finally:
+        shutil.rmtree(work.parent)
+    return None
+
+
+def spelled(path: tuple) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+
+
+def kind_of(value: Any) -> type:
+    return float if type(value) is int else type(value)
+
+
+def test_each_document_is_read_back(case):
+    assert refusal(case, case.read(case.folder).encode()) is None
+
+
+def test_a_field_that_is_missing_is_named(case):
+    document = json.loads(case.read(case.folder))
+    tried = 0
+    for path in places(document, case.free):
+        if (
+            isinstance(path[-1], int)
+            or path[-1] in case.optional
+            or path[0] in ("timings", "versions")
+            or "history" in path[:-1]
+        ):
+            continue
+        message = refusal(case, changed(document, path, lambda inner, key: inner.pop(key)))
+        assert message is not None, path
+        assert f"{spelled(path)} must be there, got no such field; " in message or f"must have {path[-1]} " in message
+        tried += 1
+    assert tried >= 2
+
+
+def test_a_value_of_another_type_is_named_and_any_value_is_refused_in_one_sentence(case):
+    document = json.loads(case.read(case.folder))
+    tried = 0
+    for path in places(document, case.free):
+        old = document
+        for step in path:
+            old = old[step]
+        for new in ABSURD[:: 6 if isinstance(case, StateCase) else 1]:  # a run takes longer to load
+            message = refusal(case, changed(document, path, lambda inner, key, new=new: inner.__setitem__(key, new)))
+            name = next(step for step in reversed(path) if isinstance(step, str))
+            other = kind_of(new) is not kind_of(old)
+            allowed = (new is None or old is None) and name in case.nullable or name in case.free and path[-1] == name
+            if other and not allowed:
+                assert message is not None, (path, new)
+                assert spelled(path) in message or f"must have {name} " in message, (path, new, message)
+            tried += message is not None
+    assert tried >= 20
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_damage_is_refused_in_one_sentence(case, seed):
+    dice, whole = random.Random(seed), case.read(case.folder).encode()
+    damages = [
+        lambda: whole[: dice.randrange(len(whole))],
+        lambda: dice.randbytes(dice.randrange(200)),
+        lambda: whole[: (at := dice.randrange(len(whole)))] + bytes([dice.randrange(256)]) + whole[at + 1 :],
+        lambda: whole[: (at := dice.randrange(len(whole)))] + whole[at + dice.randrange(1, 9) :],
+    ]
+    messages = [refusal(case, damages[i % 4]()) for i in range(24)]
+    assert sum(message is not None for message in messages) >= 10
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "7", "[" * 100_000, '{"a":' * 100_000, "1" * 5000, "\ufeff{"])
+def test_a_document_of_another_form_is_refused(case, text):
+    message = refusal(case, text.encode())
+    assert message is not None
+    assert re.search("must (be JSON|be an object|have format|have metadata), got ", message), message
+
+
+def test_a_deep_field_of_any_content_is_refused(case):
+    document = json.loads(case.read(case.folder))
+    field = next((name for name in ("notes", "settings", "preprocess") if name in document), None)
+    deep = changed(document, (field,), lambda inner, key: inner.update({key: {}})) if field else b""
+    content = deep.replace(b'"%s": {}' % str(field).encode(), b'"%s": ' % str(field).encode() + nested(300))
+    if field is not None:
+        assert f"{field} must be nested at most 256 levels deep" in (refusal(case, content) or "")
+
+
+def nested(levels: int) -> bytes:
+    return b'{"a":' * levels + b"1" + b"}" * levels
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "later"),
+    [
+        ("prompt", "version", 2),
+        ("stack", "version", 12),
+        ("manifest", "format", "mergetune.features/2"),
+        ("plan", "format", "mergetune.features/10"),
+        ("verdict", "format", 2),
+    ],
+)
+def test_a_document_of_a_later_version_asks_for_an_update(cases, tmp_path, name, field, later):
+    case = cases[name]
+    folder = shutil.copytree(case.folder, tmp_path / "kernels")
+    document = json.loads(case.read(folder)) | {field: later, "unknown": 1}
+    case.write(folder, json.dumps(document).encode())
+    with pytest.raises(ValueError, match=rf"must have {field} .*, got '?{later}'?; update mergetune$"):
+        case.load(folder)
