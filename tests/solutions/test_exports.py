@@ -115,10 +115,10 @@ def test_a_checkpoint_comes_back_with_the_same_logits(clip, tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"solution": make("head")}, TypeError, "solution must be a prompt, got a head"),
-        ({"solution": Prompt(normal(4, 16), "a photo of a {}")}, ValueError, "must have '.' behind the class name"),
-        ({"solution": Prompt(normal(4, 16), "a photo of a {}, a pet.")}, ValueError, "must have '.' behind"),
-        ({"classnames": None}, ValueError, "classnames must be given for a prompt that is shared"),
+        ({"solution": make("head")}, TypeError, "solution must be a prompt, the only kind that CoOp has, got a head"),
+        ({"solution": Prompt(normal(4, 16), "a photo of a {}")}, ValueError, "must have '.' after the class name"),
+        ({"solution": Prompt(normal(4, 16), "a photo of a {}, a pet.")}, ValueError, "must have '.' after"),
+        ({"classnames": None}, ValueError, "classnames must be given for a prompt that serves any classes"),
         ({"dtype": "bfloat16"}, ValueError, "dtype must be float32 or float16, got 'bfloat16'"),
         ({"epoch": 0}, ValueError, "epoch must be at least 1, got 0"),
         ({"solution": Prompt(normal(5, 16), "a photo of a {}.")}, ValueError, "template must hold 5 tokens"),
@@ -182,7 +182,7 @@ def test_heads_that_can_not_be_written_are_refused(clip, tmp_path):
         solutions.to_head(make("head"), tmp_path / "head.bin")
     with pytest.raises(ValueError, match="clip must be given for a prompt"):
         solutions.to_head(make("prompt"), tmp_path / "head.pt", classnames=NAMES)
-    with pytest.raises(ValueError, match="classnames must be given for a prompt that is shared"):
+    with pytest.raises(ValueError, match="classnames must be given for a prompt that serves any classes"):
         solutions.to_head(make("prompt"), tmp_path / "head.pt", clip=clip)
     with pytest.raises(ValueError, match="classnames must be the 3 classes of the head"):
         solutions.to_head(make("head"), tmp_path / "head.pt", classnames=NAMES[:2])

@@ -77,7 +77,7 @@ def test_the_logit_scale_of_a_head(tmp_path):
         ({"weight": WEIGHT.long()}, "weight must be floating point"),
         ({"weight": WEIGHT, "bias": BIAS[:2]}, r"bias must have shape \[C\] = \[3\], got \[2\]"),
         ({"weight": WEIGHT, "scale": BIAS}, "scale must be a number"),
-        ({"weight": WEIGHT, "classes_": torch.arange(2)}, "class for each of the 3 rows, got 2"),
+        ({"weight": WEIGHT, "classes_": torch.arange(2)}, "as many as the 3 rows of the weight, got 2"),
         ({"weight": WEIGHT, "classes_": torch.tensor([0.0, 0.5, 1.0])}, "whole numbers or names"),
         ({"weight": WEIGHT, "classes_": torch.tensor([0, 1, 7])}, None),
         ({"weight": WEIGHT[:2]}, "must name the 2 classes of weight, got 3"),

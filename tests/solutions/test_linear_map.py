@@ -96,7 +96,7 @@ def test_ensembles_keep_each_end_s_image_features(clip):
 
 
 def test_files_for_others_have_no_place_for_it(clip, tmp_path):
-    with pytest.raises(ValueError, match="solution must take image features as the CLIP gives them, got a stack"):
+    with pytest.raises(ValueError, match="solution must leave image features unchanged, got a stack"):
         to_head(Stack(prompt(), LinearMap(MATRIX)), tmp_path / "head.npz", clip=clip, classnames=NAMES)
     assert not (tmp_path / "head.npz").exists()
 

@@ -35,7 +35,7 @@ def test_on_a_head_rows_are_added_as_they_are_and_the_bias_stays(clip, residual)
 
 
 def test_without_class_embeddings_below_it_is_refused(clip, residual):
-    with pytest.raises(ValueError, match=r"put it on one with mergetune.Stack\(base, solution\)"):
+    with pytest.raises(ValueError, match=r"put the solution on one of these with mergetune.Stack\(base, solution\)"):
         residual.class_weights(clip, ("cat", "dog"))
 
 

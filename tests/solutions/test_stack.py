@@ -90,9 +90,9 @@ def test_lines_lead_through_tops_of_one_base(clip):
     torch.testing.assert_close(interpolate(a, b, 0.25).top.rows, 0.75 * a.top.rows + 0.25 * b.top.rows)
     zero = zero_shot_like(clip, a)
     assert not zero.top.rows.any() and zero.parts[0] is base
-    with pytest.raises(ValueError, match="stacks on one path must have one base"):
+    with pytest.raises(ValueError, match="stacks on one path must have the same base"):
         interpolate(a, Stack(prompt(2), residual(2)), 0.5)
-    with pytest.raises(TypeError, match="stacks on one path must have tops of one kind, got residual and map"):
+    with pytest.raises(TypeError, match="stacks on one path must have tops of the same kind, got residual and map"):
         interpolate(a, Stack(base, linear_map()), 0.5)
 
 
