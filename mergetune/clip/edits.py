@@ -115,6 +115,10 @@ class Edit:
         for what in ("weights", "before", "beside"):
             if both := getattr(self, what).keys() & getattr(top, what).keys():
                 raise ValueError(f"solutions of a stack must change different {what}, got {sorted(both)[0]!r} twice")
+        if any(not rows.added for rows in top.rows):
+            raise ValueError(
+                "only the base of a stack may hold class rows that replace class embeddings, got a head above it"
+            )
         if top.templates or top.context is not None:
             raise ValueError("only the base of a stack may hold class texts, got a prompt or templates above it")
         if self.image_maps and top.raw_image_map:
@@ -128,6 +132,6 @@ class Edit:
             image_maps=self.image_maps + top.image_maps,
             raw_image_map=self.raw_image_map or top.raw_image_map,
             rows=self.rows + top.rows,
-            normalize=self.normalize and top.normalize,
-            scale=self.scale if top.scale is None else top.scale,
+            normalize=self.normalize,
+            scale=self.scale,
         )

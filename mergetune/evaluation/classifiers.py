@@ -142,6 +142,9 @@ def evaluate(clip: FrozenClip, solution: Solution | str | Sequence[str], feature
 
 
 def _check_clip(clip: FrozenClip, features: Batches) -> None:
+    width = getattr(features, "dim", clip.embed_dim)
+    if width != clip.embed_dim:
+        raise ValueError(f"features must have the embedding's width {clip.embed_dim}, got {width}")
     if features.fingerprint and features.fingerprint != clip.image_fingerprint:
         raise ValueError(
             f"features must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got "

@@ -168,10 +168,11 @@ def accuracy(
         >>> round(report.accuracy, 1), report.per_class
         (66.7, {'cat': 100.0, 'dog': 50.0})
     """
+    biases = (0, 1)
     if isinstance(weights, Classifier):
-        weights, images = weights(features.classnames), weights.images
-    dim = weights.shape[-1] if images is not None else getattr(features, "dim", weights.shape[-1])
-    if weights.ndim != 2 or len(weights) != len(features.classnames) or weights.shape[1] - dim not in (0, 1):
+        biases, images, weights = (int(weights.bias),), weights.images, weights(features.classnames)
+    dim = weights.shape[-1] - biases[0] if images is not None else getattr(features, "dim", weights.shape[-1])
+    if weights.ndim != 2 or len(weights) != len(features.classnames) or weights.shape[1] - dim not in biases:
         raise ValueError(
             f"weights must have shape [C, D] = [{len(features.classnames)}, {dim}], got {list(weights.shape)}"
         )

@@ -158,7 +158,11 @@ def _fisher(
         x = features.rows(index).to(clip.device)
         with torch.enable_grad():
             unit = space.unit(space.classes(copies))
-            images = x if space.images is None else space.features(copies, x).diagonal(dim1=0, dim2=1).T
+            images = (
+                x
+                if space.images is None
+                else space.features(copies, x).expand(len(index), -1, -1).diagonal(dim1=0, dim2=1).T
+            )
             logits = space.scale * torch.einsum("bd,bcd->bc", inputs(images, unit), unit.expand(len(index), -1, -1))
             drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(x.device)
             loss = F.cross_entropy(logits, drawn, reduction="sum")

@@ -235,6 +235,12 @@ class Solution:
         """Tensors and texts that determine the class embeddings, for a digest."""
         return tuple(self.state().values())
 
+    @property
+    def whole_identity(self) -> tuple[Tensor | str, ...]:
+        """Everything that determines what the solution computes: tensors, kind, class names and settings."""
+        texts = self.kind, json.dumps(self.classnames), json.dumps(self.settings(), sort_keys=True)
+        return (*texts, *self.identity)
+
     # -- the same for all kinds ---------------------------------------------------------------------------------------
 
     def state(self) -> State:

@@ -201,12 +201,14 @@ def _as_head(
         return plain
     if clip is None:
         raise ValueError(f"clip must be given for a {solution.kind}, whose class embeddings it computes, got None")
-    names = classnames_of(solution, classnames)
     if solution.image_input != "feature" or image_features(clip, solution) is not None:
         raise ValueError(
             f"solution must leave image features unchanged, got a {solution.kind} that changes them: save the "
             "solution with solution.save, and classify with mergetune.classifier"
         )
+    names = classnames_of(solution, classnames)
+    if whole:
+        solution.check_classes(names)
     at = span(clip, [solution], names)
     weights = at.space.unit(at.ends["classes"])[0]
     bias = weights[:, -1].contiguous() if weights.shape[1] > clip.embed_dim else None

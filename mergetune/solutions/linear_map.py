@@ -81,7 +81,7 @@ class LinearMap(Solution):
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
         """An edit with one image map: x -> x A."""
-        return Edit(image_maps=(states["matrix"].__rmatmul__,))
+        return Edit(image_maps=(lambda x: x @ states["matrix"].to(x),))
 
     def zero_shot_points(
         self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]

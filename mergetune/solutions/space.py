@@ -176,6 +176,10 @@ def span(
     for solution in solutions[:-1]:
         check_compatible(solution, last, space=space)
     if space == "parameter":
+        if not last.state():
+            raise ValueError(
+                f"solutions must have a state for space='parameter', got {last.kind}: use space='embedding'"
+            )
         found = space_of(clip, last, classnames, precision=precision, backend=backend)
         return Span(found, _to(precision, stack_states([solution.state() for solution in solutions], clip.device)))
     return _embedded(clip, solutions, classnames, precision)
@@ -245,6 +249,7 @@ def measure(at: Span, mixtures: Tensor, images: Batches) -> tuple[tuple[float, .
         loss, right = torch.zeros(2, len(weights), dtype=torch.float64, device=device)
         for rows, labels, _ in images.batches(ROWS):
             x, labels = space.features(states, rows.to(weights)), labels.to(device)
+            x = x if space.images is None else x.expand(len(weights), -1, -1)  # a frozen map gives one for all points
             for m, w in enumerate(weights):
                 logits = space.scale * inputs(x if space.images is None else x[m], w) @ w.T
                 loss[m] += F.cross_entropy(logits, labels, reduction="sum")

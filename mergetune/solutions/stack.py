@@ -219,7 +219,11 @@ class Stack(Solution):
 
     @property
     def identity(self) -> tuple[Tensor | str, ...]:
-        return tuple(item for part in self.parts for item in part.identity)
+        return tuple(item for part in self.parts for item in part.whole_identity)
+
+    @property
+    def whole_identity(self) -> tuple[Tensor | str, ...]:
+        return self.identity
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -252,6 +256,8 @@ class Stack(Solution):
         for (kind, described), prefix in zip(description.parts, prefixes, strict=True):
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             parts.append(KINDS[kind].restore(described, own))
+        if lost := [name for name in tensors if not name.startswith(tuple(prefixes))]:
+            raise ValueError(f"tensors must belong to a part of the stack, got {lost[0]!r}")
         return cls(*parts, notes=description.notes, backbone=description.backbone, fingerprint=description.fingerprint)
 
     def _named(self, part: int, state: State) -> State:

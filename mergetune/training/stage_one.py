@@ -165,7 +165,7 @@ def tune_job(
     )
     record = without_sgd(record)
     if on_base:
-        record["base"] = None if base is None else short_digest(*base.identity)
+        record["base"] = None if base is None else short_digest(*base.whole_identity)
     else:
         del record["lam"]
     return Job(
@@ -188,6 +188,8 @@ def _check_options(options: TuneOptions, base: Solution | None, *, on_base: bool
         raise ValueError(
             f"base must be None unless method is {' or '.join(TOP_METHODS)}, got a base for {options.method}"
         )
+    if base is not None and options.zero_shot is not None:
+        raise ValueError("zero_shot must be None where base is given: the base has the class embeddings")
     if base is not None and not isinstance(base, Solution):
         raise TypeError(f"base must be a solution, got {base!r}: load a file with mergetune.open_solution")
     if (options.class_specific or options.n_ctx is not None) and options.method not in ("coop", "kgcoop"):

@@ -157,6 +157,10 @@ def fit_job(
     # A head's logit scale may be separate or part of its weight. One convention gives lam and lr one meaning.
     anchors = [anchor.rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
     solution, classnames = anchors[0], features.classnames
+    if not solution.state():
+        raise ValueError(
+            f"tuned must have something to train, got {solution.kind}: tune a residual or a map on it first"
+        )
     for other in anchors[1:]:
         check_compatible(solution, other, space=options.space)
         check_same_shapes(solution, other)

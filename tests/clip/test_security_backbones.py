@@ -503,7 +503,7 @@ def test_a_panic_of_the_library_is_an_error_that_names_the_file(folder):
     with pytest.raises(BaseException) as theirs:
         open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
     assert not isinstance(theirs.value, Exception)
-    with pytest.raises(ValueError, match=r"tokenizer\.json of 'local-dir:.*' must be one that"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json of 'local-dir:.*' must be a file that"):
         load_clip(f"local-dir:{folder}")
 
 
@@ -517,7 +517,9 @@ def test_a_repository_names_no_tokenizer_but_a_repository(folder, marker, monkey
     edit(folder / TOKENIZER, "auto_map", CODE)
     edit(folder / OPEN_CLIP, "model_cfg.text_cfg.hf_tokenizer_name", name)
     monkeypatch.chdir(folder)
-    with pytest.raises(ValueError, match=f"{OPEN_CLIP}: model_cfg.text_cfg.hf_tokenizer_name must be a repository"):
+    with pytest.raises(
+        ValueError, match=f"{OPEN_CLIP}: model_cfg.text_cfg.hf_tokenizer_name must be the name of a repository"
+    ):
         load(folder, "hf-hub")
     assert not marker.exists()
 
