@@ -116,9 +116,7 @@ class Edit:
             if both := getattr(self, what).keys() & getattr(top, what).keys():
                 raise ValueError(f"solutions of a stack must change different {what}, got {sorted(both)[0]!r} twice")
         if any(not rows.added for rows in top.rows):
-            raise ValueError(
-                "only the base of a stack may hold class rows that replace class embeddings, got a head above it"
-            )
+            raise ValueError("only the base of a stack may hold rows instead of class embeddings, got a head above it")
         if top.templates or top.context is not None:
             raise ValueError("only the base of a stack may hold class texts, got a prompt or templates above it")
         if self.image_maps and top.raw_image_map:

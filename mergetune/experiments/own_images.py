@@ -74,6 +74,10 @@ def fit_dataset(
     """
     if classes not in ("all", "base"):
         raise ValueError(f"classes must be all or base, got {classes!r}")
+    for solution in tuned:  # what does not belong to the CLIP is refused here, before any image is encoded
+        solution.check(clip)
+    if not tuned and method != "head":
+        _ = clip.text  # likewise a CLIP that takes no prompts
     out = Path(out)
     parts: dict[str, Dataset] = {"all": data}
     if classes == "base":

@@ -164,6 +164,8 @@ def reproduce(
         raise ValueError(f"processes must be at least 1, got {processes}")
     check_data(runs, experiment.root)
     caches = Caches(load(), experiment)
+    if any(run.method != "head" for run in runs):
+        _ = caches.clip.text  # a CLIP that takes no prompts is refused here, before any image is encoded
     for key in caches.needed(runs):
         caches.build(*key)
     with torchrun_team() as team:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.solutions.base import Solution, State, check_same_shapes, inputs, stack_states, stacked
+    from mergetune.solutions.base import Solution, check_same_shapes
     from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
     from mergetune.solutions.coop_files import to_coop
     from mergetune.solutions.exports import push_to_hub, to_head, to_hub, zero_shot_classifier
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mergetune.solutions.residual import Residual, open_taskres
     from mergetune.solutions.space import Space, Span, image_features, measure, space_of, span
     from mergetune.solutions.stack import Stack
+    from mergetune.solutions.states import State, inputs, stack_states, stacked
     from mergetune.solutions.templates import Templates
 
 __all__ = [
@@ -65,7 +66,7 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.solutions.base": "Solution State check_same_shapes inputs stack_states stacked",
+        "mergetune.solutions.base": "Solution check_same_shapes",
         "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
         "mergetune.solutions.coop_files": "to_coop",
         "mergetune.solutions.exports": "push_to_hub to_head to_hub zero_shot_classifier",
@@ -76,6 +77,7 @@ make_lazy(
         "mergetune.solutions.residual": "Residual open_taskres",
         "mergetune.solutions.space": "Space Span image_features measure space_of span",
         "mergetune.solutions.stack": "Stack",
+        "mergetune.solutions.states": "State inputs stack_states stacked",
         "mergetune.solutions.templates": "Templates",
     },
 )

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
 from mergetune.io import Items, Number
-from mergetune.solutions.base import Description, Solution, State, check_finite
+from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import HeadFile, read_head, read_sklearn
+from mergetune.solutions.states import State, check_finite
 
 
 class HeadDescription(Description, frozen=True):

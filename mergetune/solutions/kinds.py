@@ -8,12 +8,13 @@ from typing import TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_templates
 from mergetune.io import damaged
-from mergetune.solutions.base import CONFIG, Solution, read_config, stacked
+from mergetune.solutions.base import CONFIG, Solution, read_config
 from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.residual import Residual
 from mergetune.solutions.stack import Stack
+from mergetune.solutions.states import stacked
 from mergetune.solutions.templates import Templates
 
 #: {name: class} of the kinds of solutions.

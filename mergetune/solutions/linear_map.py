@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mergetune.clip import Edit, FrozenClip
-from mergetune.solutions.base import Description, Solution, State, check_finite
+from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import read_arrays
+from mergetune.solutions.states import State, check_finite
 
 
 class LinearMapDescription(Description, frozen=True):

@@ -20,8 +20,9 @@ from mergetune.clip import (
     words_before,
     words_before_name,
 )
-from mergetune.solutions.base import Description, Solution, State, check_finite
+from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import read_prompt
+from mergetune.solutions.states import State, check_finite
 
 POSITIONS = ("end", "middle", "front")
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
 from mergetune.io import Items, load_tensors
-from mergetune.solutions.base import Description, Solution, State, check_finite
+from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import checkpoint_file, state_dict_of
 from mergetune.solutions.head import Head
 from mergetune.solutions.stack import Stack
+from mergetune.solutions.states import State, check_finite
 
 
 class ResidualDescription(Description, frozen=True):

@@ -15,8 +15,9 @@ from torch import Tensor
 from mergetune.clip import FrozenClip, TextEncoder, prepare_classes, prepare_images
 from mergetune.data import Batches
 from mergetune.facts.function_options import SPACES
-from mergetune.solutions.base import Solution, State, inputs, stack_states, weighted_sums
+from mergetune.solutions.base import Solution
 from mergetune.solutions.kinds import check_compatible
+from mergetune.solutions.states import State, inputs, stack_states, weighted_sums
 
 CHUNK = 1 << 25  # class-weight values computed at once: 128 MB in float32
 ROWS = 2048  # images per batch
@@ -178,7 +179,7 @@ def span(
     if space == "parameter":
         if not last.state():
             raise ValueError(
-                f"solutions must have a state for space='parameter', got {last.kind}: use space='embedding'"
+                f"solutions must have a state in space 'parameter', got {last.kind}: use space='embedding'"
             )
         found = space_of(clip, last, classnames, precision=precision, backend=backend)
         return Span(found, _to(precision, stack_states([solution.state() for solution in solutions], clip.device)))

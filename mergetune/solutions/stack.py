@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mergetune.clip import Edit, FrozenClip, ImageInput, earliest_input
 from mergetune.io import Document, Items, fault
-from mergetune.solutions.base import Description, Solution, State, stacked
+from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.states import State, stacked
 
 
 class StackPart(Document, frozen=True, extra="allow"):

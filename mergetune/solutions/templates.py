@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from mergetune.clip import PLAIN, Edit, FrozenClip, check_templates
 from mergetune.io import Items
-from mergetune.solutions.base import Description, Solution, State
+from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.states import State
 
 
 class TemplatesDescription(Description, frozen=True):

@@ -158,9 +158,7 @@ def fit_job(
     anchors = [anchor.rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
     solution, classnames = anchors[0], features.classnames
     if not solution.state():
-        raise ValueError(
-            f"tuned must have something to train, got {solution.kind}: tune a residual or a map on it first"
-        )
+        raise ValueError(f"tuned must have a state to train, got {solution.kind}: tune a residual or a map on it")
     for other in anchors[1:]:
         check_compatible(solution, other, space=options.space)
         check_same_shapes(solution, other)

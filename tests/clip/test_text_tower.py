@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tower_cases import CONTEXT, EOS, FIRST, LENGTH, NAMES, PAD, Words, clip_and_tokens, contexts, tower
 
 from mergetune.clip import FrozenClip, TextEncoder, arrange, packed_texts, text_encoder
-from mergetune.solutions import Prompt
+from mergetune.solutions import Prompt, space_of
 
 pytestmark = pytest.mark.usefixtures("poison_uninitialized_memory")
 
@@ -172,7 +172,7 @@ def test_positions_without_a_start_token(position, causal):
     model = tower(open_clip.CustomTextCLIP, pool_type="last", no_causal_mask=not causal)
     clip = FrozenClip(model, Words(start=False, end=EOS), "tiny")
     ctx = contexts(clip, 1)
-    got = encoder(clip, Prompt(ctx[0].detach(), "x x x {} z", position=position))(ctx)
+    got = encoder(clip, Prompt(ctx[0].detach(), "x x x {} z", position=position), NAMES)(ctx)
     tokens = clip.tokenize([f"x x x {name} z" for name in NAMES])
     expected = coop_features(model, tokens, ctx, position, first=0)
     assert_relative(got.detach(), expected.detach())
@@ -199,7 +199,10 @@ def test_what_stands_before_the_name_is_shared():
     clip, _ = clip_and_tokens(tower())
     own = sum(len(name.split()) + 2 for name in NAMES)  # with "z" and the end
     ctx = contexts(clip, 1)[0].detach()
-    packed = {p: rows(encoder(clip, Prompt(ctx, "x x x {} z", position=p))) for p in ("end", "middle", "front")}
+    packed = {
+        p: rows(space_of(clip, Prompt(ctx, "x x x {} z", position=p), NAMES).encoder)
+        for p in ("end", "middle", "front")
+    }
     assert packed == {"end": own, "middle": own + 2 * len(NAMES), "front": own + 3 * len(NAMES)}
 
 

@@ -1,23 +1,33 @@
 """Stacks: order, state, files, lines, and what goes through them."""
 
+import hashlib
+import json
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from tiny import NAMES, cache, head, normal, prompt, tiny_clip
 
 from mergetune import (
+    FeatureCache,
     LinearMap,
     Residual,
     Stack,
     Templates,
     evaluate,
+    fit,
     interpolate,
     load_solution,
     merge_solutions,
+    path,
     to_head,
     tune,
 )
 from mergetune.evaluation import classifier
+from mergetune.evaluation.spectra import hessian
 from mergetune.solutions import zero_shot_like
 
 
@@ -135,4 +145,71 @@ def test_a_part_of_another_kind_in_a_file_is_refused(tmp_path):
     file = tmp_path / "solution.json"
     file.write_text(file.read_text().replace('"kind": "map"', '"kind": "code"'))
     with pytest.raises(ValueError, match="kind must be one of .*, got 'code'"):
+        load_solution(tmp_path)
+
+
+# -- what a stack must not do in silence -------------------------------------------------------------------------------
+
+
+def test_another_base_with_the_same_tensors_is_another_run(clip, tmp_path):
+    """Class names and scales of a base are part of what a run depends on."""
+    common = {"method": "residual", "epochs": 2, "progress": False, "resume": tmp_path}
+    tune(clip, cache(), base=Stack(Templates(), Residual(residual().rows, NAMES)), **common)
+    with pytest.raises(ValueError, match="holds another run: its base is"):
+        tune(clip, cache(), base=Stack(Templates(), Residual(residual().rows, NAMES[::-1])), **common)
+
+
+def test_a_head_stands_only_at_the_base(clip):
+    for parts in ((prompt(), head()), (residual(), head())):
+        with pytest.raises(ValueError, match="only the base of a stack may hold rows instead of class embeddings"):
+            Stack(*parts).class_weights(clip, NAMES)
+
+
+def test_a_frozen_map_stays_below_paths_curvature_and_merging(clip):
+    """As if the residuals were on features that were mapped before."""
+    features, below = cache(), linear_map()
+    mapped = FeatureCache.from_tensors(F.normalize(features.tensor() @ below.matrix, dim=-1), features.labels, NAMES)
+    a, b = (Stack(prompt(), below, residual(seed)) for seed in (1, 2))
+    plain = [Stack(prompt(), residual(seed)) for seed in (1, 2)]
+    for space in ("embedding", "parameter"):
+        found = path(clip, a, b, features, points=3, space=space)
+        expected = path(clip, *plain, mapped, points=3, space=space)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    v = np.random.default_rng(0).standard_normal(24)
+    found, expected = (hessian(clip, *pair, space="parameter") @ v for pair in ((a, features), (plain[0], mapped)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
+    merged = [
+        merge_solutions("fisher_average", experts, clip=clip, features=images)
+        for experts, images in (([a, b], features), (plain, mapped))
+    ]
+    torch.testing.assert_close(merged[0].top.rows, merged[1].top.rows, atol=1e-5, rtol=1e-4)
+
+
+def test_features_of_another_width_are_refused(clip):
+    narrow = cache(dim=7)
+    with pytest.raises(ValueError, match="features must have the embedding's width 8, got 7"):
+        evaluate(clip, Stack(Templates(), residual()), narrow)
+
+
+def test_nothing_to_train_is_refused(clip):
+    with pytest.raises(ValueError, match="tuned must have a state to train, got templates"):
+        fit(clip, cache(), Templates(), progress=False)
+    with pytest.raises(ValueError, match="zero_shot must be None where base is given"):
+        tune(clip, cache(), method="map", base=Templates(), zero_shot="a {}.", progress=False)
+
+
+def test_a_residual_of_none_of_the_classes_is_not_exported(clip, tmp_path):
+    with pytest.raises(ValueError, match="classnames must share a class with"):
+        to_head(Stack(prompt(), residual()), tmp_path / "head.npz", clip=clip, classnames=("lion", "tiger"))
+
+
+def test_a_file_with_a_tensor_of_no_part_is_refused(tmp_path):
+    three().save(tmp_path)
+    tensors = load_file(tmp_path / "solution.safetensors") | {"other.rows": torch.zeros(2)}
+    content = serialize(tensors)
+    (tmp_path / "solution.safetensors").write_bytes(content)
+    described = json.loads((tmp_path / "solution.json").read_text())
+    described["sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "solution.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="belong to a part of the stack, got 'other.rows'"):
         load_solution(tmp_path)

@@ -38,7 +38,7 @@ def test_classes_without_rows_alone_are_those_of_the_base(clip):
     ("base", "match"),
     [
         (Head(normal(1, 8), ("cat",)), "among the head's 1 classes, got 'dog'"),
-        (Prompt(torch.zeros(3, 4, 16), "X X X X {}.", NAMES), "3 classes in its order, got 2"),
+        (Prompt(torch.zeros(3, 4, 16), "X X X X {}.", NAMES), "the 3 classes of the solution in the same order, got 2"),
     ],
 )
 def test_a_base_must_serve_the_classes_that_are_trained(clip, base, match):

@@ -1,0 +1,51 @@
+"""States: the named tensors of solutions, stacked, mixed and checked.
+
+Shapes: M states computed together, K solutions, B images, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""Tensors by name. A stacked state holds M states: each of its tensors has a leading dimension M."""
+
+
+def mix(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+    """``(1 - t) a + t b``, for one number t or for one t per setting, [M]."""
+    if isinstance(t, Tensor):
+        t = t.to(b).view(-1, *(1,) * (b.ndim - 1))
+    return (1 - t) * a + t * b
+
+
+def weighted_sums(ends: State, shares: Tensor) -> State:
+    """Weighted sums of K stacked states with weights [M, K], in float64: far from the ends, weights are large."""
+    return {name: torch.tensordot(shares, end.double(), 1).to(end) for name, end in ends.items()}
+
+
+def stacked(
+    state: Mapping[str, Tensor], device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> State:
+    """A stacked state that holds this state alone (M = 1)."""
+    return {name: tensor.to(device, dtype)[None] for name, tensor in state.items()}
+
+
+def stack_states(states: Sequence[Mapping[str, Tensor]], device: torch.device | None = None) -> State:
+    """The states as one stacked state, float32, with M = ``len(states)``."""
+    return {name: torch.stack([state[name].float().to(device) for state in states]) for name in states[0]}
+
+
+def inputs(x: Tensor, weights: Tensor) -> Tensor:
+    """Features [..., B, D], with a constant 1 appended to each if the class weights hold a bias, [..., C, D + 1]."""
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if weights.shape[-1] == x.shape[-1] + 1 else x
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the tensor is floating point and finite."""
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {int((~tensor.isfinite()).sum())} NaN or infinite values")
