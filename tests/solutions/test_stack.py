@@ -199,7 +199,7 @@ def test_nothing_to_train_is_refused(clip):
 
 
 def test_a_residual_of_none_of_the_classes_is_not_exported(clip, tmp_path):
-    with pytest.raises(ValueError, match="classnames must share a class with"):
+    with pytest.raises(ValueError, match="classnames must contain a class of the residual"):
         to_head(Stack(prompt(), residual()), tmp_path / "head.npz", clip=clip, classnames=("lion", "tiger"))
 
 
