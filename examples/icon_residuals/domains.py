@@ -87,7 +87,7 @@ def main(
         typer.Option(help="clean-icons.zip of ../icon_clip/downstream.py, or its folder; without it: only tilted"),
     ] = None,
 ) -> None:
-    """Write OUT/tilted, and from clean icons OUT/clean, OUT/noisy and OUT/badge, with train/CLASS and test/CLASS."""
+    """Write OUT/tilted, and from clean icons OUT/clean, OUT/noisy and OUT/badge: train/CLASS and test/CLASS in each."""
     if icons is not None and not icons.exists():
         raise typer.BadParameter(f"--icons must be a zip file or a folder, got {icons}: it does not exist")
     with as_file(files("mergetune") / "assets" / "tilted-icons.zip") as tilted:

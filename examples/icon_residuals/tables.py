@@ -1,10 +1,16 @@
-"""The table of measured cells: mean accuracies, and paired differences with intervals over cells and over classes."""
+"""Tables of measured cells: mean accuracies, and paired differences with intervals over cells and over classes.
 
+`python tables.py out/tilted out/noisy` prints the differences that matter, a column for each folder.
+"""
+
+import json
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from scipy import stats
 from torch import Tensor
 
@@ -14,6 +20,17 @@ TOPS = ("", " + map", " + residual", " + map + residual")
 COLUMNS = ("base", "novel", "HM", "seen", "unseen", "joint HM")
 REFERENCES = (KGCOOP, WISE, MERGETUNE, MERGETUNE + TOPS[3])
 RESAMPLES = 2000  # draws of the classes
+TEXTS = (ZERO_SHOT, COOP, KGCOOP, WISE, MERGETUNE)
+CLAIMS = (  # a row, what it is compared with, and the column
+    (MERGETUNE, KGCOOP, "HM"),
+    (MERGETUNE, WISE, "HM"),
+    *((text + top, text, "HM") for top in TOPS[1:] for text in TEXTS),
+    *((text + TOPS[2], text, "joint HM") for text in TEXTS),
+    (ZERO_SHOT + TOPS[2], MERGETUNE, "HM"),
+    (ZERO_SHOT + TOPS[3], MERGETUNE, "HM"),
+    (ZERO_SHOT + TOPS[3], MERGETUNE + TOPS[3], "HM"),
+    (ZERO_SHOT + TOPS[3], MERGETUNE + TOPS[3], "joint HM"),
+)
 
 
 def summarise(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -76,7 +93,8 @@ def _accuracies(cell: dict[str, Any], names: Sequence[str], weights: Tensor | No
     for space in ("half", "joint"):
         right = torch.tensor([cell["right"][name][space] for name in names]).double()  # [rows, classes]
         ends = [100 * (weights * part) @ right.T / ((weights * part) @ images)[:, None] for part in (base, ~base)]
-        found += [*ends, (2 * ends[0] * ends[1] / (ends[0] + ends[1])).nan_to_num()]
+        total = ends[0] + ends[1]  # NaN where a draw has no class of a half
+        found += [*ends, torch.where(total == 0, 0, 2 * ends[0] * ends[1] / total)]
     found = torch.stack(found, -1)
     return found[0] if one else found
 
@@ -108,8 +126,27 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def claims(by_domain: Mapping[str, dict[str, Any]]) -> str:
+    """A table of paired differences with a column for each domain: ± over cells, then the interval over classes."""
+    domains = list(by_domain)
+    lines = [["", *domains], ["---"] * (1 + len(domains))]
+    for row, other, column in CLAIMS:
+        found = [by_domain[domain]["rows"][row]["differences"][other][column] for domain in domains]
+        lines.append([f"{row}, to {other}: {column}", *("; ".join(_cells_of(difference)) for difference in found)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def _cells_of(difference: dict[str, Any]) -> list[str]:
     over_cells = difference["cells"]
     reach = "" if over_cells is None else f" ± {(over_cells[1] - over_cells[0]) / 2:.2f}"
     low, high = difference["classes"]
     return [f"{difference['mean']:+.2f}{reach}", f"{low:+.2f} to {high:+.2f}"]
+
+
+def main(folders: Annotated[list[Path], typer.Argument(help="folders of run.py")]) -> None:
+    """Print the differences that matter in each folder's results."""
+    typer.echo(claims({folder.name: json.loads((folder / "results.json").read_text("utf-8")) for folder in folders}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

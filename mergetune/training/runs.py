@@ -278,6 +278,7 @@ class TrainingRun:
                 raise ValueError(
                     f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}"
                 )
+        self._check_tensors(path, tensors)
         self.history, self.best_epoch = list(record.history), record.best_epoch
         for name, tensor in self.state.items():
             self.best[name] = tensors[f"best.{name}"].to(tensor)
@@ -305,14 +306,16 @@ class TrainingRun:
         record = parse_document(text, RunRecord, name=f"resume: {path}", way_on=way_on)
         if short_digest(*(tensors[name] for name in sorted(tensors))) != record.digest:
             raise damaged(f"resume: {path}", ("digest",), "be that of its tensors", record.digest, way_on=way_on)
-        found = _renamed(tensors, list(self.state))
+        return record, _renamed(tensors, list(self.state))
+
+    def _check_tensors(self, path: Path, tensors: State) -> None:
+        """Refuse a file of this run that lacks a tensor, or has one of another shape."""
         for part in ("state", "best"):
             for name, tensor in self.state.items():
-                if (there := found.get(f"{part}.{name}")) is None or there.shape != tensor.shape:
+                if (there := tensors.get(f"{part}.{name}")) is None or there.shape != tensor.shape:
                     got = "none" if there is None else f"{list(there.shape)}"
                     rule = f"{path} must hold the tensor {part}.{name} of shape {list(tensor.shape)}"
-                    raise ValueError(f"resume: {rule}, got {got}; {way_on}")
-        return record, found
+                    raise ValueError(f"resume: {rule}, got {got}; delete it to start anew")
 
 
 def _renamed(tensors: State, names: list[str]) -> State:

@@ -1,5 +1,6 @@
 """The example icon_residuals: its domains, one short cell of it, and its table on hand-made cells."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -123,6 +124,20 @@ def test_means_and_paired_differences(example):
     assert found["higher"] == 2
     assert found["classes"][0] <= mean <= found["classes"][1]
     assert found["classes"][0] >= 0  # no draw of classes turns the difference round
+
+
+def test_domains_stand_side_by_side(example, tmp_path, capsys):
+    tables = example["tables"]
+    rows = [text + top for text in tables.TEXTS for top in tables.TOPS]
+    right = {row: [6, 6, 6, 6] for row in rows} | {tables.MERGETUNE: [8, 8, 8, 8]}
+    for domain, cells in (("one", 1), ("two", 2)):
+        (tmp_path / domain).mkdir()
+        results = tables.summarise([cell(seed, [0, 1], **right) for seed in range(cells)])
+        (tmp_path / domain / "results.json").write_text(json.dumps(results))
+    tables.main([tmp_path / "one", tmp_path / "two"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "|  | one | two |"
+    assert lines[2] == "| MERGETUNE, to KgCoOp: HM | +20.00; +20.00 to +20.00 | +20.00 ± 0.00; +20.00 to +20.00 |"
 
 
 def test_rows_above_mergetune_are_bold(example):
