@@ -171,11 +171,11 @@ def span(
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
     last = solutions[-1]
-    if other := [s.kind for s in solutions if type(s) is not type(last)]:
-        raise TypeError(f"solutions on one path must be of one kind, got {other[0]} and {last.kind}")
     solutions = [solution.in_form_of(last) for solution in solutions]
     for solution in solutions[:-1]:
-        check_compatible(solution, last, space=space)
+        alike = (solution.normalize, solution.logit_scale) == (last.normalize, last.logit_scale)
+        if space == "parameter" or type(solution) is type(last) or not alike:
+            check_compatible(solution, last, space=space)
     if space == "parameter":
         if not last.state():
             raise ValueError(

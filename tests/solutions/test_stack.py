@@ -148,6 +148,18 @@ def test_a_part_of_another_kind_in_a_file_is_refused(tmp_path):
         load_solution(tmp_path)
 
 
+def test_in_space_embedding_a_line_leads_from_any_base_to_its_stack(clip):
+    """Class embeddings and image features are interpolated, whatever solution they come from."""
+    ends, features = (prompt(2), three()), cache()
+    found = path(clip, *ends, features, points=3)
+    expected = [evaluate(clip, end, features).accuracy for end in ends]
+    assert [found.accuracy[0], found.accuracy[-1]] == pytest.approx(expected)
+    with pytest.raises(TypeError, match="solutions on one path must be of one kind, got prompt and stack"):
+        path(clip, *ends, features, points=3, space="parameter")
+    with pytest.raises(TypeError, match="must be of one kind, got head and stack"):  # of another logit scale
+        path(clip, head(), three(), features, points=3)
+
+
 # -- what a stack must not do in silence -------------------------------------------------------------------------------
 
 
