@@ -57,7 +57,7 @@ def path(
 
     Args:
         clip: the frozen CLIP of both solutions.
-        a, b: two solutions of one kind.
+        a, b: two solutions; of one kind in space "parameter".
         features: images with labels, on which loss and accuracy are measured.
         points: N, number of evenly spaced points, including both ends.
         space: "embedding" interpolates class features before their normalisation; "parameter" interpolates the trained

@@ -153,11 +153,11 @@ def span(
     precision: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Span:
-    """Put solutions of one kind into one space. Texts and logit scale of the last solution hold for all points.
+    """Put solutions into one space. Texts and logit scale of the last solution hold for all points.
 
     Args:
         clip: the frozen CLIP of all solutions.
-        solutions: K solutions of one kind.
+        solutions: K solutions; of one kind in space "parameter", and of one logit scale in space "embedding".
         classnames: C names.
         space: "embedding" interpolates class features before their normalisation, and image features if the solutions
             change them; "parameter" interpolates the states.
