@@ -183,7 +183,13 @@ class Dataset:
         return self._full("test").select(self._shown)
 
     def select(self, classes: Sequence[int]) -> Dataset:
-        """A dataset that shows only these of the visible classes, relabelled from 0 in the given order."""
+        """A dataset of some of the classes that this dataset shows, relabelled from 0 in the given order.
+
+        Images of other classes are left out. Selections nest.
+
+        Args:
+            classes: positions in :attr:`classnames`.
+        """
         return replace(self, visible=tuple(self._shown[c] for c in _check_classes(classes, len(self._shown))))
 
     def base_novel(self) -> tuple[Dataset, Dataset]:

@@ -113,10 +113,11 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 class Constant(Mapping[str, Tensor]):
-    """A state dict like another one, but with one number as every floating-point value; takes no memory.
+    """A state dict like another one, with one number as every floating-point value.
 
-    ``Constant`` serves as the base of experts without a base checkpoint: 0 for LoRA factors (as peft merges them), 1
-    for IA3 vectors.
+    Each tensor is one stored number, expanded to the shape: do not write into it. ``Constant`` stands for the base
+    checkpoint that adapters do not have: with 0 for LoRA factors a merge of differences to the base is a merge of the
+    factors themselves, which is how peft merges them; IA3 vectors need 1.
 
     Args:
         like: state dict that gives names, shapes, dtypes and all values that are not floating point.

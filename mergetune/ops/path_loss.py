@@ -77,10 +77,12 @@ def path_cross_entropy(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of every path point and its gradients, in one pass for float32 and float64.
+    """Mean cross-entropy of P path points on B images and C classes, and the gradients of the weighted sum.
 
-    :func:`mergetune.ops.reference.path_cross_entropy` is the definition and describes arguments and results. The
-    backends "cpp" and "cuda" make no tensor of size [P, B, C].
+    The definition is :func:`mergetune.ops.reference.path_cross_entropy`, which describes each argument: products of
+    features and path ends go in, [K + 1, B, C]; the losses [P], their gradient in the first products [B, C] and in
+    ``rscale`` [P, C] come out. The backends "cpp" and "cuda" make no tensor of size [P, B, C]; tensors are float32 or
+    float64.
 
     Args:
         backend: "cpp", "cuda" or "torch" (the definition). None chooses as in :func:`lmc_loss`.

@@ -94,13 +94,18 @@ def merge_deltas(
 def count_around(
     values: Tensor, low: float, high: float, *, base: Tensor | None = None, backend: str | None = None
 ) -> tuple[list[int], Tensor]:
-    """Counts values around two bounds in one pass, to find an order statistic.
+    """Counts of values below, at and between two bounds, in one pass: a step of finding a quantile.
 
-    :func:`mergetune.ops.reference.count_around` is the definition and describes arguments and results.
+    :func:`mergetune.ops.reference.count_around` is the definition.
 
     Args:
-        values, base: [n] each, in the dtypes of :func:`merge_deltas`.
+        values: [n], in the dtypes of :func:`merge_deltas`.
+        low, high: the bounds, low <= high.
+        base: [n]; if given, the magnitudes of ``values - base`` are counted.
         backend: as in :func:`merge_deltas`.
+
+    Returns:
+        Four counts (below ``low``, equal to ``low``, strictly between, equal to ``high``), and the values between.
     """
     backend = _backend(values, backend)
     expect_shape("values", values, (values.numel(),))

@@ -69,10 +69,10 @@ class SolutionFile(Document, frozen=True, extra="allow"):
 
 
 class Solution:
-    """A named state, and a pure description of how this state edits a frozen CLIP.
+    """Named tensors, and a description of how these tensors edit a frozen CLIP.
 
-    The state is a dict of tensors: these are trained, interpolated, merged and saved. :meth:`edit` says what they
-    change in a CLIP, as an :class:`mergetune.clip.Edit`. Nothing is injected into the model, so one CLIP serves any
+    The tensors form the state: a dict that is trained, interpolated, merged and saved. :meth:`edit` says what the state
+    changes in a CLIP, as an :class:`mergetune.clip.Edit`. Nothing is injected into the model, so one CLIP serves any
     number of solutions. Functions take stacked states, with a leading dimension M in every tensor: the M points of a
     path, for example, are computed in one call.
 
@@ -164,11 +164,11 @@ class Solution:
         return {name: mix(a[name], b[name], t) for name in b}
 
     def mixture(self, ends: State, shares: Tensor) -> State:
-        """M mixtures of K states: weighted sums unless a kind overrides them.
+        """M mixtures of K states. A mixture is a weighted sum, unless a kind overrides this method.
 
         Args:
-            ends: the K states, stacked.
-            shares: weight of each end in each mixture, [M, K] float64; each row sums to 1.
+            ends: the K states, stacked: the ends of paths or the corners of a plane.
+            shares: weight of each state in each mixture, possibly negative, [M, K] float64; each row sums to 1.
         """
         return weighted_sums(ends, shares)
 

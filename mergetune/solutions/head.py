@@ -35,7 +35,8 @@ class Head(Solution):
         classnames: C names.
         bias: [C] float32, or None. ``logit_scale`` multiplies the bias, too.
         logit_scale: factor on the logits; 1 if the weight contains the factor, as in heads of other libraries.
-        backbone, fingerprint: CLIP that the head was made for, if known; fingerprint of its image tower.
+        backbone: name of the CLIP that the head was made for, or None.
+        fingerprint: SHA-256 of the weights of that CLIP's image tower, or None; a CLIP with other weights is refused.
         notes: settings and origin, JSON-able; saved with the head.
         normalize: whether the rows are scaled to unit norm before the product (a cosine classifier).
 

@@ -31,7 +31,8 @@ class LinearMap(Solution):
 
     Attributes:
         matrix: A, [D, D] float32; the identity matrix changes nothing.
-        backbone, fingerprint: CLIP that the map was made for, if known; fingerprint of its image tower.
+        backbone: name of the CLIP that the map was made for, or None.
+        fingerprint: SHA-256 of the weights of that CLIP's image tower, or None; a CLIP with other weights is refused.
         notes: settings and origin, JSON-able; saved with the map.
 
     Example:

@@ -35,7 +35,8 @@ class Residual(Solution):
     Attributes:
         rows: the vectors r, [R, D] float32.
         classnames: R names, one per row.
-        backbone, fingerprint: CLIP that the residual was made for, if known; fingerprint of its image tower.
+        backbone: name of the CLIP that the residual was made for, or None.
+        fingerprint: SHA-256 of the weights of that CLIP's image tower, or None; a CLIP with other weights is refused.
         notes: settings and origin, JSON-able; saved with the residual.
 
     Example:
@@ -77,7 +78,12 @@ class Residual(Solution):
         return [replace(self, rows=torch.zeros_like(self.rows))]
 
     def distance(self, states: State, to: State) -> Tensor:
-        """Half the squared distance, averaged over classes, [M]: its scale does not depend on the number of classes."""
+        """Surrogate of :func:`mergetune.fit`, [M]: half the squared distance of the rows to ``to``, averaged over rows.
+
+        Args:
+            states: M stacked states.
+            to: the zero-shot state, stacked, of one setting.
+        """
         return 0.5 * (states["rows"] - to["rows"]).square().sum(-1).mean(-1)
 
     def check_classes(self, classnames: Sequence[str]) -> None:

@@ -43,13 +43,15 @@ class StackDescription(Description, frozen=True):
 class Stack(Solution):
     """Several solutions applied in order to one CLIP, for example ``Stack(prompt, linear_map, residual)``.
 
-    The first part, the base, makes the class embeddings; each further part edits what the parts before it give. Only
+    The first part, the base, makes the class embeddings; each further part edits the class embeddings or the image
+    features that the parts before it give. Only
     the last part, the top, is trained; all others are frozen. :func:`mergetune.tune` with ``base=`` returns a stack,
     and :func:`mergetune.fit` of a stack continues training its top.
 
     Attributes:
         parts: the solutions from the base to the top; a stack among the arguments contributes its parts.
-        backbone, fingerprint: CLIP that the stack was made for; by default that of the base.
+        backbone: name of the CLIP that the stack was made for; by default the base's.
+        fingerprint: SHA-256 of that CLIP's weights; by default the base's.
         notes: settings and origin, JSON-able; saved with the stack.
 
     Example:
@@ -182,7 +184,7 @@ class Stack(Solution):
         return self.top.distance(self._of_top(states), self._of_top(to))
 
     def rescaled(self, logit_scale: float) -> Stack:
-        """The stack itself: its top was trained at the logit scale of its base."""
+        """The stack itself. Other kinds fold another logit scale into their tensors; the top of a stack cannot."""
         return self
 
     def check_width(self, clip: FrozenClip) -> None:

@@ -34,7 +34,12 @@ def stacked(
 
 
 def stack_states(states: Sequence[Mapping[str, Tensor]], device: torch.device | None = None) -> State:
-    """The states as one stacked state, float32, with M = ``len(states)``."""
+    """Stack M states: each tensor of the result is float32 and has a leading dimension M = ``len(states)``.
+
+    Args:
+        states: states with the same names and shapes.
+        device: device of the result; None keeps the devices of the tensors.
+    """
     return {name: torch.stack([state[name].float().to(device) for state in states]) for name in states[0]}
 
 
