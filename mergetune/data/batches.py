@@ -6,8 +6,8 @@ Shapes: N images, B images asked for, V views of each image.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -95,7 +95,7 @@ class TensorBatches:
 
     @property
     def digest(self) -> str:
-        digest = hashlib.sha256(repr((self.holds, self.classnames)).encode())
+        digest = hashlib.sha256(repr((self.holds, self.classnames, tuple(self.inputs.shape))).encode())
         for tensor in (self.labels, self.inputs):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -109,15 +109,6 @@ class TensorBatches:
             yield self.inputs[0, part], self.labels[part], part
 
     def shared_with(self, other: TensorBatches) -> Tensor:
-        known, theirs = ({row.contiguous().numpy().tobytes() for row in self.inputs[0]}, other.inputs[0])
-        return torch.tensor([i for i, row in enumerate(theirs) if row.contiguous().numpy().tobytes() in known])
-
-    def select_classes(self, classes: Sequence[int]) -> TensorBatches:
-        """The images of some classes, which are counted anew in the given order."""
-        new = torch.full((len(self.classnames),), -1)
-        new[list(classes)] = torch.arange(len(classes))
-        kept = (new[self.labels] >= 0).nonzero()[:, 0]
-        inputs = self.inputs[:, kept] if self.views > 1 else self.inputs[0, kept]
-        names = tuple(self.classnames[c] for c in classes)
-        files = tuple(self.files[i] for i in kept.tolist()) if self.files else ()
-        return replace(self, inputs=inputs, labels=new[self.labels[kept]], classnames=names, files=files)
+        known, theirs = {row.contiguous().numpy().tobytes() for row in self.inputs[0]}, other.inputs[0]
+        shared = [i for i, row in enumerate(theirs) if row.contiguous().numpy().tobytes() in known]
+        return torch.tensor(shared, dtype=torch.int64)

@@ -201,6 +201,11 @@ class Head(Solution):
     def form(self) -> Hashable:
         return self.kind, tuple(self.weight.shape), self.bias is None, self.classnames, self.logit_scale, self.normalize
 
+    @property
+    def identity(self) -> tuple[Tensor | str, ...]:
+        """The tensors; a cosine classifier adds its scale, which its rows do not hold."""
+        return (*super().identity, *((f"unit rows, {self.logit_scale}",) if self.normalize else ()))
+
     def card(self) -> tuple[str, str, str]:
         size = f"[{len(self.classnames)}, {self.weight.shape[1]}]"
         return "Linear head for CLIP", "linear-head", f"{size}, on unit-norm image features."

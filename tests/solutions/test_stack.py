@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,6 +170,17 @@ def test_another_base_with_the_same_tensors_is_another_run(clip, tmp_path):
     tune(clip, cache(), base=Stack(Templates(), Residual(residual().rows, NAMES)), **common)
     with pytest.raises(ValueError, match="holds another run: its base is"):
         tune(clip, cache(), base=Stack(Templates(), Residual(residual().rows, NAMES[::-1])), **common)
+
+
+@pytest.mark.parametrize("change", [{"normalize": False}, {"logit_scale": 5.0}])
+def test_another_way_to_use_the_same_rows_is_another_run(clip, tmp_path, change):
+    """Also of a head that fit goes on from: a cosine classifier's scale is not in its rows."""
+    tuned = replace(head(bias=False), normalize=True)
+    common = {"epochs": 2, "progress": False, "resume": tmp_path, "zero_shot": tuned, "tau": 1.0}
+    fit(clip, cache(), tuned, **common)
+    other = replace(tuned, **change)
+    with pytest.raises(ValueError, match="holds another run: its "):
+        fit(clip, cache(), other, **common | {"zero_shot": other})
 
 
 def test_a_head_stands_only_at_the_base(clip):
