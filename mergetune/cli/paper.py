@@ -69,10 +69,27 @@ def reproduce(
             "filled in."
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of stage 1 and stage 2. Default: 50.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Epochs of stage 1 and stage 2. Default: the published number for stage 1, and 50 for stage 2."
+        ),
+    ] = None,
+    views: Annotated[
+        int, typer.Option(min=1, help="Views per training image; all but the first are cropped and flipped at random.")
+    ] = 1,
+    precision: Annotated[
+        str, typer.Option(help="Precision of the text tower: float32, bfloat16 or auto (the faster one here).")
+    ] = "float32",
     lam: Annotated[float, said(FitOptions, "lam")] = FitOptions.lam,
     beta: Annotated[float, said(FitOptions, "beta")] = BETA,
-    tau: Annotated[float, said(FitOptions, "tau")] = FitOptions.tau,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            help="Where stage 2 starts: 0 is zero-shot, 1 is the fine-tuned solution. Default: 0.3; 1 where stage 1 "
+            "starts from random tokens."
+        ),
+    ] = None,
     tuning: Tuning = [],
     fitting: Fitting = [],
     workers: Workers = 0,
@@ -93,12 +110,13 @@ def reproduce(
 
     with errors():
         runs = experiments.plan(protocol, datasets=datasets, methods=methods, seeds=seeds, shots=shots)
-        both = {} if epochs is None else {"epochs": epochs}
+        both = {"precision": precision} | ({} if epochs is None else {"epochs": epochs})
+        start = {} if tau is None else {"tau": tau}
         usual = "clip-ensemble" if protocol == "robust" else "official"  # as WiSE-FT has it, and the official code
         experiment = experiments.Experiment(
             root=root, out=folder, templates=templates or usual, checkpoints=checkpoints,
-            tune=both | read_tuning(tuning), fit=both | {"lam": lam, "beta": beta, "tau": tau} | read_fitting(fitting),
-            cache={"workers": workers, "max_pixels": max_pixels},
+            tune=both | read_tuning(tuning), fit=both | {"lam": lam, "beta": beta} | start | read_fitting(fitting),
+            cache={"workers": workers, "max_pixels": max_pixels}, views=views,
         )  # fmt: skip
         experiments.check_data(runs, root)  # before the model is loaded
         load = partial(mt.load_clip, backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
@@ -113,6 +131,7 @@ def reproduce(
         print_json([line.to_json() for line in lines])
         return
     _print_lines(lines)
+    tell(experiments.caption(records))
     tell(f"Table, figure and runs: {folder / protocol}")
 
 

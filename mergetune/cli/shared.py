@@ -48,6 +48,7 @@ def open_images(path: Path, root: Path | None = None) -> Any:
         root: folder of the benchmark datasets.
     """
     import mergetune as mt
+    from mergetune.data import listed_images
 
     if root is not None:
         return mt.CoOpDataset(str(path), root)
@@ -55,9 +56,7 @@ def open_images(path: Path, root: Path | None = None) -> Any:
         raise FileNotFoundError(f"images must be a folder, a .csv or a .json list, and {path} does not exist")
     if path.is_dir():
         return mt.ImageFolder(path)
-    if path.suffix == ".json" and path.name.startswith("split_zhou_"):
-        return mt.coop_split(path.parent, path)
-    return mt.image_table(path)
+    return listed_images(path)
 
 
 def open_cache(folder: Path, classes: str, *, shots: int | None = None, seed: int = 1) -> Any:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mergetune.data.feature_files import read_features
     from mergetune.data.image_files import image_extensions, load_image
     from mergetune.data.image_lists import Dataset, ImageList
-    from mergetune.data.own_images import ImageFolder, coop_split, image_table
+    from mergetune.data.own_images import ImageFolder, coop_split, image_table, listed_images
     from mergetune.data.templates import TEMPLATES, templates_for
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "few_shot_path",
     "image_extensions",
     "image_table",
+    "listed_images",
     "load_image",
     "read_features",
     "templates_for",
@@ -48,7 +49,7 @@ make_lazy(
         "mergetune.data.feature_files": "read_features",
         "mergetune.data.image_files": "image_extensions load_image",
         "mergetune.data.image_lists": "Dataset ImageList",
-        "mergetune.data.own_images": "ImageFolder coop_split image_table",
+        "mergetune.data.own_images": "ImageFolder coop_split image_table listed_images",
         "mergetune.data.templates": "TEMPLATES templates_for",
     },
 )

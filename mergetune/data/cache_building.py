@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ from mergetune.data.cache_files import (
 from mergetune.data.cache_identity import KEY, image_identity, is_complete, refuse_changed, refuse_stale, relabelled
 from mergetune.data.image_files import load_image
 from mergetune.data.image_lists import ImageList
-from mergetune.facts.function_options import MAX_PIXELS
+from mergetune.data.picture_colours import decoding
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 from mergetune.io import compact_json, jsonable, release_locks, torchrun_team, write_atomically
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def cache_features(
     shard_size: int | None = None,
     workers: int = 0,
     max_pixels: int = MAX_PIXELS,
+    background: str = BACKGROUND,
     on_error: str = "raise",
     overwrite: bool = False,
     progress: bool = True,
@@ -63,10 +65,11 @@ def cache_features(
 
     A call that was interrupted can be repeated: it continues with the first unfinished shard.
 
-    A cache is valid for the image weights, the preprocessing, dtype, views, seed, and the names and bytes of the
-    images; a call with others is refused. A call may request fewer images than the cache has, in another order, or with
-    other labels; new labels of all images replace the stored labels. Images are compared by SHA-256, but read again
-    only if the size or modification time differs from the stored one, so a dataset may be copied to another machine.
+    A cache is valid for the image weights, the preprocessing, the decoding of pictures, dtype, views, seed, and the
+    names and bytes of the images; a call with others is refused. A call may request fewer images than the cache has, in
+    another order, or with other labels; new labels of all images replace the stored labels. Images are compared by
+    SHA-256, but read again only if the size or modification time differs from the stored one, so a dataset may be
+    copied to another machine.
 
     View 0 is ``clip.preprocess``. Every other view is ``clip.augment`` with a separate random stream from seed, view
     and file name. The same call on the same machine with the same number of threads gives the same bits, for any
@@ -90,6 +93,7 @@ def cache_features(
         workers: number of processes that decode images; 0 decodes in the calling process.
         max_pixels: largest width times height of an image; a larger image counts as unreadable. Decoding takes about 8
             bytes per pixel in each worker.
+        background: colour under transparent pixels, a name or "#rrggbb".
         on_error: "raise" stops the build at an unreadable image and keeps finished shards; "skip" leaves the image out,
             with a warning and an entry in the manifest.
         overwrite: delete an existing cache at ``path`` and build a new one.
@@ -125,6 +129,7 @@ def cache_features(
         "clip": clip.name,
         "fingerprint": clip.image_fingerprint,
         "preprocess": jsonable(clip.preprocess_cfg),
+        "decoding": decoding(background),
         "dtype": dtype,
         "views": views,
         "seed": seed if views > 1 else None,
@@ -142,7 +147,9 @@ def cache_features(
             plan, pending = job
             mine = pending[team.rank :: team.world]
             show = progress and team.rank == 0
-            reading: dict[str, Any] = {"workers": workers, "max_pixels": max_pixels, "on_error": on_error}
+            reading: dict[str, Any] = {
+                "workers": workers, "max_pixels": max_pixels, "background": background, "on_error": on_error,
+            }  # fmt: skip
             team.each(
                 lambda: _build(clip, images.root, path, plan, mine, batch_size=batch_size, progress=show, **reading)
             )
@@ -203,6 +210,7 @@ def _build(
     batch_size: int,
     workers: int,
     max_pixels: int,
+    background: str,
     on_error: str,
     progress: bool,
 ) -> None:
@@ -211,7 +219,7 @@ def _build(
         return
     batches = {number: _batches(plan, number, batch_size) for number in numbers}
     loader = DataLoader(
-        _Views(root, plan, clip.preprocess, clip.augment if plan.views > 1 else None, max_pixels),
+        _Views(root, plan, clip, max_pixels=max_pixels, background=background),
         batch_sampler=[batch for number in numbers for batch in batches[number]],
         num_workers=workers,
         collate_fn=_collate,
@@ -293,10 +301,11 @@ def _finish(path: Path, plan: Plan) -> None:
 class _Views(torch.utils.data.Dataset):
     """Decoded images: item i is (pixels [V, 3, H, W], identity, None), or (None, identity, reason) if unreadable."""
 
-    def __init__(self, root: Path, plan: Plan, preprocess: Callable, augment: Callable | None, max_pixels: int) -> None:
+    def __init__(self, root: Path, plan: Plan, clip: FrozenClip, *, max_pixels: int, background: str) -> None:
         self.root, self.files = root, plan.files
         self.views, self.seed = plan.views, plan.seed
-        self.preprocess, self.augment, self.max_pixels = preprocess, augment, max_pixels
+        self.preprocess, self.augment = clip.preprocess, clip.augment if plan.views > 1 else None
+        self.max_pixels, self.background = max_pixels, background
 
     def __len__(self) -> int:
         return len(self.files)
@@ -305,7 +314,7 @@ class _Views(torch.utils.data.Dataset):
         path = self.root / self.files[i]
         identity = image_identity(path)
         try:
-            image = load_image(path, max_pixels=self.max_pixels)
+            image = load_image(path, max_pixels=self.max_pixels, background=self.background)
         except ValueError as error:
             return None, identity, str(error)
         views = [self.preprocess(image)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, Strict, model_validator
 
+from mergetune.data.picture_colours import FIRST_DECODING
 from mergetune.io import Count, Document, Items, JsonObject, Sha256, Size, fault
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Plan(Document, frozen=True, extra="allow"):
         clip: name of the model.
         fingerprint: fingerprint of its image tower.
         preprocess: its preprocessing.
+        decoding: how pictures become RGB, in words, see :func:`mergetune.data.picture_colours.decoding`.
         dtype: type of the stored features.
         views: V, views of each image.
         seed: seed of the augmented views; None without such views.
@@ -87,6 +89,7 @@ class Plan(Document, frozen=True, extra="allow"):
     clip: str
     fingerprint: str
     preprocess: JsonObject
+    decoding: str = FIRST_DECODING
     dtype: Literal["float32", "bfloat16", "float16"]
     views: Size
     seed: int | None

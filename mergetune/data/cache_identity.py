@@ -28,6 +28,7 @@ P = TypeVar("P", bound=Plan)
 KEY = {
     "fingerprint": "the image weights",
     "preprocess": "the preprocessing",
+    "decoding": "the decoding of pictures",
     "dtype": "dtype",
     "views": "views",
     "seed": "the seed of the augmented views",

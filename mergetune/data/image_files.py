@@ -16,7 +16,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from mergetune.facts.function_options import MAX_PIXELS
+from mergetune.data.picture_colours import as_rgb
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 from mergetune.io import MAX_IMAGE, read_regular
 
 # The supported formats, recognised by content and not by file name. Pillow decodes each of them within this process,
@@ -45,8 +46,8 @@ MAX_SCANS = 100
 _MARKER, _SCAN, _END = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]"), 0xDA, 0xD9
 
 
-def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image as RGB.
+def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, background: str = BACKGROUND) -> Image.Image:
+    """Decodes an image as RGB: transparency on a background, greys of more than 8 bits scaled, see :func:`as_rgb`.
 
     The file must be a regular file in one of :data:`IMAGE_FORMATS`; decoding never starts another program. EXIF
     orientation is not applied, as in open_clip and CoOp, with which published numbers were computed.
@@ -55,6 +56,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         path: the file.
         max_pixels: largest width times height: a file of 20 kB can hold an image that fills the memory. The header
             gives this size, and the sizes of TIFF tiles and GIF frames.
+        background: colour under transparent pixels, a name or "#rrggbb".
 
     Raises:
         ValueError: the file is missing, truncated, not a regular file or not an image; the file has over 256 MiB; the
@@ -63,7 +65,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     try:
         content = read_regular(path, limit=MAX_IMAGE)
         with _open_image(content, max_pixels) as image:
-            return image.convert("RGB")
+            return as_rgb(image, background)
     except Image.DecompressionBombError as error:
         found = re.search(r"\((\d+) pixels\)", str(error))
         has = f"has {int(found[1]):,}" if found else "has more"

@@ -7,17 +7,15 @@ import io
 import operator
 import os
 import posixpath
-import random
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergetune.data.folder_layouts import split_folders, unwrapped
 from mergetune.data.image_files import brief, image_names, prettify, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
-from mergetune.io import MAX_LIST, read_json, read_regular_text, sha256_regular
-
-VAL_SHARE, TEST_SHARE = 0.2, 0.3  # CoOp's shares for data without an official split
+from mergetune.data.stratified_split import stratify
+from mergetune.io import MAX_LIST, read_json, read_regular_text
 
 
 def ImageFolder(
@@ -31,12 +29,15 @@ def ImageFolder(
     """Reads a dataset from a folder with one subfolder per class.
 
     Two layouts are possible: ``root/{train,val,test}/<class>/**/image``, where val and test may be missing, or
-    ``root/<class>/**/image``, which is split here. ``root`` has the first layout if it holds a folder ``train`` and no
-    folders except these three. Images are recognised by extension, see :func:`image_extensions`. Hidden files and
-    folders, FIFOs, devices and sockets are left out. Links are followed, except for loops.
+    ``root/<class>/**/image``, which is split here. Usual spellings of the three names count (``Training``, ``valid``,
+    ``test_set``). If ``root`` holds one folder and nothing else, the folder below counts. Images are recognised by
+    extension, see :func:`image_extensions`. Hidden files and folders, FIFOs, devices and sockets are left out. Links
+    are followed, except for loops.
 
-    The split is drawn per class with a seed; adding a class does not change the split of other classes. Files with the
-    same bytes go to the same split, so no test image is also a training image under another name.
+    The split is drawn per class with a seed: the images are ordered by a hash of their content and cut at the shares.
+    Adding or removing an image moves at most one other image across each cut; renaming moves none, and classes do not
+    depend on each other. Files with the same bytes go to the same split, so no test image is also a training image
+    under another name.
 
     Args:
         root: the folder.
@@ -48,25 +49,19 @@ def ImageFolder(
     Raises:
         FileNotFoundError: the folder does not exist.
         ValueError: no class folders, a class without images, different classes between splits, two folders with the
-            same class name, other folders beside train, val and test, too few images to split, or val or test given
-            for data that is already split.
+            same class name, other folders beside train, val and test, folders that repeat the names of their
+            subfolders, too few images to split, or val or test given for data that is already split.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"root must be a folder, got {root}")
-    folders = subfolders(root)
-    if not folders:
-        raise ValueError(f"root must hold one folder per class, got no folders in {root}")
-    others = sorted(set(folders) - set(SPLITS))
-    if "train" in folders and others and set(folders) & {"val", "test", "valid", "validation"}:
-        raise ValueError(
-            f"{root} must hold only train, val and test, or only classes, got {some_of(others)} in addition to train"
-        )
-    if "train" in folders and not others:
-        _refuse_shares(val, test, f"{root} holds the folders {', '.join(folders)}")
-        splits = {split: _class_files(root, root / split) for split in SPLITS if split in folders}
+    inner = unwrapped(root)
+    folders = split_folders(inner)
+    if folders:
+        _refuse_shares(val, test, f"{inner} holds the folders {', '.join(folders.values())}")
+        splits = {split: _class_files(root, inner / name) for split, name in folders.items()}
     else:
-        splits = _stratify(root, _class_files(root, root), val=val, test=test, seed=seed)
+        splits = stratify(root, _class_files(root, inner), val=val, test=test, seed=seed)
     return _dataset(root.resolve().name, root, splits, classnames)
 
 
@@ -118,8 +113,29 @@ def image_table(
     if has_splits:
         _refuse_shares(val, test, f"{path} has a split column")
     else:
-        splits = _stratify(root, dict(sorted(splits["all"].items())), val=val, test=test, seed=seed)
+        splits = stratify(root, dict(sorted(splits["all"].items())), val=val, test=test, seed=seed)
     return _dataset(path.stem, root, splits, classnames)
+
+
+def listed_images(path: str | Path) -> Dataset:
+    """Reads a dataset from a list file: a table of :func:`image_table`, or a split file of :func:`coop_split`.
+
+    A split file is recognised by its content. Its images lie relative to its folder, or to a folder beside it, such as
+    ``images/``.
+
+    Raises:
+        FileNotFoundError: the file does not exist, or listed images are missing (the message names the first).
+        ValueError: the file is no such list.
+    """
+    path = Path(path)
+    content = read_json(path, limit=MAX_LIST) if path.suffix.lower() == ".json" else None
+    if not (isinstance(content, dict) and isinstance(content.get("train"), list)):
+        return image_table(path)
+    folder = path.absolute().parent
+    places = ["", "images", *(name for name in subfolders(folder) if name != "images")]
+    first = content["train"][0][0] if content["train"] and isinstance(content["train"][0], list) else None
+    found = (place for place in places if isinstance(first, str) and (folder / place / first).is_file())
+    return coop_split(folder, path.name, next(found, ""))
 
 
 def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = "") -> Dataset:
@@ -170,61 +186,6 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
     }
     lists["train"].require_every_class()
     return Dataset(json_file.stem.removeprefix("split_zhou_"), lists.get("train"), lists.get("val"), lists.get("test"))
-
-
-# -- sampling and splitting --------------------------------------------------------------------------------------------
-
-
-def _stratify(
-    root: Path, classes: Mapping[str, list[str]], *, val: float | None, test: float | None, seed: int
-) -> dict[str, dict[str, list[str]]]:
-    """Splits the files of each class. Files with the same bytes go to the same split, also across classes."""
-    shares = {"test": TEST_SHARE if test is None else test, "val": VAL_SHARE if val is None else val}
-    for name, share in shares.items():
-        if not 0 <= share < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {share}")
-    if sum(shares.values()) >= 1:
-        raise ValueError(f"val + test must be below 1, got {shares['val']} + {shares['test']}")
-    shares = {name: share for name, share in shares.items() if share}
-    bytes_of = _identify(root, [file for files in classes.values() for file in files])
-    side: dict[str, str] = {}  # content -> split
-    splits: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS if split in shares or split == "train"}
-    for name, files in classes.items():
-        wanted = {split: max(1, round(share * len(files))) for split, share in shares.items()}
-        twins: dict[str, list[str]] = defaultdict(list)
-        for file in files:
-            twins[bytes_of[file]].append(file)
-        got = dict.fromkeys([*shares, "train"], 0)
-        for content in twins:
-            if content in side:
-                got[side[content]] += len(twins[content])
-        free = sorted(content for content in twins if content not in side)
-        random.Random(f"{seed}/{name}").shuffle(free)  # one stream per class: a new class does not change the others
-        for content in free:
-            bare = [split for split in got if not got[split]]
-            short = [split for split in shares if got[split] < wanted[split]]
-            side[content] = (bare or short or ["train"])[0]
-            got[side[content]] += len(twins[content])
-        if not all(got.values()):
-            raise ValueError(
-                f"class {name!r} in {root} must have at least {len(got)} different images to be split into "
-                f"{', '.join(splits)}, got {len(twins)}: make the splits yourself, or set val=0"
-            )
-        for split in splits:
-            splits[split][name] = [file for file in files if side[bytes_of[file]] == split]
-    return splits
-
-
-def _identify(root: Path, files: Iterable[str]) -> dict[str, str]:
-    """{file: key}, with equal keys for files with the same bytes. Only files of equal size are read."""
-    by_size: dict[int, list[str]] = defaultdict(list)
-    for file in files:
-        by_size[(root / file).stat().st_size].append(file)
-    contents = {}
-    for same_size in by_size.values():
-        for file in same_size:
-            contents[file] = file if len(same_size) == 1 else sha256_regular(root / file)
-    return contents
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Cl
         torch.Size([3, 128])
     """
     if not isinstance(solution, Solution):
-        return Classifier(lambda names: clip.logit_scale * clip.class_embeddings(names, solution))
+        return Classifier(lambda names: clip.logit_scale * clip.class_embeddings(names, solution), directions=True)
 
     def weights(names: Sequence[str]) -> Tensor:
         at = span(clip, [solution], names)
@@ -44,7 +44,7 @@ def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Cl
     solution.check(clip)
     edit = solution.edit(clip, stacked(solution.state(), clip.device))
     bias = not edit.normalize and any(rows.values.shape[-1] == clip.embed_dim + 1 for rows in edit.rows)
-    return Classifier(weights, image_features(clip, solution), bias)
+    return Classifier(weights, image_features(clip, solution), bias, directions=edit.normalize)
 
 
 def logit_ensemble(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
@@ -61,7 +61,8 @@ def logit_ensemble(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
         torch.Size([2, 128])
     """
     if a.images is b.images:
-        return Classifier(lambda names: _mixed(a(names), b(names), t), a.images, a.bias or b.bias)
+        mix = lambda names: _mixed(a(names), b(names), t)  # noqa: E731
+        return Classifier(mix, a.images, a.bias or b.bias)
 
     def side_by_side(names: Sequence[str]) -> Tensor:
         ends, biases = [], []
@@ -78,13 +79,14 @@ def logit_ensemble(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
 
 
 def weight_average(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
-    """A classifier with averaged class weights: WiSE-FT (arXiv 2109.01903) on class embeddings.
+    """A classifier with averaged class weights: WiSE-FT (arXiv 2109.01903), ``(1 - t) a + t b``.
 
-    Directions and lengths of the class weights are averaged separately, so weights of equal length keep their length.
+    The average of two unit class embeddings is shorter than one. If both classifiers have class embeddings, of which
+    only the directions are learned, the average is scaled to their lengths again; for heads it is left as it is.
 
     Args:
         a, b: two classifiers of the same image features.
-        t: 0 gives the directions and lengths of a, 1 those of b.
+        t: 0 gives a, 1 gives b.
 
     Raises:
         ValueError: the classifiers take different image features, so their weights cannot be averaged.
@@ -100,13 +102,17 @@ def weight_average(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
         raise ValueError(
             "classifiers must take the same image features for a weight average, got different ones: use logit_ensemble"
         )
+    directions = a.directions and b.directions
 
     def average(names: Sequence[str]) -> Tensor:
-        mixed = _mixed(a(names), b(names), t)
-        length = (1 - t) * a(names).norm(dim=-1, keepdim=True) + t * b(names).norm(dim=-1, keepdim=True)
+        start, end = a(names), b(names)
+        mixed = _mixed(start, end, t)
+        if not directions:
+            return mixed
+        length = (1 - t) * start.norm(dim=-1, keepdim=True) + t * end.norm(dim=-1, keepdim=True)
         return length * F.normalize(mixed, dim=-1)
 
-    return Classifier(average, a.images, a.bias or b.bias)
+    return Classifier(average, a.images, a.bias or b.bias, directions)
 
 
 def _mixed(start: Tensor, end: Tensor, t: float) -> Tensor:

@@ -35,11 +35,14 @@ class Classifier:
         images: function of image inputs [B, ...] that returns image features [B, D]; None uses cached features
             unchanged.
         bias: whether the last column of the weights is a bias.
+        directions: whether the weights are unit class embeddings multiplied by the logit scale, so that only their
+            directions are learned; False for the rows of a head, whose lengths are learned too.
     """
 
     weights: Callable[[Sequence[str]], Tensor]
     images: ImageMap | None = None
     bias: bool = False
+    directions: bool = False
 
     def __call__(self, classnames: Sequence[str]) -> Tensor:
         """Class weights multiplied by the logit scale, [C, D], or [C, D + 1] with a bias."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mergetune.experiments.own_images import FolderResult, fit_dataset
     from mergetune.experiments.protocol_forecast import forecast
     from mergetune.experiments.protocol_plans import Experiment, check_data, plan
-    from mergetune.experiments.protocol_tables import save_table
+    from mergetune.experiments.protocol_tables import caption, save_table
     from mergetune.experiments.protocols import reproduce
     from mergetune.experiments.solution_merging import merge_solutions
 
@@ -19,6 +19,7 @@ __all__ = [
     "Experiment",
     "FolderResult",
     "Task",
+    "caption",
     "check_data",
     "compare",
     "fit_dataset",
@@ -40,7 +41,7 @@ make_lazy(
         "mergetune.experiments.own_images": "FolderResult fit_dataset",
         "mergetune.experiments.protocol_forecast": "forecast",
         "mergetune.experiments.protocol_plans": "Experiment check_data plan",
-        "mergetune.experiments.protocol_tables": "save_table",
+        "mergetune.experiments.protocol_tables": "caption save_table",
         "mergetune.experiments.protocols": "reproduce",
         "mergetune.experiments.solution_merging": "merge_solutions",
     },

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Together:
         whole, number = made if isinstance(made, Classifier) else classifier(self.clip, made), len(self._made)
         self._made.append(made if isinstance(made, Solution) else whole)
         self._kept.clear()
-        return Classifier(lambda names: self.encode(names)[number], whole.images, whole.bias)
+        return replace(whole, weights=lambda names: self.encode(names)[number])
 
     def candidate(self, row: str, solution: Solution, **facts: Any) -> Candidate:
         """The candidate of a solution, with other facts of :class:`Candidate`."""

@@ -55,11 +55,10 @@ def forecast(runs: Sequence[Run], experiment: Experiment, clip: FrozenClip) -> F
         images[name] = 0 if there else len(wanted)
     records = [kept(experiment.out / run.folder / RECORD, ["run", "settings"]) for run in runs]
     left = [run for run, record in zip(runs, records, strict=True) if "results" not in (record or {})]
-    steps = {(run.source, run.method, run.protocol): 0.0 for run in left}
-    for key in steps:
-        steps[key] = _seconds_a_run(next(r for r in left if (r.source, r.method, r.protocol) == key), caches)
-    # Steps grow with the images; the first run of each kind was measured.
-    training = sum(steps[run.source, run.method, run.protocol] * (run.shots or 1) for run in left)
+    # Steps grow with the images, and the epochs may depend on the shots: one run of each kind is measured.
+    kinds = {run: (run.source, run.method, run.protocol, run.shots) for run in left}
+    seconds = {kind: _seconds_a_run(run, caches) for kind, run in {kind: run for run, kind in kinds.items()}.items()}
+    training = sum(seconds[kind] * (run.shots or 1) for run, kind in kinds.items())
     return Forecast(
         runs=len(runs),
         finished=len(runs) - len(left),
@@ -89,10 +88,10 @@ def _seconds_a_run(run: Run, caches: Caches) -> float:
     templates, seconds = templates_for(run.source, experiment.templates), 0.0
     solution: Any = None
     for stage in ("tune", "fit"):
-        given = dict(getattr(experiment, stage))
+        given = experiment.stage_1(run) if stage == "tune" else experiment.stage_2(run)
         epochs, batch = given.pop("epochs", 50), given.pop("batch_size", 32 if stage == "tune" else 128)
         common = {"epochs": 2, "batch_size": min(batch, classes), "zero_shot": templates, "progress": False} | given
-        run_stage = partial(tune, method=run.method) if stage == "tune" else partial(fit, tuned=solution)
+        run_stage = tune if stage == "tune" else partial(fit, tuned=solution)
         done = run_stage(clip, features, **common)
         solution = done.solution
         if stage == "fit" or experiment.checkpoints is None:

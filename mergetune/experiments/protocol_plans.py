@@ -10,6 +10,7 @@ from typing import Any
 
 from mergetune.clip import FrozenClip
 from mergetune.data import benchmark, check_dataset, templates_for
+from mergetune.experiments.published_schedules import schedule
 from mergetune.facts.function_options import TUNE_METHODS
 
 ELEVEN = (
@@ -17,6 +18,7 @@ ELEVEN = (
     "dtd", "eurosat", "ucf101",
 )  # fmt: skip
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+PRECISION = "float32"  # of the text tower: results must not depend on what a machine is fastest at
 PROTOCOLS = {
     "base-to-novel": "train on half of the classes, test on them and on the others (CoCoOp)",
     "cross-dataset": "train on ImageNet, test on the other datasets (CoCoOp)",
@@ -67,9 +69,11 @@ class Experiment:
         templates: the set of zero-shot templates, see :data:`mergetune.data.TEMPLATES`.
         checkpoints: where stage 1 is to be read from instead of being run: a path with {dataset}, {method}, {shots} and
             {seed} in it, as "output/{dataset}/shots_{shots}/CoOp/seed{seed}".
-        tune: more keyword arguments of :func:`mergetune.tune`.
+        tune: more keyword arguments of :func:`mergetune.tune`; they replace those of the published schedule.
         fit: more keyword arguments of :func:`mergetune.fit`.
         cache: more keyword arguments of :func:`mergetune.cache_features`.
+        views: views per training image, all but the first cropped and flipped at random; the publications draw a new
+            one per step.
     """
 
     root: Path
@@ -79,6 +83,7 @@ class Experiment:
     tune: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
+    views: int = 1
 
     def __post_init__(self) -> None:
         for name in ("root", "out"):
@@ -88,15 +93,29 @@ class Experiment:
         if unknown := {name for _, name, *_ in Formatter().parse(self.checkpoints or "") if name} - known:
             raise ValueError(f"checkpoints may hold {', '.join(sorted(known))} in braces, got {sorted(unknown)[0]!r}")
 
-    def settings(self, clip: FrozenClip) -> dict[str, Any]:
-        """What a result depends on beside the run."""
+    def stage_1(self, run: Run) -> dict[str, Any]:
+        """Settings of :func:`mergetune.tune`: the published ones of the run, replaced by those of ``tune``."""
+        published = schedule(run.protocol, run.method, run.source, run.shots)
+        return {"method": run.method, "precision": PRECISION, **published, **self.tune}
+
+    def stage_2(self, run: Run) -> dict[str, Any]:
+        """Settings of :func:`mergetune.fit`. After a start from random tokens it starts at the tuned prompt (tau 1).
+
+        No template has as many tokens as such a prompt, so there is no zero-shot prompt to mix in.
+        """
+        start = {"tau": 1.0} if self.stage_1(run).get("n_ctx") is not None else {}
+        return {"precision": PRECISION, **start, **self.fit}
+
+    def settings(self, clip: FrozenClip, run: Run) -> dict[str, Any]:
+        """What the result of a run depends on."""
         return {
             "clip": clip.name,
             "fingerprint": clip.fingerprint,
             "templates": self.templates,
             "checkpoints": self.checkpoints,
-            "tune": self.tune,
-            "fit": self.fit,
+            "tune": self.stage_1(run),
+            "fit": self.stage_2(run),
+            "views": self.views,
         }
 
     def checkpoint(self, run: Run) -> Path | None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mergetune.experiments.engine import HOME, Record
 from mergetune.experiments.tables import Line, lines_of
-from mergetune.facts.function_options import TUNE_METHODS
-from mergetune.io import write_json
+from mergetune.facts.function_options import COOP_SETTINGS, TUNE_METHODS, FitOptions
+from mergetune.io import write_atomically, write_json
 
 # MERGETUNE (arXiv 2601.10497), ViT-B/16, means over the eleven datasets: (protocol, method, solution) -> column -> %.
 PUBLISHED: dict[tuple[str, str, str], dict[str, float]] = {
@@ -105,12 +105,37 @@ def _of_version_0_1(record: Record) -> Record:
 
 
 def save_table(records: Sequence[Record], folder: Path) -> list[ProtocolLine]:
-    """Write ``table.json`` and ``figure.png`` of a protocol's records into a folder; returns the table."""
+    """Write ``table.json``, ``caption.txt`` and ``figure.png`` of a protocol's records; returns the table."""
     lines = tabulate(records)
     folder.mkdir(parents=True, exist_ok=True)
     draw(lines, records, folder / "figure.png")
     write_json(folder / "table.json", [line.to_json() for line in lines])
+    write_atomically(folder / "caption.txt", (caption(records) + "\n").encode())
     return lines
+
+
+def caption(records: Sequence[Record]) -> str:
+    """How the runs of a table were trained, in a few sentences."""
+    stages: dict[str, dict[str, None]] = {}
+    for record in records:
+        settings = COOP_SETTINGS | record["settings"]["tune"]
+        words = f"{settings['epochs']} epochs, batch {settings['batch_size']}"
+        words += f", {settings['n_ctx']} random tokens" if settings.get("n_ctx") else ""
+        words = f"read from {record['settings']['checkpoints']}" if record["settings"].get("checkpoints") else words
+        stages.setdefault(TUNE_METHODS[record["run"]["method"]], {})[words] = None
+    first = "; ".join(f"{title} {' or '.join(words)}" for title, words in stages.items())
+    settings = [record["settings"] for record in records]
+    epochs = _listed(s["fit"].get("epochs", FitOptions().epochs) for s in settings)
+    precision = _listed(s["fit"].get("precision", "auto") for s in settings)
+    views = _listed(s.get("views", 1) for s in settings)
+    return (
+        f"Stage 1: {first}. Stage 2: {epochs} epochs. Text tower: {precision}. Views per training image: {views}. The "
+        "last epoch counts: nothing is chosen on validation images."
+    )
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return " or ".join(map(str, sorted(set(values))))
 
 
 def draw(lines: Sequence[ProtocolLine], records: Sequence[Record], file: Path) -> None:

@@ -48,6 +48,7 @@ class Caches:
         if seed is None:
             return folder / "test", self.data(name).test
         part = "train" if shots is None else f"train-shots-{shots}-seed-{seed}"
+        part += f"-views-{self.experiment.views}" if self.experiment.views > 1 else ""
         return folder / part, self.draw(self.data(name), name, shots, seed)
 
     def draw(self, data: Dataset, name: str, shots: int | None, seed: int) -> ImageList:
@@ -64,7 +65,8 @@ class Caches:
     def build(self, name: str, shots: int | None = None, seed: int | None = None) -> None:
         """Encode what is not there yet; the ranks of torchrun together."""
         path, images = self.images(name, shots, seed)
-        cache_features(self.clip, images, path, **self.experiment.cache)
+        views = 1 if seed is None else self.experiment.views
+        cache_features(self.clip, images, path, **{"views": views, **self.experiment.cache})
 
     def get(self, name: str, shots: int | None = None, seed: int | None = None) -> FeatureCache:
         """A cache that was built."""
@@ -100,7 +102,7 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
     """
     clip, experiment = caches.clip, caches.experiment
     folder = experiment.out / run.folder
-    record = begun(folder / RECORD, {"run": asdict(run), "settings": experiment.settings(clip)})
+    record = begun(folder / RECORD, {"run": asdict(run), "settings": experiment.settings(clip, run)})
     if "results" in record:
         return record
     began = time.perf_counter()
@@ -109,14 +111,14 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
     common = {"seed": run.seed, "progress": progress}
     checkpoint = experiment.checkpoint(run)
     if checkpoint is None:
-        stage_1 = {"method": run.method, "zero_shot": templates, "resume": folder / "tuned"}
-        tuned = tune(clip, features, **common | stage_1 | experiment.tune)
+        stage_1 = {"zero_shot": templates, "resume": folder / "tuned"}
+        tuned = tune(clip, features, **common | stage_1 | experiment.stage_1(run))
         tuned.save(folder / "tuned")
         tuned = tuned.solution
     else:
         tuned = open_solution(checkpoint, classnames=features.classnames)
     stage_2 = {"zero_shot": templates, "resume": folder / "merged"}
-    merged = fit(clip, features, tuned, **common | stage_2 | experiment.fit)
+    merged = fit(clip, features, tuned, **common | stage_2 | experiment.stage_2(run))
     merged.save(folder / "merged")
 
     found: dict[str, dict[str, Hits]] = {}

@@ -42,6 +42,7 @@ PATH_GRIDS = ("even", "official", "random")
 SURROGATES = ("identity", "fisher", "cosine", "l2")
 SPACES = ("embedding", "parameter")
 MAX_PIXELS = 1 << 26  # 8192 x 8192, more than today's cameras take; decoding needs about 8 bytes per pixel
+BACKGROUND = "white"  # under transparent pixels
 BETA = 0.5  # default of fit
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}  # values that compare tries; fit's defaults come first
@@ -205,6 +206,7 @@ class CacheOptions:
     max_pixels: int = _option(
         "int", MAX_PIXELS, "Largest allowed width times height of an image.", least=1, recorded=False
     )
+    background: str = _option("str", BACKGROUND, "Colour under transparent pixels: a name such as black, or #rrggbb.")
     on_error: str = _option(
         "str", "raise", "What an unreadable image does: raise stops the build, skip leaves the image out.",
         choices=("raise", "skip"), recorded=False,

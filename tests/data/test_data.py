@@ -229,7 +229,7 @@ def test_folder_without_splits_is_stratified(tmp_path):
     draw_classes(tmp_path, {"cat": 10, "dog": 20, "train": 7})
     data = ImageFolder(tmp_path)
     assert data.classnames == ("cat", "dog", "train"), "a class may be called train"
-    assert data.train.counts == (5, 10, 4) and data.val.counts == (2, 4, 1) and data.test.counts == (3, 6, 2)
+    assert data.train.counts == (5, 10, 3) and data.val.counts == (2, 4, 2) and data.test.counts == (3, 6, 2)
     assert sorted(data.train.files + data.val.files + data.test.files) == sorted(
         str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")
     )
@@ -299,9 +299,9 @@ def test_split_folders_refuse(tmp_path):
         ImageFolder(tmp_path)
     with pytest.raises(ValueError, match="val and test must be None for data that is already split"):
         ImageFolder(tmp_path, val=0.1)
-    draw_classes(tmp_path / "validation", {"cat": 2})
+    draw_classes(tmp_path / "night", {"cat": 2})
     with pytest.raises(
-        ValueError, match="must hold only train, val and test, or only classes, got 'validation' in addition"
+        ValueError, match="must hold only train, val and test, or only classes, got 'night' in addition"
     ):
         ImageFolder(tmp_path)
 

@@ -228,6 +228,26 @@ def test_logit_ensemble_is_the_average_of_the_logits(clip, pair, t):
     assert accuracy(ensemble(NAMES), features).accuracy == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("pair", [name for name in PAIRS if name != "prompts"] + ["head and zero-shot"])
+def test_weight_average_of_heads_is_plain(clip, pair, t):
+    """WiSE-FT's w = (1 - a) w0 + a w1: the lengths of a head's rows are learned, and are averaged with them."""
+    a, b = (classifier(clip, s) for s in PAIRS.get(pair, (head(1, bias=False), "a photo of a {}.")))
+    start, end = a(NAMES), b(NAMES)
+    width = max(start.shape[1], end.shape[1])
+    start, end = (F.pad(w, (0, width - w.shape[1])) for w in (start, end))
+    torch.testing.assert_close(weight_average(a, b, t)(NAMES), (1 - t) * start + t * end)
+    features = cache(300)
+    same = predictions(logit_ensemble(a, b, t), features) == predictions(weight_average(a, b, t), features)
+    assert same.all(), "the logits of a linear head are linear in its weights"
+
+
+def test_weight_average_of_cosine_heads_keeps_their_lengths(clip):
+    a, b = (classifier(clip, replace(head(i, bias=False), normalize=True)) for i in (1, 2))
+    lengths = weight_average(a, b, 0.5)(NAMES).norm(dim=-1)
+    torch.testing.assert_close(lengths, a(NAMES).norm(dim=-1))
+
+
 def test_weight_average_of_heads_ends_at_the_heads(clip):
     a, b = classifier(clip, head(1)), classifier(clip, head(2))
     features = cache(300)
