@@ -96,6 +96,53 @@ def read_solution(path: str, features: Any = None, position: str = "end") -> Any
     return open_solution(path, classnames=None if features is None else features.classnames, position=position)
 
 
+def clip_for(
+    backbone: str | None,
+    pretrained: str | None,
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    allow_torchscript: bool = False,
+    caches: Sequence[Any] = (),
+    solutions: Mapping[str, Any] | Sequence[Any] = (),
+) -> Any:
+    """Returns the backbone that --backbone names, or the one that a cache or a solution records (told in a line).
+
+    Args:
+        backbone: value of --backbone; None takes the first record, of caches before solutions.
+        pretrained: value of --pretrained.
+        device: device of the model.
+        precision: precision of the model, see :func:`mergetune.load_clip`.
+        allow_torchscript: see :func:`mergetune.load_clip`.
+        caches: feature caches that the command uses.
+        solutions: solutions that the command uses, or {path: solution}, so that messages can name them.
+
+    Raises:
+        ValueError: no name is given or recorded, or the caches and solutions were made with different backbones.
+    """
+    import mergetune as mt
+    from mergetune.solutions.origins import check_origins, origins
+
+    if backbone is None and pretrained is not None:
+        raise ValueError(f"--pretrained needs --backbone, the name of the model, got {pretrained!r} alone")
+    if backbone is None:
+        listed = origins(caches, solutions)
+        recorded = [origin for origin in listed if origin.backbone]
+        if not recorded:
+            owners = " nor ".join(origin.owner for origin in listed)
+            reason = f": no backbone is recorded by {owners}" if owners else ""
+            raise ValueError(f"--backbone is needed{reason}; `mergetune models` lists the names")
+        named_by, (name, weights) = recorded[0].owner, recorded[0].parts()
+        if first_rank():
+            said = f"backbone {recorded[0].backbone}, recorded by {named_by}"
+            err.print(f"[dim]{escape(said)}[/]", soft_wrap=True, highlight=False)
+    else:
+        named_by, name, weights = "--backbone", backbone, pretrained
+    clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
+    check_origins(clip, named_by, caches, solutions)
+    return clip
+
+
 # -- printing ---------------------------------------------------------------------------------------------------------
 
 
