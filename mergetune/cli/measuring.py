@@ -56,14 +56,14 @@ def evaluate(
     import mergetune as mt
 
     with errors():
-        test = open_cache(features, "base" if base_novel else classes)
+        test = open_cache(features, "base" if base_novel else classes, split="test")
         found = {name: read_solution(name, test, position) for name in solution}
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[test], solutions=found
         )
         entries = {"zero-shot": mt.classifier(clip, template)}
         entries |= {name: mt.classifier(clip, opened) for name, opened in found.items()}
-        novel = open_cache(features, "novel") if base_novel else None
+        novel = open_cache(features, "novel", split="test") if base_novel else None
         report: dict[str, Any] = {}
         for name, classify in entries.items():
             if novel is not None:
@@ -127,7 +127,7 @@ def path(
     with errors():
         if curvature == 1:
             raise ValueError("--curvature must be 0 or at least 2 (both ends of a path count), got 1")
-        data = open_cache(features, classes)
+        data = open_cache(features, classes, split="test")
         merged, start = read_solution(solution, data, position), read_solution(tuned, data, position)
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[data],

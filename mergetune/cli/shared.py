@@ -60,17 +60,28 @@ def open_images(path: Path, root: Path | None = None) -> Any:
     return mt.image_table(path)
 
 
-def open_cache(folder: Path, classes: str, *, shots: int | None = None, seed: int = 1) -> Any:
+def open_cache(
+    folder: Path,
+    classes: str,
+    *,
+    shots: int | None = None,
+    seed: int = 1,
+    split: str | None = None,
+    option: str = "--cache",
+) -> Any:
     """Returns a feature cache, restricted to some classes and to few-shot images.
 
     Args:
-        folder: the cache.
+        folder: the cache; with ``split`` also the folder above it, as `mergetune cache` writes it.
         classes: "all", or "base" or "novel" for the first or second half of the classes, as in CoOp.
         shots: images per class, drawn as CoOp draws them; None keeps all images.
         seed: seed of the draw.
+        split: the cache that is taken from a folder with caches train, val and test; None takes none.
+        option: name of the option that gives the folder, for errors.
     """
     import mergetune as mt
 
+    folder = _one_cache(folder, split, option)
     if classes not in ("all", "base", "novel"):
         raise ValueError(f"--classes must be all, base or novel, got {classes!r}")
     cache = mt.FeatureCache.open(folder)
@@ -83,6 +94,24 @@ def open_cache(folder: Path, classes: str, *, shots: int | None = None, seed: in
     return cache.select(data.few_shot(shots, seed))
 
 
+def _one_cache(folder: Path, split: str | None, option: str) -> Path:
+    """The folder itself if it is a cache, finished or not; else the cache ``split`` in it."""
+    from mergetune.data.cache_files import MANIFEST, PLAN
+
+    def is_cache(path: Path) -> bool:
+        return any((path / name).is_file() for name in (MANIFEST, PLAN))
+
+    if is_cache(folder):
+        return folder
+    if split is not None and is_cache(folder / split):
+        return folder / split
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option} must be a feature cache, and {folder} is no folder")
+    inside = [str(path) for path in sorted(folder.iterdir()) if is_cache(path)]
+    way_on = f"give {' or '.join(inside[:5])}" if inside else "`mergetune cache IMAGES --out FOLDER` writes caches"
+    raise FileNotFoundError(f"{option} must be a feature cache, and {folder} is none: {way_on}")
+
+
 def read_solution(path: str, features: Any = None, position: str = "end") -> Any:
     """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head.
 
@@ -93,6 +122,7 @@ def read_solution(path: str, features: Any = None, position: str = "end") -> Any
     """
     from mergetune.solutions import open_solution
 
+    _refuse_no_solution(Path(path))
     return open_solution(path, classnames=None if features is None else features.classnames, position=position)
 
 
@@ -141,6 +171,22 @@ def clip_for(
     clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
     check_origins(clip, named_by, caches, solutions)
     return clip
+
+
+def _refuse_no_solution(path: Path) -> None:
+    """Raises FileNotFoundError, with the solutions near ``path``, if nothing there could be a solution."""
+    files = [file.name for file in path.iterdir()] if path.is_dir() else []
+    known = ("solution.json", "checkpoint", "prompt_learner", "prompt_mid_learner")
+    if path.is_file() or any(name in known or ".pth" in name for name in files):
+        return
+    above = path if path.is_dir() else path.parent
+    near = sorted(str(file.parent) for deep in ("*", "*/*") for file in above.glob(f"{deep}/solution.json"))
+    what = "holds none of them" if path.is_dir() else "does not exist"
+    way_on = f"solutions near it are {', '.join(near[:5])}" if near else "the --out of a finished run is one"
+    raise FileNotFoundError(
+        "a solution must be a folder with solution.json, a checkpoint of CoOp or the file of a head, and "
+        f"{path} {what}: {way_on}"
+    )
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------

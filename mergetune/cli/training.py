@@ -77,8 +77,8 @@ def tune(
     import mergetune as mt
 
     with errors():
-        data = open_cache(features, classes, shots=shots, seed=options["seed"])
-        chosen_on = None if val is None else open_cache(val, classes)
+        data = open_cache(features, classes, shots=shots, seed=options["seed"], split="train")
+        chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         below = None if base is None else read_solution(str(base), data)
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
@@ -159,7 +159,7 @@ def fit(
         if images is not None and features is None:
             opened = partial(open_images, images, root)
         elif features is not None and images is None:
-            opened = partial(open_cache, features, classes, shots=shots, seed=seed)
+            opened = partial(open_cache, features, classes, shots=shots, seed=seed, split="train")
         else:
             got = "neither" if images is None else f"{images} and --cache {features}"
             raise ValueError(f"give either a folder of images or --cache, got {got}")
@@ -177,7 +177,7 @@ def fit(
         known = dict(zip(tuned, solutions, strict=True))
         if images is None and len(template) == 1 and "{}" not in template[0] and Path(template[0]).exists():
             zero_shot = known[template[0]] = read_solution(template[0], learned, position)
-        chosen_on = None if val is None else open_cache(val, classes)
+        chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,

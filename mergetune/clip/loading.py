@@ -70,7 +70,7 @@ def load_clip(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    name, weights = spelled(name, None if pretrained is None else str(pretrained), registered_models())
+    name, weights = spelled(name, None if pretrained is None else str(pretrained))
     if name == ICON_CLIP:
         with as_file(files("mergetune") / "assets" / ICON_CLIP) as folder:
             embedded = load_clip(f"local-dir:{folder}", device=device, precision=precision)
@@ -114,11 +114,6 @@ def load_clip(
     model.to(dtype=PRECISIONS[precision])
     temperature.data = logit_scale  # keep the exact temperature: rounding it would change every logit
     return FrozenClip(model, tokenizer, name if weights is None else f"{name}/{weights}")
-
-
-def registered_models() -> dict[str, list[str]]:
-    """Returns each model that open_clip knows, also those registered by the program, with the tags of its weights."""
-    return {model: open_clip.list_pretrained_tags_by_model(model) for model in open_clip.list_models()}
 
 
 @contextmanager

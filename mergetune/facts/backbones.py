@@ -112,19 +112,22 @@ def _has_quickgelu(model: KnownModel) -> bool:
     return bool(model._description.get("quick_gelu"))
 
 
+def tags_by_model() -> Mapping[str, Sequence[str]]:
+    """Returns the tags of each model that open_clip knows; also of those that the program registered."""
+    loaded: Any = sys.modules.get("open_clip")
+    if loaded is None:
+        return {name: model.tags for name, model in known_models().items()}
+    return {name: loaded.list_pretrained_tags_by_model(name) for name in loaded.list_models()}
+
+
 def spelled(
-    name: str,
-    pretrained: str | None,
-    models: Mapping[str, Sequence[str]] | None = None,
-    *,
-    options: tuple[str, str] = ("name", "pretrained"),
+    name: str, pretrained: str | None, *, options: tuple[str, str] = ("name", "pretrained")
 ) -> tuple[str, str | None]:
     """Returns a backbone as it is spelled in open_clip's lists: upper case and lower case, - and _ count as equal.
 
     Args:
         name: name of the backbone.
         pretrained: tag or checkpoint file; None for a name that includes the weights.
-        models: name of each known model -> its tags; by default those of the installed open_clip.
         options: what the caller calls both arguments, for errors.
 
     Raises:
@@ -137,7 +140,7 @@ def spelled(
         if pretrained is not None:
             raise ValueError(f"{second} must be left out because {name!r} includes the weights, got {pretrained!r}")
         return name, None
-    known = {model: entry.tags for model, entry in known_models().items()} if models is None else models
+    known = tags_by_model()
     found = _find(name.replace("/", "-"), known)  # open_clip reads slashes so, too
     if found is None:
         raise ValueError(f"{first} must be a known backbone, got {name!r}{_near(name, {ICON_CLIP: (), **known})}")

@@ -10,9 +10,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from mergetune.clip import FrozenClip
 from mergetune.clip.backbone_files import CONFIG
-from mergetune.clip.loading import registered_models
 from mergetune.data import FeatureCache
-from mergetune.facts.backbones import FOLDER, HUB, recorded_parts, spelled
+from mergetune.facts.backbones import FOLDER, HUB, recorded_parts, spelled, tags_by_model
 from mergetune.solutions.base import Solution
 from mergetune.solutions.stack import Stack
 
@@ -51,15 +50,14 @@ class Origin:
                 f"{said}, which was never downloaded here, and a record alone starts no download from the Hub: if you "
                 f"trust this repository, give --backbone {name}"
             )
-        models = registered_models()
-        file = weights is not None and weights not in models.get(name, ()) and bool(Path(weights).suffix)
+        file = weights is not None and weights not in tags_by_model().get(name, ()) and bool(Path(weights).suffix)
         if file and not Path(str(weights)).exists():
             raise ValueError(
                 f"{said}, and the checkpoint {weights} does not exist any more: give --backbone {name} --pretrained "
                 "PATH with its place now"
             )
         try:
-            return spelled(name, weights, models)
+            return spelled(name, weights)
         except ValueError as error:
             raise ValueError(f"{said}, which cannot be loaded by this name: give --backbone ({error})") from error
 

@@ -21,8 +21,7 @@ CLASSES = ("anchor", "bell", "camera", "heart")
 
 @pytest.fixture(scope="module")
 def model():
-    with as_file(files("mergetune") / "assets" / "icon-clip") as folder:
-        yield f"local-dir:{folder}"
+    return "icon-clip"
 
 
 @pytest.fixture(scope="module")
