@@ -13,6 +13,7 @@ from mergetune.cli.first_steps import demo, doctor
 from mergetune.cli.images import cache
 from mergetune.cli.measuring import evaluate, path
 from mergetune.cli.merging import compare, merge
+from mergetune.cli.models import models
 from mergetune.cli.options import SeveralValues
 from mergetune.cli.paper import reproduce
 from mergetune.cli.training import fit, tune
@@ -40,12 +41,13 @@ def main(
     """Declares the options that stand before the command."""
 
 
-app.command()(demo)
+app.command(cls=SeveralValues)(demo)
 app.command()(doctor)
+app.command()(models)
 app.command()(cache)
 app.command()(tune)
 app.command()(fit)
-app.command("eval")(evaluate)
+app.command("eval", cls=SeveralValues)(evaluate)
 app.command()(path)
 app.command()(export)
 app.command()(convert)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Pretrained
-from mergetune.cli.shared import errors, tell
+from mergetune.cli.shared import clip_for, errors, tell
 
 
 def export(
@@ -33,7 +33,6 @@ def export(
     position: Position = "end",
 ) -> None:
     """Write a solution as a CoOp checkpoint, a head, a zero-shot classifier or a Hugging Face folder."""
-    import mergetune as mt
     from mergetune import solutions
     from mergetune.io import read_regular_text
     from mergetune.solutions import open_solution
@@ -45,15 +44,16 @@ def export(
         if classes is not None:
             names = [line.strip() for line in read_regular_text(classes).split("\n") if line.strip()]
         found = open_solution(solution, classnames=names, position=position)
-        clip = mt.load_clip(backbone, pretrained, allow_torchscript=allow_torchscript) if backbone else None
+        plain = form == "hub" or (form == "head" and found.plain_head() is not None)  # these need no CLIP
+        clip: Any = None
+        if backbone or not plain:
+            clip = clip_for(backbone, pretrained, allow_torchscript=allow_torchscript, solutions={solution: found})
         if form == "hub":
             solutions.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
             if push:
                 tell(solutions.push_to_hub(found, push, license=license))
-        elif form == "head" and (clip is not None or found.plain_head() is not None):
+        elif form == "head":
             solutions.to_head(found, target, clip=clip, classnames=names)
-        elif clip is None:
-            raise ValueError(f"--backbone is needed for {form}: the backbone encodes the class names")
         elif form == "classifier":
             solutions.zero_shot_classifier(found, clip, names, file=target)
         else:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from mergetune.cli.options import Json
+from mergetune.cli.options import Json, Seeds
 from mergetune.cli.shared import HALVES, announce, err, errors, out, plain, print_json, print_table, tell
 
 
@@ -19,16 +19,14 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder for images, caches, solutions and results.")] = Path(
         "out/demo"
     ),
-    seeds: Annotated[list[int], typer.Option("--seed", help="Seed of one run; repeat the option for several runs.")] = [
-        1,
-        2,
-        3,
-    ],
+    seeds: Seeds = [1, 2, 3],
+    seed: Annotated[list[int], typer.Option("--seed", hidden=True)] = [],
     as_json: Json = False,
 ) -> None:
     """Fine-tune and repair the embedded CLIP on the embedded icons; table and figure take about a minute."""
     from mergetune.experiments import run_demo
 
+    seeds = seed or seeds  # --seed is the name in version 0.1
     with errors():
         result = run_demo(folder, seeds=seeds, report=announce(as_json))
     if as_json:

@@ -9,7 +9,7 @@ import typer
 
 from mergetune.cli.options import (
     AllowTorchscript,
-    Backbone,
+    BackboneIfNeeded,
     Cache,
     Classes,
     Device,
@@ -22,6 +22,7 @@ from mergetune.cli.options import (
 from mergetune.cli.shared import (
     HALVES,
     announce,
+    clip_for,
     errors,
     new_table,
     open_cache,
@@ -37,8 +38,8 @@ _SOLUTION = typer.Option("--solution", help="Folder of a saved solution, for exa
 
 def evaluate(
     features: Cache,
-    backbone: Backbone,
     solution: Annotated[list[str], _SOLUTION] = [],
+    backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
@@ -55,11 +56,14 @@ def evaluate(
     import mergetune as mt
 
     with errors():
-        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
+        test = open_cache(features, "base" if base_novel else classes, split="test")
+        found = {name: read_solution(name, test, position) for name in solution}
+        clip = clip_for(
+            backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[test], solutions=found
+        )
         entries = {"zero-shot": mt.classifier(clip, template)}
-        test = open_cache(features, "base" if base_novel else classes)
-        entries |= {name: mt.classifier(clip, read_solution(name, test, position)) for name in solution}
-        novel = open_cache(features, "novel") if base_novel else None
+        entries |= {name: mt.classifier(clip, opened) for name, opened in found.items()}
+        novel = open_cache(features, "novel", split="test") if base_novel else None
         report: dict[str, Any] = {}
         for name, classify in entries.items():
             if novel is not None:
@@ -85,7 +89,7 @@ def path(
     features: Cache,
     tuned: Annotated[str, typer.Option("--tuned", help="Fine-tuned solution or CoOp checkpoint.")],
     solution: Annotated[str, _SOLUTION],
-    backbone: Backbone,
+    backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
@@ -123,9 +127,12 @@ def path(
     with errors():
         if curvature == 1:
             raise ValueError("--curvature must be 0 or at least 2 (both ends of a path count), got 1")
-        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
-        data = open_cache(features, classes)
+        data = open_cache(features, classes, split="test")
         merged, start = read_solution(solution, data, position), read_solution(tuned, data, position)
+        clip = clip_for(
+            backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[data],
+            solutions={tuned: start, solution: merged},
+        )  # fmt: skip
         zero_shot = zero_shot_like(clip, merged, template)
         walks = mt.connectivity(clip, zero_shot, start, merged, data, points=points, space=space)
         images, way = f"{classes} classes", {"zero-shot": zero_shot, "MERGETUNE": merged, "fine-tuned": start}

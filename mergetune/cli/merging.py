@@ -28,6 +28,7 @@ from mergetune.cli.options import (
 )
 from mergetune.cli.shared import (
     announce,
+    clip_for,
     err,
     errors,
     open_cache,
@@ -85,14 +86,13 @@ def merge(
 ) -> None:
     """Merge trained solutions, or state dicts in files, with TIES, DARE, WiSE-FT or another method. Example:
 
-    mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." --backbone ... -o density=0.3
+    mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." -o density=0.3
     """
     if listing:
         with errors():
             _print_methods([find(method)] if method else list(METHODS.values()), as_json)
         return
 
-    import mergetune as mt
     from mergetune import experiments
     from mergetune.merging import catalogue
     from mergetune.solutions import zero_shot_like
@@ -116,14 +116,14 @@ def merge(
             if base is not None and "{}" not in base:
                 start = read_solution(base, data)
             needed = start is None and (base or catalogue.needs_base(method, len(solutions), options))
-            clip = (
-                mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
-                if backbone
-                else None
-            )
-            if clip is None and (needed or data is not None):
-                raise ValueError("--backbone is needed for a zero-shot base from a template, and for --cache")
-            if clip is not None and needed:
+            clip: Any = None
+            if backbone or needed or data is not None:
+                used = dict(zip(experts, solutions, strict=True)) | ({} if start is None else {str(base): start})
+                clip = clip_for(
+                    backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
+                    caches=[] if data is None else [data], solutions=used,
+                )  # fmt: skip
+            if needed:
                 start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
             merged = experiments.merge_solutions(
                 method, solutions, base=start, clip=clip, features=data, options=options
@@ -204,7 +204,6 @@ def compare(
     A cell is one dataset, partition and seed. Hyper-parameters are chosen on validation images, never on test images.
     If the command is interrupted, run it again: it continues where it stopped.
     """
-    import mergetune as mt
     from mergetune.experiments import compare as run_comparison
     from mergetune.experiments import icons_task
 
@@ -221,13 +220,19 @@ def compare(
             clip, tasks = icons_task(folder, report=announce(as_json))
             precision = {"precision": icons.PRECISION}
             tune, fit = icons.STAGE_1 | precision | tune, precision | fit
-        elif caches and backbone and not embedded:
-            clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
-            tasks = [_task(cache, template) for cache in caches]
+        elif caches and not embedded:
+            clip, tasks = None, [_task(cache, template) for cache in caches]
         else:
-            raise ValueError("give folders of caches and --backbone, or --demo alone")
+            raise ValueError("give folders of caches, or --demo without caches and --backbone")
+        saved = {} if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts}
+        if clip is None:
+            clip = clip_for(
+                backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
+                caches=[cache for task in tasks for cache in (task.train, task.val, task.test) if cache is not None],
+                solutions=saved,
+            )  # fmt: skip
         setup = CompareOptions(
-            experts=tuple(experts) if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts},
+            experts=saved or tuple(experts),
             shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
         )  # fmt: skip
         found = run_comparison(

@@ -10,18 +10,40 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
+from mergetune.cli.shared import errors
 from mergetune.facts import FitOptions, Option, TuneOptions, options_of, read_options
+from mergetune.facts.backbones import spelled
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-_BACKBONE = typer.Option("--backbone", help='Model: an open_clip name, "hf-hub:org/repo" or "local-dir:path".')
-_CACHE = typer.Option("--cache", help="Feature cache: a folder train, val or test that `mergetune cache` wrote.")
+
+def _check_names(context: typer.Context, parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """Checks --backbone and --pretrained before anything heavy is imported, as soon as both have been read."""
+    names = {**context.params, str(parameter.name): value}
+    backbone, complete = names.get("backbone"), {"backbone", "pretrained"} <= names.keys()
+    if backbone is not None and complete and not context.resilient_parsing:
+        with errors():
+            spelled(backbone, names["pretrained"], options=("--backbone", "--pretrained"))
+    return value
+
+
+_MODEL = 'Model: a name that `mergetune models` lists, "hf-hub:org/repo" or "local-dir:path"; icon-clip is embedded.'
+_BACKBONE = typer.Option("--backbone", help=_MODEL, callback=_check_names)
+_BACKBONE_IF_NEEDED = typer.Option(
+    "--backbone", help=f"{_MODEL} Default: the one that a cache or a solution records.", callback=_check_names
+)
+_CACHE = typer.Option(
+    "--cache",
+    help="Feature cache: a folder train, val or test that `mergetune cache` wrote, or the folder of these, of which "
+    "training commands take train, and measuring commands test.",
+)
 
 # Models and data.
 Backbone = Annotated[str, _BACKBONE]
-BackboneIfNeeded = Annotated[str | None, _BACKBONE]
+BackboneIfNeeded = Annotated[str | None, _BACKBONE_IF_NEEDED]
 Pretrained = Annotated[
-    str | None, typer.Option("--pretrained", help="Weights: an open_clip tag or a local checkpoint.")
+    str | None,
+    typer.Option("--pretrained", help="Weights: an open_clip tag or a local checkpoint.", callback=_check_names),
 ]
 Device = Annotated[str, typer.Option("--device", help="Device of the model, for example cpu, cuda or cuda:1.")]
 Cache = Annotated[Path, _CACHE]
@@ -70,7 +92,7 @@ Space = Annotated[
         "--space", help="What a path interpolates: class embeddings (embedding) or trained parameters (parameter)."
     ),
 ]
-Seeds = Annotated[list[int], typer.Option("--seeds", help="Seeds of the runs, one run per seed.")]
+Seeds = Annotated[list[int], typer.Option("--seeds", help="Seeds of the runs, one run per seed: --seeds 1 2 3.")]
 Tuning = Annotated[
     list[str], typer.Option("--tune", help="Option of mergetune.tune as name=value; repeat for several.")
 ]
@@ -160,7 +182,7 @@ def read_fitting(given: list[str]) -> dict[str, Any]:
 
 
 class SeveralValues(TyperCommand):
-    """A command whose repeatable options also take several values at once: ``--seed 1 2 3``."""
+    """A command whose repeatable options also take several values at once: ``--seeds 1 2 3``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # a context of click, which some typers bring along
         several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}

@@ -59,17 +59,28 @@ def open_images(path: Path, root: Path | None = None) -> Any:
     return listed_images(path)
 
 
-def open_cache(folder: Path, classes: str, *, shots: int | None = None, seed: int = 1) -> Any:
+def open_cache(
+    folder: Path,
+    classes: str,
+    *,
+    shots: int | None = None,
+    seed: int = 1,
+    split: str | None = None,
+    option: str = "--cache",
+) -> Any:
     """Returns a feature cache, restricted to some classes and to few-shot images.
 
     Args:
-        folder: the cache.
+        folder: the cache; with ``split`` also the folder above it, as `mergetune cache` writes it.
         classes: "all", or "base" or "novel" for the first or second half of the classes, as in CoOp.
         shots: images per class, drawn as CoOp draws them; None keeps all images.
         seed: seed of the draw.
+        split: the cache that is taken from a folder with caches train, val and test; None takes none.
+        option: name of the option that gives the folder, for errors.
     """
     import mergetune as mt
 
+    folder = _one_cache(folder, split, option)
     if classes not in ("all", "base", "novel"):
         raise ValueError(f"--classes must be all, base or novel, got {classes!r}")
     cache = mt.FeatureCache.open(folder)
@@ -82,6 +93,24 @@ def open_cache(folder: Path, classes: str, *, shots: int | None = None, seed: in
     return cache.select(data.few_shot(shots, seed))
 
 
+def _one_cache(folder: Path, split: str | None, option: str) -> Path:
+    """The folder itself if it is a cache, finished or not; else the cache ``split`` in it."""
+    from mergetune.data.cache_files import MANIFEST, PLAN
+
+    def is_cache(path: Path) -> bool:
+        return any((path / name).is_file() for name in (MANIFEST, PLAN))
+
+    if is_cache(folder):
+        return folder
+    if split is not None and is_cache(folder / split):
+        return folder / split
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option} must be a feature cache, and {folder} is no folder")
+    inside = [str(path) for path in sorted(folder.iterdir()) if is_cache(path)]
+    way_on = f"give {' or '.join(inside[:5])}" if inside else "`mergetune cache IMAGES --out FOLDER` writes caches"
+    raise FileNotFoundError(f"{option} must be a feature cache, and {folder} is none: {way_on}")
+
+
 def read_solution(path: str, features: Any = None, position: str = "end") -> Any:
     """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head.
 
@@ -92,7 +121,71 @@ def read_solution(path: str, features: Any = None, position: str = "end") -> Any
     """
     from mergetune.solutions import open_solution
 
+    _refuse_no_solution(Path(path))
     return open_solution(path, classnames=None if features is None else features.classnames, position=position)
+
+
+def clip_for(
+    backbone: str | None,
+    pretrained: str | None,
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    allow_torchscript: bool = False,
+    caches: Sequence[Any] = (),
+    solutions: Mapping[str, Any] | Sequence[Any] = (),
+) -> Any:
+    """Returns the backbone that --backbone names, or the one that a cache or a solution records (told in a line).
+
+    Args:
+        backbone: value of --backbone; None takes the first record, of caches before solutions.
+        pretrained: value of --pretrained.
+        device: device of the model.
+        precision: precision of the model, see :func:`mergetune.load_clip`.
+        allow_torchscript: see :func:`mergetune.load_clip`.
+        caches: feature caches that the command uses.
+        solutions: solutions that the command uses, or {path: solution}, so that messages can name them.
+
+    Raises:
+        ValueError: no name is given or recorded, or the caches and solutions were made with different backbones.
+    """
+    import mergetune as mt
+    from mergetune.solutions.origins import check_origins, origins
+
+    if backbone is None and pretrained is not None:
+        raise ValueError(f"--pretrained needs --backbone, the name of the model, got {pretrained!r} alone")
+    if backbone is None:
+        listed = origins(caches, solutions)
+        recorded = [origin for origin in listed if origin.backbone]
+        if not recorded:
+            owners = " nor ".join(origin.owner for origin in listed)
+            reason = f": no backbone is recorded by {owners}" if owners else ""
+            raise ValueError(f"--backbone is needed{reason}; `mergetune models` lists the names")
+        named_by, (name, weights) = recorded[0].owner, recorded[0].parts()
+        if first_rank():
+            said = f"backbone {recorded[0].backbone}, recorded by {named_by}"
+            err.print(f"[dim]{escape(said)}[/]", soft_wrap=True, highlight=False)
+    else:
+        named_by, name, weights = "--backbone", backbone, pretrained
+    clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
+    check_origins(clip, named_by, caches, solutions)
+    return clip
+
+
+def _refuse_no_solution(path: Path) -> None:
+    """Raises FileNotFoundError, with the solutions near ``path``, if nothing there could be a solution."""
+    files = [file.name for file in path.iterdir()] if path.is_dir() else []
+    known = ("solution.json", "checkpoint", "prompt_learner", "prompt_mid_learner")
+    if path.is_file() or any(name in known or ".pth" in name for name in files):
+        return
+    above = path if path.is_dir() else path.parent
+    near = sorted(str(file.parent) for deep in ("*", "*/*") for file in above.glob(f"{deep}/solution.json"))
+    what = "holds none of them" if path.is_dir() else "does not exist"
+    way_on = f"solutions near it are {', '.join(near[:5])}" if near else "the --out of a finished run is one"
+    raise FileNotFoundError(
+        "a solution must be a folder with solution.json, a checkpoint of CoOp or the file of a head, and "
+        f"{path} {what}: {way_on}"
+    )
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------

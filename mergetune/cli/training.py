@@ -10,7 +10,7 @@ import typer
 
 from mergetune.cli.options import (
     AllowTorchscript,
-    Backbone,
+    BackboneIfNeeded,
     Cache,
     Classes,
     Device,
@@ -28,6 +28,7 @@ from mergetune.cli.options import (
 from mergetune.cli.shared import (
     HALVES,
     announce,
+    clip_for,
     errors,
     finish,
     first_rank,
@@ -53,7 +54,7 @@ Val = Annotated[
 def tune(
     features: Cache,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the solution and the training report.")],
-    backbone: Backbone,
+    backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
@@ -76,10 +77,14 @@ def tune(
     import mergetune as mt
 
     with errors():
-        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
-        data = open_cache(features, classes, shots=shots, seed=options["seed"])
-        chosen_on = None if val is None else open_cache(val, classes)
+        data = open_cache(features, classes, shots=shots, seed=options["seed"], split="train")
+        chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         below = None if base is None else read_solution(str(base), data)
+        clip = clip_for(
+            backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
+            caches=[cache for cache in (data, chosen_on) if cache is not None],
+            solutions={} if below is None else {str(base): below},
+        )  # fmt: skip
         result = mt.tune(clip, data, base=below, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
         result.save(folder)
     _finish(as_json, result, folder)
@@ -87,7 +92,6 @@ def tune(
 
 @takes(FitOptions, but=("zero_shot",))
 def fit(
-    backbone: Backbone,
     images: Annotated[
         Path | None,
         typer.Argument(
@@ -111,6 +115,7 @@ def fit(
             "--out", help="Folder for the solution and the report. Default with images: out/ and the name of IMAGES."
         ),
     ] = None,
+    backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
@@ -154,7 +159,7 @@ def fit(
         if images is not None and features is None:
             opened = partial(open_images, images, root)
         elif features is not None and images is None:
-            opened = partial(open_cache, features, classes, shots=shots, seed=seed)
+            opened = partial(open_cache, features, classes, shots=shots, seed=seed, split="train")
         else:
             got = "neither" if images is None else f"{images} and --cache {features}"
             raise ValueError(f"give either a folder of images or --cache, got {got}")
@@ -166,14 +171,18 @@ def fit(
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         data = opened()
-        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         learned = data.base_novel()[0] if images and classes == "base" else data
         solutions = [read_solution(path, learned, position) for path in tuned]
+        zero_shot: Any = template
+        known = dict(zip(tuned, solutions, strict=True))
+        if images is None and len(template) == 1 and "{}" not in template[0] and Path(template[0]).exists():
+            zero_shot = known[template[0]] = read_solution(template[0], learned, position)
+        chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
+        clip = clip_for(
+            backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
+            caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,
+        )  # fmt: skip
         if images is None:
-            zero_shot: Any = template
-            if len(template) == 1 and "{}" not in template[0] and Path(template[0]).exists():
-                zero_shot = read_solution(template[0], learned, position)
-            chosen_on = None if val is None else open_cache(val, classes)
             result = mt.fit(clip, data, solutions, zero_shot=zero_shot, val=chosen_on, resume=folder, **given)
             result.save(folder)
             say = partial(_finish, as_json, result, folder)

@@ -74,7 +74,7 @@ def prepare_classes(
     Example:
         >>> import mergetune as mt
         >>> from mergetune.clip import Edit, prepare_classes
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> edit = Edit(templates=("an icon of a {}",))
         >>> prepare_classes(clip, edit, ["cat", "dog"])(edit).shape  # [M, C, D]
         torch.Size([1, 2, 128])

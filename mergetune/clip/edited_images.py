@@ -102,7 +102,7 @@ def prepare_images(
     Example:
         >>> import mergetune as mt, torch
         >>> from mergetune.clip import Edit, prepare_images
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> edit = Edit(image_maps=(lambda x: x @ torch.eye(128),))
         >>> prepare_images(clip, edit, "feature")(edit, torch.ones(5, 128)).shape  # [M, B, D]
         torch.Size([1, 5, 128])

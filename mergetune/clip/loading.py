@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -18,6 +20,7 @@ from mergetune.clip.backbone import FrozenClip
 from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone, described_text_model
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import checked_model
+from mergetune.facts.backbones import ICON_CLIP, spelled
 from mergetune.io import is_torchscript, require_regular
 
 
@@ -37,9 +40,10 @@ def load_clip(
     publishes them, only the tensors are read.
 
     Args:
-        name: an open_clip model name such as "ViT-B-16-quickgelu", or "hf-hub:org/repo", or "local-dir:path".
-        pretrained: an open_clip tag such as "openai", or a local checkpoint file; None with "hf-hub:" and
-            "local-dir:". A checkpoint does not record its preprocessing. If all of open_clip's tags for the name share
+        name: an open_clip model name such as "ViT-B-16-quickgelu", or "hf-hub:org/repo", or "local-dir:path", or
+            "icon-clip", the small CLIP that comes with mergetune. Case does not matter in names and tags.
+        pretrained: an open_clip tag such as "openai", or a local checkpoint file; None with "hf-hub:", "local-dir:" and
+            "icon-clip". A checkpoint does not record its preprocessing. If all of open_clip's tags for the name share
             one that is not the default (SigLIP, MobileCLIP, CLIPA, PE), that one is used, with a warning.
         device: device of the model.
         precision: dtype of the weights, "float32", "bfloat16" or "float16"; features are always float32.
@@ -48,16 +52,17 @@ def load_clip(
             allow this only if you trust its author.
 
     Raises:
-        ValueError: an unknown precision; missing or doubly given weights; a file that asks for more than a network, a
-            vocabulary and tensors (the message names file and key); settings that describe no valid network.
-        RuntimeError: open_clip does not know the model or the tag; the weights belong to another model; a download
-            failed; a package for the tokenizer or the text model is missing.
+        ValueError: an unknown precision, name or tag (the message suggests near ones); missing or doubly given weights;
+            a file that asks for more than a network, a vocabulary and tensors (the message names file and key);
+            settings that describe no valid network.
+        RuntimeError: the weights belong to another model; a download failed; a package for the tokenizer or the text
+            model is missing.
 
     Example:
         The small CLIP that comes with mergetune (for OpenAI's: ``mt.load_clip("ViT-B-16-quickgelu", "openai")``):
 
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> clip.embed_dim, clip.device.type
         (128, 'cpu')
         >>> clip.class_embeddings(["cat", "dog"], "an icon of a {}").shape  # [C, D]
@@ -65,53 +70,50 @@ def load_clip(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    complete = name.startswith(("hf-hub:", "local-dir:"))
-    if complete and pretrained is not None:
-        raise ValueError(f"pretrained must be None because {name!r} includes the weights, got {pretrained!r}")
-    if not complete and pretrained is None:
-        raise ValueError(
-            f"pretrained must name the weights of {name!r}, got None: give a tag of open_clip or a local checkpoint"
-        )
+    name, weights = spelled(name, None if pretrained is None else str(pretrained))
+    if name == ICON_CLIP:
+        with as_file(files("mergetune") / "assets" / ICON_CLIP) as folder:
+            embedded = load_clip(f"local-dir:{folder}", device=device, precision=precision)
+        return replace(embedded, name=ICON_CLIP)
     published = {}
     cache_dir = None if cache_dir is None else str(cache_dir)
-    if not complete:
-        name = name.replace("/", "-")  # open_clip does the same for models, but not for tokenizers
-        config = open_clip.get_model_config(name) or {"text_cfg": {}}
-        warn_quickgelu(name, str(pretrained))
-        published = _published_preprocess(name, str(pretrained))
-        opened = _built_in(name, str(pretrained), config, cache_dir)
-    else:
+    if weights is None:
         opened = checked_backbone(name, cache_dir=cache_dir)
+    else:
+        config = open_clip.get_model_config(name) or {"text_cfg": {}}
+        warn_quickgelu(name, weights)
+        published = _published_preprocess(name, weights)
+        opened = _built_in(name, weights, config, cache_dir)
     with opened as source:
-        state = None if source.weights is None else check_weights(source.weights, allow_torchscript=allow_torchscript)
+        tensors = None if source.weights is None else check_weights(source.weights, allow_torchscript=allow_torchscript)
         try:
             model = open_clip.create_model(
                 source.name,
-                None if complete else str(pretrained),
+                weights,
                 device=device,
-                load_weights=state is None,
-                require_pretrained=state is None,
+                load_weights=tensors is None,
+                require_pretrained=tensors is None,
                 pretrained_text=False,  # the CLIP's weights include those of its text model
                 force_preprocess_cfg=published,
                 cache_dir=cache_dir,
                 **source.settings,
             )
         except AssertionError as error:  # from open_clip's resizing of position embeddings
-            raise RuntimeError(f"the weights {pretrained or name} do not fit the model {name!r}: {error}") from error
+            raise RuntimeError(f"the weights {weights or name} do not fit the model {name!r}: {error}") from error
         except Exception as error:  # open_clip and torch raise many types of error on bad settings
             others = isinstance(error, torch.OutOfMemoryError) or "state_dict" in str(error)  # weights of another model
             if source.folder is None or others:
                 raise
             reason = f"{type(error).__name__}: {str(error).replace(str(source.folder), name)}"
             raise ValueError(f"{CONFIG} of {name!r} must describe a network that can be built, got {reason}") from error
-        if state is not None:
-            _load_archive(model, state)
+        if tensors is not None:
+            _load_archive(model, tensors)
         tokenizer = _load_tokenizer(name, source, cache_dir)
     temperature = checked_model(model).logit_scale
     logit_scale = temperature.detach().clone()
     model.to(dtype=PRECISIONS[precision])
     temperature.data = logit_scale  # keep the exact temperature: rounding it would change every logit
-    return FrozenClip(model, tokenizer, name if complete else f"{name}/{pretrained}")
+    return FrozenClip(model, tokenizer, name if weights is None else f"{name}/{weights}")
 
 
 @contextmanager

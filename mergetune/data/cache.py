@@ -57,6 +57,7 @@ class FeatureCache:
         classnames: one name per class.
         files: N relative paths; empty if unknown.
         fingerprint: image fingerprint of the model that made the features; empty if unknown.
+        backbone: name of that model; empty if unknown.
         dtype: type of the stored features: "float32", "bfloat16" or "float16".
         views: V. View 0 is the evaluation transform; the other views are augmented.
         dim: D.
@@ -80,6 +81,7 @@ class FeatureCache:
     shards: tuple[Tensor, ...] = field(repr=False)
     opened: OpenFiles | None = field(default=None, repr=False)
     checksums: tuple[str, ...] = field(default=(), repr=False)
+    backbone: str = ""
 
     @property
     def holds(self) -> str:
@@ -136,6 +138,7 @@ class FeatureCache:
             shards=tuple(shards.values()),
             opened=OpenFiles(shards) if large and may_open(len(shards)) else None,
             checksums=tuple(shard.sha256 for shard in manifest.shards),
+            backbone=manifest.clip,
         )
 
     @classmethod

@@ -29,7 +29,7 @@ def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Cl
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> classify = mt.classifier(clip, "an icon of a {}")
         >>> classify(["cat", "dog", "car"]).shape  # [C, D]
         torch.Size([3, 128])
@@ -55,7 +55,7 @@ def logit_ensemble(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> a, b = mt.classifier(clip, "an icon of a {}"), mt.classifier(clip, "a photo of a {}.")
         >>> mt.logit_ensemble(a, b, t=0.5)(["cat", "dog"]).shape  # [C, D]
         torch.Size([2, 128])
@@ -93,7 +93,7 @@ def weight_average(a: Classifier, b: Classifier, t: float = 0.5) -> Classifier:
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> a, b = mt.classifier(clip, "an icon of a {}"), mt.classifier(clip, "a photo of a {}.")
         >>> round(mt.weight_average(a, b)(["cat"]).norm().item() / clip.logit_scale, 4)
         1.0
@@ -137,7 +137,7 @@ def evaluate(clip: FrozenClip, solution: Solution | str | Sequence[str], feature
 
     Example:
         >>> import mergetune as mt, torch
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
         >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
         >>> mt.evaluate(clip, "an icon of a {}", features).accuracy

@@ -69,7 +69,7 @@ def path(
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
         >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
         >>> a, b = (mt.Prompt.from_template(clip, text) for text in ("an icon of a {}", "a photo of a {}"))
@@ -134,7 +134,7 @@ def connectivity(
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
         >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
         >>> w1, w2 = (mt.Prompt.from_template(clip, text) for text in ("an icon of a {}", "a photo of a {}"))

@@ -285,7 +285,7 @@ def base_to_novel(classify: Classifier, base: FeatureCache, novel: FeatureCache)
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> def images(names):  # class embeddings in place of image features
         ...     return mt.FeatureCache.from_tensors(clip.class_embeddings(names), range(len(names)), names)
         >>> classify = mt.classifier(clip, "a photo of a {}.")

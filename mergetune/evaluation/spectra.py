@@ -118,7 +118,7 @@ def spectrum(
 
     Example:
         >>> import mergetune as mt, torch
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> names = ["cat", "dog"]
         >>> features = mt.FeatureCache.from_tensors(clip.class_embeddings(names), [0, 1], names)
         >>> ends = {text: mt.Head.zero_shot(clip, names, text) for text in ("an icon of a {}", "a {}")}

@@ -50,7 +50,7 @@ def to_coop(
 
     Example:
         >>> import mergetune as mt, tempfile
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> prompt = mt.Prompt.from_template(clip, "a photo of a {}.")
         >>> mt.to_coop(prompt, tempfile.mkdtemp(), clip=clip, classnames=["cat", "dog"]).name
         'model.pth.tar-50'

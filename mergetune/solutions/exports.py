@@ -19,6 +19,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
+from mergetune.facts.backbones import recorded_parts
 from mergetune.io import write_atomically
 from mergetune.solutions.base import Solution
 from mergetune.solutions.head import Head
@@ -57,7 +58,7 @@ def to_head(
 
     Example:
         >>> import mergetune as mt, os, tempfile
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> prompt = mt.Prompt.from_template(clip, "a photo of a {}.")
         >>> file = os.path.join(tempfile.mkdtemp(), "head.safetensors")
         >>> head = mt.to_head(prompt, file, clip=clip, classnames=["cat", "dog"])
@@ -103,7 +104,7 @@ def zero_shot_classifier(
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> mt.zero_shot_classifier(mt.Templates(("an icon of a {}",)), clip, ["cat", "dog"]).shape  # [D, C]
         torch.Size([128, 2])
     """
@@ -228,9 +229,9 @@ def torch_bytes(content: Any) -> bytes:
 def _card(solution: Solution, license: str | None, repo_id: str) -> str:
     """The model card: description, backbone, classes, and code that loads the solution."""
     backbone = solution.backbone or ""
-    complete = backbone.startswith(("hf-hub:", "local-dir:"))
-    name, _, pretrained = backbone.partition("/")
-    arguments = f"{backbone!r}" if complete else f"{name!r}, pretrained={pretrained!r}" if backbone else "..."
+    name, pretrained = recorded_parts(backbone)
+    weights = "" if pretrained is None else f", pretrained={pretrained!r}"
+    arguments = f"{name!r}{weights}" if backbone else "..."
     title, tag, what = solution.card()
     data = ModelCardData(
         library_name="mergetune",

@@ -53,7 +53,7 @@ class Prompt(Solution):
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> prompt = mt.Prompt.from_template(clip, "a photo of a {}.")
         >>> prompt.ctx.shape  # [n, W]
         torch.Size([4, 128])

@@ -92,7 +92,7 @@ def space_of(
     Example:
         >>> import mergetune as mt
         >>> from mergetune.solutions import space_of, stack_states
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> prompts = [mt.Prompt.random(clip, n_ctx=2, seed=seed) for seed in (1, 2, 3)]
         >>> space = space_of(clip, prompts[0], ["cat", "dog"])
         >>> space.classes(stack_states([prompt.state() for prompt in prompts])).shape  # [M, C, D]

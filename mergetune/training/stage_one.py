@@ -95,7 +95,7 @@ def tune(
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
         >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
         >>> prompt = mt.tune(clip, features, method="coop", epochs=1).solution

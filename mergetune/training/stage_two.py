@@ -107,7 +107,7 @@ def fit(
 
     Example:
         >>> import mergetune as mt
-        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> clip = mt.load_clip("icon-clip")
         >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
         >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
         >>> tuned = mt.tune(clip, features, method="head", epochs=1).solution

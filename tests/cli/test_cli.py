@@ -21,8 +21,7 @@ CLASSES = ("anchor", "bell", "camera", "heart")
 
 @pytest.fixture(scope="module")
 def model():
-    with as_file(files("mergetune") / "assets" / "icon-clip") as folder:
-        yield f"local-dir:{folder}"
+    return "icon-clip"
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +221,9 @@ def test_what_is_exported_comes_back(work, model, tmp_path):
     report = run("eval", *test, *(a for path in (merged, *forms) for a in ("--solution", path)))
     assert len({report[str(path)]["accuracy"] for path in (merged, *forms)}) == 1
     assert tuple(torch.load(tmp_path / "zs.pt", weights_only=True).shape) == (128, 2)
-    refused = invoke("export", merged, "--to", "coop", "--out", tmp_path / "x")
-    assert refused.exit_code == 2 and "--backbone is needed for coop" in refused.stderr
+    refused = invoke("export", tmp_path / "coop", "--to", "classifier", "--out", tmp_path / "x.pt", *more[2:])
+    needed = f"--backbone is needed: no backbone is recorded by solution {tmp_path / 'coop'}"
+    assert refused.exit_code == 2 and needed in refused.stderr
     refused = invoke("export", merged, "--to", "onnx", "--out", tmp_path / "x")
     assert refused.exit_code == 2 and "--to must be coop, head, classifier or hub, got 'onnx'" in refused.stderr
     assert not (tmp_path / "x").exists()

@@ -111,10 +111,10 @@ def test_precision_leaves_the_logit_scale_alone(tiny_name, tmp_path):
     ("args", "kwargs", "error", "match"),
     [
         (("ViT-B-16",), {}, ValueError, "pretrained must name the weights of 'ViT-B-16'"),
-        ((ICON, "openai"), {}, ValueError, "pretrained must be None"),
+        ((ICON, "openai"), {}, ValueError, "pretrained must be left out"),
         ((ICON,), {"precision": "int8"}, ValueError, "precision must be one of float32, bfloat16, float16, got 'int8'"),
-        (("ViT-Z-16", "openai"), {}, RuntimeError, "ViT-Z-16"),
-        (("ViT-B-16", "no-such-tag"), {}, RuntimeError, "no-such-tag"),
+        (("ViT-Z-16", "openai"), {}, ValueError, "must be a known backbone, got .ViT-Z-16.: did you mean ViT-B-16"),
+        (("ViT-B-16", "opneai"), {}, ValueError, "got .opneai.: did you mean openai."),
         (("local-dir:/does/not/exist",), {}, Exception, "/does/not/exist"),
     ],
 )

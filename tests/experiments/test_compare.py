@@ -437,7 +437,7 @@ def test_merge_command_on_solutions_files_and_refusals(clip, tmp_path):
     assert listed.exit_code == 0 and "arXiv 2306.01708" in listed.stdout and "widen" in listed.stdout
     assert len(json.loads(invoke("merge", "--list", "--json").stdout)) == len(METHODS)
     for arguments, message in (
-        (["ties", *solutions], "--backbone is needed for a zero-shot base"),
+        (["ties", *solutions], "--backbone is needed: no backbone is recorded by solution"),
         (["ties", *solutions, "--base", tmp_path / "zero", "-o", "densty=1"], "it has density, scale"),
         (["fisher-average", *solutions, "--base", tmp_path / "zero"], "give --cache"),
         (["ties", tmp_path / "p1", tmp_path / "x.safetensors"], "all solutions or all .safetensors"),
@@ -450,7 +450,7 @@ def test_merge_command_on_solutions_files_and_refusals(clip, tmp_path):
 
 def test_compare_command_wants_data_and_says_so():
     refused = invoke("compare", "--out", "nowhere")
-    assert refused.exit_code == 2 and "give folders of caches and --backbone, or --demo" in refused.stderr
+    assert refused.exit_code == 2 and "give folders of caches, or --demo" in refused.stderr
     refused = invoke("compare", "--demo", "--tune", "epoch=3")
     assert refused.exit_code == 2 and "mergetune.tune has no option 'epoch'" in refused.stderr
     assert not os.path.exists("nowhere")
