@@ -74,8 +74,11 @@ def pcb(
             against = torch.stack([torch.tanh(row * signed).sum(0) for row in signed])
         else:
             against = torch.tanh(deltas * (deltas if between == "raw" else signed).sum(0))
-        return (len(experts) * within.square()).exp() * against
+        return (len(experts) * within.square() - shift).exp() * against
 
+    doubles = (any(source(s, n).dtype == torch.float64 for s in (base, *experts)) for n in floating(base))
+    narrowest = torch.float64 if all(doubles) else torch.float32
+    shift = _shift(len(experts), narrowest, len(experts) if between == "pairs" else 1)
     for group in scope_groups(base, scope):
         total = sum(source(base, name).numel for name in group)
         ranks = [int(total * clip), int(total * (1 - clip) - 1)]
@@ -91,6 +94,15 @@ def pcb(
         return part.base + scale * mixed
 
     return Merge(merge)
+
+
+def _shift(power: float, dtype: torch.dtype, factor: float) -> float:
+    """What to subtract from the powers of e, of which the largest is given, so that ``factor * exp(power)`` is finite.
+
+    A common factor of all balances of an expert changes no share. 0 if nothing overflows: results keep their bits.
+    """
+    largest = math.floor(math.log(torch.finfo(dtype).max / factor))
+    return 0.0 if power <= largest else power - largest + 2
 
 
 def _unit(values: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor:
@@ -187,8 +199,13 @@ def delta_guided(base: StateDict, experts: Sequence[StateDict], *, power: float 
 
     def merge(part: Part) -> Tensor:
         deltas = part.deltas
-        moved = (deltas.abs().double() if per == "element" else squares[part.name].sqrt()[:, None]).pow(power)
-        weights = torch.where(moved.sum(0) > 0, moved / moved.sum(0), 1 / len(experts))
+        lengths = deltas.abs().double() if per == "element" else squares[part.name].sqrt()[:, None]
+        moved = lengths.pow(power)
+        most, total = lengths.amax(0), moved.sum(0)
+        beyond = (most > 0) & ((total == 0) | ~total.isfinite())  # too large or too small a power: the same weights
+        moved = torch.where(beyond, (lengths / most).pow(power), moved)
+        total = torch.where(beyond, moved.sum(0), total)
+        weights = torch.where(total > 0, moved / total, 1 / len(experts))
         return part.base + (weights.to(deltas) * deltas).sum(0)
 
     return Merge(merge)

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from mergetune.io import writing_atomically
-from mergetune.merging.checks import check
 from mergetune.merging.plans import facts_of, merged_pieces, plan_of
+from mergetune.merging.preparation import prepared
 from mergetune.merging.sources import Constant, StateDict, TensorFile, sources
 
 
@@ -59,11 +59,11 @@ def merge_files(
     if base_file is not None and not isinstance(base_file, str | Path):
         base = Constant(reference, base_file)
     facts = facts_of(method)
-    check(facts, base, experts)
-    step = plan(base, experts, **options)
+    given = prepared(facts, base, experts)
+    step = plan(given.moving_base, given.moving, **options)
     size = sum(like.numel * like.dtype.itemsize for _, like in sources(reference))
     label = {"desc": f"merge ({facts.name})", "unit": "B", "unit_scale": True}
     with writing_atomically(Path(out_file)) as out, tqdm(total=size, disable=None, **label) as bar:
         out.write(reference.header)
-        for _, piece in merged_pieces(step, base, experts):
+        for _, piece in merged_pieces(step, given):
             bar.update(out.write(piece.contiguous().view(torch.uint8).numpy().data))
