@@ -62,12 +62,20 @@ def pcb(
     # name -> [4][K]: lowest and highest a, then quantile and maximum of the balance
     limits: dict[str, list[list[float]]] = {}
 
+    most = math.log(torch.finfo(torch.float32).max / (len(experts) if between == "pairs" else 1))
+    many = len(experts) > math.floor(most)  # exp(K) exceeds float32
+    shift = max(len(experts) - 700, 0)  # exp(700) is near the largest float64; a common factor changes no share
+
+    def moved(part: Part) -> Tensor:
+        return part.deltas.double() if many else part.deltas
+
     def magnitude(part: Part) -> Tensor:
-        low, high = (column(row, part.experts) for row in limits[part.name][:2])
-        return part.deltas.abs().clamp(low, high)
+        deltas = moved(part)
+        low, high = (column(row, deltas) for row in limits[part.name][:2])
+        return deltas.abs().clamp(low, high)
 
     def balance(part: Part) -> Tensor:
-        deltas = part.deltas
+        deltas = moved(part)
         within = _unit(magnitude(part), *limits[part.name][:2])
         signed = deltas.sign() * within
         if between == "pairs":
@@ -76,9 +84,6 @@ def pcb(
             against = torch.tanh(deltas * (deltas if between == "raw" else signed).sum(0))
         return (len(experts) * within.square() - shift).exp() * against
 
-    doubles = (any(source(s, n).dtype == torch.float64 for s in (base, *experts)) for n in floating(base))
-    narrowest = torch.float64 if all(doubles) else torch.float32
-    shift = _shift(len(experts), narrowest, len(experts) if between == "pairs" else 1)
     for group in scope_groups(base, scope):
         total = sum(source(base, name).numel for name in group)
         ranks = [int(total * clip), int(total * (1 - clip) - 1)]
@@ -89,20 +94,12 @@ def pcb(
 
     def merge(part: Part) -> Tensor:
         low, high = limits[part.name][2:]
-        shares = _unit(balance(part).maximum(column(low, part.experts)), low, high)
+        balances = balance(part)
+        shares = _unit(balances.maximum(column(low, balances)), low, high)
         mixed = (shares * part.deltas.sign() * magnitude(part)).sum(0) / shares.sum(0).clamp(min=1e-12)
         return part.base + scale * mixed
 
     return Merge(merge)
-
-
-def _shift(power: float, dtype: torch.dtype, factor: float) -> float:
-    """What to subtract from the powers of e, of which the largest is given, so that ``factor * exp(power)`` is finite.
-
-    A common factor of all balances of an expert changes no share. 0 if nothing overflows: results keep their bits.
-    """
-    largest = math.floor(math.log(torch.finfo(dtype).max / factor))
-    return 0.0 if power <= largest else power - largest + 2
 
 
 def _unit(values: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor:

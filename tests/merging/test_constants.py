@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,9 @@ def test_statistics_that_are_not_finite_are_named(name: str) -> None:
     base, experts, options = case(name)
     (argument, states) = next(item for item in options.items() if item[0] != "normalize")
     states[1]["bias"][2] = math.inf
-    with pytest.raises(ValueError, match=rf"{argument}\[1\] must hold finite numbers, got 0 NaN and 1 infinite .*'bias'"):
+    with pytest.raises(
+        ValueError, match=rf"{argument}\[1\] must hold finite numbers, got 0 NaN and 1 infinite .*'bias'"
+    ):
         getattr(m, name)(base, experts, **options)
 
 
@@ -128,15 +131,14 @@ def test_300_experts_in_float32_merge_as_in_float64(name: str, more: dict) -> No
     base, experts, options = case(name, 300)
     options = options | more
 
-    def doubled(value: object) -> object:
+    def doubled(value: Any) -> Any:
         if isinstance(value, list) and isinstance(value[0], dict):
             return [{n: t.double() for n, t in state.items()} for state in value]
         return value
 
     got = getattr(m, name)(base, experts, **options)
-    exact = getattr(m, name)(*map(doubled, ([base], experts)), **{k: doubled(v) for k, v in options.items()}) if 0 else (
-        getattr(m, name)(doubled([base])[0], doubled(experts), **{k: doubled(v) for k, v in options.items()})
-    )
+    wide = {argument: doubled(value) for argument, value in options.items()}
+    exact = getattr(m, name)(doubled([base])[0], doubled(experts), **wide)
     for n in SHAPES:
         assert got[n].isfinite().all()
         torch.testing.assert_close(got[n].double(), exact[n], rtol=1e-3, atol=1e-3)
