@@ -251,7 +251,7 @@ def test_refusals(tmp_path: Path) -> None:
         m.merge_files(m.average, None, [], out)
     with pytest.raises(TypeError, match="expert_files must be a list of files"):
         m.merge_files(m.average, None, experts[0], out)
-    with pytest.raises(FileNotFoundError, match="missing must be a safetensors file"):
+    with pytest.raises(FileNotFoundError, match="missing must be a file or folder of weights"):
         m.merge_files(m.average, tmp_path / "missing", experts, out)
     with pytest.raises(ValueError, match="ties needs a base"):
         m.merge_files(m.ties, None, experts, out)
