@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergetune.io import STORED_NAMES, dtype_name, load_torch, open_regular, read_json
+from mergetune.io import (
+    MAX_VOCABULARY,
+    STORED_NAMES,
+    dtype_name,
+    load_torch,
+    open_regular,
+    read_json,
+    read_regular,
+    write_atomically,
+)
 from mergetune.merging.matching import unwrapped
 from mergetune.merging.sources import Source, StateDict, TensorFile, View, source
 
@@ -109,6 +118,21 @@ def weights_in(folder: Path) -> Path:
         if found:
             return found[0]
     raise FileNotFoundError(f"{folder} must hold weights, such as {FOLDER_WEIGHTS[0]}, got none")
+
+
+SETTINGS = (
+    "open_clip_config.json", "config.json", "adapter_config.json", "preprocessor_config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
+)  # fmt: skip
+"""Files beside the weights of a folder that describe the model and its tokenizer."""
+
+
+def copy_settings(folder: Path, out: Path) -> None:
+    """Copies the files of ``SETTINGS`` that a folder has into another folder."""
+    for name in SETTINGS if folder.resolve() != out.resolve() else ():
+        if (folder / name).is_file():
+            write_atomically(out / name, read_regular(folder / name, limit=MAX_VOCABULARY))
 
 
 def _is_safetensors(path: Path) -> bool:
