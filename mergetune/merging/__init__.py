@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from mergetune.merging.coefficients import adamerging, alignment_coefficients, entropy_coefficients, expert_merging
     from mergetune.merging.compression import CompressedSize, compeft, compeft_size
     from mergetune.merging.evolution import Evolved, evolve, evolve_options, natural_niches
+    from mergetune.merging.matching import match
     from mergetune.merging.sources import Constant, StateDict, TensorFile
     from mergetune.merging.stream import merge_files
     from mergetune.merging.subspace import lora_lego, opcm, tsv_m, widen
     from mergetune.merging.task_vectors import dare, layerwise, lines, negate, task_arithmetic, ties
+    from mergetune.merging.weight_files import open_weights
 
 __all__ = [
     "CompressedSize",
@@ -36,12 +38,14 @@ __all__ = [
     "layerwise",
     "lines",
     "lora_lego",
+    "match",
     "merge_files",
     "metrics_average",
     "model_stock",
     "natural_niches",
     "negate",
     "opcm",
+    "open_weights",
     "ota_ffg",
     "pcb",
     "sce",
@@ -61,9 +65,11 @@ make_lazy(
         "mergetune.merging.coefficients": "adamerging alignment_coefficients entropy_coefficients expert_merging",
         "mergetune.merging.compression": "CompressedSize compeft compeft_size",
         "mergetune.merging.evolution": "Evolved evolve evolve_options natural_niches",
+        "mergetune.merging.matching": "match",
         "mergetune.merging.sources": "Constant StateDict TensorFile",
         "mergetune.merging.stream": "merge_files",
         "mergetune.merging.subspace": "lora_lego opcm tsv_m widen",
         "mergetune.merging.task_vectors": "dare layerwise lines negate task_arithmetic ties",
+        "mergetune.merging.weight_files": "open_weights",
     },
 )

@@ -62,19 +62,27 @@ def pcb(
     # name -> [4][K]: lowest and highest a, then quantile and maximum of the balance
     limits: dict[str, list[list[float]]] = {}
 
+    most = math.log(torch.finfo(torch.float32).max / (len(experts) if between == "pairs" else 1))
+    many = len(experts) > math.floor(most)  # exp(K) exceeds float32
+    shift = max(len(experts) - 700, 0)  # exp(700) is near the largest float64; a common factor changes no share
+
+    def moved(part: Part) -> Tensor:
+        return part.deltas.double() if many else part.deltas
+
     def magnitude(part: Part) -> Tensor:
-        low, high = (column(row, part.experts) for row in limits[part.name][:2])
-        return part.deltas.abs().clamp(low, high)
+        deltas = moved(part)
+        low, high = (column(row, deltas) for row in limits[part.name][:2])
+        return deltas.abs().clamp(low, high)
 
     def balance(part: Part) -> Tensor:
-        deltas = part.deltas
+        deltas = moved(part)
         within = _unit(magnitude(part), *limits[part.name][:2])
         signed = deltas.sign() * within
         if between == "pairs":
             against = torch.stack([torch.tanh(row * signed).sum(0) for row in signed])
         else:
             against = torch.tanh(deltas * (deltas if between == "raw" else signed).sum(0))
-        return (len(experts) * within.square()).exp() * against
+        return (len(experts) * within.square() - shift).exp() * against
 
     for group in scope_groups(base, scope):
         total = sum(source(base, name).numel for name in group)
@@ -86,7 +94,8 @@ def pcb(
 
     def merge(part: Part) -> Tensor:
         low, high = limits[part.name][2:]
-        shares = _unit(balance(part).maximum(column(low, part.experts)), low, high)
+        balances = balance(part)
+        shares = _unit(balances.maximum(column(low, balances)), low, high)
         mixed = (shares * part.deltas.sign() * magnitude(part)).sum(0) / shares.sum(0).clamp(min=1e-12)
         return part.base + scale * mixed
 
@@ -187,8 +196,13 @@ def delta_guided(base: StateDict, experts: Sequence[StateDict], *, power: float 
 
     def merge(part: Part) -> Tensor:
         deltas = part.deltas
-        moved = (deltas.abs().double() if per == "element" else squares[part.name].sqrt()[:, None]).pow(power)
-        weights = torch.where(moved.sum(0) > 0, moved / moved.sum(0), 1 / len(experts))
+        lengths = deltas.abs().double() if per == "element" else squares[part.name].sqrt()[:, None]
+        moved = lengths.pow(power)
+        most, total = lengths.amax(0), moved.sum(0)
+        beyond = (most > 0) & ((total == 0) | ~total.isfinite())  # too large or too small a power: the same weights
+        moved = torch.where(beyond, (lengths / most).pow(power), moved)
+        total = torch.where(beyond, moved.sum(0), total)
+        weights = torch.where(total > 0, moved / total, 1 / len(experts))
         return part.base + (weights.to(deltas) * deltas).sum(0)
 
     return Merge(merge)

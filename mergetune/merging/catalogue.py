@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as serialize
-
 from mergetune import merging
 from mergetune.facts import Kind, read_options
-from mergetune.io import write_atomically
 from mergetune.merging.methods import find
 from mergetune.merging.plans import facts_of, plan_of
-from mergetune.merging.sources import TensorFile
+from mergetune.merging.stream import write_merged
+from mergetune.merging.weight_files import FOLDER_WEIGHTS, INDEX, open_weights
 
 AVERAGES = ("average", "metrics_average", "fisher_average")  # for solutions, a base is one of the averaged models
 
@@ -41,7 +39,7 @@ def parse_options(method: str, given: Sequence[str]) -> dict[str, Any]:
 
 _KINDS = {
     "states": Kind(
-        "safetensors files with commas between", lambda text: [TensorFile(file) for file in text.split(",")]
+        "safetensors files with commas between", lambda text: [open_weights(file) for file in text.split(",")]
     ),
     "method": Kind("a merging method", str),
 }
@@ -51,18 +49,25 @@ _KINDS = {
 
 
 def merge_files(
-    method: str, base: str | Path | None, experts: Sequence[str | Path], out: str | Path, options: Mapping[str, Any]
+    method: str,
+    base: str | Path | None,
+    experts: Sequence[str | Path],
+    out: str | Path,
+    options: Mapping[str, Any],
+    **more: Any,
 ) -> None:
-    """Merges safetensors files into one file.
+    """Merges files or folders of weights into a safetensors file, or into a folder like that of the first input.
 
     The files are read and written in pieces if the method works tensor by tensor; otherwise they are held in memory.
 
     Args:
         method: name of a method, see :func:`mergetune.merging.methods.find`.
-        base: a file; "zeros" for LoRA factors or "ones" for IA3 vectors, which are relative to such a base; or None.
-        experts: files to merge.
-        out: file to write.
+        base: a file; "zeros", or "ones" for IA3 vectors, which are relative to such a base; or None. LoRA adapters need
+            none.
+        experts: files or folders to merge.
+        out: file or folder to write.
         options: keyword arguments of the method.
+        more: ``missing``, ``ema``, ``lora`` and ``lora_rank`` of :func:`mergetune.merging.merge_files`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -72,17 +77,28 @@ def merge_files(
     if needed := facts.missing(options):
         why = f"-o {needed[0]}=..."
         if needed[0] in facts.from_images and facts.option(needed[0]).kind == "object":
-            why = "images and a model, which .safetensors files do not have: merge solutions, with --cache"
+            why = "images and a model, which files of weights do not have: merge solutions, with --cache"
         elif facts.option(needed[0]).kind == "object":
             why = f"{needed[0]}, which cannot be given as text: call mergetune.merging from Python"
         raise ValueError(f"{facts.name} needs {why} ({facts.needs})")
     function = facts.load()
+    start = {"zeros": 0.0, "ones": 1.0}.get(base, base) if isinstance(base, str) else base
     if plan_of(function):
-        start = {"zeros": 0.0, "ones": 1.0}.get(base, base) if isinstance(base, str) else base
-        merging.merge_files(function, start, experts, out, **options)
+        merging.merge_files(function, start, experts, out, **more, **options)
         return
-    merged = function(None if base is None else TensorFile(base), [TensorFile(file) for file in experts], **options)
-    write_atomically(Path(out), serialize({name: tensor.contiguous() for name, tensor in merged.items()}))
+    write_merged(
+        function, start, experts, out, options, missing=more.get("missing", "refuse"), ema=more.get("ema", False)
+    )
+
+
+def is_weights(path: str | Path) -> bool:
+    """Whether a path names weights of a model or adapter, and not a solution or a file that a solution is read from."""
+    path = Path(path)
+    if path.is_dir():
+        return any(
+            (path / name).is_file() for name in ("open_clip_config.json", "adapter_config.json", *FOLDER_WEIGHTS)
+        )
+    return path.name.endswith((".safetensors", INDEX))
 
 
 def needs_base(method: str, experts: int, options: Mapping[str, Any] | None = None) -> bool:

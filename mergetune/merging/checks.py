@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from mergetune.merging.methods import Method
-from mergetune.merging.sources import StateDict, floating, source, stretches
+from mergetune.merging.sources import StateDict, floating, over_parts, title_of
 
 
-def check(method: Method, base: StateDict | None, experts: Sequence[StateDict]) -> list[str]:
-    """Checks that a method can merge these models, and returns the tensor names.
-
-    Returns:
-        The names in the order of the base, or of the first expert if the base is None.
+def check(method: Method, base: StateDict | None, experts: Sequence[StateDict]) -> None:
+    """Checks that the arguments are state dicts, as many as a method takes.
 
     Raises:
-        TypeError: an argument is not a state dict, or a tensor is floating point in one model and not in another.
-        ValueError: the base is missing or not allowed, the number of experts is wrong, or the models differ in names,
-            shapes or integer values.
+        TypeError: an argument is not a state dict.
+        ValueError: the base is missing or not allowed, or the number of experts is wrong.
     """
     title = method.name
     if isinstance(experts, Mapping) or not isinstance(experts, Sequence):
@@ -37,38 +33,6 @@ def check(method: Method, base: StateDict | None, experts: Sequence[StateDict]) 
         rule = f"{method.least}" if method.most == method.least else f"at least {method.least}"
         rule = f"{method.least} to {method.most}" if method.most not in (None, method.least) else rule
         raise ValueError(f"{title} needs {rule} expert(s), got {len(experts)}")
-    reference, title = (base, "base") if base is not None else (experts[0], "experts[0]")
-    for k, expert in enumerate(experts):
-        if different := sorted(reference.keys() ^ expert.keys()):
-            where = "lacks" if different[0] in reference else "holds"
-            raise ValueError(
-                f"experts[{k}] must hold the tensors of {title}, got {len(different)} different names: "
-                f"experts[{k}] {where} {different[0]!r}"
-            )
-    for name in reference:
-        like = source(reference, name)
-        if like.dtype.is_complex:
-            raise TypeError(f"{title}[{name!r}] must be real, got {like.dtype}")
-        for k, expert in enumerate(experts):
-            found = source(expert, name)
-            if found.shape != like.shape:
-                raise ValueError(
-                    f"experts[{k}][{name!r}] must have shape {list(like.shape)} as {title} has, got {list(found.shape)}"
-                )
-            if found.dtype.is_floating_point != like.dtype.is_floating_point:
-                rule = "floating point" if like.dtype.is_floating_point else "integer or bool"
-                raise TypeError(
-                    f"experts[{k}][{name!r}] must be {rule}, as {title} has {like.dtype}, got {found.dtype}"
-                )
-            if not like.dtype.is_floating_point and not all(
-                torch.equal(found.read(a, b).to(like.device, torch.int64), like.read(a, b).long())
-                for a, b in stretches(like.numel)
-            ):
-                raise ValueError(
-                    f"experts[{k}][{name!r}] must equal {title}[{name!r}], got other values: "
-                    f"{like.dtype} tensors cannot be merged"
-                )
-    return list(reference)
 
 
 def per_expert(argument: str, values: Sequence[float] | None, count: int, default: float = 1.0) -> list[float]:
@@ -99,9 +63,24 @@ def check_fraction(argument: str, value: float, *, zero: bool = False) -> None:
 
 
 def check_states(argument: str, states: Sequence[StateDict], experts: Sequence[StateDict]) -> None:
-    """Checks for one state dict per expert with the experts' names; ``Part.of`` checks the shapes."""
+    """Checks for one state dict per expert with the experts' names and finite values; ``Part.of`` checks the shapes."""
     if isinstance(states, Mapping) or len(states) != len(experts):
         raise ValueError(f"{argument} must hold one state dict for each of {len(experts)} experts, got {len(states)}")
+    names = floating(experts[0])
     for k, state in enumerate(states):
-        if missing := [name for name in floating(experts[0]) if name not in state]:
+        if missing := [name for name in names if name not in state]:
             raise ValueError(f"{argument}[{k}] must hold the tensors of the experts, but lacks {missing[0]!r}")
+        count = lambda part: (part.name, not_finite(part.stored[0]))  # noqa: E731
+        for name, (nans, infinite) in over_parts(count, names, None, [state]):
+            if nans or infinite:
+                raise ValueError(
+                    f"{title_of(f'{argument}[{k}]', state)} must hold finite numbers, got {nans} NaN and {infinite} "
+                    f"infinite values in {name!r}"
+                )
+
+
+def not_finite(values: Tensor) -> tuple[int, int]:
+    """How many of the values [n] are NaN, and how many are infinite."""
+    if values.sum(dtype=torch.float32).isfinite():  # quick, and almost always enough
+        return 0, 0
+    return int(values.isnan().sum()), int(values.isinf().sum())

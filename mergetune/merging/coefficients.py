@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler
 from tqdm import trange
 
-from mergetune.merging.checks import check, check_choice, per_expert
+from mergetune.merging.checks import check_choice, per_expert
 from mergetune.merging.methods import METHODS, Method
+from mergetune.merging.preparation import prepared
 from mergetune.merging.sources import StateDict, floating
 from mergetune.merging.task_vectors import layerwise
 
@@ -218,13 +219,17 @@ def _learn(
 
     ``loss`` takes the coefficients after ``bound``, the merged weights, and one batch per task.
     """
-    check(method, base, experts)
+    given = prepared(method, base, experts)
+    base, experts = cast("StateDict", given.base), given.experts  # both methods need a base, which is checked
     check_choice("per", per, ("tensor", "expert"))
     if len(data) != len(experts) or not all(len(inputs) for inputs in data):
         raise ValueError(f"data must hold inputs for each of {len(experts)} experts, got {[len(x) for x in data]}")
     names, start_weights = _learned(floating(base), exclude), _floats(base)
     deltas = {name: torch.stack([e[name].to(start_weights[name]) for e in experts]) for name in names}
-    deltas = {name: delta - start_weights[name] for name, delta in deltas.items()}
+    deltas = {  # exactly 0 for a tensor that no expert moved, also where its values are infinite
+        name: torch.zeros_like(delta) if name in given.stored else delta - start_weights[name]
+        for name, delta in deltas.items()
+    }
     raw = torch.full((len(names) if per == "tensor" else 1, len(experts)), start)
     raw = raw.to(start_weights[names[0]].device).requires_grad_()
     (optimizer, schedule), generator = prepare(raw), torch.Generator().manual_seed(seed)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from mergetune.merging.checks import check
 from mergetune.merging.methods import METHODS
 from mergetune.merging.plans import Merge, method
+from mergetune.merging.preparation import prepared
 from mergetune.merging.sources import Part, StateDict, floating, over_parts, source
 from mergetune.merging.trimming import trim, trim_thresholds
 
@@ -74,12 +75,13 @@ class CompressedSize:
 
 @torch.no_grad()
 def compeft_size(base: StateDict, experts: Sequence[StateDict], *, density: float = 0.2) -> CompressedSize:
-    """Sizes of an expert's task vector after :func:`compeft`.
+    """Sizes of an expert's task vector after :func:`compeft`; tensors equal in base and expert do not count.
 
     Args:
         base, experts, density: as in :func:`compeft`; ``experts`` holds one expert.
     """
-    check(METHODS["compeft"], base, experts)
+    given = prepared(METHODS["compeft"], base, experts)
+    base, experts = cast("StateDict", given.moving_base), given.moving  # compeft needs a base, which is checked
     thresholds = trim_thresholds(base, experts, density, "global", None)
     parameters = sum(source(base, name).numel for name in floating(base))
     count = lambda part: int(trim(part.deltas, thresholds[part.name]).count_nonzero())  # noqa: E731

@@ -14,7 +14,8 @@ from tqdm import trange
 from mergetune.merging.checks import check, check_choice
 from mergetune.merging.methods import METHODS
 from mergetune.merging.plans import facts_of
-from mergetune.merging.sources import StateDict, floating
+from mergetune.merging.preparation import prepared
+from mergetune.merging.sources import StateDict
 from mergetune.merging.task_vectors import task_arithmetic
 
 
@@ -209,11 +210,13 @@ def natural_niches(
     Raises:
         ValueError: fewer than 2 or more than ``population`` models, or scores that are negative or not finite.
     """
-    check(METHODS["natural_niches"], base, experts)
-    seeds = ([] if base is None else [base]) + list(experts)
+    given = prepared(METHODS["natural_niches"], base, experts)
+    seeds = ([] if given.base is None else [given.base]) + given.experts
     if not 2 <= len(seeds) <= population:
         raise ValueError(f"natural_niches needs 2 to {population} (population) models, base included, got {len(seeds)}")
-    names = floating(seeds[0])
+    names = [name for name in seeds[0] if name not in given.stored]
+    if not names:  # all models are equal
+        return {name: tensor.clone() for name, tensor in seeds[0].items()}
 
     def model(vector: Tensor) -> dict[str, Tensor]:
         pieces = dict(zip(names, vector.split([seeds[0][name].numel() for name in names]), strict=True))

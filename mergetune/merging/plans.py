@@ -21,8 +21,8 @@ from typing import Any, ParamSpec, Protocol, cast
 import torch
 from torch import Tensor
 
-from mergetune.merging.checks import check
 from mergetune.merging.methods import METHODS, Method
+from mergetune.merging.preparation import Prepared, prepared
 from mergetune.merging.sources import Part, StateDict, over_parts, source, sources, stretches, whole
 
 Options = ParamSpec("Options")
@@ -67,12 +67,12 @@ def method(plan: Callable[Options, Merge]) -> TensorMethod[Options]:
     @wraps(plan)
     @torch.no_grad()
     def merge(base: StateDict | None, experts: Sequence[StateDict], **options: Any) -> dict[str, Tensor]:
-        check(facts, base, experts)
-        step, merged = planned(base, experts, **options), {}
-        for name, like in sources(base if base is not None else experts[0]):
+        given = prepared(facts, base, experts)
+        step, merged = planned(given.moving_base, given.moving, **options), {}
+        for name, like in sources(given.reference):
             merged[name] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         places = {name: tensor.view(-1) for name, tensor in merged.items()}
-        for name, piece in merged_pieces(step, base, experts):
+        for name, piece in merged_pieces(step, given):
             places[name][: len(piece)] = piece
             places[name] = places[name][len(piece) :]
         return merged
@@ -100,7 +100,7 @@ def plan_of(function: Callable[..., Any]) -> Callable[..., Merge] | None:
     return getattr(function, "plan", None)
 
 
-def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDict]) -> Iterator[tuple[str, Tensor]]:
+def merged_pieces(step: Merge, given: Prepared) -> Iterator[tuple[str, Tensor]]:
     """Yields (tensor name, merged values) in flat pieces, in the order of the tensors and their elements.
 
     Dtypes are those of the base, or of the first expert if the base is None.
@@ -108,37 +108,32 @@ def merged_pieces(step: Merge, base: StateDict | None, experts: Sequence[StateDi
     Raises:
         ValueError: a merged value is not finite.
     """
-    reference = base if base is not None else experts[0]
+    reference = given.reference
 
     def piece(part: Part) -> tuple[str, Tensor]:
         return part.name, _finite(step.part(part).reshape(-1), part)
 
-    for is_floating, names in groupby(reference, lambda name: source(reference, name).dtype.is_floating_point):
-        if not is_floating:
+    for stored, names in groupby(reference, given.stored.__contains__):
+        if stored:
             for name in names:
                 like = source(reference, name)
                 yield from ((name, like.read(begin, end)) for begin, end in stretches(like.numel))
         elif step.whole:
-            yield from (piece(whole(name, base, experts)) for name in names if source(reference, name).numel)
+            yield from (piece(whole(name, given.base, given.experts)) for name in names)
         else:
-            yield from over_parts(piece, names, base, experts)
+            yield from over_parts(piece, names, given.base, given.experts)
 
 
 def _finite(merged: Tensor, part: Part) -> Tensor:
-    """The merged values of a part in the stored dtype, checked to be finite.
-
-    Infinite values are allowed where base and experts are equal, for example in an attention mask.
-    """
+    """The merged values of a part in the stored dtype, checked to be finite."""
     like = part.stored[0] if part.stored_base is None else part.stored_base
     if merged.numel() != part.end - part.begin:
         raise ValueError(f"{part.name}: merged must hold {part.end - part.begin} values, got {merged.numel()}")
     found = merged.to(like.dtype)
     if not found.sum(dtype=merged.dtype).isfinite() and not found.isfinite().all():  # the sum is quick
-        if not all(torch.equal(row, like) for row in part.stored):
-            bad = int((~found.isfinite()).sum())
-            raise ValueError(
-                f"{part.name} must be finite after merging, got {bad} NaN or infinite values: an input holds such "
-                f"values, or merged values are too large for {like.dtype}"
-            )
-        return like  # a mask with -inf
+        bad = int((~found.isfinite()).sum())
+        raise ValueError(
+            f"{part.name} must be finite after merging, got {bad} NaN or infinite values: merged values are too large "
+            f"for {like.dtype}"
+        )
     return found

@@ -148,9 +148,56 @@ class Constant(Mapping[str, Tensor]):
         return replace(found, read=lambda begin, end: torch.full((end - begin,), self.value, **options))
 
 
+class View(Mapping[str, Tensor]):
+    """A state dict whose tensors are read from other state dicts, perhaps under other names or in other shapes.
+
+    Args:
+        found: name -> function that returns the :class:`Source` of the tensor.
+        title: the file or files that hold the tensors, for errors; None for state dicts in memory.
+        whole: the state dict of which the view leaves tensors out; None for a view that leaves out none.
+    """
+
+    def __init__(
+        self, found: Mapping[str, Callable[[], Source]], *, title: str | None = None, whole: StateDict | None = None
+    ) -> None:
+        self._found, self.title, self.whole = dict(found), title, whole
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.source(name)
+        return found.read(0, found.numel).reshape(found.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def source(self, name: str) -> Source:
+        return self._found[name]()
+
+
+def title_of(argument: str, state: StateDict) -> str:
+    """The argument that holds a state dict, and its file if there is one: "experts[1] (b.safetensors)"."""
+    file = file_of(state)
+    return argument if file is None else f"{argument} ({file})"
+
+
+def file_of(state: StateDict) -> str | None:
+    """The file that holds a state dict; None for one in memory."""
+    return str(state.path) if isinstance(state, TensorFile) else state.title if isinstance(state, View) else None
+
+
+def whole_of(state: StateDict) -> StateDict:
+    """The state dict of which a view leaves tensors out, or the state dict itself."""
+    return state.whole if isinstance(state, View) and state.whole is not None else state
+
+
 def source(state: StateDict, name: str) -> Source:
     """The :class:`Source` of one tensor of a state dict."""
-    if isinstance(state, TensorFile | Constant):
+    if isinstance(state, TensorFile | Constant | View):
         return state.source(name)
     tensor = state[name].detach()
     flat = lru_cache(lambda: tensor.reshape(-1))  # copies a transposed tensor once, and only if the tensor is read

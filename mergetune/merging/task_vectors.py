@@ -18,7 +18,7 @@ from torch import Tensor
 from mergetune import ops
 from mergetune.merging.checks import check_choice, check_fraction, per_expert
 from mergetune.merging.plans import Merge, method
-from mergetune.merging.sources import Part, StateDict, floating, stretches
+from mergetune.merging.sources import Part, StateDict, floating, stretches, whole_of
 from mergetune.merging.trimming import trim_thresholds
 
 
@@ -206,7 +206,7 @@ def lines(
     Raises:
         ValueError: no tensor name holds a block number, or beta is missing for several experts.
     """
-    names = floating(base)
+    names = floating(whole_of(base))  # a block counts even where no expert moved it
     depths = {name: (layer or _depth_of(names))(name) for name in names}
     if not any(depths.values()):
         raise ValueError(f"lines needs names with block numbers such as 'resblocks.3.', got {', '.join(names[:3])}")
