@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Job:
         training: optimiser and schedule.
         settings: all other arguments that the result depends on, JSON-able.
         cuda_graph, val, resume, progress: see :func:`fit`.
+        in_words: descriptions of the settings whose values are checksums.
     """
 
     clip: FrozenClip
@@ -95,6 +96,7 @@ class Job:
     val: Batches | None
     resume: str | Path | None
     progress: bool
+    in_words: dict[str, Any] = field(default_factory=dict)
 
     @property
     def batches(self) -> int:
