@@ -64,6 +64,7 @@ class Experiment:
     Attributes:
         root: the folder of the datasets, in CoOp's layout.
         out: the folder of results, caches and solutions.
+        runs: the folder of results and solutions, if it is not ``out``.
         templates: the set of zero-shot templates, see :data:`mergetune.data.TEMPLATES`.
         checkpoints: where stage 1 is to be read from instead of being run: a path with {dataset}, {method}, {shots} and
             {seed} in it, as "output/{dataset}/shots_{shots}/CoOp/seed{seed}".
@@ -79,6 +80,7 @@ class Experiment:
     tune: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
+    runs: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("root", "out"):
@@ -87,6 +89,11 @@ class Experiment:
         known = {"dataset", "method", "shots", "seed"}
         if unknown := {name for _, name, *_ in Formatter().parse(self.checkpoints or "") if name} - known:
             raise ValueError(f"checkpoints may hold {', '.join(sorted(known))} in braces, got {sorted(unknown)[0]!r}")
+
+    @property
+    def results(self) -> Path:
+        """Where the runs are kept."""
+        return self.out if self.runs is None else self.runs
 
     def settings(self, clip: FrozenClip) -> dict[str, Any]:
         """What a result depends on beside the run."""

@@ -30,8 +30,8 @@ _CALLED = {
 }
 # The settings that tell most about a run come first; all others follow in their own order.
 _TELLING = (
-    "stage", "clip", "method", "images", "features", "classnames", "classes", "shots", "lam", "beta", "tau", "surrogate",
-    "space", "points", "grid", "epochs", "lr", "batch_size", "optimizer", "seed", "tuned", "base", "zero_shot",
+    "stage", "clip", "method", "images", "features", "classnames", "classes", "shots", "lam", "beta", "tau",
+    "surrogate", "space", "points", "grid", "epochs", "lr", "batch_size", "optimizer", "seed", "tuned", "base", "zero_shot",
     "template", "templates", "val",
 )  # fmt: skip
 _FOLLOWS = {  # a setting that follows from others is named only if none of these differs
@@ -67,7 +67,9 @@ def solution_in_words(solution: Solution) -> str:
     """Kind of a solution, and the method, seed and epochs that made it, as far as its notes tell."""
     made = solution.notes.get("settings")
     made = made if isinstance(made, Mapping) else {}
-    facts = [f"{name} {made[name]}" for name in ("lam", "tau", "epochs", "seed") if name in made and made[name] is not None]
+    facts = [
+        f"{name} {made[name]}" for name in ("lam", "tau", "epochs", "seed") if name in made and made[name] is not None
+    ]
     how = made.get("method") or ("mergetune" if made.get("stage") == "fit" else None)
     return solution.kind + (f" by {', '.join([str(how), *facts])}" if how else "")
 
@@ -97,6 +99,7 @@ def differences(
             version, or was made by another function.
     """
     there, here = flat(jsonable(there)), flat(jsonable(here))
+    there_in_words, here_in_words = flat(there_in_words), flat(here_in_words)
     differ = [name for name in {**here, **there} if not _equal(name, there, here, shared_only)]
     named = [name for name in differ if not set(_FOLLOWS.get(name, ())).intersection(differ)]
     named = [name for name in named if name != "start"] or differ
@@ -109,11 +112,14 @@ def differences(
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with one level: options of a stage, as {"fit": {"lam": 4}}, become "fit lam"."""
+    """Settings with one level: options of a stage, as {"fit": {"lam": 4}}, become "fit lam"; features of two or three
+    splits are named by their splits."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name in ("tune", "fit") and isinstance(value, Mapping):
             found |= {f"{name} {inner}": v for inner, v in value.items()}
+        elif name == "features" and isinstance(value, list | tuple) and len(value) in (2, 3):
+            found |= dict(zip(("features", *(("val",) if len(value) == 3 else ()), "test"), value, strict=True))
         else:
             found[name] = value
     return found
@@ -134,8 +140,10 @@ def _difference(name: str, there: Any, here: Any, there_said: Any, here_said: An
     called, short = _CALLED.get(name, (name, None))
     if is_digest(there) or is_digest(here):
         a, b = (None if value is None else _said(said) for value, said in ((there, there_said), (here, here_said)))
-        if there is None or here is None:
-            words = f"{called}: {a or 'some'} there, none here" if here is None else f"{called}: none there, {b or 'some'} here"
+        if here is None:
+            words = f"{called}: {a or 'some'} there, none here"
+        elif there is None:
+            words = f"{called}: none there, {b or 'some'} here"
         elif a == b:
             words = f"{called}: {a or 'there and here'}{' in both' if a else ''}, but with other contents"
         else:
@@ -159,6 +167,8 @@ def _said(said: Any) -> str | None:
     """A description in words; None if there is none."""
     if isinstance(said, list):
         return " and ".join(str(entry) for entry in said if entry is not None) or None
+    if isinstance(said, Mapping):
+        return ", ".join(f"{name} ({inner})" for name, inner in said.items()) or None
     return None if said is None else str(said)
 
 

@@ -172,7 +172,9 @@ def test_a_state_without_descriptions_is_refused_in_words_too(clip, finished, tm
     save_file(tensors, tmp_path / "run" / STATE, metadata={"run": json.dumps(record)})
     with pytest.raises(ValueError, match="other training images: not recorded there, 33 of 3 classes here"):
         fit(clip, cache(33), prompt(), resume=tmp_path / "run", **QUICK)
-    assert_same_run(fit(clip, cache(), prompt(), resume=tmp_path / "run", **QUICK), fit(clip, cache(), prompt(), **QUICK))
+    assert_same_run(
+        fit(clip, cache(), prompt(), resume=tmp_path / "run", **QUICK), fit(clip, cache(), prompt(), **QUICK)
+    )
 
 
 def test_two_processes_do_not_train_one_run(clip, tmp_path):
@@ -184,7 +186,9 @@ def test_two_processes_do_not_train_one_run(clip, tmp_path):
 def test_a_finished_run_keeps_the_seconds_of_its_training(clip, tmp_path):
     first = fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)
     first.save(tmp_path)
-    assert first.timings["steps"] == 9 and fit(clip, cache(), prompt(), resume=tmp_path, **QUICK).timings == first.timings
+    assert (
+        first.timings["steps"] == 9 and fit(clip, cache(), prompt(), resume=tmp_path, **QUICK).timings == first.timings
+    )
 
 
 @pytest.mark.parametrize(
