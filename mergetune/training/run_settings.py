@@ -31,12 +31,12 @@ _CALLED = {
 # The settings that tell most about a run come first; all others follow in their own order.
 _TELLING = (
     "stage", "clip", "method", "images", "features", "classnames", "classes", "shots", "lam", "beta", "tau",
-    "surrogate", "space", "points", "grid", "epochs", "lr", "batch_size", "optimizer", "seed", "tuned", "base", "zero_shot",
-    "template", "templates", "val",
+    "surrogate", "space", "points", "grid", "epochs", "lr", "batch_size", "optimizer", "seed", "tuned", "base",
+    "zero_shot", "template", "templates", "val",
 )  # fmt: skip
 _FOLLOWS = {  # a setting that follows from others is named only if none of these differs
     "fingerprint": ("clip",),
-    "features": ("images", "classnames", "clip"),
+    "features": ("images", "classnames", "clip", "shots", "seed"),
     "val": ("classnames", "clip"),
     "zero_shot": ("classnames", "clip", "tuned"),
     "tuned": ("classnames",),
