@@ -11,6 +11,7 @@ from mergetune import __version__
 from mergetune.cli.files import convert, export
 from mergetune.cli.first_steps import demo, doctor
 from mergetune.cli.images import cache
+from mergetune.cli.listing import runs
 from mergetune.cli.measuring import evaluate, path
 from mergetune.cli.merging import compare, merge
 from mergetune.cli.models import models
@@ -47,6 +48,7 @@ app.command()(models)
 app.command()(cache)
 app.command()(tune)
 app.command()(fit)
+app.command()(runs)
 app.command("eval", cls=SeveralValues)(evaluate)
 app.command()(path)
 app.command()(export)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from mergetune.cli.options import Json, Seeds
+from mergetune.cli.options import Json, Overwrite, Seeds
 from mergetune.cli.shared import HALVES, announce, err, errors, out, plain, print_json, print_table, tell
 
 
@@ -21,6 +21,7 @@ def demo(
     ),
     seeds: Seeds = [1, 2, 3],
     seed: Annotated[list[int], typer.Option("--seed", hidden=True)] = [],
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune and repair the embedded CLIP on the embedded icons; table and figure take about a minute."""
@@ -28,7 +29,7 @@ def demo(
 
     seeds = seed or seeds  # --seed is the name in version 0.1
     with errors():
-        result = run_demo(folder, seeds=seeds, report=announce(as_json))
+        result = run_demo(folder, seeds=seeds, overwrite=overwrite, report=announce(as_json))
     if as_json:
         print_json(result.to_json())
         return
@@ -42,7 +43,7 @@ def demo(
         f"Standard error from the number of test images: {result.rows[0].base_error:.1f} (base), "
         f"{result.rows[0].novel_error:.1f} (novel). "
         f"Seen and unseen are the same images among all classes. Figure: {result.figure}. "
-        f"Everything: {folder / 'results.json'}."
+        f"Everything: {result.figure.with_name('results.json')}."
     )
 
 

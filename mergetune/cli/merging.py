@@ -18,6 +18,7 @@ from mergetune.cli.options import (
     Device,
     Fitting,
     Json,
+    Overwrite,
     Pretrained,
     Seeds,
     Templates,
@@ -197,6 +198,7 @@ def compare(
     reference: Annotated[
         str, typer.Option(help="Row of the table with which all rows are compared.")
     ] = "MERGETUNE, chosen [1]",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Compare zero-shot CLIP, tuned solutions, every merge, ensembles and MERGETUNE on the same cells.
@@ -204,8 +206,10 @@ def compare(
     A cell is one dataset, partition and seed. Hyper-parameters are chosen on validation images, never on test images.
     If the command is interrupted, run it again: it continues where it stopped.
     """
+    from mergetune import experiments
     from mergetune.experiments import compare as run_comparison
-    from mergetune.experiments import icons_task
+    from mergetune.experiments import comparison, icons_task
+    from mergetune.training import run_title
 
     with errors():
         tune, fit = read_tuning(tuning), read_fitting(fitting)
@@ -235,8 +239,11 @@ def compare(
             experts=saved or tuple(experts),
             shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
         )  # fmt: skip
+        wanted = (None,) if all_classes else tuple(partitions)
+        heads = comparison.heads(clip, tasks, setup, wanted, seeds)
+        folder = experiments.cells_folder(folder, heads, overwrite=overwrite)
         found = run_comparison(
-            clip, tasks, folder, setup=setup, partitions=(None,) if all_classes else tuple(partitions),
+            clip, tasks, folder, setup=setup, partitions=wanted,
             seeds=tuple(seeds), reference=reference, report=announce(as_json),
         )  # fmt: skip
         found.save(folder)
@@ -246,7 +253,7 @@ def compare(
     _print_comparison(found)
     said = f"Differences are relative to {found.reference}, over {len(found.cells)} cells. ± is the standard error "
     said += "over classes, brackets hold the 95 % interval over classes. Hyper-parameters were chosen on "
-    said += f"{found.choose}. More columns and the figure: {folder}"
+    said += f"{found.choose}. More columns and the figure: {run_title(folder)}"
     tell(said)
     for method, why in found.left_out.items():
         err.print(f"[dim]left out: {escape(method)}: {escape(why)}[/]", soft_wrap=True, highlight=False)

@@ -97,6 +97,10 @@ Tuning = Annotated[
     list[str], typer.Option("--tune", help="Option of mergetune.tune as name=value; repeat for several.")
 ]
 Fitting = Annotated[list[str], typer.Option("--fit", help="Option of mergetune.fit as name=value; repeat for several.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the run in OUT itself. Caches, OUT/run-2-... and other files stay."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 # Kind of an option's value -> type of the command's parameter. A list is given by repeating the option.

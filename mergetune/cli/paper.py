@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from mergetune.cli.options import (
     Fitting,
     Json,
     MaxPixels,
+    Overwrite,
     Pretrained,
     Seeds,
     Tuning,
@@ -97,6 +99,7 @@ def reproduce(
     processes: Annotated[
         int, typer.Option("--processes", min=1, help="Number of processes that work on runs at the same time.")
     ] = 1,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the work and estimate its time.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -107,6 +110,8 @@ def reproduce(
     """
     import mergetune as mt
     from mergetune import experiments
+    from mergetune.experiments import protocols
+    from mergetune.training import run_title
 
     with errors():
         runs = experiments.plan(protocol, datasets=datasets, methods=methods, seeds=seeds, shots=shots)
@@ -123,7 +128,11 @@ def reproduce(
         if dry_run:
             _print_forecast(experiments.forecast(runs, experiment, load()), as_json)
             return
-        records = experiments.reproduce(runs, experiment, load, processes=processes)
+        clip = load()
+        heads = {run.folder / protocols.RECORD: protocols.head_of(run, experiment, clip) for run in runs}
+        folder = experiments.cells_folder(folder, heads, overwrite=overwrite)
+        experiment = replace(experiment, runs=folder)
+        records = experiments.reproduce(runs, experiment, load, clip=clip, processes=processes)
         if not first_rank():
             return
         lines = experiments.save_table(records, folder / protocol)
@@ -132,7 +141,7 @@ def reproduce(
         return
     _print_lines(lines)
     tell(experiments.caption(records))
-    tell(f"Table, figure and runs: {folder / protocol}")
+    tell(f"Table, figure and runs: {protocol} of {run_title(folder)}")
 
 
 def _print_lines(lines: list[Any]) -> None:

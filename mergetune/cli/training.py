@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from mergetune.cli.options import (
     Device,
     Json,
     MaxPixels,
+    Overwrite,
     Position,
     Pretrained,
     Root,
@@ -65,6 +67,7 @@ def tune(
         typer.Option("--base", help="Solution that a residual or a map is put on; zero-shot if not given."),
     ] = None,
     val: Val = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -72,9 +75,11 @@ def tune(
 
     A residual or a map is put on a solution, which does not change: mergetune tune --method residual --base out/fit ...
 
-    If the command is interrupted, run it again: it continues from the last finished epoch.
+    If the command is interrupted, run it again: it continues from the last finished epoch. With other settings and the
+    same --out it works in a new folder, such as OUT/run-2-lam-4; `mergetune runs OUT` lists the runs.
     """
     import mergetune as mt
+    from mergetune.training import tune_job
 
     with errors():
         data = open_cache(features, classes, shots=shots, seed=options["seed"], split="train")
@@ -85,8 +90,8 @@ def tune(
             caches=[cache for cache in (data, chosen_on) if cache is not None],
             solutions={} if below is None else {str(base): below},
         )  # fmt: skip
-        result = mt.tune(clip, data, base=below, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
-        result.save(folder)
+        job = tune_job(clip, data, base=below, val=chosen_on, **keywords(TuneOptions, options))
+        result, folder = _train(job, folder, overwrite)
     _finish(as_json, result, folder)
 
 
@@ -140,6 +145,7 @@ def fit(
     root: Root = None,
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -148,10 +154,12 @@ def fit(
     mergetune fit photos/ --backbone ViT-B-32 --pretrained laion2b_s34b_b79k --shots 16
 
     This example caches the images, fine-tunes (stage 1), repairs (stage 2), tests, and writes solution, report and
-    figure. If the command is interrupted, run it again: it continues from the last finished epoch. --epochs also sets
-    the epochs of stage 1.
+    figure. If the command is interrupted, run it again: it continues from the last finished epoch. With other settings
+    and the same --out it works in a new folder, such as OUT/run-2-lam-4; `mergetune runs OUT` lists the runs. --epochs
+    also sets the epochs of stage 1.
     """
     import mergetune as mt
+    from mergetune.training import fit_job
 
     with errors():
         given, seed = keywords(FitOptions, options), options["seed"]
@@ -183,8 +191,8 @@ def fit(
             caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,
         )  # fmt: skip
         if images is None:
-            result = mt.fit(clip, data, solutions, zero_shot=zero_shot, val=chosen_on, resume=folder, **given)
-            result.save(folder)
+            job = fit_job(clip, data, solutions, zero_shot=zero_shot, val=chosen_on, **given)
+            result, folder = _train(job, folder, overwrite)
             say = partial(_finish, as_json, result, folder)
         else:
             del given["seed"]
@@ -192,29 +200,43 @@ def fit(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
-                cache_options={"workers": workers, "max_pixels": max_pixels}, report=announce(as_json),
+                cache_options={"workers": workers, "max_pixels": max_pixels}, overwrite=overwrite,
+                report=announce(as_json),
             )  # fmt: skip
-            say = partial(_finish_images, as_json, found, folder)
+            say = partial(_finish_images, as_json, found)
     say()
 
 
+def _train(job: Any, out: Path, overwrite: bool) -> tuple[Any, Path]:
+    """Trains a job in the folder of its run, saves the result there, and returns both."""
+    from mergetune.training import in_words_of, run_folder, settings_of, train_together
+
+    folder = run_folder(out, settings_of(job), in_words=in_words_of(job), overwrite=overwrite)
+    (result,) = train_together([replace(job, resume=folder)])
+    result.save(folder)
+    return result, folder
+
+
 def _finish(as_json: bool, result: Any, folder: Path) -> None:
-    record = {"settings": result.settings, "history": result.history, "timings": result.timings}
-    finish(as_json, record, f"solution in {folder}", {"train": result.history[-1]})
+    from mergetune.training import run_title
+
+    record = {"settings": result.settings, "history": result.history, "timings": result.timings, "out": str(folder)}
+    finish(as_json, record, f"solution: {run_title(folder)}", {"train": result.history[-1]})
 
 
-def _finish_images(as_json: bool, found: Any, folder: Path) -> None:
+def _finish_images(as_json: bool, found: Any) -> None:
     if not first_rank():
         return
     if as_json:
         print_json(found.to_json())
     else:
-        _print_reports(found.reports, folder)
+        _print_reports(found.reports, found.folder)
 
 
 def _print_reports(reports: dict[str, Any], folder: Path) -> None:
     """Prints one row per solution, one column per set of test classes, and their harmonic means."""
     from mergetune.evaluation import BaseNovel
+    from mergetune.training import run_title
 
     columns, rows = HALVES if "novel" in reports else {part: part for part in reports}, []
     for name in next(iter(reports.values())):
@@ -226,4 +248,4 @@ def _print_reports(reports: dict[str, Any], folder: Path) -> None:
         cells = {column: f"{value:.2f}" for column, value in values.items()}
         rows.append((name, cells, "bold" if name == "MERGETUNE" else None))
     print_table("accuracy on test images (%)", rows)
-    tell(f"Solution, report.json, paths.png: {folder}")
+    tell(f"Solution, report.json, paths.png: {run_title(folder)}")

@@ -13,18 +13,23 @@ if TYPE_CHECKING:
     from mergetune.experiments.protocol_plans import Experiment, check_data, plan
     from mergetune.experiments.protocol_tables import caption, save_table
     from mergetune.experiments.protocols import reproduce
+    from mergetune.experiments.run_choice import cells_folder
+    from mergetune.experiments.run_list import RunRow, list_runs
     from mergetune.experiments.solution_merging import merge_solutions
 
 __all__ = [
     "Experiment",
     "FolderResult",
+    "RunRow",
     "Task",
     "caption",
+    "cells_folder",
     "check_data",
     "compare",
     "fit_dataset",
     "forecast",
     "icons_task",
+    "list_runs",
     "merge_solutions",
     "plan",
     "reproduce",
@@ -43,6 +48,8 @@ make_lazy(
         "mergetune.experiments.protocol_plans": "Experiment check_data plan",
         "mergetune.experiments.protocol_tables": "caption save_table",
         "mergetune.experiments.protocols": "reproduce",
+        "mergetune.experiments.run_choice": "cells_folder",
+        "mergetune.experiments.run_list": "RunRow list_runs",
         "mergetune.experiments.solution_merging": "merge_solutions",
     },
 )

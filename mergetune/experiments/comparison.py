@@ -32,6 +32,7 @@ from mergetune.experiments.engine import Record, begun, counted, finish
 from mergetune.facts import CompareOptions
 from mergetune.io import MAX_WEIGHTS, read_regular, write_atomically
 from mergetune.solutions import Solution, load_solution
+from mergetune.training.run_settings import images_in_words, solution_in_words
 
 RECORD, WEIGHTS = "cell.json", "class-weights.safetensors"
 MAPPED = "mapped"  # folder of the candidates that map image features
@@ -98,7 +99,26 @@ def compare(
 
 def begin(clip: FrozenClip, task: Task, cell: Cell, setup: CompareOptions, folder: Path) -> Record:
     """What a cell's file holds: the result of :func:`prepare` if it is there, or the settings alone."""
-    return begun(folder / RECORD, {"cell": asdict(cell), "settings": _settings(clip, task, setup)})
+    return begun(folder / RECORD, _head(clip, task, cell, setup))
+
+
+def heads(
+    clip: FrozenClip,
+    tasks: Sequence[Task],
+    setup: CompareOptions,
+    partitions: Sequence[int | None],
+    seeds: Sequence[int],
+) -> dict[Path, Record]:
+    """The record files of all cells, below the folder of results, and what they hold before any work."""
+    cells = [(task, Cell(task.name, partition, seed)) for task in tasks for partition in partitions for seed in seeds]
+    return {cell.folder / RECORD: _head(clip, task, cell, setup) for task, cell in cells}
+
+
+def _head(clip: FrozenClip, task: Task, cell: Cell, setup: CompareOptions) -> Record:
+    in_words: Record = {"clip": clip.name, "features": list(map(images_in_words, (task.train, task.val, task.test)))}
+    if isinstance(setup.experts, Mapping):
+        in_words["experts"] = {name: solution_in_words(solution) for name, solution in setup.experts.items()}
+    return {"cell": asdict(cell), "settings": _settings(clip, task, setup), "in_words": in_words}
 
 
 def prepare(

@@ -11,7 +11,6 @@ Images and right answers are counted per class; :mod:`mergetune.experiments.tabl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -24,11 +23,12 @@ from torch import Tensor
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache
 from mergetune.evaluation import Classifier, Hits, Report, classifier, logit_ensemble, score, weight_average
-from mergetune.io import jsonable, read_regular_text, write_json
+from mergetune.experiments.records import HOME, RecordFile, model_of, other_settings
+from mergetune.io import MAX_TABLE, jsonable, read_document, write_json
 from mergetune.solutions import Solution, space_of, stack_states
+from mergetune.training.runs import NAMED
 
 Record = dict[str, Any]
-HOME = {"seen": "base", "unseen": "novel"}  # parts in the joint label space have the images and classes of others
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,34 +154,33 @@ def begun(file: Path, head: Mapping[str, Any]) -> Record:
 
     Args:
         file: of the record.
-        head: the cell and the "settings" that its results depend on.
+        head: the "cell" or "run", the "settings" that its results depend on, and "in_words", descriptions of those
+            that are checksums.
 
     Raises:
-        ValueError: the file cannot be read, or it has another head.
+        ValueError: the file is damaged, or it has another head.
     """
     wanted: Record = jsonable(head)
-    record = kept(file, wanted)
+    record = kept(file, model_of(head))
     if record is None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, wanted)
         return wanted
-    for name, value in wanted.items():
-        old = record[name] if isinstance(record[name], dict) else {}
-        if other := [key for key in {**value, **old} if key not in old or old[key] != value.get(key)]:
-            raise ValueError(f"out: {file.parent} holds results with other {', '.join(other)}: choose another --out")
+    if other := other_settings(record, wanted):
+        said = "; ".join(found.words for found in other[:NAMED])
+        raise ValueError(
+            f"out: {file.parent} holds results of other settings: {said}; choose another --out, or delete {file.name} "
+            "there to run it again"
+        )
     return record
 
 
-def kept(file: Path, needed: Sequence[str] | Mapping[str, Any]) -> Record | None:
-    """The record of a cell with at least the ``needed`` keys; None if there is no file."""
-    if not file.is_file():
+def kept(file: Path, model: type[RecordFile]) -> Record | None:
+    """The record of a cell or run, with the fields that its file has; None if there is no file."""
+    if not file.exists():
         return None
-    try:
-        record = json.loads(read_regular_text(file))
-        _ = [record[name] for name in needed]
-        return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"out: {file} cannot be read ({error}): delete it to run it again") from error
+    record = read_document(file, model, way_on="delete it to run it again", limit=MAX_TABLE)
+    return jsonable(record.model_dump(exclude_unset=True))
 
 
 def finish(file: Path, record: Record, found: Record) -> Record:

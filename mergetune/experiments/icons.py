@@ -18,11 +18,14 @@ from mergetune.evaluation import BaseNovel, Row, connectivity, logit_ensemble, p
 from mergetune.evaluation import Path as Walk
 from mergetune.experiments.cells import Cell, Task
 from mergetune.experiments.engine import Candidate, Record, Together, begun, counted, finish, reports, tested
+from mergetune.experiments.run_choice import cells_folder
 from mergetune.io import write_json
 from mergetune.solutions import Prompt, Solution, interpolate
 from mergetune.training import fit, tune
+from mergetune.training.run_settings import images_in_words
 
 TEMPLATE = "an icon of a {}"
+RECORD = "cell.json"
 SHOTS = 16
 PARTITION = 0  # CoOp's: the first half of the classes is base
 STAGE_1 = {"epochs": 50, "batch_size": 64, "lr": 0.01}
@@ -89,6 +92,7 @@ def run_demo(
     folder: str | Path,
     *,
     seeds: Sequence[int] = (1, 2, 3),
+    overwrite: bool = False,
     progress: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
@@ -97,6 +101,7 @@ def run_demo(
     Args:
         folder: for images, caches, solutions, records, results.json and the figure. What is there is used again.
         seeds: each draws its own 16 images a class and its own order of batches.
+        overwrite: do these seeds anew.
         progress: show bars where stderr is a terminal.
         report: told in a line what is about to be done.
     """
@@ -104,10 +109,10 @@ def run_demo(
         raise ValueError("seeds must hold at least one seed, got none")
     folder = Path(folder)
     clip, (task,) = icons_task(folder, progress=progress, report=report)
-    records = [
-        _seed(clip, task, Cell(task.name, PARTITION, seed), folder / f"seed-{seed}", progress=progress, report=report)
-        for seed in seeds
-    ]
+    cells = {Path(f"seed-{seed}"): Cell(task.name, PARTITION, seed) for seed in seeds}
+    heads = {own / RECORD: _head(clip, task, cell) for own, cell in cells.items()}
+    folder = cells_folder(folder, heads, overwrite=overwrite)
+    records = [_seed(clip, task, cell, folder / own, progress=progress, report=report) for own, cell in cells.items()]
     names = {part: [task.train.classnames[c] for c in own] for part, own in task.halves(PARTITION).items()}
     found = [reports(record, names) for record in records]
     runs = {row: tuple(BaseNovel(**parts[row]) for parts in found) for row in found[0]}
@@ -128,13 +133,19 @@ def run_demo(
     return result
 
 
+def _head(clip: FrozenClip, task: Task, cell: Cell) -> Record:
+    """What the record of a seed holds before any work."""
+    made_from = {"clip": clip.fingerprint, "features": [task.train.digest, task.test.digest]}
+    in_words = {"clip": clip.name, "features": [images_in_words(task.train), images_in_words(task.test)]}
+    return {"cell": asdict(cell), "settings": made_from | SETTINGS, "in_words": in_words}
+
+
 def _seed(
     clip: FrozenClip, task: Task, cell: Cell, folder: Path, *, progress: bool, report: Callable[[str], None]
 ) -> Record:
     """The record of a seed: made, or taken from disk."""
-    file = folder / "cell.json"
-    made_from = {"clip": clip.fingerprint, "features": [task.train.digest, task.test.digest]}
-    record = begun(file, {"cell": asdict(cell), "settings": made_from | SETTINGS})
+    file = folder / RECORD
+    record = begun(file, _head(clip, task, cell))
     if "right" in record:
         return record
     shots = task.fold(PARTITION, SHOTS, cell.seed).train

@@ -16,6 +16,7 @@ from mergetune.data import FeatureCache, templates_for
 from mergetune.experiments.engine import kept
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
 from mergetune.experiments.protocols import RECORD, Caches
+from mergetune.experiments.records import RunRecordFile
 from mergetune.training import fit, tune
 
 
@@ -53,7 +54,7 @@ def forecast(runs: Sequence[Run], experiment: Experiment, clip: FrozenClip) -> F
         path, wanted = caches.images(*key)
         name, there = path.relative_to(experiment.out / "cache").as_posix(), (path / "manifest.json").is_file()
         images[name] = 0 if there else len(wanted)
-    records = [kept(experiment.out / run.folder / RECORD, ["run", "settings"]) for run in runs]
+    records = [kept(experiment.results / run.folder / RECORD, RunRecordFile) for run in runs]
     left = [run for run, record in zip(runs, records, strict=True) if "results" not in (record or {})]
     # Steps grow with the images, and the epochs may depend on the shots: one run of each kind is measured.
     kinds = {run: (run.source, run.method, run.protocol, run.shots) for run in left}

@@ -66,6 +66,7 @@ class Experiment:
     Attributes:
         root: the folder of the datasets, in CoOp's layout.
         out: the folder of results, caches and solutions.
+        runs: the folder of results and solutions, if it is not ``out``.
         templates: the set of zero-shot templates, see :data:`mergetune.data.TEMPLATES`.
         checkpoints: where stage 1 is to be read from instead of being run: a path with {dataset}, {method}, {shots} and
             {seed} in it, as "output/{dataset}/shots_{shots}/CoOp/seed{seed}".
@@ -84,6 +85,7 @@ class Experiment:
     fit: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict)
     views: int = 1
+    runs: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("root", "out"):
@@ -92,6 +94,11 @@ class Experiment:
         known = {"dataset", "method", "shots", "seed"}
         if unknown := {name for _, name, *_ in Formatter().parse(self.checkpoints or "") if name} - known:
             raise ValueError(f"checkpoints may hold {', '.join(sorted(known))} in braces, got {sorted(unknown)[0]!r}")
+
+    @property
+    def results(self) -> Path:
+        """Where the runs are kept."""
+        return self.out if self.runs is None else self.runs
 
     def stage_1(self, run: Run) -> dict[str, Any]:
         """Settings of :func:`mergetune.tune`: the published ones of the run, replaced by those of ``tune``."""

@@ -89,6 +89,11 @@ class Caches:
         yield run.source, {t: features.select(half.test) for t, half in zip(run.targets, halves, strict=True)}
 
 
+def head_of(run: Run, experiment: Experiment, clip: FrozenClip) -> Record:
+    """What the record of a run holds before any work."""
+    return {"run": asdict(run), "settings": experiment.settings(clip, run), "in_words": {"fingerprint": clip.name}}
+
+
 def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
     """Do a run whose caches are built, or take its result from disk; killed, it goes on from its last epoch.
 
@@ -101,8 +106,8 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
         ValueError: the folder holds a run with other settings.
     """
     clip, experiment = caches.clip, caches.experiment
-    folder = experiment.out / run.folder
-    record = begun(folder / RECORD, {"run": asdict(run), "settings": experiment.settings(clip, run)})
+    folder = experiment.results / run.folder
+    record = begun(folder / RECORD, head_of(run, experiment, clip))
     if "results" in record:
         return record
     began = time.perf_counter()
@@ -147,6 +152,7 @@ def reproduce(
     experiment: Experiment,
     load: Callable[[], FrozenClip],
     *,
+    clip: FrozenClip | None = None,
     processes: int = 1,
     progress: bool = True,
 ) -> list[Record]:
@@ -159,13 +165,14 @@ def reproduce(
         experiment: what they share.
         load: makes the CLIP; called in every process, so it must be picklable for several
             (``partial(load_clip, name, pretrained)``).
+        clip: what ``load`` makes, if it was loaded already.
         processes: runs at a time.
         progress: show bars where stderr is a terminal.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     check_data(runs, experiment.root)
-    caches = Caches(load(), experiment)
+    caches = Caches(load() if clip is None else clip, experiment)
     if any(run.method != "head" for run in runs):
         _ = caches.clip.text  # a CLIP that takes no prompts is refused here, before any image is encoded
     for key in caches.needed(runs):

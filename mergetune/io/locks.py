@@ -13,7 +13,7 @@ _held: set[int] = set()  # descriptors of the locks that this process holds
 
 
 @contextlib.contextmanager
-def locked(file: Path, *, busy: str) -> Iterator[None]:
+def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
     """Context manager that holds the lock of a file; the system frees the lock when the process ends.
 
     If the file system has no locks, the function warns and continues without a lock.
@@ -21,6 +21,7 @@ def locked(file: Path, *, busy: str) -> Iterator[None]:
     Args:
         file: an empty file for this lock only; created if missing, and not removed.
         busy: message of the error if another process holds the lock.
+        wait: wait until the other process frees the lock; no error is raised then.
 
     Raises:
         RuntimeError: another process holds the lock.
@@ -28,7 +29,7 @@ def locked(file: Path, *, busy: str) -> Iterator[None]:
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     _held.add(descriptor)
     try:
-        _lock(descriptor, file, busy)
+        _lock(descriptor, file, busy, wait)
         yield
     finally:
         if descriptor in _held:  # otherwise release_locks has closed the descriptor
@@ -36,9 +37,9 @@ def locked(file: Path, *, busy: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, file: Path, busy: str) -> None:
+def _lock(descriptor: int, file: Path, busy: str, wait: bool) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise RuntimeError(busy) from None
     except OSError as error:

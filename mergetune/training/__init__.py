@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from mergetune.training.curvature import fisher_diagonal
     from mergetune.training.jobs import Job
     from mergetune.training.loop import train_together
-    from mergetune.training.runs import FitResult
+    from mergetune.training.run_folders import run_folder, run_title
+    from mergetune.training.runs import FitResult, in_words_of, settings_of
     from mergetune.training.stage_one import tune, tune_job
     from mergetune.training.stage_two import fit, fit_job
 
@@ -18,6 +19,10 @@ __all__ = [
     "fisher_diagonal",
     "fit",
     "fit_job",
+    "in_words_of",
+    "run_folder",
+    "run_title",
+    "settings_of",
     "train_together",
     "tune",
     "tune_job",
@@ -29,7 +34,8 @@ make_lazy(
         "mergetune.training.curvature": "fisher_diagonal",
         "mergetune.training.jobs": "Job",
         "mergetune.training.loop": "train_together",
-        "mergetune.training.runs": "FitResult",
+        "mergetune.training.run_folders": "run_folder run_title",
+        "mergetune.training.runs": "FitResult in_words_of settings_of",
         "mergetune.training.stage_one": "tune tune_job",
         "mergetune.training.stage_two": "fit fit_job",
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from mergetune.solutions import State
 from mergetune.training.jobs import Job
 from mergetune.training.objective import Batch, Objective, products_with, together
-from mergetune.training.runs import FitResult, TrainingRun
+from mergetune.training.runs import FitResult, TrainingRun, training_in
 
 MAX_PRODUCTS = 1 << 28  # most bytes for the cached products of anchors and features
 
@@ -34,17 +35,22 @@ def train_together(jobs: Sequence[Job]) -> list[FitResult]:
 
     Raises:
         ValueError: two jobs have the same ``resume`` folder, or a folder holds another run.
+        RuntimeError: another process trains in a ``resume`` folder.
         FloatingPointError: a loss became NaN or infinite, see :func:`fit`; the message names the run.
     """
     folders = [Path(job.resume).resolve() for job in jobs if job.resume is not None]
     if repeated := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"resume must be a different folder for each run, got {repeated[0]} twice")
-    runs = [
-        TrainingRun(job, _which(jobs, i)) for i, job in enumerate(jobs)
-    ]  # reads and checks all folders before any run trains
-    for group in _groups(runs):
-        _train(group)
-    return [run.result() for run in runs]
+    with ExitStack() as stack:
+        for job in jobs:
+            if job.resume is not None:
+                stack.enter_context(training_in(Path(job.resume)))
+        runs = [
+            TrainingRun(job, _which(jobs, i)) for i, job in enumerate(jobs)
+        ]  # reads and checks all folders before any run trains
+        for group in _groups(runs):
+            _train(group)
+        return [run.result() for run in runs]
 
 
 def _which(jobs: Sequence[Job], i: int) -> str:

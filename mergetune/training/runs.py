@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,10 +26,9 @@ from mergetune.io import (
     Items,
     JsonObject,
     Number,
-    damaged,
     fault,
     installed_version,
-    jsonable,
+    locked,
     parse_document,
     read_document,
     remove_parts,
@@ -38,11 +39,14 @@ from mergetune.io import (
 from mergetune.solutions import Solution, State, load_solution
 from mergetune.training.jobs import Job
 from mergetune.training.objective import Batch
+from mergetune.training.run_settings import differences, images_in_words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-RESULT, STATE = "result.json", "state.safetensors"
+RESULT, STATE, LOCK = "result.json", "state.safetensors", ".run.lock"
+ANEW = "delete it to start anew"
+NAMED = 3  # most differences in a message
 
 
 def _numbered(history: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
@@ -73,12 +77,14 @@ class RunRecord(Document, frozen=True, extra="ignore"):
         history: the finished epochs.
         best_epoch: the epoch of the best state; 0 before the first.
         digest: checksum of the tensors.
+        in_words: descriptions of the settings whose values are checksums; version 0.1 wrote none.
     """
 
     settings: JsonObject
     history: History
     best_epoch: Count
     digest: str
+    in_words: JsonObject = {}
 
     @model_validator(mode="after")
     def _best_is_finished(self) -> Self:
@@ -95,8 +101,8 @@ class FitResult:
         solution: the trained solution; with ``val``, that of the best epoch.
         history: one entry per epoch: lr, loss, every term of the loss and, with ``val``, val_accuracy.
         settings: every argument that the result depends on, JSON-able.
-        timings: seconds, steps and ms_per_step. A resumed run counts only the last process; runs that train together
-            share the seconds equally.
+        timings: seconds, steps and ms_per_step. A resumed run counts only the last process that trained; runs that
+            train together share the seconds equally.
 
     Example:
         >>> import mergetune as mt, tempfile, torch
@@ -143,14 +149,7 @@ class TrainingRun:
 
     def __init__(self, job: Job, which: str) -> None:
         self.job, self.which, training, device = job, which, job.training, job.clip.device
-        self.settings = {
-            **job.settings,
-            "start": short_digest(*job.start.state().values()),
-            "features": job.features.digest,
-            "val": None if job.val is None else job.val.digest,
-            "clip": job.clip.name,
-            "classnames": list(job.features.classnames),
-        }
+        self.settings = settings_of(job)
         self.names = ("loss", *job.objective.term_names)
         self.labels = job.features.labels.to(device)
         self.state = {
@@ -223,12 +222,21 @@ class TrainingRun:
             ),
             history=tuple(self.history),
             settings=self.settings,
-            timings={
+            timings=self._earlier_timings()
+            or {
                 "seconds": self.seconds,
                 "steps": self.steps,
                 "ms_per_step": 1e3 * self.seconds / max(self.steps, 1),
             },
         )
+
+    def _earlier_timings(self) -> dict[str, float]:
+        """The timings in the saved result of a run that was finished before; empty if there are none."""
+        if self.steps or self.folder is None:
+            return {}
+        with contextlib.suppress(OSError, ValueError):  # a damaged result is written again
+            return read_document(self.folder / RESULT, ResultFile, way_on="").timings
+        return {}
 
     def add(self, entry: dict[str, float]) -> None:
         """Append an epoch to the history. The best one has the highest val accuracy, or is the last without ``val``."""
@@ -254,30 +262,26 @@ class TrainingRun:
             kept = {key: value for key, value in self.optimizer.state[tensor].items() if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{key}.{name}": value for key, value in kept.items()}
         record = {"settings": self.settings, "history": self.history, "best_epoch": self.best_epoch}
+        record["in_words"] = in_words_of(self.job)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         record["digest"] = short_digest(*(tensors[name] for name in sorted(tensors)))
         write_atomically(folder / STATE, serialize(tensors, metadata={"run": json.dumps(record)}))
 
     def read(self, folder: Path) -> None:
         """Take up the state in ``folder``, if there is one; it must be of this very run."""
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"resume must be a folder, got the file {folder}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"resume must be a folder that can be written, got {folder}: {error}") from error
         remove_parts(folder, STATE)
         path = folder / STATE
         if not path.exists():
             return
         record, tensors = self._read_state(path)
-        settings = record.settings
-        for name in {**settings, **self.settings}:
-            old, new = settings.get(name), jsonable(self.settings.get(name))
-            if old != new:
-                raise ValueError(
-                    f"resume: {folder} holds another run: its {name} is {_short(old)}, this run's is {_short(new)}"
-                )
+        other = differences(
+            record.settings, self.settings, there_in_words=record.in_words, here_in_words=in_words_of(self.job)
+        )
+        if other:
+            raise ValueError(
+                f"resume: {folder} holds another run: {'; '.join(found.words for found in other[:NAMED])}; give "
+                "another folder, or delete its files to train anew"
+            )
         self._check_tensors(path, tensors)
         self.history, self.best_epoch = list(record.history), record.best_epoch
         for name, tensor in self.state.items():
@@ -291,21 +295,11 @@ class TrainingRun:
 
     def _read_state(self, path: Path) -> tuple[RunRecord, State]:
         """The record and the tensors of a state file, by their present names."""
-        way_on = "delete it to start anew"
-        try:
-            require_regular(path)
-            with safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get("run")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError:
-            raise ValueError(f"resume: {path} must be a .safetensors file, got something else; {way_on}") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"resume: {path} cannot be read: {error}; {way_on}") from error
-        if text is None:
-            raise ValueError(f"resume: {path} must have metadata 'run', got none; {way_on}")
-        record = parse_document(text, RunRecord, name=f"resume: {path}", way_on=way_on)
+        record, tensors = read_state(path, tensors=True)
         if short_digest(*(tensors[name] for name in sorted(tensors))) != record.digest:
-            raise damaged(f"resume: {path}", ("digest",), "be that of its tensors", record.digest, way_on=way_on)
+            raise ValueError(
+                f"resume: {path} is damaged: digest must be that of its tensors, got another checksum; {ANEW}"
+            )
         return record, _renamed(tensors, list(self.state))
 
     def _check_tensors(self, path: Path, tensors: State) -> None:
@@ -316,6 +310,69 @@ class TrainingRun:
                     got = "none" if there is None else f"{list(there.shape)}"
                     rule = f"{path} must hold the tensor {part}.{name} of shape {list(tensor.shape)}"
                     raise ValueError(f"resume: {rule}, got {got}; delete it to start anew")
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """Every argument that the result of a run depends on; two runs with equal settings are one run."""
+    return {
+        **job.settings,
+        "start": short_digest(*job.start.state().values()),
+        "features": job.features.digest,
+        "val": None if job.val is None else job.val.digest,
+        "clip": job.clip.name,
+        "classnames": list(job.features.classnames),
+    }
+
+
+def in_words_of(job: Job) -> dict[str, Any]:
+    """Descriptions of the settings of a run whose values are checksums."""
+    return {**job.in_words, "features": images_in_words(job.features), "val": images_in_words(job.val)}
+
+
+def read_state(path: Path, *, tensors: bool = False) -> tuple[RunRecord, State]:
+    """The record of a state file, and its tensors if wanted.
+
+    Raises:
+        ValueError: the file is damaged; the message names the field.
+    """
+    found: State = {}
+    try:
+        require_regular(path)
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("run")
+            if tensors:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        raise ValueError(f"resume: {path} must be a .safetensors file, got something else; {ANEW}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"resume: {path} cannot be read: {error}; {ANEW}") from error
+    if text is None:
+        raise ValueError(f"resume: {path} must have metadata 'run', got none; {ANEW}")
+    return parse_document(text, RunRecord, name=f"resume: {path}", way_on=ANEW), found
+
+
+@contextlib.contextmanager
+def training_in(folder: Path) -> Iterator[None]:
+    """Context manager that makes the folder of a run and lets one process train in it.
+
+    The ranks of one torchrun job may train the same run, so rank 0 alone holds the lock.
+
+    Raises:
+        ValueError: the path is a file, or the folder cannot be made.
+        RuntimeError: another process trains in the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"resume must be a folder, got the file {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"resume must be a folder that can be written, got {folder}: {error}") from error
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    busy = f"another process trains in {folder}: wait for it, then run the same command again, or give another folder"
+    with locked(folder / LOCK, busy=busy):
+        yield
 
 
 def _renamed(tensors: State, names: list[str]) -> State:
@@ -359,11 +416,6 @@ def short_digest(*parts: Tensor | str) -> str:
         else:
             digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _versions() -> dict[str, str]:

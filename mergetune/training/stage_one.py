@@ -17,6 +17,7 @@ from mergetune.solutions import Head, LinearMap, Prompt, Residual, Solution, Sta
 from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Near, Objective
+from mergetune.training.run_settings import solution_in_words
 from mergetune.training.runs import FitResult, short_digest
 
 
@@ -170,7 +171,7 @@ def tune_job(
         del record["lam"]
     return Job(
         clip, objective, start, features, training, record, cuda_graph=options.cuda_graph, val=val, resume=resume,
-        progress=progress,
+        progress=progress, in_words={} if base is None else {"base": solution_in_words(base)},
     )  # fmt: skip
 
 

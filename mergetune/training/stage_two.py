@@ -30,6 +30,7 @@ from mergetune.training.curvature import fisher_diagonal
 from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Anchors, Near, Objective, path_points
+from mergetune.training.run_settings import shown, solution_in_words
 from mergetune.training.runs import FitResult, short_digest
 
 
@@ -193,7 +194,17 @@ def fit_job(
     return Job(
         clip, Objective(space, paths, near, options.backend), solution.with_state(start), features, training,
         without_sgd(settings), cuda_graph=options.cuda_graph, val=val, resume=resume, progress=progress,
+        in_words={
+            "tuned": [solution_in_words(anchor) for anchor in anchors],
+            "zero_shot": _zero_shot_in_words(options.zero_shot),
+        },
     )  # fmt: skip
+
+
+def _zero_shot_in_words(zero_shot: Any) -> str:
+    if isinstance(zero_shot, Solution):
+        return solution_in_words(zero_shot)
+    return shown(check_templates(PLAIN if zero_shot is None else zero_shot))
 
 
 def _betas(options: FitOptions, count: int) -> list[float]:

@@ -177,5 +177,5 @@ def test_runs_in_lockstep_need_folders_of_their_own(clip, tmp_path):
     with pytest.raises(ValueError, match="resume must be a different folder for each run, got .*run twice"):
         train_together(jobs)
     tune(clip, cache(), resume=tmp_path / "run", **LOCKSTEP)
-    with pytest.raises(ValueError, match="holds another run: its seed is 1, this run's is 2"):
+    with pytest.raises(ValueError, match="holds another run: seed 1 there, 2 here"):
         train_together([tune_job(clip, cache(), **LOCKSTEP), jobs[1]])

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 
 import pytest
@@ -11,11 +13,11 @@ import torch
 from fit_cases import QUICK, STATE, assert_same_run, epochs_on_disk, fit_random, tune_kgcoop
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import cache, parameter, prompt, tiny_clip
+from tiny import NAMES, cache, parameter, prompt, tiny_clip
 
 from mergetune import FitResult, fit, tune
 from mergetune.io import write_atomically
-from mergetune.training.runs import short_digest
+from mergetune.training.runs import short_digest, training_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,28 +105,37 @@ def test_runs_that_are_killed_while_they_write_go_on(which, moment, number, tmp_
 def test_a_killed_run_leaves_nothing_behind_once_it_is_done(tmp_path):
     (tmp_path / f".{STATE}.999999.part").write_bytes(b"half")
     long_run("tune", tmp_path, epochs=2)
-    assert [file.name for file in tmp_path.iterdir()] == [STATE]
+    assert {file.name for file in tmp_path.iterdir()} == {STATE, ".run.lock"}
 
 
 CHANGES = {
-    "lam": {"lam": 9.0},
-    "beta": {"beta": 0.6},
-    "tau": {"tau": 0.4},
-    "points": {"points": 6},
-    "grid": {"grid": "official"},
-    "surrogate": {"surrogate": "cosine"},
-    "space": {"space": "parameter"},
-    "epochs": {"epochs": 4},
-    "batch_size": {"batch_size": 9},
-    "lr": {"lr": 1e-3},
-    "seed": {"seed": 2},
-    "precision": {"precision": "bfloat16"},
-    "momentum": {"momentum": 0.8},
-    "warmup_epochs": {"warmup_epochs": 0},
-    "zero_shot": {"zero_shot": "a sketch of a {}."},
-    "tuned": {"tuned": prompt(5)},
-    "features": {"features": cache(seed=3)},
-    "val": {"val": cache(9, seed=3)},
+    "lam 8 there, 9 here": {"lam": 9.0},
+    "beta 0.5 there, 0.6 here": {"beta": 0.6},
+    "tau 0.3 there, 0.4 here": {"tau": 0.4},
+    "points 5 there, 6 here": {"points": 6},
+    "grid even there, official here": {"grid": "official"},
+    "surrogate identity there, cosine here": {"surrogate": "cosine"},
+    "space embedding there, parameter here": {"space": "parameter"},
+    "epochs 3 there, 4 here": {"epochs": 4},
+    "batch_size 8 there, 9 here": {"batch_size": 9},
+    "lr 0.002 there, 0.001 here": {"lr": 1e-3},
+    "seed 1 there, 2 here": {"seed": 2},
+    "precision float32 there, bfloat16 here": {"precision": "bfloat16"},
+    "momentum 0.9 there, 0.8 here": {"momentum": 0.8},
+    "warmup_epochs 1 there, 0 here": {"warmup_epochs": 0},
+    "another zero-shot solution: 'a photo of a {}.' there, 'a sketch of a {}.' here": {
+        "zero_shot": "a sketch of a {}."
+    },
+    "another fine-tuned solution: prompt in both, but with other contents": {"tuned": prompt(5)},
+    "another fine-tuned solution: prompt there, prompt by coop, lam 3, seed 2 here": {
+        "tuned": prompt(5).with_state(prompt(5).state(), notes={"settings": {"method": "coop", "seed": 2, "lam": 3}})
+    },
+    "other training images: 30 of 3 classes in both, but with other contents": {"features": cache(seed=3)},
+    "other training images: 30 of 3 classes there, 33 of 3 classes here": {"features": cache(33)},
+    "other validation images: none there, 9 of 3 classes here": {"val": cache(9, seed=3)},
+    "other classes: 3 with dog there, 3 with wolf here": {"features": cache(classes=(*NAMES[:2], "wolf"))},
+    "another CLIP: tiny-0 there, tiny-1 here": {"clip": tiny_clip(1)},
+    "stage fit there, tune here": {"stage": "tune"},
 }
 
 
@@ -135,13 +146,49 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_run_with_other_settings_is_not_taken_up(clip, finished, name):
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_run_with_other_settings_is_not_taken_up_and_both_values_are_named(clip, finished, words):
     before = (finished / STATE).read_bytes()
-    kwargs = {"features": cache(), "tuned": prompt(), **QUICK, **CHANGES[name]}
-    with pytest.raises(ValueError, match=f"holds another run: its {name} is .*, this run's is "):
-        fit(clip, resume=finished, **kwargs)
+    kwargs = {"clip": clip, "features": cache(), "tuned": prompt(), **QUICK, **CHANGES[words]}
+    train = fit
+    if kwargs.pop("stage", "fit") == "tune":
+        del kwargs["tuned"]
+        train = tune
+    with pytest.raises(ValueError) as caught:
+        train(resume=finished, **kwargs)
+    message = str(caught.value)
+    assert f"resume: {finished} holds another run: {words}" in message, message
+    assert message.endswith("; give another folder, or delete its files to train anew")
     assert (finished / STATE).read_bytes() == before
+    assert not re.search("[0-9a-f]{8}", message), message
+
+
+def test_a_state_without_descriptions_is_refused_in_words_too(clip, finished, tmp_path):
+    """Version 0.1 recorded checksums alone."""
+    shutil.copytree(finished, tmp_path / "run")
+    with safe_open(tmp_path / "run" / STATE, "pt") as file:
+        tensors, record = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["run"])  # noqa: SIM118
+    del record["in_words"]
+    save_file(tensors, tmp_path / "run" / STATE, metadata={"run": json.dumps(record)})
+    with pytest.raises(ValueError, match="other training images: not recorded there, 33 of 3 classes here"):
+        fit(clip, cache(33), prompt(), resume=tmp_path / "run", **QUICK)
+    assert_same_run(
+        fit(clip, cache(), prompt(), resume=tmp_path / "run", **QUICK), fit(clip, cache(), prompt(), **QUICK)
+    )
+
+
+def test_two_processes_do_not_train_one_run(clip, tmp_path):
+    with training_in(tmp_path), pytest.raises(RuntimeError, match=f"another process trains in {tmp_path}: wait for it"):
+        fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)
+    assert fit(clip, cache(), prompt(), resume=tmp_path, **QUICK).history[-1]["epoch"] == QUICK["epochs"]
+
+
+def test_a_finished_run_keeps_the_seconds_of_its_training(clip, tmp_path):
+    first = fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)
+    first.save(tmp_path)
+    assert (
+        first.timings["steps"] == 9 and fit(clip, cache(), prompt(), resume=tmp_path, **QUICK).timings == first.timings
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,9 +197,10 @@ def test_a_run_with_other_settings_is_not_taken_up(clip, finished, name):
 def test_another_tune_is_not_taken_up(clip, tmp_path, change):
     kwargs = {"method": "kgcoop", **QUICK}
     tune(clip, cache(), resume=tmp_path, **kwargs)
-    with pytest.raises(ValueError, match=f"its {next(iter(change))} is "):
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"{name} .* there, .* here"):
         tune(clip, cache(), resume=tmp_path, **{**kwargs, **change})
-    with pytest.raises(ValueError, match="its stage is 'tune', this run's is 'fit'"):
+    with pytest.raises(ValueError, match="stage tune there, fit here"):
         fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)
 
 

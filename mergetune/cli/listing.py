@@ -1,0 +1,50 @@
+"""`mergetune runs` lists the runs in a folder of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from mergetune.cli.options import Json
+from mergetune.cli.shared import err, errors, new_table, out, print_json, tell
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a command's --out, or of several.")],
+    sort: Annotated[
+        str | None,
+        typer.Option("--sort", help="Column to sort by: a setting, a result (largest first), when or seconds."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs in a folder: how far they are, the settings that differ, results, time.
+
+    A run with the settings of an earlier one continues it; other settings with the same --out make a folder such as
+    OUT/run-2-lam-4. Accuracies are those of MERGETUNE on test images, in percent; val is the best accuracy on
+    validation images.
+    """
+    from mergetune.experiments import list_runs
+
+    with errors():
+        rows = list_runs(folder, sort=sort)
+    if as_json:
+        print_json([row.to_json() for row in rows])
+        return
+    if not rows:
+        tell(f"no runs in {folder}")
+        return
+    settings = list(dict.fromkeys(name for row in rows for name in row.settings))
+    results = list(dict.fromkeys(name for row in rows for name in row.results))
+    table = new_table("run", "state", *settings, *results, "seconds", "when")
+    for row in rows:
+        numbers = [f"{row.results[name]:.2f}" if name in row.results else "" for name in results]
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        cells = [row.state, *(row.settings.get(name, "") for name in settings), *numbers, seconds, row.when]
+        table.add_row(*map(escape, (row.name, *cells)))
+    out.print(table)
+    for row in rows:
+        if row.error:
+            err.print(f"[bold red]damaged:[/] {escape(row.error)}", soft_wrap=True, highlight=False)

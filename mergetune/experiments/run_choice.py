@@ -1,0 +1,111 @@
+"""The folder of an experiment's results: other settings with the same ``--out`` get a folder beside the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergetune.clip import FrozenClip
+from mergetune.data import Dataset
+from mergetune.experiments.engine import begun, kept
+from mergetune.experiments.records import model_of, other_settings
+from mergetune.facts import FitOptions, TuneOptions, recorded
+from mergetune.io import jsonable
+from mergetune.solutions import Solution
+from mergetune.training.run_folders import FILES, choose_folder, remove_files, walk_folders
+from mergetune.training.run_settings import Difference, solution_in_words
+from mergetune.training.runs import short_digest
+
+_CELL_FILES = ("cell.json", "run.json", "class-weights.safetensors", *FILES)
+
+
+def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, overwrite: bool = False) -> Path:
+    """Returns the folder for the records of cells or runs: ``out``, or a numbered folder in it.
+
+    All records are begun there before the folder is given to another process. More cells with equal settings go to the
+    folder of the first ones.
+
+    Args:
+        out: folder that the user gave; created if missing.
+        heads: record file below the folder -> what it holds before any work, see
+            :func:`mergetune.experiments.engine.begun`.
+        overwrite: replace these cells in ``out``: their records, solutions and class weights are deleted. Caches, other
+            cells, other runs and files that mergetune did not write stay.
+
+    Raises:
+        ValueError: a record in ``out`` is damaged, or ``out`` is a file.
+    """
+    out, heads = Path(out), {file: jsonable(head) for file, head in heads.items()}
+
+    def other(folder: Path) -> list[Difference] | None:
+        # Cells beside the wanted ones differ from them in the cell: settings alone tell whether they belong together.
+        wanted = {folder / file: head for file, head in heads.items()}
+        beside = {found: head for file, head in heads.items() for found in _alike(folder, file) if found not in wanted}
+        there = False
+        for file, head in (wanted | beside).items():
+            record, which = kept(file, model_of(head)), "run" if "run" in head else "cell"
+            if record is None:
+                continue
+            there = True
+            if apart := other_settings(record, head if file in wanted else head | {which: record[which]}):
+                return apart
+        return [] if there else None
+
+    def begin(folder: Path) -> None:
+        for file, head in heads.items():
+            begun(folder / file, head)
+
+    def replace(folder: Path) -> None:
+        for file in heads:
+            if (folder / file).exists():
+                for inner in walk_folders((folder / file).parent):
+                    remove_files(inner, _CELL_FILES)
+
+    return choose_folder(out, other, begin, replace=replace if overwrite else None)
+
+
+def _alike(folder: Path, file: Path) -> Sequence[Path]:
+    """The records that share a table with a wanted one: all below its first folder, or beside its only folder."""
+    first, *rest = file.parent.parts
+    levels = "/".join(["*"] * (len(rest) or 1))
+    return sorted((folder / first if rest else folder).glob(f"{levels}/{file.name}"))
+
+
+def dataset_call(
+    clip: FrozenClip,
+    data: Dataset,
+    tuned: Sequence[Solution],
+    *,
+    method: str,
+    tune_options: Mapping[str, Any] | None,
+    fit_options: Mapping[str, Any] | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The settings and descriptions of a call of :func:`fit_dataset`, as arguments of ``run_folder``.
+
+    Args:
+        clip, data, tuned, method, tune_options, fit_options: see :func:`fit_dataset`.
+        settings: its other settings that the result depends on.
+    """
+    options = recorded(FitOptions(**(fit_options or {})))
+    stage_1 = {} if tuned else recorded(TuneOptions(**{"method": method, **(tune_options or {})}))
+    names = [file for split in (data.train, data.test) for file in split.files]
+    labels = [label for split in (data.train, data.test) for label in split.labels]
+    asked = {
+        **{name: value for name, value in options.items() if name not in ("zero_shot", "seed")},
+        **{f"tune {name}": value for name, value in stage_1.items() if name not in ("method", "zero_shot", "seed")},
+        **settings,
+        "method": None if tuned else method,
+        "tuned": [short_digest(*solution.whole_identity) for solution in tuned] or None,
+        "clip": clip.name,
+        "fingerprint": clip.fingerprint,
+        "classnames": list(data.classnames),
+        "images": short_digest(repr((names, labels))),
+    }
+    in_words = {
+        "tuned": [solution_in_words(solution) for solution in tuned],
+        "fingerprint": clip.name,
+        "images": f"{len(names):,} of {len(data.classnames):,} classes",
+    }
+    return {"asked": asked, "in_words": in_words, "parts": ("tuned",)}

@@ -1,0 +1,241 @@
+"""A list of runs: what is in a folder of results, how far each run is, what differs, and what came of it."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mergetune.experiments.engine import kept
+from mergetune.experiments.records import HOME, CellRecord, RunRecordFile
+from mergetune.io import Document, JsonObject, Number, read_document
+from mergetune.training.run_folders import CALL, WAY_ON, read_call, recorded_settings
+from mergetune.training.run_settings import flat, is_digest, shown
+from mergetune.training.runs import RESULT, STATE, ResultFile, read_state
+
+CELL, RUN, REPORT = "cell.json", "run.json", "report.json"
+_RECORDS = (CELL, RUN, CALL, STATE, RESULT)
+_NOT_RUNS = ("cache", "images")  # folders of OUT that hold no runs
+_DEPTH = 8  # levels of folders that are searched
+_HIDDEN = ("start", "precision", "fingerprint")  # settings that follow from others
+
+
+class _ReportEntry(Document, frozen=True, extra="ignore"):
+    accuracy: Number
+
+
+class _ReportFile(Document, frozen=True, extra="ignore"):
+    """``report.json`` of fit on images: part of the test images -> solution -> accuracy, and more."""
+
+    reports: dict[str, dict[str, JsonObject]] = {}
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run in a list of runs.
+
+    Attributes:
+        name: folder below the one that was listed; "." is that folder itself.
+        number: number of the run in its OUT; None for cells of an experiment.
+        state: "finished", "epoch 12 of 50", "started" or "damaged".
+        settings: the settings that differ between the runs of the list.
+        results: accuracies and losses by column, in percent and nats.
+        when: local time of the last change.
+        seconds: seconds of training; None if they are not recorded.
+        error: what is wrong with a damaged run.
+    """
+
+    name: str
+    number: int | None
+    state: str
+    settings: dict[str, str] = field(default_factory=dict)
+    results: dict[str, float] = field(default_factory=dict)
+    when: str = ""
+    seconds: float | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+def list_runs(out: str | Path, *, sort: str | None = None) -> list[RunRow]:
+    """Returns the runs in a folder and below it.
+
+    Works on the ``out`` of tune, fit, fit_dataset, run_demo, compare and reproduce, on a folder that holds several of
+    them, and on folders of version 0.1. A run whose record is damaged is a row with its error.
+
+    Args:
+        out: the folder.
+        sort: column to sort by: a setting, a result, "name", "state", "when" or "seconds"; largest results first. None
+            sorts by folder and number.
+
+    Raises:
+        FileNotFoundError: ``out`` is no folder.
+        ValueError: no run has the column ``sort``.
+    """
+    out = Path(out)
+    if not out.is_dir():
+        raise FileNotFoundError(f"OUT must be a folder, and {out} does not exist or is a file")
+    found = [_row(folder, out) for folder in _run_folders(out, _DEPTH)]
+    rows = [replace(row, settings=settings) for (row, _), settings in zip(found, _differing(found), strict=True)]
+    rows.sort(key=lambda row: _natural(row.name))
+    return rows if sort is None else _sorted(rows, sort)
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Yields folders with the record of a run. Below one of them only its numbered runs are looked for."""
+    there = any((folder / name).exists() for name in _RECORDS)
+    if there:
+        yield folder
+    if not depth:
+        return
+    for inner in sorted(folder.iterdir()):
+        if inner.is_symlink() or not inner.is_dir() or inner.name.startswith(".") or inner.name in _NOT_RUNS:
+            continue
+        if not there or re.fullmatch(r"run-[0-9]+(-.*)?", inner.name):
+            yield from _run_folders(inner, depth - 1)
+
+
+def _row(folder: Path, out: Path) -> tuple[RunRow, dict[str, Any]]:
+    """The row of a run without its settings, and the settings of the run with descriptions in place of checksums."""
+    name = folder.relative_to(out).as_posix()
+    match = re.fullmatch(r"run-([0-9]+)(-.*)?", folder.name)
+    row = RunRow(name, number=int(match[1]) if match else None, state="", when=_when(folder))
+    try:
+        if (folder / CELL).exists() or (folder / RUN).exists():
+            return _cell_row(row, folder)
+        return _training_row(replace(row, number=row.number or 1), folder)
+    except (ValueError, OSError) as error:
+        return replace(row, state="damaged", error=str(error)), {}
+
+
+def _training_row(row: RunRow, folder: Path) -> tuple[RunRow, dict[str, Any]]:
+    """The row of tune, fit or fit_dataset."""
+    call, recorded = read_call(folder), recorded_settings(folder)
+    settings, words = (call.settings, call.in_words) if call is not None else recorded or ({}, {})
+    result = read_document(folder / RESULT, ResultFile, way_on=WAY_ON) if (folder / RESULT).exists() else None
+    parts = [folder, *(folder / part for part in (call.parts if call is not None else ()))]
+    state, results = "started", {}
+    for where in parts:
+        if not (where / STATE).exists() and not (where / RESULT).exists():
+            continue
+        own, _ = read_state(where / STATE) if (where / STATE).exists() else (None, None)
+        history = own.history if own is not None else result.history if result is not None else ()
+        epochs = (own.settings if own is not None else {}).get("epochs", len(history))
+        state = "finished" if len(history) >= epochs and where == folder else f"epoch {len(history)} of {epochs}"
+        state = state if where == folder else f"{where.name}: {state}"
+        if where == folder and history:
+            results = {"loss": history[-1]["loss"]} if "loss" in history[-1] else {}
+            scores = [entry["val_accuracy"] for entry in history if "val_accuracy" in entry]
+            results |= {"val": max(scores)} if scores else {}
+        break
+    if (folder / REPORT).exists():
+        report = read_document(folder / REPORT, _ReportFile, way_on="delete it and run the command again")
+        results = _accuracies({part: _report_rows(found, folder) for part, found in report.reports.items()}) | results
+    seconds = None if result is None else result.timings.get("seconds")
+    return replace(row, state=state, results=results, seconds=seconds), _in_words(settings, words)
+
+
+def _report_rows(found: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    rows = {}
+    for name, entry in found.items():
+        try:
+            rows[name] = _ReportEntry.model_validate(entry).accuracy
+        except ValueError:
+            raise ValueError(f"{folder / REPORT} is damaged: {name!r} must have a number accuracy") from None
+    return rows
+
+
+def _cell_row(row: RunRow, folder: Path) -> tuple[RunRow, dict[str, Any]]:
+    """The row of a cell of compare and demo, or of a run of a protocol."""
+    if (folder / CELL).exists():
+        record, which = kept(folder / CELL, CellRecord) or {}, "cell"
+    else:
+        record, which = kept(folder / RUN, RunRecordFile) or {}, "run"
+    found: dict[str, dict[str, float]] = {}
+    for name, parts in record.get("right", {}).items():
+        for part, right in parts.items():
+            images = sum(record["images"][HOME.get(part, part)])
+            found.setdefault(part, {})[name] = 100 * sum(right) / max(1, images)
+    for part, rows in record.get("results", {}).items():
+        found.setdefault(part, {name: entry["accuracy"] for name, entry in rows.items()})
+    state = "finished" if found else "validated" if "candidates" in record else "started"
+    settings = _in_words({**record["settings"], **record[which]}, record.get("in_words", {}))
+    return replace(row, state=state, results=_accuracies(found), seconds=record.get("seconds")), settings
+
+
+def _accuracies(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Accuracy of MERGETUNE on each part, or of the last solution, and the harmonic mean of base and novel classes."""
+    found = {}
+    for part, rows in parts.items():
+        if rows and part not in HOME:
+            name = next((name for name in rows if name.startswith("MERGETUNE")), list(rows)[-1])
+            found[part] = rows[name]
+    if found.keys() >= {"base", "novel"}:
+        total = found["base"] + found["novel"]
+        found["HM"] = 2 * found["base"] * found["novel"] / total if total else 0.0
+    return found
+
+
+def _in_words(settings: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings on one level; a checksum becomes a pair of it and its description."""
+    words = flat(words)
+    return {
+        name: (value, words.get(name)) if is_digest(value) else value
+        for name, value in flat(settings).items()
+        if name not in _HIDDEN
+    }
+
+
+def _differing(found: Sequence[tuple[RunRow, Mapping[str, Any]]]) -> list[dict[str, str]]:
+    """For each run the settings that differ between runs, in words; things with equal descriptions are numbered."""
+    columns: dict[str, dict[int, str]] = {}
+    for name in dict.fromkeys(name for _, settings in found for name in settings):
+        values = {i: settings[name] for i, (_, settings) in enumerate(found) if name in settings}
+        distinct = list({repr(value): value for value in values.values()})
+        if len(distinct) > 1:
+            columns[name] = {i: _text(value, distinct.index(repr(value)) + 1) for i, value in values.items()}
+    return [{name: column[i] for name, column in columns.items() if i in column} for i in range(len(found))]
+
+
+def _text(value: Any, number: int) -> str:
+    if not isinstance(value, tuple):
+        return shown(value)
+    _, words = value
+    return f"{shown(words)} ({number})" if isinstance(words, list) and words or words else f"({number})"
+
+
+def _sorted(rows: list[RunRow], column: str) -> list[RunRow]:
+    def value(row: RunRow) -> Any:
+        if column in row.results:
+            return -row.results[column]
+        if column in ("name", "state", "when", "seconds"):
+            return getattr(row, column)
+        return row.settings.get(column)
+
+    known = [row for row in rows if value(row) is not None]
+    if not known:
+        columns = dict.fromkeys(name for row in rows for name in (*row.settings, *row.results))
+        names = ", ".join(["name", "state", *columns, "when", "seconds"])
+        raise ValueError(f"--sort must be one of {names}, got {column!r}")
+
+    def key(row: RunRow) -> Any:
+        found = value(row)
+        return (0, found, "") if isinstance(found, float | int) else (1, 0, _natural(found))
+
+    return sorted(known, key=lambda row: (key(row)[:2], str(key(row)[2]))) + [row for row in rows if row not in known]
+
+
+def _natural(text: str) -> list[tuple[int, float, str]]:
+    """Sorts numbers in a text by their value: run-10 stands behind run-2."""
+    parts = re.findall(r"[0-9]+(?:\.[0-9]+)?|[^0-9]+", "" if text == "." else text)
+    return [(0, float(part), "") if part[0].isdigit() else (1, 0.0, part) for part in parts]
+
+
+def _when(folder: Path) -> str:
+    times = [(folder / name).stat().st_mtime for name in (*_RECORDS, REPORT) if (folder / name).is_file()]
+    return f"{datetime.datetime.fromtimestamp(max(times)):%Y-%m-%d %H:%M}" if times else ""

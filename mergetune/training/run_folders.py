@@ -1,0 +1,222 @@
+"""Folders of runs: other settings with the same ``--out`` get a folder beside the first run, equal settings their own.
+
+The first run lives in OUT itself; the next ones live in ``OUT/run-2-lam-4`` and so on, named by their number and by the
+settings that differ from those of the first run. ``call.json`` in such a folder records the settings of the call. A
+folder without that file, as version 0.1 and :func:`mergetune.fit` leave it, is known by the settings in its state or
+result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mergetune.io import Document, Items, JsonObject, jsonable, locked, read_document, torchrun_team, write_json
+from mergetune.training.run_settings import Difference, differences
+from mergetune.training.runs import LOCK, RESULT, STATE, ResultFile, read_state
+
+CALL = "call.json"
+_NUMBERED = re.compile(r"run-([0-9]{1,6})(?:-(.+))?")
+_IN_NAME = 3  # most differences in the name of a folder
+_FORMAT = "mergetune.call/1"
+WAY_ON = "delete it to start the run anew"
+SOLUTION = ("solution.json", "solution.safetensors")
+FILES = (STATE, RESULT, *SOLUTION, "report.json", "paths.png")
+"""The files of a run; replacing a run deletes these and no others."""
+
+
+class CallFile(Document, frozen=True, extra="ignore"):
+    """``call.json``: what a run was asked to do.
+
+    Attributes:
+        format: name and version of the format.
+        settings: everything that tells the run from others.
+        in_words: descriptions of the settings whose values are checksums.
+        parts: folders below the run's in which its earlier stages keep their files.
+        started: local time of the first call.
+    """
+
+    format: Literal["mergetune.call/1"]
+    settings: JsonObject
+    in_words: JsonObject = {}
+    parts: Items[str] = ()
+    started: str
+
+
+def run_folder(
+    out: str | Path,
+    asked: Mapping[str, Any],
+    *,
+    in_words: Mapping[str, Any] = {},
+    parts: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Returns the folder of the run with these settings: ``out``, or a numbered folder in it.
+
+    Processes that call at once are served one after the other, so different settings never share a folder; the training
+    itself lets one process work in a folder. Under torchrun rank 0 decides for all ranks.
+
+    Args:
+        out: folder that the user gave; created if missing.
+        asked: the settings of the call, JSON-able; equal settings are the same run.
+        in_words: descriptions of the settings whose values are checksums, for messages and lists.
+        parts: folders below the run's folder for its earlier stages, for example "tuned".
+        overwrite: replace the run in ``out`` by this one. ``FILES`` of that run and of its parts are deleted; caches,
+            other runs and files that mergetune did not write stay.
+
+    Raises:
+        ValueError: the record of the run in ``out`` is damaged, or ``out`` is a file.
+        RuntimeError: with ``overwrite``, another process trains in ``out``.
+    """
+    out = Path(out)
+    call = {"format": _FORMAT, "settings": jsonable(asked), "in_words": jsonable(in_words), "parts": list(parts)}
+
+    def other(folder: Path) -> list[Difference] | None:
+        return _differences(folder, asked, in_words)
+
+    def begin(folder: Path) -> None:
+        if not (folder / CALL).exists() and recorded_settings(folder) is None:
+            write_json(folder / CALL, call | {"started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"})
+
+    return choose_folder(out, other, begin, replace=_remove_run if overwrite else None)
+
+
+def choose_folder(
+    out: Path,
+    other: Callable[[Path], list[Difference] | None],
+    begin: Callable[[Path], None],
+    *,
+    replace: Callable[[Path], None] | None = None,
+) -> Path:
+    """Returns the first folder of a run that fits, or a new one, under a lock and on rank 0 for all ranks.
+
+    Args:
+        out: folder that the user gave.
+        other: how the run in a folder differs: an empty list if it is the wanted one, None if there is no run.
+        begin: records the wanted run in its folder, so that no other process takes the folder.
+        replace: removes the run in ``out``, which is then free; None keeps it.
+    """
+    with torchrun_team() as team:
+        return team.lead(lambda: _choose(out, other, begin, replace))
+
+
+def _choose(
+    out: Path,
+    other: Callable[[Path], list[Difference] | None],
+    begin: Callable[[Path], None],
+    replace: Callable[[Path], None] | None,
+) -> Path:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".runs.lock", busy="", wait=True):
+        if replace is not None:
+            replace(out)
+        first = other(out)
+        if not first:  # no run, or the wanted one
+            begin(out)
+            return out
+        numbers = [1]
+        for number, folder in numbered_runs(out):
+            numbers.append(number)
+            with contextlib.suppress(ValueError):  # a damaged record is that of no run that can be continued
+                if other(folder) == []:
+                    begin(folder)  # cells that are new
+                    return folder
+        name = f"run-{max(numbers) + 1}-{'_'.join(found.short for found in first[:_IN_NAME])}"
+        made = out / f".{name}.part"
+        for leftover in out.glob(".run-*.part"):  # of a process that was killed here
+            shutil.rmtree(leftover)
+        made.mkdir()
+        begin(made)
+        return made.rename(out / name)
+
+
+def numbered_runs(out: Path) -> list[tuple[int, Path]]:
+    """The numbered folders of runs in ``out`` with their numbers, in their order."""
+    found = [(match, folder) for folder in out.iterdir() if (match := _NUMBERED.fullmatch(folder.name))]
+    return sorted((int(match[1]), folder) for match, folder in found if folder.is_dir() and not folder.is_symlink())
+
+
+def run_title(folder: Path) -> str:
+    """Number and settings of a run, for people: "run 2 (lam 4) in out/run-2-lam-4"."""
+    match = _NUMBERED.fullmatch(folder.name)
+    if match is None:
+        return f"run 1 in {folder}"
+    changed = [re.sub("(?<![0-9]e)-", " ", part) for part in (match[2] or "").split("_") if part]
+    settings = f" ({', '.join(changed)})" if changed else ""
+    return f"run {int(match[1])}{settings} in {folder}"
+
+
+def read_call(folder: Path) -> CallFile | None:
+    """What a run was asked to do; None without ``call.json``."""
+    return read_document(folder / CALL, CallFile, way_on=WAY_ON) if (folder / CALL).exists() else None
+
+
+def recorded_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Settings of the run in a folder without ``call.json``, and their descriptions; None if there is no run."""
+    found: dict[str, Any] = {}
+    words: dict[str, Any] = {}
+    for part, prefix in (("tuned", "tune "), ("", "")):  # as fit on images leaves them
+        here = folder / part
+        if (here / STATE).exists():
+            record, _ = read_state(here / STATE)
+            settings, words = record.settings, record.in_words
+        elif (here / RESULT).exists():
+            settings = read_document(here / RESULT, ResultFile, way_on=WAY_ON).settings
+        else:
+            continue
+        found |= {prefix + name: value for name, value in settings.items()}
+    return (found, words) if found else None
+
+
+def _differences(folder: Path, asked: Mapping[str, Any], in_words: Mapping[str, Any]) -> list[Difference] | None:
+    call = read_call(folder)
+    if call is not None:
+        return differences(call.settings, asked, there_in_words=call.in_words, here_in_words=in_words)
+    found = recorded_settings(folder)
+    if found is None:
+        return None
+    settings, words = found
+    return differences(settings, asked, there_in_words=words, here_in_words=in_words, shared_only=True)
+
+
+def _remove_run(out: Path) -> None:
+    """Deletes the files of the run in ``out``, if there is one: first the record, so that the rest is no run."""
+    try:
+        call = read_call(out)
+        if call is None and recorded_settings(out) is None:
+            return
+    except ValueError:  # a run whose record is damaged can be replaced
+        call = None
+    parts = ("tuned",) if call is None and (out / "report.json").is_file() else call.parts if call else ()
+    busy = f"another process trains in {out}: wait for it before the run there is replaced"
+    with locked(out / LOCK, busy=busy):
+        (out / CALL).unlink(missing_ok=True)
+        for folder in (out, *(out / part for part in parts)):
+            remove_files(folder, FILES)
+
+
+def remove_files(folder: Path, names: Sequence[str]) -> None:
+    """Deletes files by their names; links and folders of these names, and folders behind links, stay."""
+    if folder.is_symlink():
+        return
+    for name in names:
+        if (folder / name).is_file() and not (folder / name).is_symlink():
+            (folder / name).unlink()
+
+
+def walk_folders(folder: Path, *, skip: Sequence[str] = ()) -> Iterator[Path]:
+    """Yields a folder and all folders below it, without hidden ones, those named in ``skip`` and those behind links."""
+    yield folder
+    with os.scandir(folder) as entries:
+        inner = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith("."))
+    for name in inner:
+        if name not in skip:
+            yield from walk_folders(folder / name, skip=skip)
