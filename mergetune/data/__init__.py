@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from mergetune.data.cache import FeatureCache
     from mergetune.data.cache_building import cache_features
     from mergetune.data.feature_files import read_features
-    from mergetune.data.image_files import image_extensions, load_image
     from mergetune.data.image_lists import Dataset, ImageList
     from mergetune.data.own_images import ImageFolder, coop_split, image_table
     from mergetune.data.templates import TEMPLATES, templates_for
+    from mergetune.io import image_extensions, load_image
 
 __all__ = [
     "DATASETS",
@@ -46,9 +46,9 @@ make_lazy(
         "mergetune.data.cache": "FeatureCache",
         "mergetune.data.cache_building": "cache_features",
         "mergetune.data.feature_files": "read_features",
-        "mergetune.data.image_files": "image_extensions load_image",
         "mergetune.data.image_lists": "Dataset ImageList",
         "mergetune.data.own_images": "ImageFolder coop_split image_table",
         "mergetune.data.templates": "TEMPLATES templates_for",
+        "mergetune.io": "image_extensions load_image",
     },
 )

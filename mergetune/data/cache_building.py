@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mergetune.clip import PRECISIONS
@@ -32,10 +31,10 @@ from mergetune.data.cache_files import (
     shard_name,
 )
 from mergetune.data.cache_identity import KEY, image_identity, is_complete, refuse_changed, refuse_stale, relabelled
-from mergetune.data.image_files import load_image
+from mergetune.data.decoding import decode_in_workers
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import compact_json, jsonable, release_locks, torchrun_team, write_atomically
+from mergetune.io import compact_json, jsonable, read_picture, torchrun_team, write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -210,13 +209,11 @@ def _build(
     if not numbers:
         return
     batches = {number: _batches(plan, number, batch_size) for number in numbers}
-    loader = DataLoader(
-        _Views(root, plan, clip.preprocess, clip.augment if plan.views > 1 else None, max_pixels),
-        batch_sampler=[batch for number in numbers for batch in batches[number]],
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=release_locks,
-        generator=torch.Generator(),  # the loader draws a seed; it must not change the caller's random stream
+    loaded = decode_in_workers(
+        _Views(root, plan, clip.preprocess, clip.augment if plan.views > 1 else None, clip.preprocess_cfg, max_pixels),
+        [batch for number in numbers for batch in batches[number]],
+        collate=_collate,
+        workers=workers,
     )
     bar = tqdm(
         total=sum(len(batch) for number in numbers for batch in batches[number]),
@@ -224,7 +221,6 @@ def _build(
         unit="image",
         disable=None if progress else True,
     )
-    loaded = iter(loader)
     with bar:
         for number in numbers:
             encoded, images, skipped = [], [], {}
@@ -293,10 +289,19 @@ def _finish(path: Path, plan: Plan) -> None:
 class _Views(torch.utils.data.Dataset):
     """Decoded images: item i is (pixels [V, 3, H, W], identity, None), or (None, identity, reason) if unreadable."""
 
-    def __init__(self, root: Path, plan: Plan, preprocess: Callable, augment: Callable | None, max_pixels: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        plan: Plan,
+        preprocess: Callable,
+        augment: Callable | None,
+        preprocess_cfg: Mapping[str, Any],
+        max_pixels: int,
+    ) -> None:
         self.root, self.files = root, plan.files
         self.views, self.seed = plan.views, plan.seed
-        self.preprocess, self.augment, self.max_pixels = preprocess, augment, max_pixels
+        self.preprocess, self.augment = preprocess, augment
+        self.preprocess_cfg, self.max_pixels = preprocess_cfg, max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -305,7 +310,7 @@ class _Views(torch.utils.data.Dataset):
         path = self.root / self.files[i]
         identity = image_identity(path)
         try:
-            image = load_image(path, max_pixels=self.max_pixels)
+            image = read_picture(path, preprocess_cfg=self.preprocess_cfg, max_pixels=self.max_pixels)
         except ValueError as error:
             return None, identity, str(error)
         views = [self.preprocess(image)]
