@@ -15,6 +15,7 @@ from mergetune.cli.measuring import evaluate, path
 from mergetune.cli.merging import compare, merge
 from mergetune.cli.options import SeveralValues
 from mergetune.cli.paper import reproduce
+from mergetune.cli.predicting import predict
 from mergetune.cli.training import fit, tune
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.command()(doctor)
 app.command()(cache)
 app.command()(tune)
 app.command()(fit)
+app.command()(predict)
 app.command("eval")(evaluate)
 app.command()(path)
 app.command()(export)

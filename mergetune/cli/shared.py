@@ -26,6 +26,8 @@ def errors() -> Iterator[None]:
     """Prints an error as one line and exits: code 2 for a wrong argument or input, code 1 for other failures."""
     try:
         yield
+    except BrokenPipeError:  # the reader of the output, such as `head`, has enough: typer ends the command in silence
+        raise
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise _exit("error", error, 2) from None
     except (RuntimeError, FloatingPointError, OSError) as error:
@@ -94,6 +96,54 @@ def read_solution(path: str, features: Any = None, position: str = "end") -> Any
     from mergetune.solutions import open_solution
 
     return open_solution(path, classnames=None if features is None else features.classnames, position=position)
+
+
+def read_names(file: Path) -> list[str]:
+    """Returns the class names in a text file with one name per line."""
+    from mergetune.io import read_regular_text
+
+    try:
+        names = [line.strip() for line in read_regular_text(file).split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classnames must be a text file in UTF-8, got {file}: {error}") from error
+    if not names:
+        raise ValueError(f"--classnames must be a text file with one class name per line, got {file} without a name")
+    return names
+
+
+def clip_for(
+    backbone: str | None,
+    pretrained: str | None,
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    allow_torchscript: bool = False,
+    caches: Sequence[Any] = (),
+    solutions: Mapping[str, Any] | Sequence[Any] = (),
+) -> Any:
+    """Returns the backbone that --backbone names, or else the one that a solution records.
+
+    Args:
+        backbone, pretrained: values of --backbone and --pretrained.
+        device, precision, allow_torchscript: see :func:`mergetune.load_clip`.
+        caches: feature caches that the command uses.
+        solutions: solutions that the command uses, or {path: solution}.
+
+    Raises:
+        ValueError: no backbone is named or recorded.
+    """
+    import mergetune as mt
+
+    if backbone is None:
+        given = solutions.values() if isinstance(solutions, Mapping) else solutions
+        recorded = next((solution.backbone for solution in given if solution.backbone), None)
+        if recorded is None:
+            raise ValueError("--backbone is needed: the solution does not record its backbone")
+        complete = recorded.startswith(("hf-hub:", "local-dir:"))
+        backbone, _, weights = (recorded, "", "") if complete else recorded.partition("/")
+        pretrained = pretrained or weights or None
+    options: dict[str, Any] = {"device": device, "precision": precision, "allow_torchscript": allow_torchscript}
+    return mt.load_clip(backbone, pretrained, **options)
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------

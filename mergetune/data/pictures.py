@@ -87,6 +87,16 @@ def _no_input(given: Any) -> TypeError:
     )
 
 
+def is_one_picture(given: Any) -> bool:
+    """Whether an input of :func:`find_pictures` is a single picture, and not a folder, a list or several."""
+    if isinstance(given, Tensor):
+        return given.ndim == 3
+    if isinstance(given, str | os.PathLike):
+        path = os.fsdecode(given)
+        return not (os.path.isdir(path) or path.lower().endswith(LISTS))
+    return isinstance(given, Image.Image | np.ndarray)
+
+
 def _pixels(pixels: Tensor) -> Iterator[FoundPicture]:
     """The pictures of a tensor of preprocessed pixels."""
     if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3 or not pixels.dtype.is_floating_point:
