@@ -25,7 +25,7 @@ from mergetune.cli.options import (
     Pretrained,
     Workers,
 )
-from mergetune.cli.shared import clip_for, errors, read_names, tell
+from mergetune.cli.shared import clip_for, errors, read_names
 from mergetune.facts.function_options import MAX_PIXELS
 
 Write = Callable[[Any], None]
@@ -116,7 +116,7 @@ def predict(
         summary += f", {unreadable:,} unreadable" if unreadable else ""
         summary += f"; {predictor.describe()}; {time.monotonic() - started:.1f} s"
         if csv_file is not None:
-            tell(f"{csv_file}: {summary}")
+            _say(f"{csv_file}: {summary}")
         elif not as_json:
             print(summary, file=sys.stderr)
     if unreadable:
@@ -190,5 +190,11 @@ def _print_row(found: Any) -> None:
     else:
         classes = ", ".join(f"{name} {p:.3f}" for name, p in zip(found.labels, found.probabilities, strict=True))
         row = f"{found.file}: {'none; ' if found.label != found.labels[0] else ''}{classes}"
-    # Names may hold line breaks, control characters of terminals, and bytes that are not UTF-8.
-    sys.stdout.write((row if row.isprintable() else repr(row)[1:-1]) + "\n")
+    _say(row)
+
+
+def _say(line: str) -> None:
+    """Prints one line. File names may hold line breaks, codes that steer terminals, and bytes that are not UTF-8."""
+    line = line if line.isprintable() else repr(line)[1:-1]
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -82,8 +82,8 @@ def _no_input(given: Any) -> TypeError:
     elif isinstance(given, bytes | bytearray):
         way_on = ": give PIL.Image.open(io.BytesIO(data))"
     return TypeError(
-        "an input must be a path, a PIL image, a numpy array, a tensor of pixels, an ImageList, or a list of these, got "
-        f"{type(given).__name__}{way_on}"
+        "an input must be a path, a PIL image, a numpy array, a tensor of pixels, an ImageList, or a list of these, "
+        f"got {type(given).__name__}{way_on}"
     )
 
 

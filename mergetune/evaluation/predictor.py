@@ -101,8 +101,8 @@ class Predictor:
         temperature: number that the logits are divided by, see :func:`mergetune.evaluation.temperature_of`.
 
     Raises:
-        ValueError: the solution was made for another CLIP, knows no classes, or cannot make the named ones; an option is
-            out of range.
+        ValueError: the solution was made for another CLIP, knows no classes, or cannot make the named ones; an option
+            is out of range.
 
     Example:
         >>> import mergetune as mt, numpy as np
@@ -189,9 +189,9 @@ class Predictor:
         Args:
             pictures: inputs of these kinds, in any mixture:
 
-                - the path of a file; of a folder, with all images in it and below, sorted by path; or of a list: ``.txt``
-                  with one path per line, ``.csv`` with a column ``path``, ``.json`` with paths or objects with ``path``.
-                  Paths in a list are relative to the folder of the list;
+                - the path of a file; of a folder, with all images in it and below, sorted by path; or of a list:
+                  ``.txt`` with one path per line, ``.csv`` with a column ``path``, ``.json`` with paths or with objects
+                  that have ``path``. Paths in a list are relative to the folder of the list;
                 - a PIL image, or an array of uint8, [H, W, 3] or [H, W] (grey);
                 - a tensor of preprocessed pixels, [3, H, W] or [B, 3, H, W], as ``clip.preprocess`` gives them;
                 - an :class:`mergetune.ImageList`, or a list of inputs. An iterator is read piece by piece, so it may be

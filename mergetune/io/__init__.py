@@ -1,4 +1,4 @@
-"""Files and processes: atomic files, JSON documents, locks, safe reading of images and tensors, and torchrun's ranks."""
+"""Files and processes: atomic files, JSON, locks, safe reading of images and tensors, and ranks under torchrun."""
 
 from typing import TYPE_CHECKING
 

@@ -93,9 +93,7 @@ def check_picture(picture: Any) -> None:
         return
     if not isinstance(picture, np.ndarray):
         way_on = ": use PIL.Image.open(io.BytesIO(data))" if isinstance(picture, bytes | bytearray | memoryview) else ""
-        raise TypeError(
-            f"a picture must be a path, a PIL image or a numpy array, got {type(picture).__name__}{way_on}"
-        )
+        raise TypeError(f"a picture must be a path, a PIL image or a numpy array, got {type(picture).__name__}{way_on}")
     shape = picture.shape
     if picture.dtype == np.uint8 and (picture.ndim == 2 or picture.ndim == 3 and shape[2] == 3):
         return
