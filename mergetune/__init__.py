@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         templates_for,
     )
     from mergetune.evaluation import (
+        Prediction,
+        Predictor,
         accuracy,
         base_to_novel,
         classifier,
@@ -73,6 +75,8 @@ __all__ = [
     "ImageFolder",
     "ImageList",
     "LinearMap",
+    "Prediction",
+    "Predictor",
     "Prompt",
     "Residual",
     "Stack",
@@ -127,7 +131,8 @@ make_lazy(
         ),
         "mergetune.evaluation": (
             "accuracy base_to_novel classifier evaluate harmonic_mean logit_ensemble summarise weight_average "
-            "connectivity connectivity_report=report path plane plot plot_plane plot_spectrum spectrum"
+            "connectivity connectivity_report=report path plane plot plot_plane plot_spectrum spectrum Prediction "
+            "Predictor"
         ),
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
         "mergetune.solutions": (

@@ -17,6 +17,7 @@ from mergetune.cli.merging import compare, merge
 from mergetune.cli.models import models
 from mergetune.cli.options import SeveralValues
 from mergetune.cli.paper import reproduce
+from mergetune.cli.predicting import predict
 from mergetune.cli.training import fit, tune
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app.command()(models)
 app.command()(cache)
 app.command()(tune)
 app.command()(fit)
+app.command()(predict)
 app.command()(runs)
 app.command("eval", cls=SeveralValues)(evaluate)
 app.command()(path)

@@ -26,6 +26,8 @@ def errors() -> Iterator[None]:
     """Prints an error as one line and exits: code 2 for a wrong argument or input, code 1 for other failures."""
     try:
         yield
+    except BrokenPipeError:  # the reader of the output, such as `head`, has enough: typer ends the command in silence
+        raise
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise _exit("error", error, 2) from None
     except (RuntimeError, FloatingPointError, OSError) as error:
@@ -123,6 +125,19 @@ def read_solution(path: str, features: Any = None, position: str = "end") -> Any
 
     _refuse_no_solution(Path(path))
     return open_solution(path, classnames=None if features is None else features.classnames, position=position)
+
+
+def read_names(file: Path) -> list[str]:
+    """Returns the class names in a text file with one name per line."""
+    from mergetune.io import read_regular_text
+
+    try:
+        names = [line.strip() for line in read_regular_text(file).split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classnames must be a text file in UTF-8, got {file}: {error}") from error
+    if not names:
+        raise ValueError(f"--classnames must be a text file with one class name per line, got {file} without a name")
+    return names
 
 
 def clip_for(

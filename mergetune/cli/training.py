@@ -78,7 +78,6 @@ def tune(
     If the command is interrupted, run it again: it continues from the last finished epoch. With other settings and the
     same --out it works in a new folder, such as OUT/run-2-lam-4; `mergetune runs OUT` lists the runs.
     """
-    import mergetune as mt
     from mergetune.training import tune_job
 
     with errors():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from PIL.Image import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
@@ -28,7 +31,8 @@ from mergetune.clip.text_tower import (
     working_dtype,
 )
 from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill
-from mergetune.io import jsonable
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
+from mergetune.io import Picture, jsonable, read_picture
 
 EMBEDDED = 16  # number of class-embedding results that are cached
 COOP_CROP_SCALE = (0.08, 1.0)  # area share of CoOp's random resized crops
@@ -148,8 +152,52 @@ class FrozenClip:
         return Compose([RandomHorizontalFlip(), crop])
 
     @torch.no_grad()
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Unit-norm image features: pixels [B, 3, H, W] -> [B, D] float32."""
+    def encode_image(
+        self,
+        images: Tensor | Picture | Sequence[Tensor | Picture],
+        *,
+        batch_size: int = 64,
+        max_pixels: int = MAX_PIXELS,
+        background: str = BACKGROUND,
+    ) -> Tensor:
+        """Unit-norm image features, [B, D] float32.
+
+        Args:
+            images: preprocessed pixels, [B, 3, H, W]; or a picture; or a list of B pictures. A picture is the path of a
+                file, a PIL image or an array of uint8, [H, W, 3] or [H, W] (grey); in a list also the preprocessed
+                pixels of one picture, [3, H, W]. Pictures are preprocessed with :attr:`preprocess`.
+            batch_size: pictures of a list per call of the image tower. A tensor is encoded in one call.
+            max_pixels: largest width times height of a picture.
+            background: colour under transparent pixels.
+
+        Raises:
+            TypeError: an image of another type.
+            ValueError: a file that cannot be read, a picture that is too large, or an array of another shape or dtype.
+
+        Example:
+            >>> import mergetune as mt, numpy as np
+            >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+            >>> grey = np.full((32, 40), 128, np.uint8)
+            >>> clip.encode_image([grey, grey]).shape  # [B, D]
+            torch.Size([2, 128])
+        """
+        if isinstance(images, Tensor):
+            return self._encode_pixels(images)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        pictures = [images] if isinstance(images, str | os.PathLike | Image | np.ndarray) else list(images)
+
+        def pixels(picture: Tensor | Picture) -> Tensor:
+            if isinstance(picture, Tensor):
+                return picture
+            reading = {"preprocess_cfg": self.preprocess_cfg, "max_pixels": max_pixels, "background": background}
+            return self.preprocess(read_picture(picture, **reading))
+
+        batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
+        found = [self._encode_pixels(torch.stack([*map(pixels, batch)])) for batch in batches]
+        return torch.cat(found) if found else torch.empty(0, self.embed_dim, device=self.device)
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
         # The weight with the most dimensions is the convolution that takes the pixels. Other parameters may have
         # another dtype: in open_clip's mixed precision, those before the convolution are float32.
         weight = max(self._model.visual.parameters(), key=Tensor.dim)

@@ -12,7 +12,6 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mergetune.clip import PRECISIONS
@@ -32,11 +31,10 @@ from mergetune.data.cache_files import (
     shard_name,
 )
 from mergetune.data.cache_identity import KEY, image_identity, is_complete, refuse_changed, refuse_stale, relabelled
-from mergetune.data.image_files import load_image
+from mergetune.data.decoding import decode_in_workers
 from mergetune.data.image_lists import ImageList
-from mergetune.data.picture_colours import decoding
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
-from mergetune.io import compact_json, jsonable, release_locks, torchrun_team, write_atomically
+from mergetune.io import compact_json, decoding_rules, jsonable, read_picture, torchrun_team, write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -129,7 +127,7 @@ def cache_features(
         "clip": clip.name,
         "fingerprint": clip.image_fingerprint,
         "preprocess": jsonable(clip.preprocess_cfg),
-        "decoding": decoding(background),
+        "decoding": decoding_rules(background),
         "dtype": dtype,
         "views": views,
         "seed": seed if views > 1 else None,
@@ -218,13 +216,11 @@ def _build(
     if not numbers:
         return
     batches = {number: _batches(plan, number, batch_size) for number in numbers}
-    loader = DataLoader(
+    loaded = decode_in_workers(
         _Views(root, plan, clip, max_pixels=max_pixels, background=background),
-        batch_sampler=[batch for number in numbers for batch in batches[number]],
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=release_locks,
-        generator=torch.Generator(),  # the loader draws a seed; it must not change the caller's random stream
+        [batch for number in numbers for batch in batches[number]],
+        collate=_collate,
+        workers=workers,
     )
     bar = tqdm(
         total=sum(len(batch) for number in numbers for batch in batches[number]),
@@ -232,7 +228,6 @@ def _build(
         unit="image",
         disable=None if progress else True,
     )
-    loaded = iter(loader)
     with bar:
         for number in numbers:
             encoded, images, skipped = [], [], {}
@@ -305,7 +300,9 @@ class _Views(torch.utils.data.Dataset):
         self.root, self.files = root, plan.files
         self.views, self.seed = plan.views, plan.seed
         self.preprocess, self.augment = clip.preprocess, clip.augment if plan.views > 1 else None
-        self.max_pixels, self.background = max_pixels, background
+        self.reading = {
+            "preprocess_cfg": clip.preprocess_cfg, "max_pixels": max_pixels, "background": background,
+        }  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.files)
@@ -314,7 +311,7 @@ class _Views(torch.utils.data.Dataset):
         path = self.root / self.files[i]
         identity = image_identity(path)
         try:
-            image = load_image(path, max_pixels=self.max_pixels, background=self.background)
+            image = read_picture(path, **self.reading)
         except ValueError as error:
             return None, identity, str(error)
         views = [self.preprocess(image)]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from mergetune.data.picture_colours import FIRST_DECODING
-from mergetune.io import Count, Document, Items, JsonObject, Sha256, Size, fault
+from mergetune.io import FIRST_DECODING, Count, Document, Items, JsonObject, Sha256, Size, fault
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,7 +72,7 @@ class Plan(Document, frozen=True, extra="allow"):
         clip: name of the model.
         fingerprint: fingerprint of its image tower.
         preprocess: its preprocessing.
-        decoding: how pictures become RGB, in words, see :func:`mergetune.data.picture_colours.decoding`.
+        decoding: how pictures become RGB, in words, see :func:`mergetune.io.decoding_rules`.
         dtype: type of the stored features.
         views: V, views of each image.
         seed: seed of the augmented views; None without such views.

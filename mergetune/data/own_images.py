@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import operator
-import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergetune.data.folder_layouts import split_folders, unwrapped
-from mergetune.data.image_files import brief, image_names, prettify, require_files, subfolders
+from mergetune.data.image_files import brief, folder_identity, images_below, prettify, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
 from mergetune.data.stratified_split import stratify
 from mergetune.io import MAX_LIST, read_json, read_regular_text
@@ -225,37 +224,16 @@ def _class_names(keys: Sequence[str], given: Mapping[str, str]) -> tuple[str, ..
 
 def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
     """{class folder in parent: sorted paths of its images relative to root}."""
-    above = {_identity(root), _identity(parent)}
+    above = {folder_identity(root), folder_identity(parent)}
     classes = {}
     for name in subfolders(parent):
-        files = _images_below(parent / name, above)
+        files = images_below(parent / name, above)
         if not files:
             raise ValueError(f"class folder {parent / name} must hold at least one image, got none")
         classes[name] = sorted(path.relative_to(root).as_posix() for path in files)
     if not classes:
         raise ValueError(f"{parent} must hold one folder per class, got no folders")
     return classes
-
-
-def _images_below(folder: Path, above: set[tuple[int, int]]) -> list[Path]:
-    """Images in a folder and its subfolders. No folder is entered twice, so links cannot form loops."""
-    seen = above | {_identity(folder)}
-    found = []
-    for here, folders, _ in os.walk(folder, followlinks=True):
-        fresh = []
-        for name in sorted(folders):
-            identity = _identity(Path(here, name))
-            if not name.startswith(".") and identity not in seen:
-                seen.add(identity)
-                fresh.append(name)
-        folders[:] = fresh
-        found += [Path(here, name) for name in image_names(here)]
-    return found
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    stat = folder.stat()
-    return stat.st_dev, stat.st_ino
 
 
 def _table_rows(path: Path) -> list[dict[str, Any]]:

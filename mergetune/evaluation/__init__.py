@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mergetune.evaluation.html_report import report
     from mergetune.evaluation.paths import Path, connectivity, cross_entropy, path
     from mergetune.evaluation.planes import plane
+    from mergetune.evaluation.predictor import Prediction, Predictor, classes_of
     from mergetune.evaluation.scores import (
         BaseNovel,
         Classifier,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         summarise,
     )
     from mergetune.evaluation.spectra import spectrum
+    from mergetune.evaluation.temperatures import temperature_of
 
 __all__ = [
     "BaseNovel",
@@ -32,10 +34,13 @@ __all__ = [
     "Hits",
     "ImageMap",
     "Path",
+    "Prediction",
+    "Predictor",
     "Report",
     "Row",
     "accuracy",
     "base_to_novel",
+    "classes_of",
     "classifier",
     "connectivity",
     "count_hits",
@@ -52,6 +57,7 @@ __all__ = [
     "score",
     "spectrum",
     "summarise",
+    "temperature_of",
     "weight_average",
 ]
 
@@ -63,10 +69,12 @@ make_lazy(
         "mergetune.evaluation.html_report": "report",
         "mergetune.evaluation.paths": "Path connectivity cross_entropy path",
         "mergetune.evaluation.planes": "plane",
+        "mergetune.evaluation.predictor": "Prediction Predictor classes_of",
         "mergetune.evaluation.scores": (
             "BaseNovel Classifier Hits ImageMap Report Row accuracy base_to_novel count_hits harmonic_mean score "
             "summarise"
         ),
         "mergetune.evaluation.spectra": "spectrum",
+        "mergetune.evaluation.temperatures": "temperature_of",
     },
 )

@@ -41,6 +41,7 @@ POSITIONS = ("end", "middle", "front")  # places of the class name in a prompt
 PATH_GRIDS = ("even", "official", "random")
 SURROGATES = ("identity", "fisher", "cosine", "l2")
 SPACES = ("embedding", "parameter")
+ACTIVATIONS = ("softmax", "sigmoid")  # how a predictor turns logits into probabilities
 MAX_PIXELS = 1 << 26  # 8192 x 8192, more than today's cameras take; decoding needs about 8 bytes per pixel
 BACKGROUND = "white"  # under transparent pixels
 BETA = 0.5  # default of fit

@@ -1,4 +1,4 @@
-"""Files and processes: atomic files, JSON documents, locks, safe reading of tensor files, and ranks under torchrun."""
+"""Files and processes: atomic files, JSON, locks, safe reading of images and tensors, and ranks under torchrun."""
 
 from typing import TYPE_CHECKING
 
@@ -42,15 +42,29 @@ if TYPE_CHECKING:
         write_atomically,
         writing_atomically,
     )
+    from mergetune.io.images import (
+        IMAGE_FORMATS,
+        Picture,
+        check_picture,
+        image_extensions,
+        load_image,
+        read_picture,
+    )
     from mergetune.io.locks import locked, release_locks
     from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
+    from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
     from mergetune.io.ranks import torchrun_team
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
     from mergetune.io.unpickling import Inert, Unpickler
     from mergetune.io.versions import installed_version
 
 __all__ = [
+    "FIRST_DECODING",
+    "as_rgb",
+    "background_colour",
+    "decoding_rules",
     "FLOAT_DTYPES",
+    "IMAGE_FORMATS",
     "MAX_IMAGE",
     "MAX_LIST",
     "MAX_SETTINGS",
@@ -65,18 +79,22 @@ __all__ = [
     "Items",
     "JsonObject",
     "Number",
+    "Picture",
     "Sha256",
     "Size",
     "Unpickler",
     "check_document",
+    "check_picture",
     "compact_json",
     "convert_module",
     "damaged",
     "dtype_name",
     "fault",
+    "image_extensions",
     "installed_version",
     "is_torchscript",
     "jsonable",
+    "load_image",
     "load_tensors",
     "load_tensors_only",
     "load_torch",
@@ -87,6 +105,7 @@ __all__ = [
     "read_document",
     "read_json",
     "read_npz",
+    "read_picture",
     "read_regular",
     "read_regular_text",
     "read_safetensors",
@@ -115,7 +134,9 @@ make_lazy(
             "read_regular_text remove_parts require_file require_regular sha256_regular write_atomically "
             "writing_atomically"
         ),
+        "mergetune.io.images": "IMAGE_FORMATS Picture check_picture image_extensions load_image read_picture",
         "mergetune.io.locks": "locked release_locks",
+        "mergetune.io.picture_colours": "FIRST_DECODING as_rgb background_colour decoding_rules",
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
         "mergetune.io.ranks": "torchrun_team",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",

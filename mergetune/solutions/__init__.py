@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         KINDS,
         check_compatible,
         interpolate,
+        known_classes,
         load_solution,
         open_solution,
         zero_shot_like,
@@ -45,6 +46,7 @@ __all__ = [
     "image_features",
     "inputs",
     "interpolate",
+    "known_classes",
     "load_solution",
     "measure",
     "open_solution",
@@ -71,7 +73,9 @@ make_lazy(
         "mergetune.solutions.coop_files": "to_coop",
         "mergetune.solutions.exports": "push_to_hub to_head to_hub zero_shot_classifier",
         "mergetune.solutions.head": "Head",
-        "mergetune.solutions.kinds": ("KINDS check_compatible interpolate load_solution open_solution zero_shot_like"),
+        "mergetune.solutions.kinds": (
+            "KINDS check_compatible interpolate known_classes load_solution open_solution zero_shot_like"
+        ),
         "mergetune.solutions.linear_map": "LinearMap",
         "mergetune.solutions.prompt": "Prompt",
         "mergetune.solutions.residual": "Residual open_taskres",

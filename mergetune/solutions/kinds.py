@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_templates
 from mergetune.io import damaged
@@ -105,6 +105,43 @@ def open_solution(
             return Head.from_checkpoint(path, classnames=classnames)
         except ValueError as no_head:
             raise ValueError(f"{path} must hold a prompt or a head: {no_prompt}; {no_head}") from no_head
+
+
+def known_classes(solution: Solution) -> tuple[str, ...] | None:
+    """The class names that a solution knows: those of its tensors, else those that it was trained on; None if unknown.
+
+    :func:`mergetune.tune` and :func:`mergetune.fit` record the training classes in the notes. A merged solution knows
+    the classes that all its experts were trained on.
+
+    Example:
+        >>> import mergetune as mt
+        >>> from mergetune.solutions import known_classes
+        >>> clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+        >>> x = clip.class_embeddings(["cat", "dog"], "an icon of a {}")  # in place of image features
+        >>> features = mt.FeatureCache.from_tensors(x, [0, 1], ["cat", "dog"])
+        >>> prompt = mt.tune(clip, features, epochs=1).solution
+        >>> prompt.classnames, known_classes(prompt)
+        (None, ('cat', 'dog'))
+    """
+    if solution.classnames is not None:
+        return solution.classnames
+    if noted := _noted_classes(solution.notes):
+        return noted
+    parts = solution.parts if isinstance(solution, Stack) else ()
+    return next((names for part in reversed(parts) if (names := known_classes(part))), None)
+
+
+def _noted_classes(notes: Any) -> tuple[str, ...] | None:
+    """The training classes in the notes of a solution; None if the notes hold none."""
+    if not isinstance(notes, dict):
+        return None
+    settings = notes.get("settings")
+    names = settings.get("classnames") if isinstance(settings, dict) else None
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) and name.strip() for name in names):
+        return tuple(names)
+    experts = notes.get("experts")
+    found = {_noted_classes(expert) for expert in experts} if isinstance(experts, list) else set()
+    return found.pop() if len(found) == 1 else None
 
 
 def interpolate(a: Solution, b: S, t: float) -> S:

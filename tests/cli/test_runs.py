@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -93,9 +92,10 @@ def test_the_folder_of_a_run_of_version_0_1_is_run_1(work, model, tmp_path, monk
     before = content(tmp_path / "tune")
     found = run(*arguments, "--out", "tune")
     assert found["settings"] == old and found["out"] == "tune"
-    assert before.items() <= content(tmp_path / "tune").items() or before["state.safetensors"] == content(
-        tmp_path / "tune"
-    )["state.safetensors"]
+    assert (
+        before.items() <= content(tmp_path / "tune").items()
+        or before["state.safetensors"] == content(tmp_path / "tune")["state.safetensors"]
+    )
     other = run(*arguments[:-2], "--out", "tune", "--weight-decay", 0.1)
     assert other["out"].startswith("tune/run-2-") and "weight-decay-0.1" in other["out"]
 
@@ -187,7 +187,10 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     assert [row["name"] for row in rows] == [".", "run-2-lam-4"]
     assert [row["settings"]["lam"] for row in rows] == ["8", "4"] and {"all"} <= rows[0]["results"].keys()
     run(*arguments, "--tau", 0.5, "--overwrite")
-    assert [row["settings"] for row in run("runs", tmp_path)] == [{"lam": "8", "tau": "0.5"}, {"lam": "4", "tau": "0.3"}]
+    assert [row["settings"] for row in run("runs", tmp_path)] == [
+        {"lam": "8", "tau": "0.5"},
+        {"lam": "4", "tau": "0.3"},
+    ]
 
 
 def test_compare_puts_other_settings_beside_and_more_cells_to_their_own(work, model, tmp_path):

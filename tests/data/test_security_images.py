@@ -38,9 +38,8 @@ from mergetune import (
 )
 from mergetune.cli import app
 from mergetune.data import CoOpDataset, Dataset, ImageList, load_image
-from mergetune.data.image_files import IMAGE_FORMATS, image_extensions
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import read_json, read_torchscript
+from mergetune.io import IMAGE_FORMATS, image_extensions, read_json, read_torchscript
 from mergetune.io.pickled_modules import read_module
 from mergetune.merging import TensorFile
 

@@ -50,7 +50,7 @@ def as_rgb(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
     return flat
 
 
-def decoding(background: str) -> str:
+def decoding_rules(background: str) -> str:
     """Returns the rules of this file in words. They are recorded with cached features and compared: rules that change
     must change these words.
     """

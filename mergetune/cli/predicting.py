@@ -1,0 +1,203 @@
+"""`mergetune predict` classifies pictures with a saved solution."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergetune.cli.options import (
+    AllowTorchscript,
+    BackboneIfNeeded,
+    Device,
+    Json,
+    MaxPixels,
+    Position,
+    Pretrained,
+    Workers,
+)
+from mergetune.cli.shared import clip_for, errors, read_names
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
+
+Write = Callable[[Any], None]
+"""Function that writes one prediction."""
+
+
+def predict(
+    solution: Annotated[
+        str,
+        typer.Argument(
+            help="Saved solution, for example the --out of `mergetune fit`; CoOp checkpoint or head; or a zero-shot "
+            "template such as 'a photo of a {}.'."
+        ),
+    ],
+    pictures: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures, folders of pictures (with all subfolders), and lists: .txt with one path per line, .csv "
+            "with a column path, .json with paths. Paths in a list are relative to the folder of the list."
+        ),
+    ],
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            "--classnames",
+            help="Text file with one class name per line. Default: the classes that the solution knows or was trained "
+            "on. A head has no other classes.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to show per picture.")] = 5,
+    csv_file: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Write a table to this file instead. It appears when all rows are written."),
+    ] = None,
+    as_json: Json = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help='Probability below which the label is "none". Default: no picture gets "none".'),
+    ] = None,
+    activation: Annotated[
+        str,
+        typer.Option(help="softmax: one class per picture; sigmoid: any number of classes, for SigLIP models only."),
+    ] = "softmax",
+    backbone: BackboneIfNeeded = None,
+    pretrained: Pretrained = None,
+    allow_torchscript: AllowTorchscript = False,
+    device: Device = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per call of the image tower.")] = 64,
+    workers: Workers = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
+    background: Annotated[
+        str, typer.Option(help="Colour under transparent pixels: a name such as black, or #rrggbb.")
+    ] = (BACKGROUND),
+    position: Position = "end",
+) -> None:
+    """Classify pictures: one row per picture, in the order of the input, with the most probable classes.
+
+    mergetune predict out/photos new-photos/ --csv predictions.csv
+
+    A picture that cannot be read gets a row with the error. Exit code: 0 if all pictures were read, 1 if some could not
+    be read (all rows are written), 2 for a wrong argument.
+    """
+    import mergetune as mt
+    from mergetune.data import find_pictures
+    from mergetune.evaluation import classes_of
+    from mergetune.solutions import open_solution
+
+    with errors():
+        if csv_file is not None and as_json:
+            raise ValueError(f"--csv and --json exclude each other, got --csv {csv_file} and --json: leave one out")
+        names = None if classes is None else read_names(classes)
+        template = "{}" in solution
+        opened: Any = solution if template else open_solution(solution, classnames=names, position=position)
+        names = classes_of(opened, names)  # what is wrong with names or pictures is said before the model is loaded
+        found = list(find_pictures(pictures))
+        clip = clip_for(
+            backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
+            solutions={} if template else {solution: opened},
+        )  # fmt: skip
+        predictor = mt.Predictor(
+            clip, opened, names, top=top, threshold=threshold, activation=activation, batch_size=batch_size,
+            workers=workers, max_pixels=max_pixels, background=background,
+        )  # fmt: skip
+        started, unreadable = time.monotonic(), 0
+        rows_on_screen = csv_file is None and sys.stdout.isatty()  # a bar would be drawn into them
+        with _writer(csv_file, as_json, solution, predictor) as write:
+            for prediction in predictor.stream(found, progress=not rows_on_screen):
+                write(prediction)
+                unreadable += prediction.error is not None
+        summary = f"{len(found):,} {'picture' if len(found) == 1 else 'pictures'}"
+        summary += f", {unreadable:,} unreadable" if unreadable else ""
+        summary += f"; {predictor.describe()}; {time.monotonic() - started:.1f} s"
+        if csv_file is not None:
+            _say(f"{csv_file}: {summary}")
+        elif not as_json:
+            print(summary, file=sys.stderr)
+    if unreadable:
+        raise typer.Exit(1)
+
+
+def _writer(csv_file: Path | None, as_json: bool, solution: str, predictor: Any) -> AbstractContextManager[Write]:
+    """Context manager with the function that writes one prediction."""
+    if csv_file is not None:
+        return _csv_rows(csv_file, min(predictor.top, len(predictor.classnames)))
+    return _json_rows(solution, predictor) if as_json else contextlib.nullcontext(_print_row)
+
+
+@contextmanager
+def _csv_rows(file: Path, top: int) -> Iterator[Write]:
+    """Writes a table: file, label, error, then the ``top`` classes and their probabilities, best first.
+
+    The file is written row by row under another name and renamed at the end, so it never holds a part of the rows.
+    """
+    from mergetune.io import writing_atomically
+
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"--csv must be a file in an existing folder, got {file}: create {file.parent} first")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"--csv must be a file that can be replaced, got {file}, which is no regular file")
+    with writing_atomically(file) as stream:
+        # A name that is not UTF-8 must not make the whole table unreadable: its bytes are written as \udcXX.
+        text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="")
+        table = csv.writer(text, lineterminator="\n")
+        ranks = [column for i in range(1, top + 1) for column in (f"class_{i}", f"probability_{i}")]
+        table.writerow(["file", "label", "error", *ranks])
+
+        def write(found: Any) -> None:
+            pairs = zip(found.labels, found.probabilities, strict=True)
+            values = [value for name, p in pairs for value in (name, f"{p:.6g}")]
+            values += [""] * (len(ranks) - len(values))
+            table.writerow([found.file, found.label or "", found.error or "", *values])
+
+        yield write
+        text.flush()
+        text.detach()
+
+
+@contextmanager
+def _json_rows(solution: str, predictor: Any) -> Iterator[Write]:
+    """Prints one JSON object; its list of predictions is printed one per line, as they come."""
+    head = {
+        "solution": solution,
+        "backbone": predictor.clip.name,
+        "activation": predictor.activation,
+        "logit_scale": predictor.logit_scale,
+        "temperature": predictor.temperature,
+        "threshold": predictor.threshold,
+        "classnames": list(predictor.classnames),
+    }
+    sys.stdout.write(json.dumps(head, indent=1).removesuffix("\n}") + ',\n "predictions": [')
+    count = unreadable = 0
+
+    def write(found: Any) -> None:
+        nonlocal count, unreadable
+        sys.stdout.write(f"{',' if count else ''}\n  {json.dumps(found.to_json())}")
+        count, unreadable = count + 1, unreadable + (found.error is not None)
+
+    yield write
+    sys.stdout.write(f'\n ],\n "pictures": {count},\n "unreadable": {unreadable}\n}}\n')
+
+
+def _print_row(found: Any) -> None:
+    if found.error is not None:
+        row = f"{found.file}: error: {found.error}"
+    else:
+        classes = ", ".join(f"{name} {p:.3f}" for name, p in zip(found.labels, found.probabilities, strict=True))
+        row = f"{found.file}: {'none; ' if found.label != found.labels[0] else ''}{classes}"
+    _say(row)
+
+
+def _say(line: str) -> None:
+    """Prints one line. File names may hold line breaks, codes that steer terminals, and bytes that are not UTF-8."""
+    line = line if line.isprintable() else repr(line)[1:-1]
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
