@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         classifier,
         connectivity,
         evaluate,
+        fit_temperature,
         harmonic_mean,
         logit_ensemble,
         path,
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
         plot,
         plot_plane,
         plot_spectrum,
+        predict_features,
         spectrum,
         summarise,
+        temperature_of,
         weight_average,
+        with_temperature,
     )
     from mergetune.evaluation import report as connectivity_report
     from mergetune.experiments import FolderResult, fit_dataset, merge_solutions
@@ -89,6 +93,7 @@ __all__ = [
     "fisher_diagonal",
     "fit",
     "fit_dataset",
+    "fit_temperature",
     "harmonic_mean",
     "image_table",
     "interpolate",
@@ -104,16 +109,19 @@ __all__ = [
     "plot",
     "plot_plane",
     "plot_spectrum",
+    "predict_features",
     "push_to_hub",
     "read_features",
     "spectrum",
     "summarise",
+    "temperature_of",
     "templates_for",
     "to_coop",
     "to_head",
     "to_hub",
     "tune",
     "weight_average",
+    "with_temperature",
     "zero_shot_classifier",
 ]
 
@@ -127,7 +135,8 @@ make_lazy(
         ),
         "mergetune.evaluation": (
             "accuracy base_to_novel classifier evaluate harmonic_mean logit_ensemble summarise weight_average "
-            "connectivity connectivity_report=report path plane plot plot_plane plot_spectrum spectrum"
+            "connectivity connectivity_report=report path plane plot plot_plane plot_spectrum spectrum "
+            "predict_features fit_temperature temperature_of with_temperature"
         ),
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
         "mergetune.solutions": (

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mergetune.evaluation.html_report import report
     from mergetune.evaluation.paths import Path, connectivity, cross_entropy, path
     from mergetune.evaluation.planes import plane
+    from mergetune.evaluation.predictions import Predictions, Reliability, predict_features
     from mergetune.evaluation.scores import (
         BaseNovel,
         Classifier,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         summarise,
     )
     from mergetune.evaluation.spectra import spectrum
+    from mergetune.evaluation.temperatures import fit_temperature, temperature_of, with_temperature
 
 __all__ = [
     "BaseNovel",
@@ -32,6 +34,8 @@ __all__ = [
     "Hits",
     "ImageMap",
     "Path",
+    "Predictions",
+    "Reliability",
     "Report",
     "Row",
     "accuracy",
@@ -41,6 +45,7 @@ __all__ = [
     "count_hits",
     "cross_entropy",
     "evaluate",
+    "fit_temperature",
     "harmonic_mean",
     "logit_ensemble",
     "path",
@@ -48,11 +53,14 @@ __all__ = [
     "plot",
     "plot_plane",
     "plot_spectrum",
+    "predict_features",
     "report",
     "score",
     "spectrum",
     "summarise",
+    "temperature_of",
     "weight_average",
+    "with_temperature",
 ]
 
 make_lazy(
@@ -63,10 +71,12 @@ make_lazy(
         "mergetune.evaluation.html_report": "report",
         "mergetune.evaluation.paths": "Path connectivity cross_entropy path",
         "mergetune.evaluation.planes": "plane",
+        "mergetune.evaluation.predictions": "Predictions Reliability predict_features",
         "mergetune.evaluation.scores": (
             "BaseNovel Classifier Hits ImageMap Report Row accuracy base_to_novel count_hits harmonic_mean score "
             "summarise"
         ),
         "mergetune.evaluation.spectra": "spectrum",
+        "mergetune.evaluation.temperatures": "fit_temperature temperature_of with_temperature",
     },
 )
