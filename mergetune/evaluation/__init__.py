@@ -5,6 +5,17 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
+    from mergetune.evaluation.answer_figures import plot_confusion, plot_wrong_answers
+    from mergetune.evaluation.answers import (
+        ClassScores,
+        Confusion,
+        Mistake,
+        WrongAnswer,
+        confusion,
+        most_confident,
+        save_wrong_answers,
+        wrong_answers,
+    )
     from mergetune.evaluation.classifiers import classifier, evaluate, logit_ensemble, weight_average
     from mergetune.evaluation.figures import plot, plot_plane, plot_spectrum
     from mergetune.evaluation.html_report import report
@@ -30,17 +41,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaseNovel",
+    "ClassScores",
     "Classifier",
+    "Confusion",
     "Hits",
     "ImageMap",
+    "Mistake",
     "Path",
     "Predictions",
     "Reliability",
     "Report",
     "Row",
+    "WrongAnswer",
     "accuracy",
     "base_to_novel",
     "classifier",
+    "confusion",
     "connectivity",
     "count_hits",
     "cross_entropy",
@@ -48,24 +64,33 @@ __all__ = [
     "fit_temperature",
     "harmonic_mean",
     "logit_ensemble",
+    "most_confident",
     "path",
     "plane",
     "plot",
+    "plot_confusion",
     "plot_plane",
     "plot_spectrum",
+    "plot_wrong_answers",
     "predict_features",
     "report",
+    "save_wrong_answers",
     "score",
     "spectrum",
     "summarise",
     "temperature_of",
     "weight_average",
     "with_temperature",
+    "wrong_answers",
 ]
 
 make_lazy(
     __name__,
     {
+        "mergetune.evaluation.answer_figures": "plot_confusion plot_wrong_answers",
+        "mergetune.evaluation.answers": (
+            "ClassScores Confusion Mistake WrongAnswer confusion most_confident save_wrong_answers wrong_answers"
+        ),
         "mergetune.evaluation.classifiers": "classifier evaluate logit_ensemble weight_average",
         "mergetune.evaluation.figures": "plot plot_plane plot_spectrum",
         "mergetune.evaluation.html_report": "report",
