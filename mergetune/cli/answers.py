@@ -14,6 +14,12 @@ from mergetune.cli.shared import new_table, open_cache, open_images, out, print_
 PICTURES = 30  # on a contact sheet
 SHOWN = 5  # mistakes in the terminal
 FIGURES = (".png", ".pdf", ".svg")
+_WRITTEN = {
+    "--confusion": "Confusion matrix",
+    "--per-class": "Scores per class",
+    "--wrong": "Wrong answers",
+    "--contact-sheet": "Contact sheet",
+}
 
 ConfusionFile = Annotated[
     Path | None,
@@ -123,14 +129,14 @@ class AnswerFiles:
             confusions: name of each solution -> its confusion matrix; empty unless ``scores``.
 
         Returns:
-            A line for each file: the option and the file.
+            A line for the user about each file.
         """
         from mergetune import evaluation
 
         written = []
         for name, predictions in found.items():
             files = {option: self._of(file, name, list(found)) for option, (file, _) in self._asked.items()}
-            title = f"{name}: {predictions.report.accuracy:.1f} % of {len(predictions):,} images"
+            title = f"{name}: {predictions.report.accuracy:.1f} % of {len(predictions):,} images are answered correctly"
             for option, file in files.items():
                 if option == "--confusion" and file.suffix.lower() == ".csv":
                     confusions[name].save(file)
@@ -144,9 +150,9 @@ class AnswerFiles:
                     assert self.images is not None
                     self._draw(worst, self.images, file, f"{name}: the most confident wrong answers")
                 else:
-                    written.append(f"{option}: no file, because {name} answers every image correctly")
+                    written.append(f"{_WRITTEN[option]}: no file, because {name} answers every image correctly")
                     continue
-                written.append(f"{option}: {file}")
+                written.append(f"{_WRITTEN[option]}: {file}")
         return written
 
     def _draw(self, worst: Sequence[Any], images: Path, file: Path, title: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -19,6 +20,8 @@ import numpy as np
 from mergetune.evaluation.predictions import Predictions
 from mergetune.evaluation.scores import distinct_names
 from mergetune.io import writing_atomically
+
+ROWS = 4096  # images whose values are taken from tensors at once
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Confusion:
     @property
     def macro_f1(self) -> float:
         """Mean F1 of the classes that have images, in percent."""
-        return float(np.mean([score.f1 for score in self.scores if score.images]))
+        return statistics.fmean(score.f1 for score in self.scores if score.images and score.f1 is not None)
 
     @functools.cached_property
     def mistakes(self) -> tuple[Mistake, ...]:
@@ -131,7 +134,8 @@ def confusion(predictions: Predictions) -> Confusion:
     every, names = range(len(predictions.classnames)), distinct_names(predictions.classnames)
     pairs = predictions.labels.numpy(), predictions.predicted.numpy()
     counts = np.asarray(confusion_matrix(*pairs, labels=every), dtype=np.int64)
-    shares = precision_recall_fscore_support(*pairs, labels=every, zero_division=np.nan)[:3]
+    undefined: Any = np.nan  # scikit-learn's signature has no types
+    shares = precision_recall_fscore_support(*pairs, labels=every, zero_division=undefined)[:3]
     rows = zip(names, counts.sum(1).tolist(), *(np.asarray(values).tolist() for values in shares), strict=True)
     scores = (ClassScores(name, images, *map(_percent, values)) for name, images, *values in rows)
     return Confusion(counts, names, tuple(scores))
@@ -171,17 +175,20 @@ def wrong_answers(predictions: Predictions) -> Iterator[WrongAnswer]:
         [('b.jpg', 'dog', 0.95)]
     """
     names = distinct_names(predictions.classnames)
-    for row in predictions.wrong().tolist():
-        (first, *more), (p, *others) = (x[row].tolist() for x in (predictions.classes, predictions.probabilities))
-        yield WrongAnswer(
-            file=predictions.files[row] if predictions.files else str(row),
-            true=names[int(predictions.labels[row])],
-            predicted=names[first],
-            probability=p,
-            second=names[more[0]] if more else "",
-            second_probability=others[0] if more else 0.0,
-            true_probability=float(predictions.true_probabilities[row]),
-        )
+    columns = predictions.labels, predictions.classes, predictions.probabilities, predictions.true_probabilities
+    for rows in predictions.wrong().split(ROWS):
+        for row, label, (first, *more), (p, *others), true in zip(
+            rows.tolist(), *(column[rows].tolist() for column in columns), strict=True
+        ):
+            yield WrongAnswer(
+                file=predictions.files[row] if predictions.files else str(row),
+                true=names[label],
+                predicted=names[first],
+                probability=p,
+                second=names[more[0]] if more else "",
+                second_probability=others[0] if more else 0.0,
+                true_probability=true,
+            )
 
 
 def save_wrong_answers(predictions: Predictions, file: str | Path) -> None:

@@ -154,10 +154,11 @@ def predict_features(
     for x, labels, _ in features.batches(batch_size):
         logits = logits_of(classify, weights, x)
         best = _best(logits, min(k, len(features.classnames)))
-        log_p = (logits.double() / temperature).log_softmax(1)
+        logits = logits.double() / temperature
+        whole = logits.logsumexp(1, keepdim=True)
         classes.append(best.cpu())
-        probabilities.append(log_p.gather(1, best).exp().float().cpu())
-        true.append(log_p.gather(1, labels.to(log_p.device)[:, None]).squeeze(1).cpu())
+        probabilities.append((logits.gather(1, best) - whole).exp().float().cpu())
+        true.append((logits.gather(1, labels.to(logits.device)[:, None]) - whole).squeeze(1).cpu())
     log_true = torch.cat(true)
     return Predictions(
         labels=features.labels,

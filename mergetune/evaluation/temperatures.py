@@ -80,7 +80,7 @@ def fit_temperature(classify: Classifier, features: Batches, *, batch_size: int 
         >>> round(fit_temperature(certain, features), 2)
         9.1
     """
-    from scipy.optimize import brentq
+    from scipy.optimize import root_scalar
 
     weights = classify(features.classnames)
 
@@ -102,7 +102,7 @@ def fit_temperature(classify: Classifier, features: Batches, *, batch_size: int 
             f"features must determine a temperature between {BOUNDS[0]:g} and {BOUNDS[1]:g}, got {len(features):,} "
             f"images from which none follows ({why}): use more validation images"
         )
-    return math.exp(brentq(slope, low, high, xtol=1e-9))
+    return math.exp(root_scalar(slope, bracket=(low, high), method="brentq", xtol=1e-9).root)
 
 
 def _checked(name: str, value: object) -> float:

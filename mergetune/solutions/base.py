@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
 FORMAT, VERSION = "mergetune-solution", 1
 WAY_ON = "save the solution again, or take another copy of the folder"
-TEMPERATURE = "temperature"  # the note with the number that the logits of this very state are divided by
+#: Name of the note with the number that the logits of this state are divided by before probabilities are computed.
+TEMPERATURE = "temperature"
 
 
 class Description(Document, frozen=True):
