@@ -27,18 +27,26 @@ if TYPE_CHECKING:
         accuracy,
         base_to_novel,
         classifier,
+        confusion,
         connectivity,
         evaluate,
+        fit_temperature,
         harmonic_mean,
         logit_ensemble,
         path,
         plane,
         plot,
+        plot_confusion,
         plot_plane,
         plot_spectrum,
+        plot_wrong_answers,
+        predict_features,
         spectrum,
         summarise,
+        temperature_of,
         weight_average,
+        with_temperature,
+        wrong_answers,
     )
     from mergetune.evaluation import report as connectivity_report
     from mergetune.experiments import FolderResult, fit_dataset, merge_solutions
@@ -86,6 +94,7 @@ __all__ = [
     "cache_features",
     "check_dataset",
     "classifier",
+    "confusion",
     "connectivity",
     "connectivity_report",
     "coop_split",
@@ -93,6 +102,7 @@ __all__ = [
     "fisher_diagonal",
     "fit",
     "fit_dataset",
+    "fit_temperature",
     "harmonic_mean",
     "image_table",
     "interpolate",
@@ -106,18 +116,24 @@ __all__ = [
     "path",
     "plane",
     "plot",
+    "plot_confusion",
     "plot_plane",
     "plot_spectrum",
+    "plot_wrong_answers",
+    "predict_features",
     "push_to_hub",
     "read_features",
     "spectrum",
     "summarise",
+    "temperature_of",
     "templates_for",
     "to_coop",
     "to_head",
     "to_hub",
     "tune",
     "weight_average",
+    "with_temperature",
+    "wrong_answers",
     "zero_shot_classifier",
 ]
 
@@ -132,7 +148,8 @@ make_lazy(
         "mergetune.evaluation": (
             "accuracy base_to_novel classifier evaluate harmonic_mean logit_ensemble summarise weight_average "
             "connectivity connectivity_report=report path plane plot plot_plane plot_spectrum spectrum Prediction "
-            "Predictor"
+            "Predictor predict_features confusion wrong_answers plot_confusion plot_wrong_answers fit_temperature "
+            "temperature_of with_temperature"
         ),
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
         "mergetune.solutions": (

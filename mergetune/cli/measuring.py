@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mergetune.cli.answers import (
+    AnswerFiles,
+    ConfusionFile,
+    FitTemperature,
+    PerClassFile,
+    Pictures,
+    SheetFile,
+    Validation,
+    WrongFile,
+    check_temperature,
+    fit_temperatures,
+    open_validation,
+    print_answers,
+    print_mistakes,
+    print_temperatures,
+    save_temperatures,
+)
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
@@ -14,6 +33,7 @@ from mergetune.cli.options import (
     Classes,
     Device,
     Json,
+    MaxPixels,
     Position,
     Pretrained,
     Space,
@@ -32,7 +52,9 @@ from mergetune.cli.shared import (
     read_solution,
     tell,
 )
+from mergetune.facts.function_options import MAX_PIXELS
 
+ZERO_SHOT = "zero-shot"
 _SOLUTION = typer.Option("--solution", help="Folder of a saved solution, for example the --out of `mergetune fit`.")
 
 
@@ -50,37 +72,91 @@ def evaluate(
     ] = False,
     template: Templates = ["a photo of a {}."],
     position: Position = "end",
+    confusion: ConfusionFile = None,
+    per_class: PerClassFile = None,
+    wrong: WrongFile = None,
+    contact_sheet: SheetFile = None,
+    images: Pictures = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+    temperature: FitTemperature = False,
+    val: Validation = None,
     as_json: Json = False,
 ) -> None:
-    """Show the accuracy of zero-shot CLIP and of saved solutions on cached test features."""
+    """Show the accuracy of zero-shot CLIP and of saved solutions on cached test features.
+
+    ECE is the expected calibration error: the mean distance between probability and accuracy, in percent. Files of
+    single answers are written for each --solution, or for zero-shot CLIP if none is given.
+    """
     import mergetune as mt
 
     with errors():
+        wanted = AnswerFiles(confusion, per_class, wrong, contact_sheet, images, max_pixels)
+        wanted.check(solution or [ZERO_SHOT], base_novel=base_novel)
+        check_temperature(temperature, val, base_novel=base_novel)
         test = open_cache(features, "base" if base_novel else classes, split="test")
-        found = {name: read_solution(name, test, position) for name in solution}
+        opened = {name: read_solution(name, test, position) for name in solution}
         clip = clip_for(
-            backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[test], solutions=found
+            backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[test], solutions=opened
         )
-        entries = {"zero-shot": mt.classifier(clip, template)}
-        entries |= {name: mt.classifier(clip, opened) for name, opened in found.items()}
-        novel = open_cache(features, "novel", split="test") if base_novel else None
-        report: dict[str, Any] = {}
-        for name, classify in entries.items():
-            if novel is not None:
-                report[name] = mt.base_to_novel(classify, test, novel).to_json()
+        entries = {ZERO_SHOT: mt.classifier(clip, template)}
+        entries |= {name: mt.classifier(clip, found) for name, found in opened.items()}
+        # Class weights are computed once per list of classes.
+        entries = {name: replace(found, weights=functools.cache(found.weights)) for name, found in entries.items()}
+        at = {name: mt.temperature_of(opened.get(name, template)) for name in entries}
+        if base_novel:
+            halves = _base_novel(entries, at, test, open_cache(features, "novel", split="test"))
+            if as_json:
+                print_json(halves)
             else:
-                report[name] = mt.accuracy(classify, test).to_json()
+                _print_halves(halves)
+            return
+        found = {name: mt.predict_features(entries[name], test, temperature=at[name]) for name in entries}
+        fitted = {}
+        if val is not None:
+            validation = open_validation(val, classes, test, opened)
+            asked = {name: entries[name] for name in solution or [ZERO_SHOT]}
+            fitted = fit_temperatures(asked, found, validation, test)
+            found |= {name: fit.after for name, fit in fitted.items() if fit.saved}
+        chosen = {name: found[name] for name in solution or [ZERO_SHOT]}
+        confused = {name: mt.confusion(one) for name, one in chosen.items()} if wanted.scores else {}
+        written = wanted.write(chosen, confused)
+        if fitted:
+            save_temperatures(opened, fitted)
     if as_json:
+        report = {name: one.report.to_json() | one.calibration() for name, one in found.items()}
+        for name, one in confused.items():
+            report[name] |= one.to_json()
+        for name, fit in fitted.items():
+            report[name]["fitted_temperature"] = fit.to_json()
         print_json(report)
         return
+    print_answers(found)
+    for name, one in confused.items():
+        print_mistakes(name, one)
+    if fitted:
+        print_temperatures(fitted, val)
+    for line in written:
+        tell(line)
+
+
+def _base_novel(entries: dict[str, Any], temperatures: dict[str, float], base: Any, novel: Any) -> dict[str, Any]:
+    """Returns accuracies of each classifier on both halves; ECE and NLL where the classes are those of one half."""
+    import mergetune as mt
+
+    report = {}
+    for name, classify in entries.items():
+        report[name] = mt.base_to_novel(classify, base, novel).to_json()
+        for half, images in (("base", base), ("novel", novel)):
+            found = mt.predict_features(classify, images, temperature=temperatures[name])
+            report[name][half] |= found.calibration()
+    return report
+
+
+def _print_halves(report: dict[str, Any]) -> None:
     rows = []
     for name, found in report.items():
-        if base_novel:
-            values = {column: found[part] for column, part in HALVES.items()}
-            cells = {c: f"{v['accuracy'] if isinstance(v, dict) else v:.2f}" for c, v in values.items()}
-        else:
-            values = {"accuracy": found["accuracy"], "mean of classes": found["mean_per_class"]}
-            cells = {c: f"{v:.2f}" for c, v in values.items()} | {"images": str(found["images"])}
+        values = {column: found[part] for column, part in HALVES.items()}
+        cells = {c: f"{v['accuracy'] if isinstance(v, dict) else v:.2f}" for c, v in values.items()}
         rows.append((name, cells, None))
     print_table("", rows)
 

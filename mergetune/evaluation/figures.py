@@ -34,16 +34,16 @@ def plot(panels: Mapping[str, Mapping[str, Path]], file: File) -> None:
         panels: name of the images -> name of the path -> path, as :func:`connectivity` returns.
         file: path ending in .png, .pdf or .svg, or an open file, which gets a PNG.
     """
-    figure = _figure(4.6 * len(panels), 6.0)
+    figure = new_figure(4.6 * len(panels), 6.0)
     axes = figure.subplots(2, len(panels), squeeze=False, sharex=True)
     styles = [{"color": colour} for colour in COLOURS]
     styles[2]["linestyle"] = "--"
     for column, (title, paths) in enumerate(panels.items()):
         for style, (name, walked) in zip(chain(styles, repeat({})), paths.items(), strict=False):
-            axes[0, column].plot(walked.alphas, walked.loss, label=_shown(name), **style)
+            axes[0, column].plot(walked.alphas, walked.loss, label=shown(name), **style)
             axes[1, column].plot(walked.alphas, walked.accuracy, **style)
         barrier = max(walked.barrier for walked in paths.values())
-        axes[0, column].set(title=f"{_shown(title)}\nhighest barrier {barrier:.3f}", ylabel="cross-entropy")
+        axes[0, column].set(title=f"{shown(title)}\nhighest barrier {barrier:.3f}", ylabel="cross-entropy")
         axes[1, column].set(xlabel="position on the path", ylabel="accuracy (%)")
     names = axes[0, 0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=1 if len(panels) == 1 else len(styles), frameon=False)
@@ -59,12 +59,12 @@ def plot_plane(panels: Mapping[str, Plane], file: File) -> None:
         panels: name of the images -> plane, as :func:`plane` returns.
         file: path ending in .png, .pdf or .svg, or an open file, which gets a PNG.
     """
-    figure = _figure(4.8 * len(panels), 8.4)
+    figure = new_figure(4.8 * len(panels), 8.4)
     axes = figure.subplots(2, len(panels), squeeze=False)
     for column, (title, found) in enumerate(panels.items()):
         _contours(figure, axes[0, column], found, -np.array(found.loss), "cross-entropy", sign=-1)
         _contours(figure, axes[1, column], found, np.array(found.accuracy), "accuracy (%)", sign=1)
-        axes[0, column].set_title(_shown(title))
+        axes[0, column].set_title(shown(title))
     figure.savefig(file, dpi=DPI)
 
 
@@ -75,17 +75,17 @@ def plot_spectrum(panels: Mapping[str, Spectrum], file: File) -> None:
         panels: name of the images -> spectrum, as :func:`spectrum` returns.
         file: path ending in .png, .pdf or .svg, or an open file, which gets a PNG.
     """
-    figure = _figure(4.6 * len(panels), 6.0)
+    figure = new_figure(4.6 * len(panels), 6.0)
     axes = figure.subplots(2, len(panels), squeeze=False, sharex="col")
     for column, (title, found) in enumerate(panels.items()):
         above, below = axes[:, column]
         for k, (values, marker) in enumerate(zip(zip(*found.highest, strict=True), cycle(MARKERS), strict=False)):
             above.plot(found.positions, values, color=COLOURS[0], marker=marker, alpha=1 / (1 + 0.5 * k))
         above.plot(found.positions, found.lowest, color=COLOURS[2], linestyle="--", marker="v")
-        above.set(title=_shown(title), ylabel=f"{len(found.highest[0])} largest and smallest eigenvalue")
+        above.set(title=shown(title), ylabel=f"{len(found.highest[0])} largest and smallest eigenvalue")
         below.errorbar(found.positions, found.trace, found.trace_error, color=COLOURS[1], marker="o", capsize=3)
         below.set(ylabel="trace (± standard error)")
-        below.set_xticks(range(len(found.solutions)), [_shown(name) for name in found.solutions])
+        below.set_xticks(range(len(found.solutions)), [shown(name) for name in found.solutions])
         for axis in (above, below):
             _plain_axes(axis)
             axis.axhline(0, color="grey", linewidth=0.8)
@@ -111,13 +111,13 @@ def _contours(figure: Figure, axis: Axes, found: Plane, goodness: np.ndarray, la
         axis.plot(x, y, marker=marker, color="white", markeredgecolor="black", markersize=9)
         above = y > 0
         axis.annotate(
-            _shown(name), (x, y), (0, 10 if above else -10), textcoords="offset points", ha="center",
+            shown(name), (x, y), (0, 10 if above else -10), textcoords="offset points", ha="center",
             va="bottom" if above else "top", fontsize=9, bbox=box,
         )  # fmt: skip
     axis.set(xlabel="distance along the first two", ylabel="distance from their line", aspect="equal")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # without pyplot, figures need no display and share no state
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -128,6 +128,6 @@ def _plain_axes(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name on one line, in which matplotlib does not read "$" as mathematics."""
     return "".join(c if c.isprintable() else " " for c in name).replace("$", r"\$")

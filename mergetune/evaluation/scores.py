@@ -112,13 +112,15 @@ class Hits:
 
     def report(self, classnames: Sequence[str]) -> Report:
         """The accuracies of the classes, by name, and of all images."""
-        shared = {name for name, owners in Counter(classnames).items() if owners > 1}
-        per_class = {
-            f"{name} ({c})" if name in shared else name: 100 * hits / images
-            for c, (name, hits, images) in enumerate(zip(classnames, self.right, self.images, strict=True))
-            if images
-        }
+        rows = zip(distinct_names(classnames), self.right, self.images, strict=True)
+        per_class = {name: 100 * hits / images for name, hits, images in rows if images}
         return Report(self.accuracy, per_class, sum(self.images))
+
+
+def distinct_names(classnames: Sequence[str]) -> tuple[str, ...]:
+    """The names; where several classes have the same name, the class number is added: "missile (657)"."""
+    shared = {name for name, owners in Counter(classnames).items() if owners > 1}
+    return tuple(f"{name} ({c})" if name in shared else name for c, name in enumerate(classnames))
 
 
 @torch.no_grad()

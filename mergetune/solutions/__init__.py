@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.solutions.base import Solution, check_same_shapes
+    from mergetune.solutions.base import TEMPERATURE, Solution, check_same_shapes, write_notes
     from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
     from mergetune.solutions.coop_files import to_coop
     from mergetune.solutions.exports import push_to_hub, to_head, to_hub, zero_shot_classifier
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS",
+    "TEMPERATURE",
     "Head",
     "HeadFile",
     "LinearMap",
@@ -61,6 +62,7 @@ __all__ = [
     "to_coop",
     "to_head",
     "to_hub",
+    "write_notes",
     "zero_shot_classifier",
     "zero_shot_like",
 ]
@@ -68,7 +70,7 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.solutions.base": "Solution check_same_shapes",
+        "mergetune.solutions.base": "TEMPERATURE Solution check_same_shapes write_notes",
         "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
         "mergetune.solutions.coop_files": "to_coop",
         "mergetune.solutions.exports": "push_to_hub to_head to_hub zero_shot_classifier",

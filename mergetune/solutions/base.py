@@ -28,8 +28,10 @@ from mergetune.io import (
     Sha256,
     check_document,
     read_document,
+    read_json,
     read_regular,
     write_atomically,
+    write_json,
 )
 from mergetune.solutions.states import State, mix, stacked, weighted_sums
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
 FORMAT, VERSION = "mergetune-solution", 1
 WAY_ON = "save the solution again, or take another copy of the folder"
+#: Name of the note with the number that the logits of this state are divided by before probabilities are computed.
+TEMPERATURE = "temperature"
 
 
 class Description(Document, frozen=True):
@@ -359,6 +363,22 @@ def write_solution(solution: Solution, path: str | Path) -> None:
     text = json.dumps(config, indent=2)  # fails before anything is written if notes are not JSON
     write_atomically(path / WEIGHTS, weights)
     write_atomically(path / CONFIG, f"{text}\n".encode())
+
+
+def write_notes(path: str | Path, notes: dict[str, Any]) -> None:
+    """Replaces the notes of the solution in the folder ``path``. ``solution.json`` alone is written, atomically.
+
+    Args:
+        path: folder of a saved solution.
+        notes: the new notes, JSON-able.
+
+    Raises:
+        FileNotFoundError: the folder holds no solution.
+        ValueError: ``solution.json`` is damaged or of a later format.
+    """
+    read_config(Path(path))
+    file = Path(path) / CONFIG
+    write_json(file, {**read_json(file), "notes": notes}, indent=2)
 
 
 def read_config(path: Path) -> SolutionFile:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_templates
 from mergetune.io import damaged
-from mergetune.solutions.base import CONFIG, Solution, read_config
+from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.prompt import Prompt
@@ -150,7 +150,8 @@ def interpolate(a: Solution, b: S, t: float) -> S:
     A kind may define another line for its states, see :meth:`Solution.between`.
 
     Args:
-        a, b: solutions of one kind and shape. The result has the logit scale, texts and notes of b.
+        a, b: solutions of one kind and shape. The result has the logit scale, texts and notes of b, without the
+            temperature: it was fitted to the logits of b.
         t: position on the line; values outside [0, 1] extrapolate.
 
     Raises:
@@ -167,7 +168,8 @@ def interpolate(a: Solution, b: S, t: float) -> S:
     a = a.in_form_of(b)
     check_compatible(a, b)
     found = b.between(stacked(a.state()), stacked(b.state()), t)
-    return b.with_state({name: tensor[0] for name, tensor in found.items()})
+    notes = {name: value for name, value in b.notes.items() if name != TEMPERATURE}
+    return b.with_state({name: tensor[0] for name, tensor in found.items()}, notes=notes)
 
 
 def check_compatible(a: Solution, b: Solution, *, space: str = "parameter") -> None:
