@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from mergetune.evaluation import report as connectivity_report
     from mergetune.experiments import FolderResult, fit_dataset, merge_solutions
+    from mergetune.serving import to_onnx, to_torch_export
     from mergetune.solutions import (
         Head,
         LinearMap,
@@ -112,6 +113,8 @@ __all__ = [
     "to_coop",
     "to_head",
     "to_hub",
+    "to_onnx",
+    "to_torch_export",
     "tune",
     "weight_average",
     "zero_shot_classifier",
@@ -130,6 +133,7 @@ make_lazy(
             "connectivity connectivity_report=report path plane plot plot_plane plot_spectrum spectrum"
         ),
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
+        "mergetune.serving": "to_onnx to_torch_export",
         "mergetune.solutions": (
             "push_to_hub to_coop to_head to_hub zero_shot_classifier Head LinearMap Prompt Residual Stack Templates "
             "interpolate load_solution open_solution open_taskres"

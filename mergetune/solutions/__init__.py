@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from mergetune.solutions.base import Solution, check_same_shapes
     from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
     from mergetune.solutions.coop_files import to_coop
-    from mergetune.solutions.exports import push_to_hub, to_head, to_hub, zero_shot_classifier
+    from mergetune.solutions.exports import to_head, zero_shot_classifier
     from mergetune.solutions.head import Head
+    from mergetune.solutions.hub import push_to_hub, recorded_metrics, to_hub
     from mergetune.solutions.kinds import (
         KINDS,
         check_compatible,
@@ -52,6 +53,7 @@ __all__ = [
     "push_to_hub",
     "read_head",
     "read_prompt",
+    "recorded_metrics",
     "space_of",
     "span",
     "stack_states",
@@ -69,8 +71,9 @@ make_lazy(
         "mergetune.solutions.base": "Solution check_same_shapes",
         "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
         "mergetune.solutions.coop_files": "to_coop",
-        "mergetune.solutions.exports": "push_to_hub to_head to_hub zero_shot_classifier",
+        "mergetune.solutions.exports": "to_head zero_shot_classifier",
         "mergetune.solutions.head": "Head",
+        "mergetune.solutions.hub": "push_to_hub recorded_metrics to_hub",
         "mergetune.solutions.kinds": ("KINDS check_compatible interpolate load_solution open_solution zero_shot_like"),
         "mergetune.solutions.linear_map": "LinearMap",
         "mergetune.solutions.prompt": "Prompt",

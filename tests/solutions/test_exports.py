@@ -15,7 +15,7 @@ from tiny import TEXT, normal, parameter, tiny_model
 from torch import Tensor, nn
 
 from mergetune import FrozenClip, Head, Prompt, load_solution, solutions
-from mergetune.solutions import exports
+from mergetune.solutions import hub
 
 NAMES = ("cat", "fire truck", "hot-air balloon")
 
@@ -271,7 +271,7 @@ def test_push_to_hub(clip, tmp_path, monkeypatch):
             assert torch.equal(parameter(load_solution(folder_path)), parameter(make("prompt")))
             assert "snapshot_download('me/prompt')" in (tmp_path / folder_path / "README.md").read_text()
 
-    monkeypatch.setattr(exports, "HfApi", Api)
+    monkeypatch.setattr(hub, "HfApi", Api)
     url = solutions.push_to_hub(make("prompt"), "me/prompt", private=True, token="secret", commit_message="first")
     assert url == "https://huggingface.co/me/prompt"
     assert calls == [

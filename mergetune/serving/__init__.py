@@ -1,0 +1,12 @@
+"""Classifiers for use without mergetune: one graph from pixels to logits, as ONNX or as a program of torch.export."""
+
+from typing import TYPE_CHECKING
+
+from mergetune.facts.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from mergetune.serving.graph_files import to_onnx, to_torch_export
+
+__all__ = ["to_onnx", "to_torch_export"]
+
+make_lazy(__name__, {"mergetune.serving.graph_files": "to_onnx to_torch_export"})
