@@ -31,6 +31,6 @@ if __name__ == "__main__":
     facts = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
     for picture in sys.argv[2:]:
         pixels = pixels_of(Image.open(picture).convert("RGB"), **facts["preprocess"])
-        logits = session.run(None, {"pixels": pixels[None]})[0][0].astype(np.float64)
+        logits = np.asarray(session.run(None, {"pixels": pixels[None]})[0], np.float64)[0]
         p = np.exp(logits - logits.max())
         print(picture, facts["classnames"][p.argmax()], f"{p.max() / p.sum():.4f}", sep="\t")

@@ -24,7 +24,7 @@ from mergetune.solutions.exports import classnames_of, temperature_of
 from mergetune.solutions.published import public_backbone
 
 BATCHES = (1, 3)  # numbers of images that a file is checked with
-CLOSE = {"rtol": 1e-4, "atol": 1e-3}  # allowed difference of logits: the runtimes order sums differently
+RTOL, ATOL = 1e-4, 1e-3  # allowed difference of logits: runtimes add in another order
 
 Run = Callable[[Tensor], Tensor]
 """Function of pixels, [B, 3, H, W], that returns logits, [B, C]."""
@@ -103,26 +103,36 @@ def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | Non
     Raises:
         ValueError: class names are missing, the CLIP is not a float32 model on the CPU, or the solution takes more of
             an image than its features.
+        RuntimeError: torch.export cannot follow the image tower.
     """
     names = list(classnames_of(solution, classnames))
     solution.check(clip)
-    if solution.image_input != "feature":
-        raise ValueError(f"solution must take image features, got a {solution.kind} that takes {solution.image_input}")
+    check_supported(solution)
     tower = cast(nn.Module, clip.model.visual)
     if found := {f"{t.dtype} on {t.device}" for t in tower.parameters()} - {"torch.float32 on cpu"}:
         raise ValueError(
-            f"clip must be a float32 model on the CPU, got {found.pop()}: load it with mergetune.load_clip"
+            f"clip must be a float32 model on the CPU, got {found.pop()}: load it so with mergetune.load_clip"
         )
     graph = ClassifierGraph(clip, solution, names).eval()
     # `eval` also resets MultiheadAttention, whose kernel for inference has no place in other runtimes.
     for part in graph.modules():
         part.training = isinstance(part, nn.MultiheadAttention)
     example = torch.zeros(2, 3, *image_size(clip))
-    with torch.no_grad():
-        program = export(graph, (example,), dynamic_shapes={"pixels": {0: Dim("batch")}}, strict=False)
+    try:
+        with torch.no_grad():
+            program = export(graph, (example,), dynamic_shapes={"pixels": {0: Dim("batch")}}, strict=False)
+    except Exception as error:  # torch.export raises many types of error
+        reason = str(error).strip().split("\n")[0]
+        raise RuntimeError(f"the image tower of {clip.name} cannot be written as one graph: {reason}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names the files of this machine
     return program, names
+
+
+def check_supported(solution: Solution) -> None:
+    """Raise ValueError for a solution that takes more of an image than its features."""
+    if solution.image_input != "feature":
+        raise ValueError(f"solution must take image features, got a {solution.kind} that takes {solution.image_input}")
 
 
 @torch.no_grad()
@@ -138,7 +148,7 @@ def check_logits(run: Run, clip: FrozenClip, solution: Solution, classnames: Seq
         pixels = torch.randn(batch, 3, *image_size(clip), generator=generator)
         expected = own.logits(classnames, clip.encode_image(pixels)) + logit_bias(clip, solution)
         got, expected = run(pixels), expected / temperature
-        if got.shape != expected.shape or not torch.allclose(got, expected, **CLOSE):
+        if got.shape != expected.shape or not torch.allclose(got, expected, rtol=RTOL, atol=ATOL):
             apart = f"{(got - expected).abs().max():.3g}" if got.shape == expected.shape else f"shape {list(got.shape)}"
             raise RuntimeError(
                 f"the {what} does not give the logits of the solution for {batch} images (difference {apart}); "

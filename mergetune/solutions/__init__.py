@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mergetune.solutions.base import Solution, check_same_shapes
     from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
     from mergetune.solutions.coop_files import to_coop
-    from mergetune.solutions.exports import to_head, zero_shot_classifier
+    from mergetune.solutions.exports import known_classes, to_head, zero_shot_classifier
     from mergetune.solutions.head import Head
     from mergetune.solutions.hub import push_to_hub, recorded_metrics, to_hub
     from mergetune.solutions.kinds import (
@@ -46,6 +46,7 @@ __all__ = [
     "image_features",
     "inputs",
     "interpolate",
+    "known_classes",
     "load_solution",
     "measure",
     "open_solution",
@@ -71,7 +72,7 @@ make_lazy(
         "mergetune.solutions.base": "Solution check_same_shapes",
         "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
         "mergetune.solutions.coop_files": "to_coop",
-        "mergetune.solutions.exports": "to_head zero_shot_classifier",
+        "mergetune.solutions.exports": "known_classes to_head zero_shot_classifier",
         "mergetune.solutions.head": "Head",
         "mergetune.solutions.hub": "push_to_hub recorded_metrics to_hub",
         "mergetune.solutions.kinds": ("KINDS check_compatible interpolate load_solution open_solution zero_shot_like"),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import open_clip
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from mergetune.io import read_json, write_atomically
@@ -130,7 +131,7 @@ def _card(solution: Solution, license: str | None, repo_id: str, metrics: Mappin
         pipeline_tag=TASK,
         tags=["clip", "open_clip", "mergetune", tag],
         license=license,
-        base_model=shared.backbone.removeprefix(HUB) if (shared.backbone or "").startswith(HUB) else None,
+        base_model=_repository(shared.backbone),
         model_name=title if metrics else None,
         eval_results=[
             EvalResult(TASK, "images", name, "accuracy", round(value, 2), metric_name="Accuracy (%)")
@@ -170,6 +171,14 @@ print(predict("cat.jpg").label)
 
 or, for many pictures: `mergetune predict FOLDER{option} PICTURES`, where FOLDER is this repository on your computer.
 {results}{section}"""
+
+
+def _repository(backbone: str | None) -> str | None:
+    """The Hub repository of a backbone, as far as its name or open_clip's table of weights tells."""
+    if (backbone or "").startswith(HUB):
+        return (backbone or "").removeprefix(HUB)
+    model, _, tag = (backbone or "").partition("/")
+    return open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").strip("/") or None
 
 
 def _backbone(name: str | None, architecture: str | None, recorded: bool) -> tuple[str, str, str]:
