@@ -40,7 +40,8 @@ def to_onnx(
 
     Input ``pixels``: float32 [N, 3, H, W], any N, preprocessed. Output ``logits``: float32 [N, C]. Class embeddings and
     image maps are constants of the graph; the text tower is left out. The logits contain logit scale, bias and
-    temperature: their softmax gives the probabilities. The file's metadata holds, as JSON, the class names, the scale
+    temperature: their softmax gives the probabilities of ``mergetune predict``, and so does their sigmoid for
+    ``--activation sigmoid``, which SigLIP models allow. The file's metadata holds, as JSON, the class names, the scale
     and the preprocessing; ``predict_onnx.py`` reads them with numpy, Pillow and onnxruntime alone. Before the file
     takes its place, onnxruntime runs it on random pixels, and the logits must be those of the solution to 1e-3.
 
@@ -56,7 +57,7 @@ def to_onnx(
         The path of the file.
 
     Raises:
-        ModuleNotFoundError: onnx or onnxscript is not installed.
+        ImportError: onnx or onnxscript is not installed.
         ValueError: another file ending, missing class names, another CLIP, or one in half precision.
         RuntimeError: the image tower cannot be exported, or the file gives other logits; nothing is written.
 
@@ -144,10 +145,10 @@ def checked_file(file: str | Path, form: str) -> Path:
 
 
 def require_packages(form: str) -> None:
-    """Raise ModuleNotFoundError if a package is missing that writes the form."""
+    """Raise ImportError if a package is missing that writes the form."""
     missing = [name for name in WRITERS if not _installed(name)] if form == "onnx" else []
     if missing:
-        raise ModuleNotFoundError(
+        raise ImportError(
             f"an ONNX file is written by the packages {' and '.join(WRITERS)}, and {' and '.join(missing)} is not "
             "installed: pip install 'mergetune[onnx]'"
         )

@@ -33,8 +33,9 @@ Run = Callable[[Tensor], Tensor]
 class ClassifierGraph(nn.Module):
     """Pixels [B, 3, H, W] -> logits [B, C] of a solution, with its class embeddings as constants.
 
-    The logits contain logit scale, bias and temperature: their softmax gives the probabilities. The text tower is not
-    part of the graph.
+    The logits are those of the solution, plus the logit bias of a SigLIP model, divided by the temperature: their
+    softmax gives the probabilities of the classes. For a SigLIP model their sigmoid gives the probability that each
+    class is in the picture. The text tower is not part of the graph.
 
     Args:
         clip: the CLIP that the solution was made for.
@@ -50,18 +51,13 @@ class ClassifierGraph(nn.Module):
         self.image_map = image_features(clip, solution)
         temperature = temperature_of(solution)
         self.register_buffer("weights", classifier(clip, solution)(classnames) / temperature)
-        self.shift = logit_bias(clip, solution) / temperature
+        self.shift = clip.logit_bias / temperature
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = F.normalize(pooled(self.visual(pixels)).float(), dim=-1)
         x = x if self.image_map is None else self.image_map(x)
         logits = inputs(x, self.weights) @ self.weights.T
         return logits + self.shift if self.shift else logits
-
-
-def logit_bias(clip: FrozenClip, solution: Solution) -> float:
-    """Bias of a SigLIP model, equal for all classes; 0 for a solution with a logit scale of its own, such as a head."""
-    return clip.logit_bias if solution.logit_scale is None else 0.0
 
 
 def image_size(clip: FrozenClip) -> tuple[int, int]:
@@ -80,7 +76,7 @@ def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) ->
         "classnames": list(classnames),
         "probabilities": "softmax",
         "logit_scale": clip.logit_scale if solution.logit_scale is None else solution.logit_scale,
-        "logit_bias": logit_bias(clip, solution),
+        "logit_bias": clip.logit_bias,
         "temperature": temperature_of(solution),
         "preprocess": {
             "size": list(size),
@@ -146,7 +142,7 @@ def check_logits(run: Run, clip: FrozenClip, solution: Solution, classnames: Seq
     temperature, own = temperature_of(solution), classifier(clip, solution)
     for batch in BATCHES:
         pixels = torch.randn(batch, 3, *image_size(clip), generator=generator)
-        expected = own.logits(classnames, clip.encode_image(pixels)) + logit_bias(clip, solution)
+        expected = own.logits(classnames, clip.encode_image(pixels)) + clip.logit_bias
         got, expected = run(pixels), expected / temperature
         if got.shape != expected.shape or not torch.allclose(got, expected, rtol=RTOL, atol=ATOL):
             apart = f"{(got - expected).abs().max():.3g}" if got.shape == expected.shape else f"shape {list(got.shape)}"

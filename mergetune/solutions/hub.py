@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,16 +138,14 @@ def _card(solution: Solution, license: str | None, repo_id: str, metrics: Mappin
         ]
         or None,
     )
-    classes, names = known_classes(solution) or (), ""
-    if solution.classnames is None:
-        example = json.dumps(list(classes[:2]) or ["cat", "dog"], ensure_ascii=False)
-        names = f", classnames={example}"
+    classes = known_classes(solution) or ()
+    names = "" if classes else ', classnames=["cat", "dog"]'
     listed = f"{', '.join(classes[:SHOWN])}{', ...' if len(classes) > SHOWN else ''}"
     trained = "Classes" if solution.classnames is not None else "Trained on the classes (it serves others, too)"
     table = "".join(f"| {name} | {value:.2f} |\n" for name, value in metrics.items())
     results = f"\n## Results\n\n| images | accuracy (%) |\n|---|---:|\n{table}" if metrics else ""
     section = f"\n## Classes\n\n{trained}: {listed}\n" if classes else ""
-    option += "" if solution.classnames is not None else " --classnames NAMES.txt"
+    option += "" if classes else " --classnames NAMES.txt"
     return f"""---
 {data.to_yaml().strip()}
 ---
