@@ -77,7 +77,7 @@ class HeadFile:
             return tuple(names[label] for label in labels)
         if classnames is not None and set(classnames) != set(named):
             other = sorted(set(classnames) ^ set(named))
-            raise ValueError(f"classnames must be those of the head, got other names: {', '.join(other[:5])}")
+            raise ValueError(f"classnames must be those of the file, got other names: {', '.join(other[:5])}")
         return named
 
 

@@ -133,7 +133,9 @@ def _card(solution: Solution, license: str | None, repo_id: str, metrics: Mappin
         base_model=_repository(shared.backbone),
         model_name=title if metrics else None,
         eval_results=[
-            EvalResult(TASK, "images", name, "accuracy", round(value, 2), metric_name="Accuracy (%)")
+            EvalResult(
+                TASK, "images", name, "accuracy", round(value, 2), dataset_config=name, metric_name="Accuracy (%)"
+            )
             for name, value in metrics.items()
         ]
         or None,
