@@ -32,8 +32,8 @@ def to_coop(
 
     CoOp evaluates the file with ``--model-dir FOLDER --load-epoch N --eval-only``. The file does not hold N_CTX, CSC
     and CLASS_TOKEN_POSITION of TRAINER.COOP: set these to the values of the prompt (instead of N_CTX, a CTX_INIT with
-    that many words works, too). Class names, text and position stand in ``model.pth.tar-N.json`` beside it, which
-    :func:`mergetune.open_solution` reads and CoOp does not. Training cannot resume from the file: optimiser and
+    that many words works, too). Class names, text and position stand in ``model.pth.tar-N.mergetune.json`` beside it,
+    which :func:`mergetune.open_solution` reads and CoOp does not. Training cannot resume from the file: optimiser and
     scheduler are None. (CoOp: trainers/coop.py; Dassl: utils/torchtools.py.)
 
     Args:

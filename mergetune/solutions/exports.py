@@ -94,8 +94,8 @@ def zero_shot_classifier(
 
     ``clip.logit_scale * image_features @ classifier`` gives the logits of the solution. The columns of a prompt have
     unit norm; the columns of a head have the norms that keep its logits. The matrix names no classes: with ``file``, a
-    second file ``FILE.json`` holds the class names, and the scale, which is divided by the temperature of the solution.
-    ``mergetune.open_solution`` reads both as a head; open_clip and torch need the matrix alone.
+    second file ``FILE.mergetune.json`` holds the class names, and the scale, which is divided by the temperature of the
+    solution. ``mergetune.open_solution`` reads both as a head; open_clip and torch need the matrix alone.
 
     Args:
         solution: a solution that leaves image features unchanged: a prompt, a head without bias, a residual on one.

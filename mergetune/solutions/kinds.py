@@ -75,7 +75,8 @@ def open_solution(
     """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, or the file of a head.
 
     Exports are read back with class names and scale: the files of :func:`mergetune.to_head`, and those of
-    :func:`mergetune.to_coop` and :func:`mergetune.zero_shot_classifier` as long as FILE.json stands beside them.
+    :func:`mergetune.to_coop` and :func:`mergetune.zero_shot_classifier` as long as FILE.mergetune.json stands beside
+    them.
 
     Args:
         path: a folder with ``solution.json``; a prompt checkpoint or its folder, see :meth:`Prompt.from_checkpoint`;

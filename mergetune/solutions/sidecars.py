@@ -1,4 +1,4 @@
-"""The file FILE.json beside an export whose format holds no class names: names, scale, and text of a prompt.
+"""FILE.mergetune.json beside an export whose format holds no class names: names, scale, and text of a prompt.
 
 Shapes: C classes, D embedding width.
 """
@@ -14,28 +14,26 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mergetune.io import (
-    MAX_LIST,
     MAX_WEIGHTS,
     Document,
     Items,
     Number,
     Sha256,
-    parse_document,
-    read_regular,
+    read_document,
     sha256_regular,
     write_json,
 )
 from mergetune.solutions.base import Solution
-from mergetune.solutions.checkpoints import HeadFile, checkpoint_file, read_arrays
+from mergetune.solutions.checkpoints import check_same_names, checkpoint_file, read_arrays
 from mergetune.solutions.head import Head
 from mergetune.solutions.prompt import Prompt
 
-FORMAT, VERSION = "mergetune-export", 1
+FORMAT, VERSION, ENDING = "mergetune-export", 1, ".mergetune.json"
 WAY_ON = "export the solution again, or remove this file and give class names and settings yourself"
 
 
 class Sidecar(Document, frozen=True):
-    """What FILE.json says about the export FILE.
+    """What the sidecar says about the export FILE.
 
     Attributes:
         format, version: name and version of the format.
@@ -60,11 +58,11 @@ class Sidecar(Document, frozen=True):
     backbone: str | None
     fingerprint: Sha256 | None
     template: str | None = None
-    position: str | None = None
+    position: Literal["end", "middle", "front"] = "end"
 
 
 def sidecar_of(file: Path) -> Path:
-    return file.with_name(f"{file.name}.json")
+    return file.with_name(f"{file.name}{ENDING}")
 
 
 def write_sidecar(file: Path, content: bytes, **fields: Any) -> None:
@@ -79,28 +77,10 @@ def write_sidecar(file: Path, content: bytes, **fields: Any) -> None:
     write_json(sidecar_of(file), {"format": FORMAT, "version": VERSION, **fields, "sha256": sha256}, indent=2)
 
 
-def read_sidecar(file: Path) -> Sidecar | None:
-    """What the file beside an export says; None if there is no such file, or it is not ours.
-
-    Raises:
-        ValueError: the file is damaged, or belongs to another export than the one that it stands beside.
-    """
-    beside = sidecar_of(file)
-    if not beside.is_file():
-        return None
-    content = read_regular(beside, limit=MAX_LIST)
-    if FORMAT.encode() not in content:
-        return None
-    found = parse_document(content, Sidecar, name=beside, way_on=WAY_ON)
-    if sha256_regular(file, limit=MAX_WEIGHTS) != found.sha256:
-        raise ValueError(f"{beside} must describe {file.name} beside it, got the checksum of another file; {WAY_ON}")
-    return found
-
-
 def read_export(
     path: Path, *, classnames: Sequence[str] | None, template: str | None, position: str
 ) -> Solution | None:
-    """The solution in an export that has a file FILE.json beside it; None for other files.
+    """The solution in an export that has its sidecar; None for other files.
 
     Args:
         path: a classifier, or a CoOp checkpoint or its folder.
@@ -112,23 +92,34 @@ def read_export(
         ValueError: the two files do not belong together, or the class names or the position are others.
     """
     file = _export_at(path)
-    found = None if file is None else read_sidecar(file)
-    if found is None or file is None:
+    if file is None or not sidecar_of(file).is_file():
         return None
+    found = read_document(sidecar_of(file), Sidecar, way_on=WAY_ON)
+    if sha256_regular(file, limit=MAX_WEIGHTS) != found.sha256:
+        raise ValueError(
+            f"{sidecar_of(file)} must describe {file.name} beside it, got the checksum of another file; {WAY_ON}"
+        )
+    if position not in ("end", found.position):
+        raise ValueError(f"position must be {found.position!r}, as {sidecar_of(file)} says, got {position!r}")
+    try:
+        solution = _described(file, found, template)
+    except ValueError as error:  # a name or text that the kind refuses, or shapes that do not fit the names
+        raise ValueError(f"{sidecar_of(file)} does not describe {file.name}: {error}; {WAY_ON}") from error
+    if solution.classnames is not None and classnames is not None:
+        check_same_names(classnames, solution.classnames)
+    return solution
+
+
+def _described(file: Path, found: Sidecar, template: str | None) -> Solution:
     origin: dict[str, Any] = {"backbone": found.backbone, "fingerprint": found.fingerprint}
     if found.form == "classifier":
         weight = read_arrays(file)["weight"].T.contiguous()  # the file holds [D, C]
-        rows = HeadFile(weight, None, 1.0, found.classnames)
         scale = (found.logit_scale or 1.0) / found.temperature
-        return Head(weight, rows.name_rows(classnames), None, scale, notes={"checkpoint": file.name}, **origin)
-    if position not in ("end", found.position):
-        raise ValueError(f"position must be {found.position!r}, as {sidecar_of(file)} says, got {position!r}")
+        return Head(weight, found.classnames, None, scale, notes={"checkpoint": file.name}, **origin)
     read = Prompt.from_checkpoint(file, classnames=found.classnames, template=template or found.template)
     notes = read.notes | {"settings": {"classnames": list(found.classnames)}}
     notes |= {} if found.temperature == 1 else {"temperature": found.temperature}
-    if read.classnames is not None:
-        HeadFile(read.ctx, None, 1.0, found.classnames).name_rows(classnames)
-    return replace(read, position=found.position or "end", notes=notes, **origin)
+    return replace(read, position=found.position, notes=notes, **origin)
 
 
 def _export_at(path: Path) -> Path | None:

@@ -133,7 +133,7 @@ def test_the_file_beside_a_checkpoint_gives_names_text_and_origin_back(clip, tmp
 def test_a_file_beside_another_export_is_refused(clip, tmp_path):
     first = solutions.to_coop(make("prompt"), tmp_path / "a", clip=clip, classnames=NAMES)
     second = solutions.to_coop(make("front prompt"), tmp_path / "b", clip=clip, classnames=NAMES[:2])
-    first.with_name(f"{first.name}.json").replace(second.with_name(f"{second.name}.json"))
+    first.with_name(f"{first.name}.mergetune.json").replace(second.with_name(f"{second.name}.mergetune.json"))
     with pytest.raises(ValueError, match=r"must describe model.pth.tar-50 beside it, got the checksum of another file"):
         open_solution(tmp_path / "b")
     assert open_solution(tmp_path / "a").template == "X X X X {}."  # as CoOp leaves it: the file alone
@@ -248,7 +248,7 @@ def test_a_zero_shot_classifier_comes_back_with_names_and_scale(clip, tmp_path, 
     assert open_solution(file, classnames=NAMES[::-1]).classnames == NAMES
     with pytest.raises(ValueError, match="classnames must be those of the file, got other names: cat, dog"):
         open_solution(file, classnames=["dog", *NAMES[1:]])
-    (tmp_path / "classifier.pt.json").unlink()
+    (tmp_path / "classifier.pt.mergetune.json").unlink()
     with pytest.raises(ValueError, match="classnames must be given for a head whose file does not name its classes"):
         open_solution(file)
 
