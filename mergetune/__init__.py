@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from mergetune.evaluation import report as connectivity_report
     from mergetune.experiments import FolderResult, fit_dataset, merge_solutions
+    from mergetune.serving import to_onnx, to_torch_export
     from mergetune.solutions import (
         Head,
         LinearMap,
@@ -130,6 +131,8 @@ __all__ = [
     "to_coop",
     "to_head",
     "to_hub",
+    "to_onnx",
+    "to_torch_export",
     "tune",
     "weight_average",
     "with_temperature",
@@ -152,6 +155,7 @@ make_lazy(
             "temperature_of with_temperature"
         ),
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
+        "mergetune.serving": "to_onnx to_torch_export",
         "mergetune.solutions": (
             "push_to_hub to_coop to_head to_hub zero_shot_classifier Head LinearMap Prompt Residual Stack Templates "
             "interpolate load_solution open_solution open_taskres"

@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from mergetune import (
     cache_features,
     fit,
     load_solution,
+    open_solution,
+    to_coop,
+    zero_shot_classifier,
 )
 from mergetune.ops import Trial, Verdict, VerdictFile, verdicts
 from mergetune.solutions import Templates
@@ -102,6 +105,20 @@ def cases(tmp_path_factory) -> dict[str, Case]:
         solution.save(root / kind)
         nullable = ("backbone", "fingerprint", *(("classnames",) if "prompt" in kind or kind == "stack" else ()))
         found[kind] = Case(root / kind, "solution.json", load_solution, ("notes",), ("position", "normalize"), nullable)
+    clip = replace(tiny_clip(), name="ViT-B-32/openai")
+    exported = zero_shot_classifier(SOLUTIONS["head"], clip, NAMES, file=root / "classifier" / "c.pt")
+    assert exported.shape == (8, 2)
+    (root / "prompt export").mkdir()
+    to_coop(SOLUTIONS["prompt"], root / "prompt export", clip=clip, classnames=NAMES)
+    beside, optional = ".mergetune.json", ("template", "position", "temperature")
+    nullable = ("backbone", "fingerprint", "template", "logit_scale")
+    free = ("backbone", "fingerprint")
+    found["classifier"] = Case(
+        root / "classifier", f"c.pt{beside}", lambda f: open_solution(f / "c.pt"), free, optional, nullable
+    )
+    found["coop"] = Case(
+        root / "prompt export" / "prompt_learner", f"model.pth.tar-50{beside}", open_solution, free, optional, nullable
+    )
     images = draw_images(root / "images", 11)
     built = cache_features(TinyClip(), images, root / "cache", **BUILD)
 
@@ -148,7 +165,7 @@ def cases(tmp_path_factory) -> dict[str, Case]:
     return found
 
 
-DOCUMENTS = [*SOLUTIONS, "manifest", "plan", "shard record", "state", "result", "verdict"]
+DOCUMENTS = [*SOLUTIONS, "classifier", "coop", "manifest", "plan", "shard record", "state", "result", "verdict"]
 
 
 @pytest.fixture(params=DOCUMENTS)

@@ -23,6 +23,7 @@ FLOORS = (
     ("data",),
     ("solutions",),
     ("evaluation",),
+    ("serving",),
     ("training",),
     ("experiments",),
     ("the face",),

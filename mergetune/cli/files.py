@@ -8,14 +8,27 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Pretrained
-from mergetune.cli.shared import clip_for, errors, tell
+from mergetune.cli.shared import clip_for, errors, read_names, tell
+
+SUFFIXES = {
+    "classifier": (".pt", ".pth"),
+    "head": (".safetensors", ".npz", ".pt", ".pth"),
+    "onnx": (".onnx",),
+    "torch-export": (".pt2",),
+    "coop": (),
+    "hub": (),
+}
+"""Forms of an export -> endings of the file to write; none for a folder."""
 
 
 def export(
-    solution: Annotated[str, typer.Argument(help="Saved solution, CoOp checkpoint or head.")],
-    form: Annotated[str, typer.Option("--to", help="Format to write: coop, head, classifier or hub.")],
+    solution: Annotated[str, typer.Argument(help="Saved solution, CoOp checkpoint, head or classifier.")],
+    form: Annotated[
+        str, typer.Option("--to", help="Format to write: classifier, head, onnx, torch-export, coop or hub.")
+    ],
     target: Annotated[
-        Path, typer.Option("--out", help="Folder to write (coop, hub), or file (.safetensors, .npz, .pt).")
+        Path,
+        typer.Option("--out", help="Folder to write (coop, hub), or file (.onnx, .pt2, .safetensors, .npz, .pt)."),
     ],
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
@@ -32,33 +45,70 @@ def export(
     license: Annotated[str | None, typer.Option(help="hub: license named on the model card, for example mit.")] = None,
     position: Position = "end",
 ) -> None:
-    """Write a solution as a CoOp checkpoint, a head, a zero-shot classifier or a Hugging Face folder."""
-    from mergetune import solutions
-    from mergetune.io import read_regular_text
+    """Write a solution for other programs.
+
+    onnx and torch-export are one graph from images to logits, without mergetune and open_clip; beside an ONNX file
+    stands a predictor of 30 lines. classifier is open_clip's matrix, head a linear layer, coop a checkpoint of CoOp,
+    and hub a folder for Hugging Face. The backbone is the one that the solution records, unless --backbone is given.
+    """
+    from mergetune import serving, solutions
     from mergetune.solutions import open_solution
 
     with errors():
-        if form not in ("coop", "head", "classifier", "hub"):
-            raise ValueError(f"--to must be coop, head, classifier or hub, got {form!r}")
-        names = None
-        if classes is not None:
-            names = [line.strip() for line in read_regular_text(classes).split("\n") if line.strip()]
+        _check_options(form, target, half=half, push=push, license=license)
+        names = None if classes is None else read_names(classes)
+        if form == "onnx":
+            serving.require_packages(form)
         found = open_solution(solution, classnames=names, position=position)
-        plain = form == "hub" or (form == "head" and found.plain_head() is not None)  # these need no CLIP
+        needs_clip = form != "hub" and not (form == "head" and found.plain_head() is not None)
+        missing = []
+        if needs_clip and not (backbone or found.backbone):
+            missing.append("--backbone (the solution records none)")
+        if form != "hub" and names is None and solutions.known_classes(found) is None:
+            missing.append("--classnames (the solution serves any classes)")
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be given to export a {found.kind} to {form}")
+        if form == "onnx" or form == "torch-export":
+            serving.check_supported(found)
         clip: Any = None
-        if backbone or not plain:
+        if needs_clip or backbone:
             clip = clip_for(backbone, pretrained, allow_torchscript=allow_torchscript, solutions={solution: found})
         if form == "hub":
-            solutions.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
+            metrics = solutions.recorded_metrics(solution)
+            solutions.to_hub(found, target, license=license, metrics=metrics, **({"repo_id": push} if push else {}))
             if push:
-                tell(solutions.push_to_hub(found, push, license=license))
+                tell(solutions.push_to_hub(found, push, license=license, metrics=metrics))
         elif form == "head":
             solutions.to_head(found, target, clip=clip, classnames=names)
-        elif form == "classifier":
-            solutions.zero_shot_classifier(found, clip, names, file=target)
         else:
-            solutions.to_coop(found, target, clip=clip, classnames=names, dtype="float16" if half else "float32")
+            assert clip is not None  # needed by all other forms
+            if form == "coop":
+                dtype = "float16" if half else "float32"
+                solutions.to_coop(found, target, clip=clip, classnames=names, dtype=dtype)
+            elif form == "classifier":
+                solutions.zero_shot_classifier(found, clip, names, file=target)
+            elif form == "onnx":
+                serving.to_onnx(found, target, clip=clip, classnames=names)
+            else:
+                serving.to_torch_export(found, target, clip=clip, classnames=names)
     tell(f"{form}: {target}")
+    if form == "onnx":
+        tell(f"try: python {target.parent / serving.PREDICTOR} {target} PICTURE ...")
+
+
+def _check_options(form: str, target: Path, *, half: bool, push: str | None, license: str | None) -> None:
+    """Raises ValueError for what the options alone show to be wrong."""
+    if form not in SUFFIXES:
+        raise ValueError(f"--to must be {', '.join(list(SUFFIXES)[:-1])} or {list(SUFFIXES)[-1]}, got {form!r}")
+    for option, given, owner in (("--half", half, "coop"), ("--push", push, "hub"), ("--license", license, "hub")):
+        if given and form != owner:
+            raise ValueError(f"{option} is an option of --to {owner}, got it with --to {form}: leave it out")
+    suffixes = SUFFIXES[form]
+    if suffixes and (target.suffix not in suffixes or target.is_dir()):
+        what = "a folder" if target.is_dir() else f"{target.name!r}"
+        raise ValueError(f"--out must be a file that ends in {' or '.join(suffixes)} for --to {form}, got {what}")
+    if not suffixes and target.is_file():
+        raise ValueError(f"--out must be a folder for --to {form}, got the file {target}")
 
 
 def convert(

@@ -30,7 +30,7 @@ def errors() -> Iterator[None]:
         raise
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise _exit("error", error, 2) from None
-    except (RuntimeError, FloatingPointError, OSError) as error:
+    except (RuntimeError, FloatingPointError, OSError, ImportError) as error:
         raise _exit("failed", error, 1) from None
 
 

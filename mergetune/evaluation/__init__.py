@@ -38,7 +38,8 @@ if TYPE_CHECKING:
         summarise,
     )
     from mergetune.evaluation.spectra import spectrum
-    from mergetune.evaluation.temperatures import fit_temperature, temperature_of, with_temperature
+    from mergetune.evaluation.temperatures import fit_temperature
+    from mergetune.solutions import temperature_of, with_temperature
 
 __all__ = [
     "BaseNovel",
@@ -107,6 +108,7 @@ make_lazy(
             "summarise"
         ),
         "mergetune.evaluation.spectra": "spectrum",
-        "mergetune.evaluation.temperatures": "fit_temperature temperature_of with_temperature",
+        "mergetune.evaluation.temperatures": "fit_temperature",
+        "mergetune.solutions": "temperature_of with_temperature",
     },
 )

@@ -17,10 +17,9 @@ from tqdm.auto import tqdm
 from mergetune.clip import FrozenClip, check_classnames, prepare_images
 from mergetune.data import FoundPicture, decode_pictures, find_pictures, is_one_picture
 from mergetune.evaluation.classifiers import classifier
-from mergetune.evaluation.temperatures import temperature_of
 from mergetune.facts.function_options import ACTIVATIONS, BACKGROUND, MAX_PIXELS
 from mergetune.io import background_colour
-from mergetune.solutions import Solution, Stack, inputs, known_classes, open_solution, stacked
+from mergetune.solutions import Solution, Stack, inputs, known_classes, open_solution, stacked, temperature_of
 
 NONE = "none"
 

@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from mergetune.solutions.base import TEMPERATURE, Solution, check_same_shapes, write_notes
     from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
     from mergetune.solutions.coop_files import to_coop
-    from mergetune.solutions.exports import push_to_hub, to_head, to_hub, zero_shot_classifier
+    from mergetune.solutions.exports import to_head, zero_shot_classifier
     from mergetune.solutions.head import Head
+    from mergetune.solutions.hub import push_to_hub, recorded_metrics, to_hub
     from mergetune.solutions.kinds import (
         KINDS,
         check_compatible,
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from mergetune.solutions.space import Space, Span, image_features, measure, space_of, span
     from mergetune.solutions.stack import Stack
     from mergetune.solutions.states import State, inputs, stack_states, stacked
+    from mergetune.solutions.temperatures import temperature_of, with_temperature
     from mergetune.solutions.templates import Templates
 
 __all__ = [
+    "temperature_of",
+    "with_temperature",
     "KINDS",
     "TEMPERATURE",
     "Head",
@@ -55,6 +59,7 @@ __all__ = [
     "push_to_hub",
     "read_head",
     "read_prompt",
+    "recorded_metrics",
     "space_of",
     "span",
     "stack_states",
@@ -73,8 +78,9 @@ make_lazy(
         "mergetune.solutions.base": "TEMPERATURE Solution check_same_shapes write_notes",
         "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
         "mergetune.solutions.coop_files": "to_coop",
-        "mergetune.solutions.exports": "push_to_hub to_head to_hub zero_shot_classifier",
+        "mergetune.solutions.exports": "to_head zero_shot_classifier",
         "mergetune.solutions.head": "Head",
+        "mergetune.solutions.hub": "push_to_hub recorded_metrics to_hub",
         "mergetune.solutions.kinds": (
             "KINDS check_compatible interpolate known_classes load_solution open_solution zero_shot_like"
         ),
@@ -84,6 +90,7 @@ make_lazy(
         "mergetune.solutions.space": "Space Span image_features measure space_of span",
         "mergetune.solutions.stack": "Stack",
         "mergetune.solutions.states": "State inputs stack_states stacked",
+        "mergetune.solutions.temperatures": "temperature_of with_temperature",
         "mergetune.solutions.templates": "Templates",
     },
 )

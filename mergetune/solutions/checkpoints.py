@@ -75,10 +75,15 @@ class HeadFile:
                     f"classnames must name the labels 0 to {max(labels)} of the head, got {len(names)} names"
                 )
             return tuple(names[label] for label in labels)
-        if classnames is not None and set(classnames) != set(named):
-            other = sorted(set(classnames) ^ set(named))
-            raise ValueError(f"classnames must be those of the head, got other names: {', '.join(other[:5])}")
+        if classnames is not None:
+            check_same_names(classnames, named)
         return named
+
+
+def check_same_names(classnames: Sequence[str], named: Sequence[str]) -> None:
+    """Raise ValueError unless the given class names are those that a file names, in any order."""
+    if other := sorted(set(classnames) ^ set(named)):
+        raise ValueError(f"classnames must be those of the file, got other names: {', '.join(other[:5])}")
 
 
 def read_prompt(path: str | Path) -> PromptFile:

@@ -14,7 +14,10 @@ from mergetune.io import write_atomically
 from mergetune.solutions.base import Solution
 from mergetune.solutions.exports import classnames_of, plain_tensor, torch_bytes
 from mergetune.solutions.prompt import Prompt
+from mergetune.solutions.published import public_backbone
+from mergetune.solutions.sidecars import write_sidecar
 from mergetune.solutions.space import space_of
+from mergetune.solutions.temperatures import temperature_of
 
 
 def to_coop(
@@ -30,8 +33,9 @@ def to_coop(
 
     CoOp evaluates the file with ``--model-dir FOLDER --load-epoch N --eval-only``. The file does not hold N_CTX, CSC
     and CLASS_TOKEN_POSITION of TRAINER.COOP: set these to the values of the prompt (instead of N_CTX, a CTX_INIT with
-    that many words works, too). Training cannot resume from the file: optimiser and scheduler are None. (CoOp:
-    trainers/coop.py; Dassl: utils/torchtools.py.)
+    that many words works, too). Class names, text and position stand in ``model.pth.tar-N.mergetune.json`` beside it,
+    which :func:`mergetune.open_solution` reads and CoOp does not. Training cannot resume from the file: optimiser and
+    scheduler are None. (CoOp: trainers/coop.py; Dassl: utils/torchtools.py.)
 
     Args:
         solution: a prompt whose template has "." after the class name, as CoOp's have.
@@ -87,6 +91,19 @@ def to_coop(
     folder = Path(folder) / "prompt_learner"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"model.pth.tar-{epoch}"
-    write_atomically(file, torch_bytes(content))
+    bytes_of_file = torch_bytes(content)
+    write_atomically(file, bytes_of_file)
+    write_sidecar(
+        file,
+        bytes_of_file,
+        form="coop",
+        classnames=classnames,
+        logit_scale=solution.logit_scale,
+        temperature=temperature_of(solution),
+        backbone=public_backbone(solution.backbone or clip.name),
+        fingerprint=clip.text_fingerprint,
+        template=solution.template,
+        position=solution.position,
+    )
     write_atomically(folder / "checkpoint", f"{file.name}\n".encode())
     return file

@@ -1,4 +1,4 @@
-"""Exports to formats of other projects: a plain linear head, open_clip's classifier, a folder for the Hub.
+"""Exports to formats of other projects: a plain linear head and open_clip's classifier.
 
 Shapes: C classes, D embedding width.
 """
@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, ModelCardData
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
-from mergetune.facts.backbones import recorded_parts
 from mergetune.io import write_atomically
 from mergetune.solutions.base import Solution
 from mergetune.solutions.head import Head
+from mergetune.solutions.kinds import known_classes
+from mergetune.solutions.published import public_backbone
+from mergetune.solutions.sidecars import write_sidecar
 from mergetune.solutions.space import image_features, span
+from mergetune.solutions.temperatures import temperature_of
 
 HEAD_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+CLASSIFIER_SUFFIXES = (".pt", ".pth")
 
 
 def to_head(
@@ -38,7 +41,8 @@ def to_head(
 ) -> Head:
     """Write a solution as a plain linear head: ``weight`` [C, D], ``bias`` [C] if any, ``classnames`` and ``scale``.
 
-    The logits of unit-norm image features x are ``scale * (x @ weight.T + bias)``. A .npz, .pt or .pth file holds the
+    The logits of unit-norm image features x are ``scale * (x @ weight.T + bias)``; the scale is divided by the
+    temperature of the solution, if it has one. A .npz, .pt or .pth file holds the
     four as entries; a .safetensors file holds class names and scale as JSON in its metadata.
     ``Head.from_checkpoint`` reads all of them.
 
@@ -65,10 +69,9 @@ def to_head(
         >>> head.weight.shape, mt.Head.from_checkpoint(file).classnames
         (torch.Size([2, 128]), ('cat', 'dog'))
     """
-    file = Path(file)
-    if file.suffix not in HEAD_SUFFIXES:
-        raise ValueError(f"file must end in {', '.join(HEAD_SUFFIXES)}, got {file.name!r}")
+    file = checked_suffix(file, HEAD_SUFFIXES)
     head = _as_head(solution, clip, classnames)
+    head = replace(head, logit_scale=head.logit_scale / temperature_of(solution), notes={})
     head = head.rescaled(1.0) if fold_scale else head
     tensors = {"weight": plain_tensor(head.weight)} | ({} if head.bias is None else {"bias": plain_tensor(head.bias)})
     extras = {"classnames": list(head.classnames), "scale": head.logit_scale}
@@ -91,16 +94,19 @@ def zero_shot_classifier(
     """A classifier matrix [D, C] in the format of ``open_clip.build_zero_shot_classifier``.
 
     ``clip.logit_scale * image_features @ classifier`` gives the logits of the solution. The columns of a prompt have
-    unit norm; the columns of a head have the norms that keep its logits.
+    unit norm; the columns of a head have the norms that keep its logits. The matrix names no classes: with ``file``, a
+    second file ``FILE.mergetune.json`` holds the class names, and the scale, which is divided by the temperature of the
+    solution. ``mergetune.open_solution`` reads both as a head; open_clip and torch need the matrix alone.
 
     Args:
         solution: a solution that leaves image features unchanged: a prompt, a head without bias, a residual on one.
         clip: the CLIP that the solution was made for.
         classnames: C names; None takes the classes of the solution.
-        file: path to which the matrix is also saved with ``torch.save``.
+        file: path that ends in .pt or .pth, to which the matrix is also saved with ``torch.save``.
 
     Raises:
-        ValueError: a head with a bias, which this format cannot hold, or a solution that changes image features.
+        ValueError: a head with a bias, which this format cannot hold; a solution that changes image features; another
+            file ending.
 
     Example:
         >>> import mergetune as mt
@@ -108,74 +114,40 @@ def zero_shot_classifier(
         >>> mt.zero_shot_classifier(mt.Templates(("an icon of a {}",)), clip, ["cat", "dog"]).shape  # [D, C]
         torch.Size([128, 2])
     """
+    file = None if file is None else checked_suffix(file, CLASSIFIER_SUFFIXES)
     head = _as_head(solution, clip, classnames, whole=False).rescaled(clip.logit_scale)
     if head.bias is not None:
         raise ValueError("solution must be a prompt or a head without bias, got a head with a bias: use to_head")
     classifier = head.weight.to(clip.device).T
     if file is not None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(file), torch_bytes(plain_tensor(classifier)))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = torch_bytes(plain_tensor(classifier))
+        write_atomically(file, content)
+        write_sidecar(
+            file,
+            content,
+            form="classifier",
+            classnames=head.classnames,
+            logit_scale=clip.logit_scale / temperature_of(solution),
+            backbone=public_backbone(clip.name),
+            fingerprint=clip.image_fingerprint,
+        )
     return classifier
 
 
-def to_hub(
-    solution: Solution, folder: str | Path, *, license: str | None = None, repo_id: str = "name/repository"
-) -> None:
-    """Write a folder for the Hugging Face Hub: the saved solution and a model card, README.md with YAML metadata.
-
-    ``mergetune.load_solution`` reads the folder, also after a download from the Hub.
-
-    Args:
-        solution: the solution to write.
-        folder: created if it does not exist; its README.md is replaced.
-        license: license in the card's metadata, as the Hub spells it, for example "mit".
-        repo_id: future repository, "name/repository", for the code example in the card.
-
-    Example:
-        >>> import mergetune as mt, os, tempfile, torch
-        >>> folder = tempfile.mkdtemp()
-        >>> mt.to_hub(mt.Head(torch.eye(2), ("cat", "dog")), folder, license="mit")
-        >>> sorted(os.listdir(folder))
-        ['README.md', 'solution.json', 'solution.safetensors']
-    """
-    folder = Path(folder)
-    solution.save(folder)
-    write_atomically(folder / "README.md", _card(solution, license, repo_id).encode())
-
-
-def push_to_hub(
-    solution: Solution,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    license: str | None = None,
-    commit_message: str = "Upload with mergetune",
-) -> str:
-    """Upload the folder of :func:`to_hub` to the Hugging Face Hub. The repository is created if it does not exist.
-
-    Args:
-        solution: the solution to upload.
-        repo_id: "name/repository".
-        private: whether a new repository is private; None takes the default of the account.
-        token: access token of the Hub; None takes the token that ``hf auth login`` stored.
-        license: see :func:`to_hub`.
-        commit_message: message of the upload's commit.
-
-    Returns:
-        URL of the repository.
-    """
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        to_hub(solution, folder, license=license, repo_id=repo_id)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-    return str(url)
+def checked_suffix(file: str | Path, suffixes: Sequence[str]) -> Path:
+    """The path of a file to write; raises ValueError for a folder or another file ending."""
+    file = Path(file)
+    if file.suffix not in suffixes:
+        raise ValueError(f"file must end in {', '.join(suffixes)}, got {file.name!r}")
+    if file.is_dir():
+        raise ValueError(f"file must be the path of a file, got the folder {file}")
+    return file
 
 
 def classnames_of(solution: Solution, classnames: Sequence[str] | None) -> tuple[str, ...]:
-    """The given class names, or those of the solution."""
-    names = solution.classnames if classnames is None else classnames
+    """The given class names, or those of the solution, or those that it was trained on."""
+    names = known_classes(solution) if classnames is None else classnames
     if names is None:
         raise ValueError(f"classnames must be given for a {solution.kind} that serves any classes, got None")
     return tuple(names)
@@ -205,7 +177,7 @@ def _as_head(
     if solution.image_input != "feature" or image_features(clip, solution) is not None:
         raise ValueError(
             f"solution must leave image features unchanged, got a {solution.kind} that changes them: save the "
-            "solution with solution.save, and classify with mergetune.classifier"
+            "solution with solution.save, or export it with to_onnx or to_torch_export"
         )
     names = classnames_of(solution, classnames)
     if whole:
@@ -224,39 +196,3 @@ def torch_bytes(content: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(content, stream)
     return stream.getvalue()
-
-
-def _card(solution: Solution, license: str | None, repo_id: str) -> str:
-    """The model card: description, backbone, classes, and code that loads the solution."""
-    backbone = solution.backbone or ""
-    name, pretrained = recorded_parts(backbone)
-    weights = "" if pretrained is None else f", pretrained={pretrained!r}"
-    arguments = f"{name!r}{weights}" if backbone else "..."
-    title, tag, what = solution.card()
-    data = ModelCardData(
-        library_name="mergetune",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["clip", "open_clip", "mergetune", tag],
-        license=license,
-        base_model=backbone.removeprefix("hf-hub:") if backbone.startswith("hf-hub:") else None,
-    )
-    classes = solution.classnames or ()
-    names = "solution.classnames" if classes else '["cat", "dog"]'
-    listed = f"\nClasses: {', '.join(classes[:100])}{', ...' if len(classes) > 100 else ''}\n" if classes else ""
-    return f"""---
-{data.to_yaml().strip()}
----
-
-# {title}
-
-{what} Made for {backbone or "an unrecorded CLIP"} with mergetune ([arXiv 2601.10497](https://arxiv.org/abs/2601.10497)).
-
-```python
-import mergetune as mt
-from huggingface_hub import snapshot_download
-
-solution = mt.load_solution(snapshot_download({repo_id!r}))
-clip = mt.load_clip({arguments})
-weights = solution.class_embeddings(clip, {names})  # [C, D], unit norm
-```
-{listed}"""

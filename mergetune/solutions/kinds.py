@@ -13,6 +13,7 @@ from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.residual import Residual
+from mergetune.solutions.sidecars import read_export
 from mergetune.solutions.stack import Stack
 from mergetune.solutions.states import stacked
 from mergetune.solutions.templates import Templates
@@ -73,6 +74,10 @@ def open_solution(
 ) -> Solution:
     """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, or the file of a head.
 
+    Exports are read back with class names and scale: the files of :func:`mergetune.to_head`, and those of
+    :func:`mergetune.to_coop` and :func:`mergetune.zero_shot_classifier` as long as FILE.mergetune.json stands beside
+    them.
+
     Args:
         path: a folder with ``solution.json``; a prompt checkpoint or its folder, see :meth:`Prompt.from_checkpoint`;
             or a head as .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`.
@@ -94,6 +99,13 @@ def open_solution(
     path = Path(path)
     if (path / CONFIG).is_file():
         return load_solution(path)
+    if path.suffix in (".onnx", ".pt2"):
+        raise ValueError(
+            f"{path} must be a solution, got a graph from images to logits, which cannot be turned back: give the "
+            "solution that it was exported from"
+        )
+    if (exported := read_export(path, classnames=classnames, template=template, position=position)) is not None:
+        return exported
     if path.suffix in (".npz", ".safetensors", ".pkl", ".joblib"):
         return Head.from_checkpoint(path, classnames=classnames)
     try:

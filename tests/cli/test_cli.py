@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from importlib.resources import as_file, files
 
@@ -211,23 +212,69 @@ def test_cache_names_an_unreadable_image_and_can_skip_it(work, model, tmp_path):
 
 
 def test_what_is_exported_comes_back(work, model, tmp_path):
+    """The merged solution records its backbone and its training classes, so neither is given."""
     names, merged = tmp_path / "names.txt", work / "kgcoop"  # its text ends in ".", as CoOp's
     names.write_text("anchor\nbell\n")
-    more = ["--backbone", model, "--classnames", names]
     for form, target in (("coop", "coop"), ("head", "head.npz"), ("classifier", "zs.pt"), ("hub", "hub")):
+        more = ["--backbone", model, "--classnames", names] if form == "coop" else []
         done = invoke("export", merged, "--to", form, "--out", tmp_path / target, *more)
         assert done.exit_code == 0, done.stderr
     test = ["--cache", work / "cache" / "test", "--backbone", model, "--classes", "base"]
-    forms = [tmp_path / name for name in ("coop", "head.npz", "hub")]
+    forms = [tmp_path / name for name in ("coop", "head.npz", "zs.pt", "hub")]
     report = run("eval", *test, *(a for path in (merged, *forms) for a in ("--solution", path)))
     assert len({report[str(path)]["accuracy"] for path in (merged, *forms)}) == 1
     assert tuple(torch.load(tmp_path / "zs.pt", weights_only=True).shape) == (128, 2)
-    refused = invoke("export", tmp_path / "coop", "--to", "classifier", "--out", tmp_path / "x.pt", *more[2:])
-    needed = f"--backbone is needed: no backbone is recorded by solution {tmp_path / 'coop'}"
-    assert refused.exit_code == 2 and needed in refused.stderr
-    refused = invoke("export", merged, "--to", "onnx", "--out", tmp_path / "x")
-    assert refused.exit_code == 2 and "--to must be coop, head, classifier or hub, got 'onnx'" in refused.stderr
-    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--to", "onnxx"], "--to must be classifier, head, onnx, torch-export, coop or hub, got 'onnxx'"),
+        (["--to", "onnx"], "--out must be a file that ends in .onnx for --to onnx, got 'out.x'"),
+        (["--to", "torch-export"], "--out must be a file that ends in .pt2"),
+        (["--to", "classifier"], "--out must be a file that ends in .pt or .pth"),
+        (["--to", "head"], "--out must be a file that ends in .safetensors or .npz or .pt or .pth"),
+        (["--to", "coop", "--license", "mit"], "--license is an option of --to hub, got it with --to coop"),
+        (["--to", "coop", "--push", "me/x"], "--push is an option of --to hub"),
+        (["--to", "hub", "--half"], "--half is an option of --to coop"),
+        (["--to", "coop"], "--backbone (the solution records none) and --classnames (the solution serves any classes)"),
+        (
+            ["--to", "coop", "--pretrained", "x", "--classnames", "{names}"],
+            "--backbone (the solution records none) must",
+        ),
+        (["--to", "coop", "--classnames", "{empty}"], "--classnames must be a file with one class name per line"),
+    ],
+)
+def test_all_that_an_export_lacks_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr("mergetune.load_clip", lambda *a, **k: pytest.fail("a model was loaded"))
+    torch.save({"ctx": torch.ones(4, 128)}, tmp_path / "model.pth.tar-5")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    options = [o.format(names=tmp_path / "names.txt", empty=tmp_path / "empty.txt") for o in options]
+    refused = invoke("export", tmp_path / "model.pth.tar-5", "--out", tmp_path / "out.x", *options)
+    assert refused.exit_code == 2 and said in refused.stderr, refused.stderr
+    assert not (tmp_path / "out.x").exists()
+
+
+def test_a_file_is_no_folder_for_an_export_and_a_folder_is_no_file(work, tmp_path):
+    (tmp_path / "out").write_text("")
+    refused = invoke("export", work / "kgcoop", "--to", "hub", "--out", tmp_path / "out")
+    assert refused.exit_code == 2 and "--out must be a folder for --to hub, got the file" in refused.stderr
+    (tmp_path / "out.onnx").mkdir()
+    refused = invoke("export", work / "kgcoop", "--to", "onnx", "--out", tmp_path / "out.onnx")
+    assert refused.exit_code == 2 and "for --to onnx, got a folder" in refused.stderr
+
+
+def test_a_graph_says_how_to_use_it_and_names_a_missing_package(work, tmp_path, monkeypatch):
+    program = tmp_path / "new" / "a.pt2"
+    done = invoke("export", work / "coop", "--to", "torch-export", "--out", program)
+    assert done.exit_code == 0 and f"torch-export: {program}" in done.stdout, done.stderr
+    assert torch.export.load(program).module()(torch.zeros(3, 3, 48, 48)).shape == (3, 2)
+    done = invoke("export", work / "coop", "--to", "onnx", "--out", tmp_path / "a.onnx")
+    assert done.exit_code == 0 and f"python {tmp_path / 'predict_onnx.py'} {tmp_path / 'a.onnx'}" in done.stdout
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    refused = invoke("export", work / "coop", "--to", "onnx", "--out", tmp_path / "b.onnx")
+    assert refused.exit_code == 1 and "pip install 'mergetune[onnx]'" in refused.stderr
 
 
 def test_export_to_the_hub_prints_the_address_in_one_piece(work, tmp_path, monkeypatch):
@@ -241,7 +288,7 @@ def test_export_to_the_hub_prints_the_address_in_one_piece(work, tmp_path, monke
     repository = f"somebody/{'prompt-' * 12}end"  # longer than a line of a terminal
     done = invoke("export", work / "coop", "--to", "hub", "--out", tmp_path, "--push", repository, "--license", "mit")
     assert done.exit_code == 0 and f"https://huggingface.co/{repository}" in done.stdout, done.stderr
-    assert pushed == [("prompt", {"license": "mit"})]
+    assert pushed == [("prompt", {"license": "mit", "metrics": {}})]
     assert repository in (tmp_path / "README.md").read_text()
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny import TEXT, normal, parameter, tiny_model
 from torch import Tensor, nn
 
-from mergetune import FrozenClip, Head, Prompt, load_solution, solutions
-from mergetune.solutions import exports
+from mergetune import FrozenClip, Head, LinearMap, Prompt, Stack, load_solution, open_solution, solutions
+from mergetune.solutions import hub, known_classes
 
 NAMES = ("cat", "fire truck", "hot-air balloon")
 
@@ -110,6 +110,33 @@ def test_a_checkpoint_comes_back_with_the_same_logits(clip, tmp_path, kind):
     back = Prompt.from_checkpoint(tmp_path, classnames=prompt.classnames, position=prompt.position)
     assert back.notes == {"checkpoint": "model.pth.tar-50", "epoch": 50}
     assert torch.equal(logits(back, clip), logits(prompt, clip))
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_the_file_beside_a_checkpoint_gives_names_text_and_origin_back(clip, tmp_path, kind):
+    prompt = replace(make(kind), notes={"temperature": 1.5})
+    file = solutions.to_coop(prompt, tmp_path, clip=clip, classnames=NAMES)
+    for path in (tmp_path, file):
+        back = open_solution(path)
+        assert torch.equal(back.ctx, prompt.ctx) and torch.equal(logits(back, clip), logits(prompt, clip))
+        for name in ("template", "position", "classnames", "backbone", "fingerprint"):
+            assert getattr(back, name) == getattr(prompt, name), name
+        assert known_classes(back) == NAMES and back.notes["temperature"] == 1.5
+    assert open_solution(file, template="X X X X {}.").template == "X X X X {}."
+    with pytest.raises(ValueError, match=f"position must be '{prompt.position}', as .*json says, got 'middle'"):
+        open_solution(file, position="middle")
+    if prompt.classnames:
+        with pytest.raises(ValueError, match="classnames must be those of the file, got other names: bird"):
+            open_solution(file, classnames=["bird", *NAMES[1:]])
+
+
+def test_a_file_beside_another_export_is_refused(clip, tmp_path):
+    first = solutions.to_coop(make("prompt"), tmp_path / "a", clip=clip, classnames=NAMES)
+    second = solutions.to_coop(make("front prompt"), tmp_path / "b", clip=clip, classnames=NAMES[:2])
+    first.with_name(f"{first.name}.mergetune.json").replace(second.with_name(f"{second.name}.mergetune.json"))
+    with pytest.raises(ValueError, match=r"must describe model.pth.tar-50 beside it, got the checksum of another file"):
+        open_solution(tmp_path / "b")
+    assert open_solution(tmp_path / "a").template == "X X X X {}."  # as CoOp leaves it: the file alone
 
 
 @pytest.mark.parametrize(
@@ -211,6 +238,41 @@ def test_a_zero_shot_classifier_gives_the_solutions_logits(clip, tmp_path, kind)
     assert torch.equal(subset, solutions.zero_shot_classifier(make("head"), clip)[:, [2, 0]])
 
 
+@pytest.mark.parametrize("kind", [*PROMPTS, "head"])
+def test_a_zero_shot_classifier_comes_back_with_names_and_scale(clip, tmp_path, kind):
+    solution, file = replace(make(kind), notes={"temperature": 1.5}), tmp_path / "classifier.pt"
+    solutions.zero_shot_classifier(solution, clip, NAMES, file=file)
+    back = open_solution(file)
+    assert back.classnames == NAMES and back.fingerprint == clip.image_fingerprint and back.backbone == clip.name
+    torch.testing.assert_close(logits(back, clip), logits(solution, clip) / 1.5)
+    assert open_solution(file, classnames=NAMES[::-1]).classnames == NAMES
+    with pytest.raises(ValueError, match="classnames must be those of the file, got other names: cat, dog"):
+        open_solution(file, classnames=["dog", *NAMES[1:]])
+    (tmp_path / "classifier.pt.mergetune.json").unlink()
+    with pytest.raises(ValueError, match="classnames must be given for a head whose file does not name its classes"):
+        open_solution(file)
+
+
+def test_a_temperature_is_part_of_a_heads_scale(clip, tmp_path):
+    solution = replace(make("head"), notes={"temperature": 2.0})
+    solutions.to_head(solution, tmp_path / "head.npz")
+    torch.testing.assert_close(logits(open_solution(tmp_path / "head.npz"), clip), logits(solution, clip) / 2)
+    with pytest.raises(ValueError, match="the temperature in the solution's notes must be positive and finite, got 0"):
+        solutions.to_head(replace(solution, notes={"temperature": 0}), tmp_path / "head.npz")
+
+
+def test_names_that_a_solution_was_trained_on_are_exported(clip, tmp_path):
+    trained = replace(make("prompt"), notes={"settings": {"classnames": list(NAMES)}})
+    solutions.to_head(trained, tmp_path / "head.pt", clip=clip)
+    assert open_solution(tmp_path / "head.pt").classnames == NAMES
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_graph_is_no_solution(tmp_path, suffix):
+    with pytest.raises(ValueError, match="must be a solution, got a graph from images to logits"):
+        open_solution(tmp_path / f"a{suffix}")
+
+
 def test_a_bias_has_no_place_in_a_zero_shot_classifier(clip):
     with pytest.raises(ValueError, match="got a head with a bias: use to_head"):
         solutions.zero_shot_classifier(make("head with bias"), clip)
@@ -242,6 +304,9 @@ def test_a_hub_folder_is_a_solution_with_a_card(clip, tmp_path, kind):
     assert found["pipeline_tag"] == "zero-shot-image-classification"
     assert "mt.load_clip('ViT-B-16-quickgelu', pretrained='openai')" in card
     assert ("Classes: cat, fire truck, hot-air balloon" in card) == (solution.classnames is not None)
+    assert found["base_model"] == "timm/vit_base_patch16_clip_224.openai" and "model-index" not in found
+    names = "" if solution.classnames else ', classnames=["cat", "dog"]'
+    assert f"mt.Predictor(clip, solution{names})" in card
     json.loads((tmp_path / "hub" / "solution.json").read_text())
 
 
@@ -252,6 +317,54 @@ def test_a_card_names_the_base_model_where_the_hub_has_it(tmp_path):
     assert "mt.load_clip('hf-hub:timm/some-clip')" in card
     solutions.to_hub(replace(make("prompt"), backbone=None), tmp_path)
     assert "an unrecorded CLIP" in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_has_the_results_that_stand_beside_the_solution(tmp_path):
+    rows = {"zero-shot": {"accuracy": 50.0}, "MERGETUNE": {"accuracy": 91.254}}
+    (tmp_path / "report.json").write_text(json.dumps({"reports": {"base": rows, "novel": rows}}))
+    (tmp_path / "result.json").write_text(json.dumps({"history": [{"val_accuracy": 80.0}, {"val_accuracy": 82.5}]}))
+    metrics = solutions.recorded_metrics(tmp_path)
+    assert metrics == {"test images, base classes": 91.254, "test images, novel classes": 91.254}
+    solutions.to_hub(make("prompt"), tmp_path / "hub", metrics=metrics)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    (index,) = front_matter(card)["model-index"]
+    assert [result["dataset"]["name"] for result in index["results"]] == list(metrics)
+    assert all(result["metrics"][0]["value"] == 91.25 for result in index["results"])
+    assert "| test images, novel classes | 91.25 |" in card
+    (tmp_path / "report.json").unlink()
+    assert solutions.recorded_metrics(tmp_path) == {"validation images": 82.5}
+    (tmp_path / "result.json").write_text("[1, 2]")
+    assert solutions.recorded_metrics(tmp_path) == solutions.recorded_metrics(tmp_path / "nowhere") == {}
+
+
+LOCAL = [
+    ("local-dir:/home/zoe/clip", 'mt.load_clip("local-dir:PATH/TO/CLIP")'),
+    ("local-dir:../clip", 'mt.load_clip("local-dir:PATH/TO/CLIP")'),
+    ("ViT-B-32//home/zoe/x.pt", "mt.load_clip('ViT-B-32', pretrained=\"PATH/TO/WEIGHTS.pt\")"),
+    ("ViT-B-32//home/zoe/weights", "mt.load_clip('ViT-B-32', pretrained=\"PATH/TO/WEIGHTS.pt\")"),
+    ("ViT-B-32/me.safetensors", "mt.load_clip('ViT-B-32', pretrained=\"PATH/TO/WEIGHTS.pt\")"),
+    ("ViT-B-32/C:\\zoe\\x.pt", "mt.load_clip('ViT-B-32', pretrained=\"PATH/TO/WEIGHTS.pt\")"),
+    ("local-dir:/opt/python/site-packages/mergetune/assets/icon-clip", "mt.load_clip('icon-clip')"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "code"), LOCAL)
+def test_a_hub_folder_holds_no_path_of_this_computer(clip, tmp_path, backbone, code):
+    notes = {
+        "settings": {"clip": backbone, "classnames": ["and/or"]},
+        "from": ["/home/zoe/a b/head.pt", {"x": "~/zoe/y"}],
+    }
+    base = replace(make("prompt"), backbone=backbone, notes=notes)
+    solution = Stack(base, LinearMap(torch.eye(8), notes={"said": "made of /home/zoe/x.pt, as in http://a.b/c"}))
+    solutions.to_hub(solution, tmp_path)
+    back, said = load_solution(tmp_path), "".join(path.read_text() for path in tmp_path.glob("*[nd]"))
+    assert not [part for part in ("/home", "/opt", "~", "../", "C:", "zoe/", "local-dir:/") if part in said]
+    assert code in (tmp_path / "README.md").read_text()
+    assert back.fingerprint == solution.fingerprint and torch.equal(back.parts[0].ctx, base.ctx)
+    assert back.parts[0].notes["settings"]["classnames"] == ["and/or"]
+    assert back.parts[0].notes["from"] == ["head.pt", {"x": "y"}]
+    assert back.parts[1].notes["said"] == "made of x.pt, as in http://a.b/c"
+    assert base.backbone == backbone  # the solution itself stays as it is
 
 
 def test_push_to_hub(clip, tmp_path, monkeypatch):
@@ -271,7 +384,7 @@ def test_push_to_hub(clip, tmp_path, monkeypatch):
             assert torch.equal(parameter(load_solution(folder_path)), parameter(make("prompt")))
             assert "snapshot_download('me/prompt')" in (tmp_path / folder_path / "README.md").read_text()
 
-    monkeypatch.setattr(exports, "HfApi", Api)
+    monkeypatch.setattr(hub, "HfApi", Api)
     url = solutions.push_to_hub(make("prompt"), "me/prompt", private=True, token="secret", commit_message="first")
     assert url == "https://huggingface.co/me/prompt"
     assert calls == [

@@ -135,5 +135,5 @@ def test_scikit_learns_classes_must_have_names(tmp_path):
     with pytest.raises(TypeError, match="model must be fitted .* got LogisticRegression"):
         Head.from_sklearn(linear_model.LogisticRegression(), classnames=NAMES)
     named = linear_model.LogisticRegression().fit(context(3, WIDTH).numpy(), NAMES)
-    with pytest.raises(ValueError, match="classnames must be those of the head, got other names: ant, dog"):
+    with pytest.raises(ValueError, match="classnames must be those of the file, got other names: ant, dog"):
         Head.from_sklearn(named, classnames=("dog", "bee", "cat"))
