@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from mergetune.cli.running import first_rank, nothing_follows
+
 out, err = Console(), Console(stderr=True)
 HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
 """Columns of a table of base and novel classes -> names in :class:`mergetune.evaluation.BaseNovel` and its row."""
@@ -26,6 +27,8 @@ def errors() -> Iterator[None]:
     """Prints an error as one line and exits: code 2 for a wrong argument or input, code 1 for other failures."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads the output; the command ends in silence
+        raise
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise _exit("error", error, 2) from None
     except (RuntimeError, FloatingPointError, OSError) as error:
@@ -99,11 +102,6 @@ def read_solution(path: str, features: Any = None, position: str = "end") -> Any
 # -- printing ---------------------------------------------------------------------------------------------------------
 
 
-def first_rank() -> bool:
-    """Returns whether this process prints: rank 0 under torchrun, and every process without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def tell(line: str) -> None:
     """Prints a line unchanged: paths are not wrapped, and brackets are not read as markup."""
     out.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -172,5 +170,7 @@ def plain(value: Any) -> str:
 
 
 def print_json(value: Any) -> None:
+    """Prints a value as JSON; nothing is printed after it."""
+    nothing_follows()
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")

@@ -35,7 +35,7 @@ from mergetune.data.cache_identity import KEY, image_identity, is_complete, refu
 from mergetune.data.image_files import load_image
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import compact_json, jsonable, release_locks, torchrun_team, write_atomically
+from mergetune.io import begin_worker, compact_json, jsonable, torchrun_team, write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -215,7 +215,7 @@ def _build(
         batch_sampler=[batch for number in numbers for batch in batches[number]],
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=release_locks,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # the loader draws a seed; it must not change the caller's random stream
     )
     bar = tqdm(

@@ -22,7 +22,7 @@ from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_
 from mergetune.evaluation import Hits, count_hits, logit_ensemble, weight_average
 from mergetune.experiments.engine import Record, Together, begun, counted, finish, tested, usual
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.io import torchrun_team
+from mergetune.io import end_workers, torchrun_team, unaware_of_interrupts
 from mergetune.solutions import open_solution
 from mergetune.training import fit, tune
 
@@ -184,8 +184,14 @@ def _share(runs: Sequence[Run], caches: Caches, load: Callable[[], FrozenClip], 
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(load, caches.experiment, threads)
     ) as pool:
-        for _ in bar(pool.map(_execute_here, runs)):
-            pass
+        try:
+            with unaware_of_interrupts():  # here the processes start
+                done = pool.map(_execute_here, runs)
+            for _ in bar(done):
+                pass
+        except BaseException:
+            end_workers()  # otherwise leaving the pool waits for the runs in progress
+            raise
 
 
 def _begin(load: Callable[[], FrozenClip], experiment: Experiment, threads: int) -> None:

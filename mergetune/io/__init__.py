@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
     from mergetune.io.unpickling import Inert, Unpickler
     from mergetune.io.versions import installed_version
+    from mergetune.io.workers import begin_worker, end_workers, unaware_of_interrupts
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -68,11 +69,13 @@ __all__ = [
     "Sha256",
     "Size",
     "Unpickler",
+    "begin_worker",
     "check_document",
     "compact_json",
     "convert_module",
     "damaged",
     "dtype_name",
+    "end_workers",
     "fault",
     "installed_version",
     "is_torchscript",
@@ -97,6 +100,7 @@ __all__ = [
     "require_regular",
     "sha256_regular",
     "torchrun_team",
+    "unaware_of_interrupts",
     "write_atomically",
     "write_json",
     "writing_atomically",
@@ -121,5 +125,6 @@ make_lazy(
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
         "mergetune.io.unpickling": "Inert Unpickler",
         "mergetune.io.versions": "installed_version",
+        "mergetune.io.workers": "begin_worker end_workers unaware_of_interrupts",
     },
 )
