@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mergetune.data.image_files import image_names, prettify, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference
 from mergetune.data.own_images import coop_split
+from mergetune.facts.brief import brief
 from mergetune.io import read_regular_text
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
@@ -19,6 +20,7 @@ VARIANTS = ("variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS)
 CLASSNAMES = "classnames.txt"
 
 
+@brief()
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark dataset and its files below the root, in CoOp's layout.

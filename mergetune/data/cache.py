@@ -36,6 +36,7 @@ from mergetune.data.cache_files import (
 from mergetune.data.cache_identity import file_sha256, refuse_changed
 from mergetune.data.image_lists import ImageList
 from mergetune.data.row_reading import OpenFiles, RowReader, may_open
+from mergetune.facts.brief import brief
 from mergetune.io import MAX_WEIGHTS
 
 UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -44,6 +45,7 @@ MAX_MAPPED = 1 << 28  # largest number of bytes of features that are memory-mapp
 ROWS = 4096  # rows per step of loops over all rows
 
 
+@brief("path", "classnames", "dim", "dtype", "views", "skipped", images=len)
 @dataclass(frozen=True, eq=False)
 class FeatureCache:
     """Unit-norm image features with labels, on disk or in memory; only requested rows are read.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.facts.brief import brief
 from mergetune.solutions import Solution, measure, span
 from mergetune.solutions.space import SHARES
 
@@ -27,6 +28,7 @@ class Corner(NamedTuple):
     accuracy: float
 
 
+@brief("solutions", "xs", "ys")
 @dataclass(frozen=True)
 class Plane:
     """Cross-entropy and accuracy on a square grid of the plane through three solutions.

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.data import Batches, FeatureCache
+from mergetune.facts.brief import brief
 from mergetune.solutions import inputs
 
 ImageMap = Callable[[Tensor], Tensor]
 """What is read of images [B, ...] -> image features [B, D]."""
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Classifier:
     """A function of class names that returns class weights, with the map of image features that goes with them.
@@ -52,6 +54,7 @@ class Classifier:
         return inputs(x if self.images is None else self.images(x), weights) @ weights.T
 
 
+@brief("accuracy", "images", "per_class")
 @dataclass(frozen=True)
 class Report:
     """Accuracy of a classifier on N images.
@@ -87,6 +90,7 @@ def _standard_error(accuracy: float, images: int) -> float:
     return 100 * math.sqrt(p * (1 - p) / images)
 
 
+@brief()
 @dataclass(frozen=True)
 class Hits:
     """Right answers and images of each class. Every accuracy, spread and interval is computed from these counts."""
@@ -204,6 +208,7 @@ def score(
     return found
 
 
+@brief()
 @dataclass(frozen=True)
 class BaseNovel:
     """Accuracy on base and on novel classes.
@@ -239,6 +244,7 @@ class BaseNovel:
         return {name: value.to_json() if isinstance(value, Report) else value for name, value in parts.items()}
 
 
+@brief("name", "base", "novel", "hm", "seen", "unseen", "joint_hm", "seeds")
 @dataclass(frozen=True)
 class Row:
     """Results of a method over several seeds, in percent.

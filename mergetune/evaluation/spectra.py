@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.facts.brief import brief
 from mergetune.solutions import Solution, Space, Span, State, inputs, span
 from mergetune.solutions.space import ROWS, SHARES
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 RESTARTS = 300  # most restarts of Lanczos
 
 
+@brief("solutions", "positions", "highest", "lowest", "trace")
 @dataclass(frozen=True)
 class Spectrum:
     """Curvature of the mean cross-entropy at points on the path through some solutions.

@@ -11,11 +11,13 @@ from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset, cache_features
 from mergetune.evaluation import Report, connectivity, plot
 from mergetune.experiments.engine import Together, counted, reports, tested, usual
+from mergetune.facts.brief import brief
 from mergetune.io import write_json
 from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
 
 
+@brief("result", "reports", "figure")
 @dataclass(frozen=True)
 class FolderResult:
     """What came of it.

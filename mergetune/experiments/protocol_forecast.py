@@ -16,9 +16,11 @@ from mergetune.data import FeatureCache, templates_for
 from mergetune.experiments.engine import kept
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
 from mergetune.experiments.protocols import RECORD, Caches
+from mergetune.facts.brief import brief
 from mergetune.training import fit, tune
 
 
+@brief()
 @dataclass(frozen=True)
 class Forecast:
     """What a plan would do.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergetune.facts.brief import brief
 from mergetune.merging.checks import check
 from mergetune.merging.methods import METHODS
 from mergetune.merging.plans import Merge, method
@@ -46,6 +47,7 @@ def compeft(base: StateDict, experts: Sequence[StateDict], *, density: float = 0
     return Merge(lambda part: part.base + alpha * deviation * trimmed(part)[0].sign())
 
 
+@brief()
 @dataclass(frozen=True)
 class CompressedSize:
     """Sizes of a task vector of n elements, of which a share k is not zero after :func:`compeft`.

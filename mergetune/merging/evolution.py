@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
+from mergetune.facts.brief import brief
 from mergetune.merging.checks import check, check_choice
 from mergetune.merging.methods import METHODS
 from mergetune.merging.plans import facts_of
@@ -18,6 +19,7 @@ from mergetune.merging.sources import StateDict, floating
 from mergetune.merging.task_vectors import task_arithmetic
 
 
+@brief()
 @dataclass(frozen=True)
 class Evolved:
     """Best options that :func:`evolve_options` found.

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune import ops
+from mergetune.facts.brief import brief
 from mergetune.facts.function_options import PATH_GRIDS
 from mergetune.solutions import Space, State, inputs
 
@@ -76,6 +77,7 @@ class Near:
     distance: Callable[[State], Tensor] | None = None
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Objective:
     """The loss as a function of a solution's state and a batch. Without anchors and surrogate: plain cross-entropy.
