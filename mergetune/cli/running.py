@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -48,7 +47,6 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # a context of click, which some typers bring along
         began, ending = time.perf_counter(), _Ending()
         token = _ending.set(ending)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error at the end says enough
         try:
             with _terminable():
                 try:

@@ -18,7 +18,7 @@ from mergetune.clip.backbone import FrozenClip
 from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone, described_text_model
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import checked_model
-from mergetune.io import is_torchscript, require_regular
+from mergetune.io import CACHED, is_torchscript, not_reached, quiet_retries, require_regular, unreachable
 
 
 def load_clip(
@@ -82,7 +82,7 @@ def load_clip(
         opened = _built_in(name, str(pretrained), config, cache_dir)
     else:
         opened = checked_backbone(name, cache_dir=cache_dir)
-    with opened as source:
+    with quiet_retries(), opened as source:
         state = None if source.weights is None else check_weights(source.weights, allow_torchscript=allow_torchscript)
         try:
             model = open_clip.create_model(
@@ -127,9 +127,11 @@ def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: 
             try:
                 weights = open_clip.download_pretrained(tag, cache_dir=cache_dir)
             except Exception as error:  # downloads raise many types of error
-                raise RuntimeError(
-                    f"the weights {pretrained!r} of {name!r} could not be downloaded: {error}"
-                ) from error
+                raise not_reached(
+                    f"the weights {pretrained!r} of {name!r} could not be downloaded", error,
+                    source=None if tag.get("hf_hub") else tag.get("url"),
+                    way_on=f"give a checkpoint file in place of the tag (pretrained); {CACHED}",
+                ) from None  # fmt: skip
         elif os.path.exists(pretrained):
             require_regular(pretrained)
         huggingface = bool(text.get("hf_tokenizer_name"))
@@ -164,6 +166,8 @@ def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Calla
             raise ValueError(
                 f"tokenizer.json of {name!r} must be a file that the package tokenizers can load, got: {error}"
             ) from error
+        if unreachable(error):
+            raise not_reached(f"the tokenizer of {name!r} could not be downloaded", error, way_on=CACHED) from None
         reason = str(error).replace(str(source.folder), name) if source.folder else " ".join(str(error).split())
         raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
     if torch.equal(cat, dog):  # transformers returns an empty tokenizer if it finds no vocabulary

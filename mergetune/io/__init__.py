@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         writing_atomically,
     )
     from mergetune.io.locks import locked, release_locks
+    from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
     from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
     from mergetune.io.ranks import torchrun_team
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from mergetune.io.workers import begin_worker, end_workers, unaware_of_interrupts
 
 __all__ = [
+    "CACHED",
     "FLOAT_DTYPES",
     "MAX_IMAGE",
     "MAX_LIST",
@@ -84,8 +86,10 @@ __all__ = [
     "load_tensors_only",
     "load_torch",
     "locked",
+    "not_reached",
     "open_regular",
     "parse_document",
+    "quiet_retries",
     "read_at",
     "read_document",
     "read_json",
@@ -101,6 +105,7 @@ __all__ = [
     "sha256_regular",
     "torchrun_team",
     "unaware_of_interrupts",
+    "unreachable",
     "write_atomically",
     "write_json",
     "writing_atomically",
@@ -120,6 +125,7 @@ make_lazy(
             "writing_atomically"
         ),
         "mergetune.io.locks": "locked release_locks",
+        "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
         "mergetune.io.ranks": "torchrun_team",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",

@@ -19,7 +19,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
-from mergetune.io import write_atomically
+from mergetune.io import not_reached, quiet_retries, unreachable, write_atomically
 from mergetune.solutions.base import Solution
 from mergetune.solutions.head import Head
 from mergetune.solutions.space import image_features, span
@@ -167,8 +167,15 @@ def push_to_hub(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         to_hub(solution, folder, license=license, repo_id=repo_id)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        try:
+            with quiet_retries():
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        except Exception as error:  # the HTTP library has its own types of error
+            if not unreachable(error):
+                raise
+            way_on = "write the folder with to_hub and upload it later"
+            raise not_reached(f"{repo_id} could not be uploaded", error, way_on=way_on) from None
     return str(url)
 
 
