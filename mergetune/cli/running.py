@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -18,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 STOPPED = "stopped; run the same command again to continue"
+WIDE = 100  # columns of a terminal in which the table of options has room
 WORTH_TELLING = 1.0  # seconds; the time of a shorter command is not shown
 
 
@@ -43,6 +46,13 @@ class _Terminated(KeyboardInterrupt):
 
 class Commands(TyperGroup):
     """The group of all commands: runs a command, and prints its last lines."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Returns a command; in a narrow terminal its help is plain text, because a table would cut names short."""
+        command: Any = super().get_command(ctx, cmd_name)
+        if command is not None and shutil.get_terminal_size().columns < WIDE:
+            command.rich_markup_mode = None
+        return command
 
     def invoke(self, ctx: Any) -> Any:  # a context of click, which some typers bring along
         began, ending = time.perf_counter(), _Ending()
@@ -74,6 +84,43 @@ def nothing_follows() -> None:
     """Leaves out the lines at the end of the command, for output that another program reads."""
     if (ending := _ending.get()) is not None:
         ending.as_json = True
+
+
+def in_terms_of_options(message: str) -> str:
+    """Returns the message of an error with the option of the running command in place of the function's argument.
+
+    "tau must lie in [0, 1], got 2" becomes "--tau must ...". If the command has no option of this name, it is the
+    option whose value the message shows: "path must be a checkpoint, got out/coop" becomes "--tuned must ...".
+    """
+    found, context = re.match(r"([a-z]\w*) (?:must|cannot) ", message), _context()
+    if found is None or context is None:
+        return message
+    name = found[1]
+    parameters = {p: _shown_name(p) for p in context.command.params}
+    for parameter, shown in parameters.items():
+        if f"--{name.replace('_', '-')}" in parameter.opts or name == parameter.name:
+            return shown + message.removeprefix(name)
+    for parameter, shown in parameters.items():
+        given = context.params.get(parameter.name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and re.search(rf"got '?{re.escape(str(value))}'?(?![\w/.-])", message):
+                return shown + message.removeprefix(name)
+    return message
+
+
+def _shown_name(parameter: Any) -> str:
+    """The name of an option or argument as the help shows it."""
+    long = [option for option in parameter.opts if option.startswith("--")]
+    return long[0] if long else parameter.name.upper()
+
+
+def _context() -> Any:
+    """The context of the running command; None outside of a command."""
+    try:
+        from typer._click.globals import get_current_context  # versions of typer that bring click along
+    except ImportError:
+        from click import get_current_context
+    return get_current_context(silent=True)
 
 
 def first_rank() -> bool:

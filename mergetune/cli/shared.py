@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from mergetune.cli.running import first_rank, nothing_follows
+from mergetune.cli.running import first_rank, in_terms_of_options, nothing_follows
 
 out, err = Console(), Console(stderr=True)
 HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
@@ -30,13 +31,13 @@ def errors() -> Iterator[None]:
     except BrokenPipeError:  # nobody reads the output; the command ends in silence
         raise
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise _exit("error", error, 2) from None
+        raise _exit("error", in_terms_of_options(str(error)), 2) from None
     except (RuntimeError, FloatingPointError, OSError) as error:
-        raise _exit("failed", error, 1) from None
+        raise _exit("failed", str(error), 1) from None
 
 
-def _exit(word: str, error: Exception, code: int) -> typer.Exit:
-    err.print(f"[bold red]{word}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+def _exit(word: str, said: str, code: int) -> typer.Exit:
+    err.print(f"[bold red]{word}:[/] {escape(said)}", soft_wrap=True, highlight=False)
     return typer.Exit(code)
 
 
@@ -83,7 +84,24 @@ def open_cache(folder: Path, classes: str, *, shots: int | None = None, seed: in
     data = mt.Dataset(name=folder.name, full_train=listed)
     if classes != "all":
         data = data.base_novel()[classes == "novel"]
-    return cache.select(data.few_shot(shots, seed))
+    few = data.few_shot(shots, seed)
+    warn_of_few(shots, few)
+    return cache.select(few)
+
+
+def warn_of_few(shots: int | None, drawn: Any) -> None:
+    """Prints a warning if classes have fewer images than ``--shots`` asks for.
+
+    Args:
+        shots: images per class that were asked for; None asks for all.
+        drawn: the images that were drawn.
+    """
+    counts = Counter(drawn.labels)
+    few = [count for count in counts.values() if shots is not None and count < shots]
+    if few and first_rank():
+        there = str(min(few)) if min(few) == max(few) else f"{min(few)} to {max(few)}"
+        which = "every class has" if len(few) == len(counts) else f"{len(few)} of {len(counts)} classes have"
+        err.print(f"[yellow]warning:[/] {which} fewer than --shots {shots} images: {there}", highlight=False)
 
 
 def read_solution(path: str, features: Any = None, position: str = "end") -> Any:

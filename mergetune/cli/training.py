@@ -135,6 +135,9 @@ def fit(
     root: Root = None,
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="With images: leave out images that cannot be read.")
+    ] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -179,11 +182,13 @@ def fit(
             say = partial(_finish, as_json, result, folder)
         else:
             del given["seed"]
+            on_error = "skip" if skip_unreadable else "raise"
             found = mt.fit_dataset(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
-                cache_options={"workers": workers, "max_pixels": max_pixels}, report=announce(as_json),
+                cache_options={"workers": workers, "max_pixels": max_pixels, "on_error": on_error},
+                report=announce(as_json),
             )  # fmt: skip
             say = partial(_finish_images, as_json, found, folder)
     say()

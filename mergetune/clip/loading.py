@@ -48,8 +48,8 @@ def load_clip(
             allow this only if you trust its author.
 
     Raises:
-        ValueError: an unknown precision; missing or doubly given weights; a file that asks for more than a network, a
-            vocabulary and tensors (the message names file and key); settings that describe no valid network.
+        ValueError: an unknown precision or device; missing or doubly given weights; a file that asks for more than a
+            network, a vocabulary and tensors (the message names file and key); settings that describe no valid network.
         RuntimeError: open_clip does not know the model or the tag; the weights belong to another model; a download
             failed; a package for the tokenizer or the text model is missing.
 
@@ -65,6 +65,7 @@ def load_clip(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_device(device)
     complete = name.startswith(("hf-hub:", "local-dir:"))
     if complete and pretrained is not None:
         raise ValueError(f"pretrained must be None because {name!r} includes the weights, got {pretrained!r}")
@@ -112,6 +113,25 @@ def load_clip(
     model.to(dtype=PRECISIONS[precision])
     temperature.data = logit_scale  # keep the exact temperature: rounding it would change every logit
     return FrozenClip(model, tokenizer, name if complete else f"{name}/{pretrained}")
+
+
+def check_device(device: str | torch.device) -> None:
+    """Check that this machine has a device.
+
+    Raises:
+        ValueError: the name is not a device of torch, or this machine has no such device.
+    """
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a device of torch such as cpu, cuda or cuda:1, got {device!r}") from None
+    if wanted.type == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (wanted.index or 0) >= there:
+            has = "no GPU that torch can use" if not there else f"{there} GPU{'s' * (there > 1)}, numbered from 0"
+            raise ValueError(f"device must be a device of this machine, which has {has}, got {str(device)!r}: use cpu")
+    elif wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device must be a device of this machine, which has no mps, got {str(device)!r}: use cpu")
 
 
 @contextmanager

@@ -47,8 +47,25 @@ class Classifier:
         """Class weights multiplied by the logit scale, [C, D], or [C, D + 1] with a bias."""
         return self.weights(classnames)
 
-    def logits(self, classnames: Sequence[str], x: Tensor) -> Tensor:
-        """Logits [B, C] of the inputs of B images."""
+    def logits(self, classnames: Sequence[str], x: Tensor | None = None) -> Tensor:
+        """Logits [B, C] of the inputs of B images.
+
+        Args:
+            classnames: the C class names.
+            x: image inputs, [B, D] features or the inputs of the solution's kind; must be given.
+
+        Raises:
+            TypeError: ``x`` is missing or no tensor, or ``classnames`` is no list of texts.
+        """
+        if isinstance(classnames, str) or not isinstance(classnames, Sequence):
+            raise TypeError(
+                f"classnames must be a list of class names, got {type(classnames).__name__}: call logits(classnames, x)"
+            )
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x must be image inputs of B images, a tensor [B, D], got {type(x).__name__}: call "
+                "logits(classnames, x)"
+            )
         weights = self.weights(classnames)
         x = x.to(weights)
         return inputs(x if self.images is None else self.images(x), weights) @ weights.T

@@ -68,6 +68,7 @@ class Near:
         classes: class features of w1, [C, D].
         curvature: the diagonal H of "fisher", [C, D].
         distance: function of stacked states that returns the surrogate on states, [M].
+        name: name of the term in the history of a run.
     """
 
     lam: float
@@ -75,6 +76,7 @@ class Near:
     classes: Tensor | None = None
     curvature: Tensor | None = None
     distance: Callable[[State], Tensor] | None = None
+    name: str = "surrogate"
 
 
 @brief()
@@ -100,7 +102,11 @@ class Objective:
     def term_names(self) -> tuple[str, ...]:
         """Names of the terms that a call returns."""
         paths = 0 if self.anchors is None else len(self.anchors)
-        return ("endpoint", "surrogate", *(f"path_{k + 1}" for k in range(paths)))
+        return (
+            "endpoint",
+            "surrogate" if self.near is None else self.near.name,
+            *(f"path_{k + 1}" for k in range(paths)),
+        )
 
     @property
     def settings(self) -> int:

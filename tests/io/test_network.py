@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 from tiny import prompt
 from typer.testing import CliRunner
-from typer.testing import CliRunner
 
 import mergetune as mt
 from mergetune.cli import app
