@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import PRECISIONS
 from mergetune.data.cache import FeatureCache
@@ -35,7 +35,7 @@ from mergetune.data.cache_identity import KEY, image_identity, is_complete, refu
 from mergetune.data.image_files import load_image
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import MAX_PIXELS
-from mergetune.io import begin_worker, compact_json, jsonable, torchrun_team, write_atomically
+from mergetune.io import begin_worker, compact_json, hidden, jsonable, torchrun_team, write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -222,7 +222,7 @@ def _build(
         total=sum(len(batch) for number in numbers for batch in batches[number]),
         desc="encode images",
         unit="image",
-        disable=None if progress else True,
+        disable=hidden(progress),
     )
     loaded = iter(loader)
     with bar:

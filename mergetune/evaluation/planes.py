@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
 from mergetune.facts.brief import brief
+from mergetune.io import hidden
 from mergetune.solutions import Solution, measure, span
 from mergetune.solutions.space import SHARES
 
@@ -100,7 +101,7 @@ def plane(
     xs, ys = (left + right) / 2 + offsets, y / 2 + offsets
     loss, accuracy = [], []
     # One row per step: the text tower encodes its N points in one call, and the bar moves.
-    for row in tqdm(ys.tolist(), "plane", unit="row", disable=None if progress else True):
+    for row in tqdm(ys.tolist(), "plane", unit="row", disable=hidden(progress)):
         third_share = torch.full_like(xs, row / y)
         second_share = xs / d - third_share * share
         mixtures = torch.stack([1 - second_share - third_share, second_share, third_share], 1)

@@ -15,14 +15,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_features, few_shot_path, templates_for
 from mergetune.evaluation import Hits, count_hits, logit_ensemble, weight_average
 from mergetune.experiments.engine import Record, Together, begun, counted, finish, tested, usual
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.io import end_workers, torchrun_team, unaware_of_interrupts
+from mergetune.io import end_workers, hidden, torchrun_team, unaware_of_interrupts
 from mergetune.solutions import open_solution
 from mergetune.training import fit, tune
 
@@ -175,7 +175,7 @@ def reproduce(
 
 def _share(runs: Sequence[Run], caches: Caches, load: Callable[[], FrozenClip], processes: int, progress: bool) -> None:
     """This process's runs, one after the other or in processes of their own."""
-    bar = partial(tqdm, total=len(runs), desc="runs", unit="run", disable=None if progress else True)
+    bar = partial(tqdm, total=len(runs), desc="runs", unit="run", disable=hidden(progress))
     if processes == 1 or len(runs) < 2:
         for run in bar(runs):
             execute(run, caches, progress=progress)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mergetune.io.locks import locked, release_locks
     from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
     from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
+    from mergetune.io.progress import hidden
     from mergetune.io.ranks import torchrun_team
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
     from mergetune.io.unpickling import Inert, Unpickler
@@ -79,6 +80,7 @@ __all__ = [
     "dtype_name",
     "end_workers",
     "fault",
+    "hidden",
     "installed_version",
     "is_torchscript",
     "jsonable",
@@ -127,6 +129,7 @@ make_lazy(
         "mergetune.io.locks": "locked release_locks",
         "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
+        "mergetune.io.progress": "hidden",
         "mergetune.io.ranks": "torchrun_team",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
         "mergetune.io.unpickling": "Inert Unpickler",

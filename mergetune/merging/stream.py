@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from mergetune.io import writing_atomically
+from mergetune.io import hidden, writing_atomically
 from mergetune.merging.checks import check
 from mergetune.merging.plans import facts_of, merged_pieces, plan_of
 from mergetune.merging.sources import Constant, StateDict, TensorFile, sources
@@ -63,7 +63,7 @@ def merge_files(
     step = plan(base, experts, **options)
     size = sum(like.numel * like.dtype.itemsize for _, like in sources(reference))
     label = {"desc": f"merge ({facts.name})", "unit": "B", "unit_scale": True}
-    with writing_atomically(Path(out_file)) as out, tqdm(total=size, disable=None, **label) as bar:
+    with writing_atomically(Path(out_file)) as out, tqdm(total=size, disable=hidden(), **label) as bar:
         out.write(reference.header)
         for _, piece in merged_pieces(step, base, experts):
             bar.update(out.write(piece.contiguous().view(torch.uint8).numpy().data))
