@@ -5,6 +5,7 @@ MERGETUNE_CUDA_ARCHS="80;90" names the compute capabilities.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -32,17 +33,19 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
+        source = Path(__file__).resolve().parent
+        digest_of_sources = runpy.run_path(str(source / "mergetune/facts/source_tree.py"))["digest_of_sources"]
         settings = {
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output.parent,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "MERGETUNE_VERSION": self.distribution.get_version(),
+            "MERGETUNE_SOURCES": digest_of_sources(source),
             "MERGETUNE_CUDA": os.environ.get("MERGETUNE_CUDA", "auto"),
             "MERGETUNE_CUDA_ARCHS": os.environ.get("MERGETUNE_CUDA_ARCHS", ""),
         }
         flags = [f"-D{name}={value}" for name, value in settings.items()]
-        source = Path(__file__).resolve().parent
         cmake = tool("cmake")
         subprocess.run([cmake, "-G", "Ninja", "-S", str(source), "-B", str(build), *flags], check=True)
         subprocess.run([cmake, "--build", str(build), "--target", "_C"], check=True)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mergetune.facts import make_lazy
+from mergetune.facts.source_tree import complete_source_tree
 
 if TYPE_CHECKING:
     from mergetune import merging
@@ -164,3 +165,4 @@ make_lazy(
     },
     packages=("clip", "data", "merging", "ops", "solutions"),
 )
+complete_source_tree()

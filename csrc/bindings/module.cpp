@@ -20,6 +20,7 @@ std::vector<std::string> words(const std::string& text) {
 py::dict build_info() {
     py::dict info;
     info["version"] = MERGETUNE_VERSION;
+    info["sources"] = MERGETUNE_SOURCES;
     info["compiler"] = MERGETUNE_COMPILER;
 #ifdef _OPENMP
     info["openmp"] = true;
@@ -41,8 +42,8 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "The compiled core of mergetune. Takes addresses, so call it through mergetune.ops.";
 
     module.def("build_info", &build_info,
-               "What was built and what runs: version, compiler, openmp, cpu_variants (built), cpu_variant (chosen),\n"
-               "cuda_archs (empty without CUDA).");
+               "What was built and what runs: version, sources (digest), compiler, openmp, cpu_variants (built),\n"
+               "cpu_variant (chosen), cuda_archs (empty without CUDA).");
     module.def("cpu_variant_runs", &cpu_variant_runs, "variant"_a,
                "True if this CPU variant was built and this processor can run it.");
 

@@ -18,9 +18,11 @@ from mergetune.cli.models import models
 from mergetune.cli.options import SeveralValues
 from mergetune.cli.paper import reproduce
 from mergetune.cli.predicting import predict
+from mergetune.cli.running import Commands
 from mergetune.cli.training import fit, tune
 
 app = typer.Typer(
+    cls=Commands,
     help="Restore the zero-shot ability of a fine-tuned CLIP (MERGETUNE, arXiv 2601.10497).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

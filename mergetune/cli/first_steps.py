@@ -24,7 +24,7 @@ def demo(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune and repair the embedded CLIP on the embedded icons; table and figure take about a minute."""
+    """Fine-tune and repair the embedded CLIP on the embedded icons; table and figure take a few minutes."""
     from mergetune.experiments import run_demo
 
     seeds = seed or seeds  # --seed is the name in version 0.1
@@ -33,12 +33,14 @@ def demo(
     if as_json:
         print_json(result.to_json())
         return
+    several = len(seeds) > 1
+    over = f"mean ± deviation over {len(seeds)} seeds" if several else f"seed {seeds[0]}"
     rows = []
     for row in result.rows:
         cells = {column: (getattr(row, name), getattr(row, f"{name}_std")) for column, name in HALVES.items()}
-        shown = {column: f"{mean:.1f} ± {deviation:.1f}" for column, (mean, deviation) in cells.items()}
+        shown = {c: f"{mean:.1f} ± {std:.1f}" if several else f"{mean:.1f}" for c, (mean, std) in cells.items()}
         rows.append((row.name, shown, "bold" if row.name == "MERGETUNE" else None))
-    print_table("", rows, title=f"Accuracy on tilted icons, mean ± deviation over {len(seeds)} seeds (%)")
+    print_table("", rows, title=f"Accuracy on tilted icons, {over} (%)")
     tell(
         f"Standard error from the number of test images: {result.rows[0].base_error:.1f} (base), "
         f"{result.rows[0].novel_error:.1f} (novel). "
@@ -81,6 +83,11 @@ def doctor(
     }
     verdicts = {}
     if kernels:
+        devices = ", ".join(map(str, gpus)) or "the CPU"
+        announce(as_json)(
+            f"comparing every kernel with its definition and timing it on {devices}; this takes minutes, at most "
+            f"{limit:.0f} s per device (--limit). On a CPU only Triton's interpreter can run the GPU kernels, slowly."
+        )
         verdicts = {device: _verify(device, limit, as_json) for device in gpus or [torch.device("cpu")]}
     elif gpus:
         verdicts = {device: ops.kept_verdicts(device) for device in gpus}

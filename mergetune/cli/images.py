@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.options import AllowTorchscript, Backbone, Device, Json, Pretrained, Root, takes
+from mergetune.cli.options import AllowTorchscript, Backbone, Device, Json, Pretrained, Root, SkipUnreadable, takes
 from mergetune.cli.shared import errors, finish, open_images
 from mergetune.facts import CacheOptions
 
@@ -24,7 +24,7 @@ def cache(
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     root: Root = None,
-    skip_unreadable: Annotated[bool, typer.Option(help="Same as --on-error skip.")] = False,
+    skip_unreadable: SkipUnreadable = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:

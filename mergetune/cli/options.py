@@ -65,6 +65,9 @@ Workers = Annotated[
     typer.Option("--workers", min=0, help="Number of processes that decode images; 0 decodes in the main process."),
 ]
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest allowed width times height of an image.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read. Same as --on-error skip.")
+]
 AllowTorchscript = Annotated[
     bool,
     typer.Option(

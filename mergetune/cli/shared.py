@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from mergetune.cli.running import first_rank, in_terms_of_options, nothing_follows
+
 out, err = Console(), Console(stderr=True)
 HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
 """Columns of a table of base and novel classes -> names in :class:`mergetune.evaluation.BaseNovel` and its row."""
@@ -26,16 +28,16 @@ def errors() -> Iterator[None]:
     """Prints an error as one line and exits: code 2 for a wrong argument or input, code 1 for other failures."""
     try:
         yield
-    except BrokenPipeError:  # the reader of the output, such as `head`, has enough: typer ends the command in silence
+    except BrokenPipeError:  # the reader of the output, such as `head`, has enough: the command ends in silence
         raise
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise _exit("error", error, 2) from None
+        raise _exit("error", in_terms_of_options(str(error)), 2) from None
     except (RuntimeError, FloatingPointError, OSError, ImportError) as error:
-        raise _exit("failed", error, 1) from None
+        raise _exit("failed", str(error), 1) from None
 
 
-def _exit(word: str, error: Exception, code: int) -> typer.Exit:
-    err.print(f"[bold red]{word}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+def _exit(word: str, said: str, code: int) -> typer.Exit:
+    err.print(f"[bold red]{word}:[/] {escape(said)}", soft_wrap=True, highlight=False)
     return typer.Exit(code)
 
 
@@ -92,7 +94,24 @@ def open_cache(
     data = mt.Dataset(name=folder.name, full_train=listed)
     if classes != "all":
         data = data.base_novel()[classes == "novel"]
-    return cache.select(data.few_shot(shots, seed))
+    few = data.few_shot(shots, seed)
+    warn_of_few(shots, few)
+    return cache.select(few)
+
+
+def warn_of_few(shots: int | None, drawn: Any) -> None:
+    """Prints a warning if classes have fewer images than ``--shots`` asks for.
+
+    Args:
+        shots: images per class that were asked for; None asks for all.
+        drawn: the images that were drawn.
+    """
+    counts = Counter(drawn.labels)
+    few = [count for count in counts.values() if shots is not None and count < shots]
+    if few and first_rank():
+        there = str(min(few)) if min(few) == max(few) else f"{min(few)} to {max(few)}"
+        which = "every class has" if len(few) == len(counts) else f"{len(few)} of {len(counts)} classes have"
+        err.print(f"[yellow]warning:[/] {which} fewer than --shots {shots} images: {there}", highlight=False)
 
 
 def _one_cache(folder: Path, split: str | None, option: str) -> Path:
@@ -206,11 +225,6 @@ def _refuse_no_solution(path: Path) -> None:
 # -- printing ---------------------------------------------------------------------------------------------------------
 
 
-def first_rank() -> bool:
-    """Returns whether this process prints: rank 0 under torchrun, and every process without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def tell(line: str) -> None:
     """Prints a line unchanged: paths are not wrapped, and brackets are not read as markup."""
     out.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -279,5 +293,7 @@ def plain(value: Any) -> str:
 
 
 def print_json(value: Any) -> None:
+    """Prints a value as JSON; nothing is printed after it."""
+    nothing_follows()
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")

@@ -145,6 +145,9 @@ def fit(
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     overwrite: Overwrite = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="With images: leave out images that cannot be read.")
+    ] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -195,11 +198,12 @@ def fit(
             say = partial(_finish, as_json, result, folder)
         else:
             del given["seed"]
+            on_error = "skip" if skip_unreadable else "raise"
             found = mt.fit_dataset(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
-                cache_options={"workers": workers, "max_pixels": max_pixels}, overwrite=overwrite,
+                cache_options={"workers": workers, "max_pixels": max_pixels, "on_error": on_error}, overwrite=overwrite,
                 report=announce(as_json),
             )  # fmt: skip
             say = partial(_finish_images, as_json, found)

@@ -31,6 +31,7 @@ from mergetune.clip.text_tower import (
     working_dtype,
 )
 from mergetune.clip.texts import PLAIN, check_classnames, check_templates, fill
+from mergetune.facts.brief import brief
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 from mergetune.io import Picture, jsonable, read_picture
 
@@ -38,6 +39,7 @@ EMBEDDED = 16  # number of class-embedding results that are cached
 COOP_CROP_SCALE = (0.08, 1.0)  # area share of CoOp's random resized crops
 
 
+@brief("name", "model", "embed_dim", "device", "takes_prompts")
 @dataclass(frozen=True, eq=False)
 class FrozenClip:
     """A CLIP whose weights are never trained. Make one with :func:`load_clip`, or from a model in memory.

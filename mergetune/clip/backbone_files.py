@@ -39,6 +39,7 @@ from mergetune.clip.tokenizer_files import (
     word_set,
 )
 from mergetune.io import is_torchscript, load_tensors_only, open_regular, read_torchscript, require_regular
+from mergetune.io.network import CACHED, not_reached
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 CONFIG = "open_clip_config.json"
@@ -368,15 +369,19 @@ def _find_weights(folder: Path) -> Path:
 def _download(repo: str, *names: str, revision: str | None = None, cache_dir: str | Path | None) -> Path:
     """Path of the first of these files that the repository has, downloaded."""
     reason: Exception | None = None
+    away: LocalEntryNotFoundError | None = None  # without a network the files of the repository are unknown
     for name in names:
         try:
-            return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir))
+            local = {} if away is None else {"local_files_only": True}  # each failed connection takes half a minute
+            return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, **local))
+        except LocalEntryNotFoundError as error:
+            away = away or error
         except EntryNotFoundError as error:
             reason = error
-        except (OSError, HFValidationError) as error:
-            raise RuntimeError(f"{name} of {HUB}{repo} could not be downloaded: {error}") from error
-    if isinstance(reason, LocalEntryNotFoundError):  # without a network the files of the repository are unknown
-        raise RuntimeError(f"{' or '.join(names)} of {HUB}{repo} could not be downloaded: {reason}") from reason
+        except Exception as error:  # the HTTP library has its own types of error
+            raise _not_downloaded(f"{name} of {HUB}{repo}", error) from None
+    if away is not None:
+        raise _not_downloaded(f"{' or '.join(names)} of {HUB}{repo}", away) from None
     raise RuntimeError(f"{HUB}{repo} must have {' or '.join(names)}, got none: {reason}") from reason
 
 
@@ -390,8 +395,13 @@ def _download_tokenizer(
         return Path(
             snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=list(TOKENIZER_FILES))
         )
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"the tokenizer {name!r} of {HUB}{repo} could not be downloaded: {error}") from error
+    except Exception as error:  # the HTTP library has its own types of error
+        raise _not_downloaded(f"the tokenizer {name!r} of {HUB}{repo}", error) from None
+
+
+def _not_downloaded(what: str, error: Exception) -> RuntimeError:
+    way_on = f'load a copy of the repository with "local-dir:FOLDER"; {CACHED}'
+    return not_reached(f"{what} could not be downloaded", error, way_on=way_on)
 
 
 def _own_text_model(folder: Path, name: str) -> Path:

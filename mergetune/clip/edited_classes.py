@@ -18,8 +18,10 @@ from mergetune.clip.edited_towers import check_edit
 from mergetune.clip.edits import ClassRows, Context, Edit
 from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
 from mergetune.clip.texts import check_classnames, check_same_classes, fill
+from mergetune.facts.brief import brief
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class ClassFeatures:
     """Function of an edit that returns class features for fixed class names. Make one with :func:`prepare_classes`.

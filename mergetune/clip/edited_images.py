@@ -28,6 +28,7 @@ from mergetune.clip.edited_towers import (
 )
 from mergetune.clip.edits import Edit
 from mergetune.clip.text_tower import pooled
+from mergetune.facts.brief import brief
 
 BLOCKS = "visual.transformer.resblocks."
 STEM = ("conv1", "class_embedding", "positional_embedding", "ln_pre")  # the modules that turn pixels into tokens
@@ -37,6 +38,7 @@ ImageFeatures = Callable[[Edit, Tensor], Tensor]
 """Function of an edit and the inputs of B images that returns unit-norm image features, [M, B, D']."""
 
 
+@brief()
 @dataclass(frozen=True)
 class TokensBefore:
     """Image input: the tokens that enter one block of the frozen image tower, [B, L, W].

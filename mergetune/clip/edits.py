@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mergetune.facts.brief import brief
+
 TOWERS = ("text", "image")
 
 TokenMap = Callable[[Tensor], Tensor]
@@ -22,6 +24,7 @@ precision of the tower; the result is converted to that precision.
 """
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Context:
     """A soft prompt: class embeddings come from a text in which context vectors replace the first words.
@@ -39,6 +42,7 @@ class Context:
     classnames: tuple[str, ...] | None = None
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class ClassRows:
     """One vector per class, for some classes, that replaces the class embedding or is added to it.
@@ -55,6 +59,7 @@ class ClassRows:
     added: bool = False
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Edit:
     """What a solution changes in a frozen CLIP. Every part is optional.

@@ -21,7 +21,7 @@ from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, check
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import checked_model
 from mergetune.facts.backbones import ICON_CLIP, spelled
-from mergetune.io import is_torchscript, require_regular
+from mergetune.io import CACHED, is_torchscript, not_reached, quiet_retries, require_regular, unreachable
 
 
 def load_clip(
@@ -52,9 +52,9 @@ def load_clip(
             allow this only if you trust its author.
 
     Raises:
-        ValueError: an unknown precision, name or tag (the message suggests near ones); missing or doubly given weights;
-            a file that asks for more than a network, a vocabulary and tensors (the message names file and key);
-            settings that describe no valid network.
+        ValueError: an unknown precision, device, name or tag (the message suggests near ones); missing or doubly given
+            weights; a file that asks for more than a network, a vocabulary and tensors (the message names file and
+            key); settings that describe no valid network.
         RuntimeError: the weights belong to another model; a download failed; a package for the tokenizer or the text
             model is missing.
 
@@ -70,6 +70,7 @@ def load_clip(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_device(device)
     name, weights = spelled(name, None if pretrained is None else str(pretrained))
     if name == ICON_CLIP:
         with as_file(files("mergetune") / "assets" / ICON_CLIP) as folder:
@@ -84,7 +85,7 @@ def load_clip(
         warn_quickgelu(name, weights)
         published = _published_preprocess(name, weights)
         opened = _built_in(name, weights, config, cache_dir)
-    with opened as source:
+    with quiet_retries(), opened as source:
         tensors = None if source.weights is None else check_weights(source.weights, allow_torchscript=allow_torchscript)
         try:
             model = open_clip.create_model(
@@ -116,6 +117,25 @@ def load_clip(
     return FrozenClip(model, tokenizer, name if weights is None else f"{name}/{weights}")
 
 
+def check_device(device: str | torch.device) -> None:
+    """Check that this machine has a device.
+
+    Raises:
+        ValueError: the name is not a device of torch, or this machine has no such device.
+    """
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a device of torch such as cpu, cuda or cuda:1, got {device!r}") from None
+    if wanted.type == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (wanted.index or 0) >= there:
+            has = "no GPU that torch can use" if not there else f"{there} GPU{'s' * (there > 1)}, numbered from 0"
+            raise ValueError(f"device must be a device of this machine, which has {has}, got {str(device)!r}: use cpu")
+    elif wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device must be a device of this machine, which has no mps, got {str(device)!r}: use cpu")
+
+
 @contextmanager
 def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: str | None) -> Iterator[Backbone]:
     """Describe one of open_clip's built-in models, with weights from a tag (downloaded) or from a file."""
@@ -129,9 +149,11 @@ def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: 
             try:
                 weights = open_clip.download_pretrained(tag, cache_dir=cache_dir)
             except Exception as error:  # downloads raise many types of error
-                raise RuntimeError(
-                    f"the weights {pretrained!r} of {name!r} could not be downloaded: {error}"
-                ) from error
+                raise not_reached(
+                    f"the weights {pretrained!r} of {name!r} could not be downloaded", error,
+                    source=None if tag.get("hf_hub") else tag.get("url"),
+                    way_on=f"give a checkpoint file in place of the tag (pretrained); {CACHED}",
+                ) from None  # fmt: skip
         elif os.path.exists(pretrained):
             require_regular(pretrained)
         huggingface = bool(text.get("hf_tokenizer_name"))
@@ -166,6 +188,8 @@ def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Calla
             raise ValueError(
                 f"tokenizer.json of {name!r} must be a file that the package tokenizers can load, got: {error}"
             ) from error
+        if unreachable(error):
+            raise not_reached(f"the tokenizer of {name!r} could not be downloaded", error, way_on=CACHED) from None
         reason = str(error).replace(str(source.folder), name) if source.folder else " ".join(str(error).split())
         raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
     if torch.equal(cat, dog):  # transformers returns an empty tokenizer if it finds no vocabulary

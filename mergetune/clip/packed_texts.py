@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mergetune.clip.packed_blocks import Layout, run_blocks
 from mergetune.clip.text_tower import TextParts
+from mergetune.facts.brief import brief
 
 CHUNK_TOKENS = 8192
 """Most tokens whose activations are kept: about 2 GB in float32 for a tower of 12 blocks and width 512."""
@@ -45,6 +46,7 @@ class PackedTexts:
     context_rows: Tensor
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
     """Function of context vectors that returns class features for fixed names. Make one with :func:`text_encoder`.

@@ -16,6 +16,7 @@ from open_clip.transformer import LayerNormFp32, ResidualAttentionBlock, Transfo
 from torch import Tensor, nn
 
 from mergetune.clip.packed_blocks import ACTIVATIONS, layer_norm, mlp_of
+from mergetune.facts.brief import brief
 
 MEMBERS = ("encode_image", "encode_text", "logit_scale", "visual")
 OPAQUE = (
@@ -35,6 +36,7 @@ class ClipModel(Protocol):
     def encode_text(self, text: Tensor) -> Tensor | tuple[Tensor, ...]: ...
 
 
+@brief()
 @dataclass(frozen=True)
 class TextParts:
     """The parts of a text tower. W is the width of the tower, D the embedding width, V the vocabulary size.

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from mergetune.facts.brief import brief
+
 
 class Batches(Protocol):
     """Images with labels, in a form that a solution reads; :class:`FeatureCache` is one.
@@ -57,6 +59,7 @@ class Batches(Protocol):
         ...
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class TensorBatches:
     """Images in memory: pixels, tokens or features of any shape.

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.data.image_files import image_names, prettify, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference
 from mergetune.data.own_images import coop_split
-from mergetune.io import read_regular_text
+from mergetune.facts.brief import brief
+from mergetune.io import hidden, read_regular_text
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 VARIANTS = ("variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS))
 CLASSNAMES = "classnames.txt"
 
 
+@brief()
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark dataset and its files below the root, in CoOp's layout.
@@ -278,7 +280,7 @@ def _class_folders(root: Path, parent: str, folders: Sequence[str], names: dict[
     files: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(
-        tqdm(folders, desc=f"list {root / parent}", unit="folder", disable=None, leave=False)
+        tqdm(folders, desc=f"list {root / parent}", unit="folder", disable=hidden(), leave=False)
     ):
         place = f"{parent}/{folder}" if parent else folder
         found = image_names(root / place)

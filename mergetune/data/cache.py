@@ -19,7 +19,7 @@ from warnings import warn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import PRECISIONS
 from mergetune.data.cache_files import (
@@ -36,7 +36,8 @@ from mergetune.data.cache_files import (
 from mergetune.data.cache_identity import file_sha256, refuse_changed
 from mergetune.data.image_lists import ImageList
 from mergetune.data.row_reading import OpenFiles, RowReader, may_open
-from mergetune.io import MAX_WEIGHTS
+from mergetune.facts.brief import brief
+from mergetune.io import MAX_WEIGHTS, hidden
 
 UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 MAX_MAPPED = 1 << 28  # largest number of bytes of features that are memory-mapped
@@ -44,6 +45,7 @@ MAX_MAPPED = 1 << 28  # largest number of bytes of features that are memory-mapp
 ROWS = 4096  # rows per step of loops over all rows
 
 
+@brief("path", "classnames", "dim", "dtype", "views", "skipped", images=len)
 @dataclass(frozen=True, eq=False)
 class FeatureCache:
     """Unit-norm image features with labels, on disk or in memory; only requested rows are read.
@@ -328,7 +330,7 @@ class FeatureCache:
         if self.path is None:
             return
         manifest = read_manifest(self.path)
-        shards = tqdm(manifest.shards, desc="verify shards", unit="shard", disable=None if progress else True)
+        shards = tqdm(manifest.shards, desc="verify shards", unit="shard", disable=hidden(progress))
         for number, shard in enumerate(shards):
             file = self.path / shard_name(number)
             if file_sha256(file, limit=MAX_WEIGHTS) != shard.sha256:

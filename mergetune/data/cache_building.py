@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import PRECISIONS
 from mergetune.data.cache import FeatureCache
@@ -34,7 +34,7 @@ from mergetune.data.cache_identity import KEY, image_identity, is_complete, refu
 from mergetune.data.decoding import decode_in_workers
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
-from mergetune.io import compact_json, decoding_rules, jsonable, read_picture, torchrun_team, write_atomically
+from mergetune.io import compact_json, decoding_rules, hidden, jsonable, read_picture, torchrun_team, write_atomically
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -226,7 +226,7 @@ def _build(
         total=sum(len(batch) for number in numbers for batch in batches[number]),
         desc="encode images",
         unit="image",
-        disable=None if progress else True,
+        disable=hidden(progress),
     )
     with bar:
         for number in numbers:

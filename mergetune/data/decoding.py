@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mergetune.data.pictures import FoundPicture
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
-from mergetune.io import read_picture, release_locks
+from mergetune.io import read_picture, begin_worker
 
 
 def decode_in_workers(
@@ -33,7 +33,7 @@ def decode_in_workers(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=release_locks,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # the loader draws a seed; it must not change the caller's random stream
     )
     return iter(loader)

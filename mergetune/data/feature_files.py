@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.data.cache import FeatureCache
-from mergetune.io import load_torch, read_npz, read_regular_text, read_safetensors, require_file, require_regular
+from mergetune.io import (
+    hidden,
+    load_torch,
+    read_npz,
+    read_regular_text,
+    read_safetensors,
+    require_file,
+    require_regular,
+)
 
 FEATURES = ("feature_list", "features", "image_features")  # lpclip's name first
 LABELS = ("label_list", "labels", "targets")
@@ -108,7 +116,7 @@ def _cache(
         raise ValueError(f"{path} must hold features of one width and dtype, got {[list(p.shape) for p in parts][:3]}")
     caches, start = [], 0
     portions = [portion for part in parts for portion in part.split(ROWS)]
-    for portion in tqdm(portions, desc="check features", disable=None if progress and len(portions) > 1 else True):
+    for portion in tqdm(portions, desc="check features", disable=hidden(progress and len(portions) > 1)):
         here = labels[start : start + len(portion)]
         try:
             cache = FeatureCache.from_tensors(portion, here, classnames, normalize=normalize, fingerprint=fingerprint)

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from mergetune.data.few_shot_files import read_few_shot
+from mergetune.facts.brief import brief
 
 SPLITS = ("train", "val", "test")
 
 VAL_SHOTS = 4  # most validation images per class that CoOp draws
 
 
+@brief("root", "files", "classnames")
 @dataclass(frozen=True)
 class ImageList:
     """Labelled images below one folder, of C classes. A class may have no images in the list.
@@ -121,6 +123,7 @@ class ImageList:
         return self
 
 
+@brief()
 @dataclass(frozen=True)
 class Dataset:
     """Training, validation and test images of the same classes, of which some may be hidden.

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.facts.brief import brief
 from mergetune.solutions import Solution, inputs, measure, span
 
 
+@brief("loss", "accuracy", "barrier")
 @dataclass(frozen=True)
 class Path:
     """Cross-entropy and accuracy at N points on the line from one solution (alpha 0) to another (alpha 1).

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.facts.brief import brief
+from mergetune.io import hidden
 from mergetune.solutions import Solution, measure, span
 from mergetune.solutions.space import SHARES
 
@@ -27,6 +29,7 @@ class Corner(NamedTuple):
     accuracy: float
 
 
+@brief("solutions", "xs", "ys")
 @dataclass(frozen=True)
 class Plane:
     """Cross-entropy and accuracy on a square grid of the plane through three solutions.
@@ -98,7 +101,7 @@ def plane(
     xs, ys = (left + right) / 2 + offsets, y / 2 + offsets
     loss, accuracy = [], []
     # One row per step: the text tower encodes its N points in one call, and the bar moves.
-    for row in tqdm(ys.tolist(), "plane", unit="row", disable=None if progress else True):
+    for row in tqdm(ys.tolist(), "plane", unit="row", disable=hidden(progress)):
         third_share = torch.full_like(xs, row / y)
         second_share = xs / d - third_share * share
         mixtures = torch.stack([1 - second_share - third_share, second_share, third_share], 1)

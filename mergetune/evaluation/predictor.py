@@ -18,7 +18,7 @@ from mergetune.clip import FrozenClip, check_classnames, prepare_images
 from mergetune.data import FoundPicture, decode_pictures, find_pictures, is_one_picture
 from mergetune.evaluation.classifiers import classifier
 from mergetune.facts.function_options import ACTIVATIONS, BACKGROUND, MAX_PIXELS
-from mergetune.io import background_colour
+from mergetune.io import background_colour, hidden
 from mergetune.solutions import Solution, Stack, inputs, known_classes, open_solution, stacked, temperature_of
 
 NONE = "none"
@@ -217,7 +217,7 @@ class Predictor:
             map(self._sized, found), self.clip.preprocess, self.clip.preprocess_cfg,
             batch_size=self.batch_size, workers=self.workers, max_pixels=self.max_pixels, background=self.background,
         )  # fmt: skip
-        with tqdm(total=total, desc="predict", unit="picture", disable=None if progress else True) as bar:
+        with tqdm(total=total, desc="predict", unit="picture", disable=hidden(progress)) as bar:
             for batch in batches:
                 labels, values = self._best(batch.pixels)
                 rows = iter(zip(labels, values, strict=True))

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.data import Batches, FeatureCache
+from mergetune.facts.brief import brief
 from mergetune.solutions import inputs
 
 ImageMap = Callable[[Tensor], Tensor]
 """What is read of images [B, ...] -> image features [B, D]."""
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Classifier:
     """A function of class names that returns class weights, with the map of image features that goes with them.
@@ -48,13 +50,31 @@ class Classifier:
         """Class weights multiplied by the logit scale, [C, D], or [C, D + 1] with a bias."""
         return self.weights(classnames)
 
-    def logits(self, classnames: Sequence[str], x: Tensor) -> Tensor:
-        """Logits [B, C] of the inputs of B images."""
+    def logits(self, classnames: Sequence[str], x: Tensor | None = None) -> Tensor:
+        """Logits [B, C] of the inputs of B images.
+
+        Args:
+            classnames: the C class names.
+            x: image inputs, [B, D] features or the inputs of the solution's kind; must be given.
+
+        Raises:
+            TypeError: ``x`` is missing or no tensor, or ``classnames`` is no list of texts.
+        """
+        if isinstance(classnames, str) or not isinstance(classnames, Sequence):
+            raise TypeError(
+                f"classnames must be a list of class names, got {type(classnames).__name__}: call logits(classnames, x)"
+            )
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x must be image inputs of B images, a tensor [B, D], got {type(x).__name__}: call "
+                "logits(classnames, x)"
+            )
         weights = self.weights(classnames)
         x = x.to(weights)
         return inputs(x if self.images is None else self.images(x), weights) @ weights.T
 
 
+@brief("accuracy", "images", "per_class")
 @dataclass(frozen=True)
 class Report:
     """Accuracy of a classifier on N images.
@@ -90,6 +110,7 @@ def _standard_error(accuracy: float, images: int) -> float:
     return 100 * math.sqrt(p * (1 - p) / images)
 
 
+@brief()
 @dataclass(frozen=True)
 class Hits:
     """Right answers and images of each class. Every accuracy, spread and interval is computed from these counts."""
@@ -209,6 +230,7 @@ def score(
     return found
 
 
+@brief()
 @dataclass(frozen=True)
 class BaseNovel:
     """Accuracy on base and on novel classes.
@@ -244,6 +266,7 @@ class BaseNovel:
         return {name: value.to_json() if isinstance(value, Report) else value for name, value in parts.items()}
 
 
+@brief("name", "base", "novel", "hm", "seen", "unseen", "joint_hm", "seeds")
 @dataclass(frozen=True)
 class Row:
     """Results of a method over several seeds, in percent.

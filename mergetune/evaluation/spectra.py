@@ -26,10 +26,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.facts.brief import brief
+from mergetune.io import hidden
 from mergetune.solutions import Solution, Space, Span, State, inputs, span
 from mergetune.solutions.space import ROWS, SHARES
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 RESTARTS = 300  # most restarts of Lanczos
 
 
+@brief("solutions", "positions", "highest", "lowest", "trace")
 @dataclass(frozen=True)
 class Spectrum:
     """Curvature of the mean cross-entropy at points on the path through some solutions.
@@ -139,7 +142,7 @@ def spectrum(
         raise ValueError(f"top must lie in [1, {size - 1}], below the number of eigenvalues, got {top}")
     positions = np.linspace(0, len(solutions) - 1, (points - 1) * (len(solutions) - 1) + 1).tolist()
     rows = []
-    for position in tqdm(positions, "curvature", unit="point", disable=None if progress else True):
+    for position in tqdm(positions, "curvature", unit="point", disable=hidden(progress)):
         piece = min(int(position), len(solutions) - 2)
         point = torch.lerp(ends[piece], ends[piece + 1], position - piece)
         expansion = _expand(at, point, features, piece, position - piece)

@@ -10,8 +10,10 @@ import torch
 
 from mergetune.clip import PLAIN, check_templates
 from mergetune.data import Dataset, FeatureCache, ImageList
+from mergetune.facts.brief import brief
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Task:
     """A dataset: cached features of all its classes.
@@ -75,6 +77,7 @@ class Task:
         return Fold(cache.select(drawn), own, self.templates, seed)
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Fold:
     """What training and choosing see of a cell: no test images.
@@ -92,6 +95,7 @@ class Fold:
     seed: int
 
 
+@brief()
 @dataclass(frozen=True)
 class Cell:
     """One place where everything is compared.

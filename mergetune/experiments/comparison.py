@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache
@@ -30,7 +30,7 @@ from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates,
 from mergetune.experiments.comparison_tables import REFERENCE, Comparison, summarise
 from mergetune.experiments.engine import Record, begun, counted, finish
 from mergetune.facts import CompareOptions
-from mergetune.io import MAX_WEIGHTS, read_regular, write_atomically
+from mergetune.io import MAX_WEIGHTS, hidden, read_regular, write_atomically
 from mergetune.solutions import Solution, load_solution
 from mergetune.training.run_settings import images_in_words, solution_in_words
 
@@ -75,7 +75,7 @@ def compare(
     if setup.choose == "others" and len(by_name) < 2:
         raise ValueError("choose='others' needs at least two datasets, got one")
     prepared = []
-    with tqdm(total=len(cells), desc="compare", unit="cell", disable=None if progress else True) as bar:
+    with tqdm(total=len(cells), desc="compare", unit="cell", disable=hidden(progress)) as bar:
         for name, partition in itertools.product(by_name, partitions):
             task, alike = by_name[name], [cell for cell in cells if (cell.task, cell.partition) == (name, partition)]
             folds = {}

@@ -19,8 +19,8 @@ from mergetune.evaluation import Classifier
 from mergetune.experiments.cells import Fold
 from mergetune.experiments.engine import Candidate, Together
 from mergetune.experiments.solution_merging import merge_solutions
-from mergetune.facts import CompareOptions, FitOptions
-from mergetune.facts.function_options import TUNE_METHODS
+from mergetune.facts import CompareOptions, FitOptions, TuneOptions
+from mergetune.facts.function_options import TUNE_METHODS, used_by
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import METHODS
 from mergetune.solutions import Solution, zero_shot_like
@@ -126,10 +126,12 @@ def train(clip: FrozenClip, folds: Mapping[Path, Fold], setup: CompareOptions, *
         ValueError: experts that know only their own classes, for a partition into base and novel.
     """
     stage_1, stage_2 = {}, {}
+    several = len({expert.split(":")[0] for expert in setup.experts}) > 1  # an option may be for one of the methods
     for folder, fold in folds.items():
         for expert in () if isinstance(setup.experts, Mapping) else setup.experts:
             method, number = expert.split(":")
-            given = {"method": method, "template": fold.templates[0], "zero_shot": fold.templates} | setup.tune
+            given = {"method": method, "template": fold.templates[0], "zero_shot": fold.templates}
+            given |= used_by(method, TuneOptions, setup.tune) if several else setup.tune
             seed = fold.seed + 1000 * (int(number) - 1)
             stage_1[_expert(folder, expert)] = partial(tune_job, clip, fold.train, seed=seed, **given)
     _train_missing(stage_1, progress=progress)

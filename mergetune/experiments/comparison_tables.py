@@ -12,6 +12,7 @@ from typing import Any
 from mergetune.experiments.cells import Cell
 from mergetune.experiments.engine import Record
 from mergetune.experiments.tables import RESAMPLES, Interval, Line, lines_of, main_column
+from mergetune.facts.brief import brief
 from mergetune.io import jsonable, write_atomically, write_json
 
 REFERENCE = "MERGETUNE, chosen [1]"
@@ -36,6 +37,7 @@ class ComparedLine(Line):
     options: dict[str, int]
 
 
+@brief()
 @dataclass(frozen=True)
 class Comparison:
     """The table of a comparison.

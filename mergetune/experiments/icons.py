@@ -19,6 +19,7 @@ from mergetune.evaluation import Path as Walk
 from mergetune.experiments.cells import Cell, Task
 from mergetune.experiments.engine import Candidate, Record, Together, begun, counted, finish, reports, tested
 from mergetune.experiments.run_choice import cells_folder
+from mergetune.facts.brief import brief
 from mergetune.io import write_json
 from mergetune.solutions import Prompt, Solution, interpolate
 from mergetune.training import fit, tune
@@ -58,6 +59,7 @@ def icons_task(
     return clip, [Task("icons", **caches, templates=(TEMPLATE,))]
 
 
+@brief("rows", "figure")
 @dataclass(frozen=True)
 class DemoResult:
     """What the demonstration measured.

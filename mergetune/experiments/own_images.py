@@ -12,12 +12,14 @@ from mergetune.data import Dataset, cache_features
 from mergetune.evaluation import Report, connectivity, plot
 from mergetune.experiments.engine import Together, counted, reports, tested, usual
 from mergetune.experiments.run_choice import dataset_call
+from mergetune.facts.brief import brief
 from mergetune.io import write_json
 from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
 from mergetune.training.run_folders import run_folder
 
 
+@brief("result", "reports", "figure")
 @dataclass(frozen=True)
 class FolderResult:
     """What came of it.

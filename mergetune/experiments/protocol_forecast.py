@@ -17,9 +17,11 @@ from mergetune.experiments.engine import kept
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
 from mergetune.experiments.protocols import RECORD, Caches
 from mergetune.experiments.records import RunRecordFile
+from mergetune.facts.brief import brief
 from mergetune.training import fit, tune
 
 
+@brief()
 @dataclass(frozen=True)
 class Forecast:
     """What a plan would do.

@@ -11,6 +11,7 @@ from typing import Any
 from mergetune.clip import FrozenClip
 from mergetune.data import benchmark, check_dataset, templates_for
 from mergetune.experiments.published_schedules import schedule
+from mergetune.facts.brief import brief
 from mergetune.facts.function_options import TUNE_METHODS
 
 ELEVEN = (
@@ -28,6 +29,7 @@ PROTOCOLS = {
 }
 
 
+@brief()
 @dataclass(frozen=True)
 class Run:
     """One training set, method and seed.
@@ -59,6 +61,7 @@ class Run:
         return (self.source,) if self.protocol == "base-to-novel" else self.targets
 
 
+@brief()
 @dataclass(frozen=True)
 class Experiment:
     """What all runs share. Only ``root`` and ``out`` are needed.

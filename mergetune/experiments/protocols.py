@@ -15,14 +15,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_features, few_shot_path, templates_for
 from mergetune.evaluation import Hits, count_hits, logit_ensemble, weight_average
 from mergetune.experiments.engine import Record, Together, begun, counted, finish, tested, usual
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.io import torchrun_team
+from mergetune.io import end_workers, hidden, torchrun_team, unaware_of_interrupts
 from mergetune.solutions import open_solution
 from mergetune.training import fit, tune
 
@@ -184,7 +184,7 @@ def reproduce(
 
 def _share(runs: Sequence[Run], caches: Caches, load: Callable[[], FrozenClip], processes: int, progress: bool) -> None:
     """This process's runs, one after the other or in processes of their own."""
-    bar = partial(tqdm, total=len(runs), desc="runs", unit="run", disable=None if progress else True)
+    bar = partial(tqdm, total=len(runs), desc="runs", unit="run", disable=hidden(progress))
     if processes == 1 or len(runs) < 2:
         for run in bar(runs):
             execute(run, caches, progress=progress)
@@ -193,8 +193,14 @@ def _share(runs: Sequence[Run], caches: Caches, load: Callable[[], FrozenClip], 
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(load, caches.experiment, threads)
     ) as pool:
-        for _ in bar(pool.map(_execute_here, runs)):
-            pass
+        try:
+            with unaware_of_interrupts():  # here the processes start
+                done = pool.map(_execute_here, runs)
+            for _ in bar(done):
+                pass
+        except BaseException:
+            end_workers()  # otherwise leaving the pool waits for the runs in progress
+            raise
 
 
 def _begin(load: Callable[[], FrozenClip], experiment: Experiment, threads: int) -> None:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from mergetune.experiments.engine import HOME, Record
+from mergetune.facts.brief import brief
 
 RESAMPLES = 2000
 MEANS = {"HM": ("base", "novel"), "joint HM": ("seen", "unseen")}
 Interval = tuple[float, float]
 
 
+@brief()
 @dataclass(frozen=True)
 class Difference:
     """A line minus the reference, percent; 95 % intervals.
@@ -39,6 +41,7 @@ class Difference:
     classes: Interval | None
 
 
+@brief()
 @dataclass(frozen=True)
 class Line:
     """A line of a table: column -> percent.

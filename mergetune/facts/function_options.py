@@ -21,6 +21,7 @@ Solution = Any  # a prompt or a head; this file must not import the room of solu
 
 TUNE_METHODS = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}  # methods of stage 1 -> titles
 TOP_METHODS = {"residual": "residual", "map": "map"}  # put on a solution, and their titles in "CoOp + residual"
+PROMPT_METHODS = ("coop", "kgcoop")  # methods that train a prompt
 OPTIMIZERS = ("sgd", "adam")
 COOP_SETTINGS: Mapping[str, Any] = {
     "epochs": 50, "batch_size": 32, "lr": 2e-3, "momentum": 0.9, "weight_decay": 5e-4, "warmup_epochs": 1,
@@ -67,6 +68,37 @@ def options_of(options: type) -> tuple[Option, ...]:
     return tuple(replace(f.metadata["option"], name=f.name) for f in fields(options))
 
 
+def check_types(options: Any) -> None:
+    """Checks that the numbers and flags in an instance of a dataclass of this file are no values of another type.
+
+    Raises:
+        TypeError: a value is not of the option's kind; the message names the option.
+    """
+    for option in options_of(type(options)):
+        option.check(getattr(options, option.name))
+
+
+def check_method(options: Any) -> None:
+    """Checks that options which the method in ``options`` does not use have their defaults.
+
+    Raises:
+        ValueError: another value was given; the message names the option and the methods that use it.
+    """
+    for option in options_of(type(options)):
+        value = getattr(options, option.name)
+        if option.methods and options.method not in option.methods and value != option.default:
+            raise ValueError(
+                f"{option.name} must be left out for method {options.method!r}, which does not use it, got {value!r}: "
+                f"it is for {' and '.join(option.methods)}"
+            )
+
+
+def used_by(method: str, options: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the given values without those of options that a method does not use."""
+    methods = {option.name: option.methods for option in options_of(options)}
+    return {name: value for name, value in given.items() if not methods.get(name) or method in methods[name]}
+
+
 def recorded(options: Any, **resolved: Any) -> dict[str, Any]:
     """Returns the values that are recorded with a result and compared when a run is resumed.
 
@@ -108,20 +140,27 @@ class TuneOptions:
         "str", "a photo of a {}.", "Template whose words initialise the context; {} stands for the class name."
     )
     n_ctx: int | None = _option(
-        "int", None, "Number of context tokens of a random start, instead of the template's words.", none=True, least=1
+        "int", None, "Number of context tokens of a random start, instead of the template's words.", none=True, least=1,
+        methods=PROMPT_METHODS,
+    )  # fmt: skip
+    class_specific: bool = _option(
+        "bool", False, "Train separate context vectors for every class.", methods=PROMPT_METHODS
     )
-    class_specific: bool = _option("bool", False, "Train separate context vectors for every class.")
     position: str = _option(
-        "str", "end", "Place of the class name in the prompt: end, middle or front.", choices=POSITIONS
-    )
+        "str", "end", "Place of the class name in the prompt: end, middle or front.", choices=POSITIONS,
+        methods=PROMPT_METHODS,
+    )  # fmt: skip
     zero_shot: str | Sequence[str] | None = _option(
         "strs", None, "Zero-shot templates that KgCoOp stays near and a head starts from. Default: the template.",
         none=True,
     )  # fmt: skip
-    kg_weight: float = _option("float", 8.0, "Weight of KgCoOp's distance to the zero-shot class embeddings.")
-    lam: float | None = _option(
-        "float", None, "Weight of the distance to the base. Default: 8 for a residual, 0.5 for a map.", none=True
+    kg_weight: float = _option(
+        "float", 8.0, "Weight of KgCoOp's distance to the zero-shot class embeddings.", methods=("kgcoop",)
     )
+    lam: float | None = _option(
+        "float", None, "Weight of the distance to the base. Default: 8 for a residual, 0.5 for a map.", none=True,
+        methods=tuple(TOP_METHODS),
+    )  # fmt: skip
     precision: str = _precision()
     epochs: int | None = _option(
         "int", None, "Passes over the training images. Default: 50; 300 for a residual or a map.", none=True

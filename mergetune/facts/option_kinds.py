@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat, SupportsIndex
 
 
 class _Required:
@@ -75,6 +76,14 @@ KINDS: Final[Mapping[str, Kind]] = {
 """Every kind of value that an option may have."""
 
 
+# Types of Python values for kinds that are checked. Numbers of numpy and tensors with one element are numbers, too. The
+# functions refuse fractions where whole numbers are needed.
+_TYPES: Final[Mapping[str, Any]] = {
+    "int": SupportsFloat, "float": SupportsFloat, "bool": (bool, SupportsIndex), "float or floats": SupportsFloat,
+    "str or floats": SupportsFloat,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of a function.
@@ -87,6 +96,7 @@ class Option:
         none: whether None is a valid value; its text is "none".
         choices: all valid values; empty if any value of the kind may be valid.
         least: smallest value that the command line accepts; None leaves the check to the function.
+        methods: the methods that use the option; empty if all do.
     """
 
     name: str
@@ -96,10 +106,30 @@ class Option:
     none: bool = False
     choices: tuple[str, ...] = ()
     least: int | None = None
+    methods: tuple[str, ...] = ()
 
     def shown(self) -> str:
         """Returns the default as text."""
         return repr(self.default) if self.default is REQUIRED else str(self.default)
+
+    def check(self, value: Any) -> None:
+        """Checks the type of a number, a flag or a list of numbers; other values are left to the function.
+
+        Raises:
+            TypeError: the value is not of the option's kind.
+        """
+        if self.kind not in _TYPES or (self.none and value is None):
+            return
+        values = [value]
+        if "floats" in self.kind.split() and not isinstance(value, (str, bytes, Mapping)):
+            with suppress(TypeError):  # one number
+                values = list(value)
+        if "str" in self.kind.split() and isinstance(value, str):
+            return
+        for one in values:
+            if not isinstance(one, _TYPES[self.kind]) or (isinstance(one, bool) and self.kind != "bool"):
+                got = "" if one is value else f" in {value!r}"
+                raise TypeError(f"{self.name} must be {KINDS[self.kind].rule}, got {one!r} ({type(one).__name__}){got}")
 
 
 def read_options(

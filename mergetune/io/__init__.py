@@ -51,14 +51,18 @@ if TYPE_CHECKING:
         read_picture,
     )
     from mergetune.io.locks import locked, release_locks
+    from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
     from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
+    from mergetune.io.progress import hidden
     from mergetune.io.ranks import torchrun_team
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
     from mergetune.io.unpickling import Inert, Unpickler
     from mergetune.io.versions import installed_version
+    from mergetune.io.workers import begin_worker, end_workers, unaware_of_interrupts
 
 __all__ = [
+    "CACHED",
     "FIRST_DECODING",
     "as_rgb",
     "background_colour",
@@ -83,14 +87,17 @@ __all__ = [
     "Sha256",
     "Size",
     "Unpickler",
+    "begin_worker",
     "check_document",
     "check_picture",
     "compact_json",
     "convert_module",
     "damaged",
     "dtype_name",
+    "end_workers",
     "fault",
     "image_extensions",
+    "hidden",
     "installed_version",
     "is_torchscript",
     "jsonable",
@@ -99,8 +106,10 @@ __all__ = [
     "load_tensors_only",
     "load_torch",
     "locked",
+    "not_reached",
     "open_regular",
     "parse_document",
+    "quiet_retries",
     "read_at",
     "read_document",
     "read_json",
@@ -116,6 +125,8 @@ __all__ = [
     "require_regular",
     "sha256_regular",
     "torchrun_team",
+    "unaware_of_interrupts",
+    "unreachable",
     "write_atomically",
     "write_json",
     "writing_atomically",
@@ -136,11 +147,14 @@ make_lazy(
         ),
         "mergetune.io.images": "IMAGE_FORMATS Picture check_picture image_extensions load_image read_picture",
         "mergetune.io.locks": "locked release_locks",
+        "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
         "mergetune.io.picture_colours": "FIRST_DECODING as_rgb background_colour decoding_rules",
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
+        "mergetune.io.progress": "hidden",
         "mergetune.io.ranks": "torchrun_team",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
         "mergetune.io.unpickling": "Inert Unpickler",
         "mergetune.io.versions": "installed_version",
+        "mergetune.io.workers": "begin_worker end_workers unaware_of_interrupts",
     },
 )

@@ -50,11 +50,7 @@ def _lock(descriptor: int, file: Path, busy: str, wait: bool) -> None:
         )
 
 
-def release_locks(worker: int = 0) -> None:
-    """Closes inherited locks in a forked process, so that they do not stay held after the parent is killed.
-
-    Args:
-        worker: not used; a DataLoader passes the worker's number to its ``worker_init_fn``.
-    """
+def release_locks() -> None:
+    """Closes inherited locks in a forked process, so that they do not stay held after the parent is killed."""
     while _held:
         os.close(_held.pop())

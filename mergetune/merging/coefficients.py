@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LRScheduler
-from tqdm import trange
+from tqdm.auto import trange
 
+from mergetune.io import hidden
 from mergetune.merging.checks import check_choice, per_expert
 from mergetune.merging.methods import METHODS, Method
 from mergetune.merging.preparation import prepared
@@ -234,7 +235,7 @@ def _learn(
     raw = raw.to(start_weights[names[0]].device).requires_grad_()
     (optimizer, schedule), generator = prepare(raw), torch.Generator().manual_seed(seed)
     with torch.enable_grad():
-        for _ in trange(steps, desc=method.name, disable=None):
+        for _ in trange(steps, desc=method.name, disable=hidden()):
             coefficients = bound(raw)
             rows = coefficients.expand(len(names), -1)
             weights = start_weights | {

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mergetune.facts.brief import brief
 from mergetune.merging.methods import METHODS
 from mergetune.merging.plans import Merge, method
 from mergetune.merging.preparation import prepared
@@ -47,6 +48,7 @@ def compeft(base: StateDict, experts: Sequence[StateDict], *, density: float = 0
     return Merge(lambda part: part.base + alpha * deviation * trimmed(part)[0].sign())
 
 
+@brief()
 @dataclass(frozen=True)
 class CompressedSize:
     """Sizes of a task vector of n elements, of which a share k is not zero after :func:`compeft`.

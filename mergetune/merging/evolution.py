@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import trange
+from tqdm.auto import trange
 
+from mergetune.facts.brief import brief
+from mergetune.io import hidden
 from mergetune.merging.checks import check, check_choice
 from mergetune.merging.methods import METHODS
 from mergetune.merging.plans import facts_of
@@ -19,6 +21,7 @@ from mergetune.merging.sources import StateDict
 from mergetune.merging.task_vectors import task_arithmetic
 
 
+@brief()
 @dataclass(frozen=True)
 class Evolved:
     """Best options that :func:`evolve_options` found.
@@ -231,7 +234,7 @@ def natural_niches(
     generator = torch.Generator().manual_seed(seed)
     archive = [torch.cat([state[name].detach().float().reshape(-1) for name in names]) for state in seeds]
     solved = torch.stack([scores(vector) for vector in archive])  # [P, N]
-    for _ in trange(steps, desc="natural_niches", disable=None):
+    for _ in trange(steps, desc="natural_niches", disable=hidden()):
         shares = _shares(solved, alpha)
         a = _draw(shares.sum(1), generator)
         b = _draw((shares - shares[a]).clamp(min=0).sum(1), generator)

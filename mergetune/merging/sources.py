@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mergetune.facts.brief import brief
 from mergetune.io import STORED_DTYPES, read_at
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ class Source:
         return self.shape.numel()
 
 
+@brief("path", tensors=len)
 class TensorFile(Mapping[str, Tensor]):
     """A safetensors file as a state dict: each access reads a tensor from the file, nothing stays in memory.
 
@@ -112,6 +114,7 @@ class TensorFile(Mapping[str, Tensor]):
         return Source(torch.Size(entry["shape"]), dtype, torch.device("cpu"), read)
 
 
+@brief("value", tensors=len)
 class Constant(Mapping[str, Tensor]):
     """A state dict like another one, with one number as every floating-point value.
 

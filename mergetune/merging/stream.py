@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save as serialize
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from mergetune.io import STORED_NAMES, dtype_name, write_json, writing_atomically
+from mergetune.io import STORED_NAMES, dtype_name, hidden, write_json, writing_atomically
 from mergetune.merging.adapter_merging import merge_adapters
 from mergetune.merging.adapters import CONFIG, WEIGHTS, adapter_folder, is_lora, merged_config, one_scale, open_adapter
 from mergetune.merging.checks import check
@@ -103,7 +103,7 @@ def merge_files(
         step = plan(given.moving_base, given.moving, **options)
         size = sum(like.numel * like.dtype.itemsize for _, like in sources(given.reference))
         label = {"desc": f"merge ({facts.name})", "unit": "B", "unit_scale": True}
-        with tqdm(total=size, disable=None, **label) as bar:
+        with tqdm(total=size, disable=hidden(), **label) as bar:
             stream.write(_header(given.reference, original))
             for _, piece in merged_pieces(step, given):
                 bar.update(stream.write(piece.contiguous().view(torch.uint8).numpy().data))

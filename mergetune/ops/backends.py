@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergetune.facts.brief import brief
 from mergetune.io import dtype_name
 from mergetune.ops.native import build_info
 
@@ -22,6 +23,7 @@ BACKENDS = ("cpp", "triton", "cuda", "compile", "torch")
 SHAPE_CLASSES = ("small", "medium", "large")
 
 
+@brief()
 @dataclass(frozen=True)
 class Implementation:
     """One implementation of one op.
@@ -55,6 +57,7 @@ class Implementation:
         return self.backward(d_out, arguments)
 
 
+@brief()
 @dataclass(frozen=True)
 class Op:
     """An op with its implementations and the functions that compare them.

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch  # noqa: F401
 
+from mergetune.facts.source_tree import check_core, why_no_core
+
 try:
     from mergetune import _C as core
 except ImportError as error:
-    raise ImportError(
-        f"mergetune's native core could not be loaded ({error}). Build it with `pip install .` in the source tree "
-        "(this needs only a C++17 compiler), or reinstall the wheel: `pip install --force-reinstall mergetune`."
-    ) from error
+    raise ImportError(why_no_core(error)) from error
+check_core(core)
 
 
 def build_info() -> dict[str, Any]:
-    """Facts of the native core: version, compiler, OpenMP, CPU variants, the variant in use, CUDA architectures."""
-    return core.build_info()
+    """Facts of the native core: file, version, compiler, OpenMP, CPU variants, the one in use, CUDA architectures."""
+    return {**core.build_info(), "file": core.__file__}
 
 
 def address(tensor: torch.Tensor | None) -> int:

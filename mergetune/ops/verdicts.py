@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import AllowInfNan
 
+from mergetune.facts.brief import brief
 from mergetune.io import Document, Items, installed_version, read_document, write_json
 from mergetune.ops import native
 
@@ -30,6 +31,7 @@ AnyFloat = Annotated[float, AllowInfNan(True)]  # a wrong result may be off by a
 Status = Literal["agreed", "wrong", "raised", "crashed", "hung", "not tried"]
 
 
+@brief("backend", "status", "seconds", "error", "allowed", "detail")
 class Trial(Document, frozen=True):
     """The outcome of one implementation on the problems of one op, dtype and shape class.
 
@@ -51,6 +53,7 @@ class Trial(Document, frozen=True):
     seconds: float | None = None
 
 
+@brief("op", "dtype", "shape_class", "chosen")
 class Verdict(Document, frozen=True):
     """All trials of one op, dtype and shape class; ``chosen`` is the fastest backend that agreed."""
 
@@ -80,6 +83,7 @@ class DeviceFacts(Document, frozen=True):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
+@brief("facts", "verdicts", "seconds")
 class VerdictFile(Document, frozen=True):
     """The results of one run of the verification.
 

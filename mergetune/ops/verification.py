@@ -28,7 +28,7 @@ import torch
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from mergetune.io import dtype_name
+from mergetune.io import dtype_name, hidden
 from mergetune.ops.backends import OPS, SHAPE_CLASSES, missing
 from mergetune.ops.selection import VARIABLE, goes_by_verdict, has_verdicts, indexed, take_verdicts
 from mergetune.ops.trials import Case
@@ -62,7 +62,7 @@ def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
     with _alone():
         if _known(device):
             return
-        with tqdm(disable=None if progress else True, desc=f"verifying kernels on {device}", leave=False) as bar:
+        with tqdm(disable=hidden(progress), desc=f"verifying kernels on {device}", leave=False) as bar:
 
             def show(done: int, total: int, what: str) -> None:
                 bar.total, bar.n = total, done

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergetune.facts.brief import brief
 from mergetune.io import load_tensors, load_torch, read_npz, read_regular, read_safetensors, require_file
 from mergetune.io.tensor_files import EXTRAS
 
@@ -23,6 +24,7 @@ HEADS = ("fc", "head", "classifier", "classification_head", "linear")  # usual n
 PICKLES = (".pkl", ".pickle", ".joblib")
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class PromptFile:
     """Content of a CoOp-family checkpoint.
@@ -38,6 +40,7 @@ class PromptFile:
     file: Path
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class HeadFile:
     """Content of a linear classifier's file: ``logits = scale * (x @ weight.T + bias)``.

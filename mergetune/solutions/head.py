@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
+from mergetune.facts.brief import brief
 from mergetune.io import Items, Number
 from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import HeadFile, read_head, read_sklearn
@@ -26,6 +27,7 @@ class HeadDescription(Description, frozen=True):
     normalize: bool = False
 
 
+@brief("weight", "bias", "classnames", "logit_scale", "normalize", "backbone", "notes")
 @dataclass(frozen=True, eq=False)
 class Head(Solution):
     """A linear classifier on unit-norm image features x: ``logits = logit_scale * (x @ weight.T + bias)``.

@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
-from mergetune.io import read_json, write_atomically
+from mergetune.io import not_reached, quiet_retries, read_json, unreachable, write_atomically
 from mergetune.solutions.base import Solution
 from mergetune.solutions.kinds import known_classes
 from mergetune.solutions.published import HUB, architecture, published
@@ -82,8 +82,15 @@ def push_to_hub(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         to_hub(solution, folder, license=license, repo_id=repo_id, metrics=metrics)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        try:
+            with quiet_retries():
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        except Exception as error:  # the HTTP library has its own types of error
+            if not unreachable(error):
+                raise
+            way_on = "write the folder with to_hub and upload it later"
+            raise not_reached(f"{repo_id} could not be uploaded", error, way_on=way_on) from None
     return str(url)
 
 

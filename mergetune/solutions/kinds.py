@@ -196,5 +196,8 @@ def check_compatible(a: Solution, b: Solution, *, space: str = "parameter") -> N
         ValueError: shapes, classes, texts or logit scales differ.
     """
     if type(a) is not type(b):
-        raise TypeError(f"solutions on one path must be of one kind, got {a.kind} and {b.kind}")
+        raise TypeError(
+            f"solutions on one path must be of one kind, got {a.kind} and {b.kind}: for a zero-shot end take "
+            "b.zero_shot_points(clip, classnames, templates)[0]; below a residual or a map, Templates with Stack"
+        )
     a.check_line(b, space=space)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergetune.clip import Edit, FrozenClip
+from mergetune.facts.brief import brief
 from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import read_arrays
 from mergetune.solutions.states import State, check_finite
@@ -22,6 +23,7 @@ class LinearMapDescription(Description, frozen=True):
     classnames: None
 
 
+@brief("matrix", "classnames", "backbone", "notes")
 @dataclass(frozen=True, eq=False)
 class LinearMap(Solution):
     """A linear map of image features, ``x' = normalise(x A)`` (the linear adapter of ProLIP, arXiv 2410.05270).

@@ -20,6 +20,7 @@ from mergetune.clip import (
     words_before,
     words_before_name,
 )
+from mergetune.facts.brief import brief
 from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import read_prompt
 from mergetune.solutions.states import State, check_finite
@@ -34,6 +35,7 @@ class PromptDescription(Description, frozen=True):
     position: Literal["end", "middle", "front"] = "end"  # files from before the other positions do not have it
 
 
+@brief("ctx", "template", "position", "classnames", "backbone", "notes")
 @dataclass(frozen=True, eq=False)
 class Prompt(Solution):
     """A soft prompt: trained context vectors in place of the words around the class name (CoOp, arXiv 2109.01134).

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
+from mergetune.facts.brief import brief
 from mergetune.io import Items, load_tensors
 from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import checkpoint_file, state_dict_of
@@ -25,6 +26,7 @@ class ResidualDescription(Description, frozen=True):
     classnames: Items[str]
 
 
+@brief("rows", "classnames", "backbone", "notes")
 @dataclass(frozen=True, eq=False)
 class Residual(Solution):
     """Class residuals: a vector r_c per class, ``W_c = normalise(T_c + r_c)`` (TaskRes, arXiv 2211.10277).

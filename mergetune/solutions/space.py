@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergetune.clip import FrozenClip, TextEncoder, prepare_classes, prepare_images
 from mergetune.data import Batches
+from mergetune.facts.brief import brief
 from mergetune.facts.function_options import SPACES
 from mergetune.solutions.base import Solution
 from mergetune.solutions.kinds import check_compatible
@@ -24,6 +25,7 @@ ROWS = 2048  # images per batch
 SHARES = "image shares"  # state entry with the weights that mix the ends' image features; no coordinate of the space
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Space:
     """A space of solutions for fixed classes: what an edited CLIP computes as a function of a stacked state.
@@ -118,6 +120,7 @@ def space_of(
 # -- given solutions as points of one space ----------------------------------------------------------------------------
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Span:
     """K solutions as points of one space, which also contains their mixtures: the points of lines and planes.

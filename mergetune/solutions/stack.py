@@ -12,6 +12,7 @@ from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from mergetune.clip import Edit, FrozenClip, ImageInput, earliest_input
+from mergetune.facts.brief import brief
 from mergetune.io import Document, Items, fault
 from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.states import State, stacked
@@ -39,6 +40,7 @@ class StackDescription(Description, frozen=True):
     parts: Annotated[Items[Annotated[tuple[str, Description], PlainValidator(_part)]], Field(min_length=2)]
 
 
+@brief("parts", "backbone", "notes")
 @dataclass(frozen=True, init=False, eq=False)
 class Stack(Solution):
     """Several solutions applied in order to one CLIP, for example ``Stack(prompt, linear_map, residual)``.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mergetune.clip import PLAIN, Edit, FrozenClip, check_templates
+from mergetune.facts.brief import brief
 from mergetune.io import Items
 from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.states import State
@@ -19,6 +20,7 @@ class TemplatesDescription(Description, frozen=True):
     texts: Items[str]
 
 
+@brief("texts", "classnames", "backbone", "notes")
 @dataclass(frozen=True, eq=False)
 class Templates(Solution):
     """Zero-shot class embeddings, averaged over one or more texts: a solution with an empty state.

@@ -13,6 +13,7 @@ import torch
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
 from mergetune.data.cache_identity import check_image_tower
+from mergetune.facts.brief import brief
 from mergetune.facts.function_options import OPTIMIZERS
 from mergetune.solutions import Solution
 from mergetune.training.objective import Objective
@@ -72,6 +73,7 @@ class Training:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / self.epochs))
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Job:
     """A checked training run before its first step; :func:`tune_job` and :func:`fit_job` make one.

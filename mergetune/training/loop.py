@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from mergetune.io import hidden
 from mergetune.solutions import State
 from mergetune.training.jobs import Job
 from mergetune.training.objective import Batch, Objective, products_with, together
@@ -84,7 +85,7 @@ def _train(runs: Sequence[TrainingRun]) -> None:
     epochs = range(min(len(run.history) for run in runs), job.training.epochs)
     label = job.settings.get("method", "mergetune") + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
     captured = None
-    with tqdm(epochs, desc=label, unit="epoch", disable=None if job.progress else True, leave=False) as bar:
+    with tqdm(epochs, desc=label, unit="epoch", disable=hidden(job.progress), leave=False) as bar:
         for epoch in bar:
             began, active = time.perf_counter(), [run for run in runs if len(run.history) == epoch]
             records = [run.begin(epoch) for run in active]

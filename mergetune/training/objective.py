@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune import ops
+from mergetune.facts.brief import brief
 from mergetune.facts.function_options import PATH_GRIDS
 from mergetune.solutions import Space, State, inputs
 
@@ -67,6 +68,7 @@ class Near:
         classes: class features of w1, [C, D].
         curvature: the diagonal H of "fisher", [C, D].
         distance: function of stacked states that returns the surrogate on states, [M].
+        name: name of the term in the history of a run.
     """
 
     lam: float
@@ -74,8 +76,10 @@ class Near:
     classes: Tensor | None = None
     curvature: Tensor | None = None
     distance: Callable[[State], Tensor] | None = None
+    name: str = "surrogate"
 
 
+@brief()
 @dataclass(frozen=True, eq=False)
 class Objective:
     """The loss as a function of a solution's state and a batch. Without anchors and surrogate: plain cross-entropy.
@@ -98,7 +102,11 @@ class Objective:
     def term_names(self) -> tuple[str, ...]:
         """Names of the terms that a call returns."""
         paths = 0 if self.anchors is None else len(self.anchors)
-        return ("endpoint", "surrogate", *(f"path_{k + 1}" for k in range(paths)))
+        return (
+            "endpoint",
+            "surrogate" if self.near is None else self.near.name,
+            *(f"path_{k + 1}" for k in range(paths)),
+        )
 
     @property
     def settings(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mergetune.data import Batches
 from mergetune.evaluation import accuracy
+from mergetune.facts.brief import brief
 from mergetune.io import (
     Count,
     Document,
@@ -93,6 +94,7 @@ class RunRecord(Document, frozen=True, extra="ignore"):
         return self
 
 
+@brief("solution", "settings", "timings", epochs=lambda self: len(self.history), last=lambda self: self.history[-1])
 @dataclass(frozen=True, eq=False)
 class FitResult:
     """The result of :func:`mergetune.tune` and :func:`mergetune.fit`.

@@ -12,7 +12,7 @@ from mergetune import ops
 from mergetune.clip import PRECISIONS, FrozenClip, check_templates
 from mergetune.data import Batches
 from mergetune.facts import TuneOptions, recorded
-from mergetune.facts.function_options import TOP_METHODS, TUNE_SETTINGS
+from mergetune.facts.function_options import TOP_METHODS, TUNE_SETTINGS, check_method, check_types
 from mergetune.solutions import Head, LinearMap, Prompt, Residual, Solution, Stack, Templates, space_of, stacked
 from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
@@ -134,8 +134,10 @@ def tune_job(
     options = TuneOptions(**given)
     if options.method not in TUNE_SETTINGS:
         raise ValueError(f"method must be one of {', '.join(TUNE_SETTINGS)}, got {options.method!r}")
+    check_types(options)
     on_base = options.method in TOP_METHODS
     _check_options(options, base, on_base=on_base)
+    check_method(options)
     settings = TUNE_SETTINGS[options.method]
     options = replace(options, **{name: value for name, value in settings.items() if getattr(options, name) is None})
     training = training_of(options)
@@ -151,7 +153,7 @@ def tune_job(
         near = Near(options.kg_weight, "cosine", clip.class_embeddings(features.classnames, texts))
     elif on_base and options.lam is not None:
         unchanged = stacked(start.state(), clip.device)
-        near = Near(options.lam, distance=lambda states: start.distance(states, unchanged))
+        near = Near(options.lam, distance=lambda states: start.distance(states, unchanged), name="distance")
     objective = Objective(
         space=space_of(clip, start, features.classnames, precision=PRECISIONS[precision]),
         near=near,
@@ -181,10 +183,6 @@ def _check_options(options: TuneOptions, base: Solution | None, *, on_base: bool
         raise ValueError(f"kg_weight must be finite and not negative, got {options.kg_weight!r}")
     if options.lam is not None and not (math.isfinite(options.lam) and options.lam >= 0):
         raise ValueError(f"lam must be finite and not negative, got {options.lam!r}")
-    if options.lam is not None and not on_base:
-        raise ValueError(
-            f"lam must be None unless method is {' or '.join(TOP_METHODS)}, got {options.lam!r} for {options.method}"
-        )
     if base is not None and not on_base:
         raise ValueError(
             f"base must be None unless method is {' or '.join(TOP_METHODS)}, got a base for {options.method}"
@@ -193,11 +191,6 @@ def _check_options(options: TuneOptions, base: Solution | None, *, on_base: bool
         raise ValueError("zero_shot must be None where base is given: the base has the class embeddings")
     if base is not None and not isinstance(base, Solution):
         raise TypeError(f"base must be a solution, got {base!r}: load a file with mergetune.open_solution")
-    if (options.class_specific or options.n_ctx is not None) and options.method not in ("coop", "kgcoop"):
-        raise ValueError(
-            f"n_ctx must be None and class_specific False for a method without a prompt, got {options.n_ctx} and "
-            f"{options.class_specific} for {options.method}"
-        )
 
 
 def _start(

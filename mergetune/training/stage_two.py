@@ -15,7 +15,7 @@ from mergetune import ops
 from mergetune.clip import PLAIN, PRECISIONS, FrozenClip, check_templates
 from mergetune.data import Batches
 from mergetune.facts import FitOptions, recorded
-from mergetune.facts.function_options import SPACES, SURROGATES
+from mergetune.facts.function_options import SPACES, SURROGATES, check_types
 from mergetune.solutions import (
     Solution,
     Space,
@@ -143,6 +143,7 @@ def fit_job(
         given: the other options of :func:`fit`, see :class:`mergetune.facts.FitOptions`.
     """
     options = FitOptions(**given)
+    check_types(options)
     training = training_of(options)
     precision = tower_precision(options.precision, clip.device)
     anchors = [tuned] if isinstance(tuned, Solution | str) else list(tuned)

@@ -140,7 +140,7 @@ def test_what_is_no_residual_is_refused(change, message):
         (
             {"method": "coop", "lam": 1.0},
             ValueError,
-            "lam must be None unless method is residual or map, got 1.0 for coop",
+            "lam must be left out for method 'coop', which does not use it, got 1.0: it is for residual and map",
         ),
         (
             {"method": "coop", "base": prompt()},
@@ -152,7 +152,7 @@ def test_what_is_no_residual_is_refused(change, message):
         (
             {"method": "residual", "n_ctx": 4},
             ValueError,
-            "n_ctx must be None and class_specific False for a method without a prompt",
+            "must be left out for method",
         ),
     ],
 )
