@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         base_to_novel,
         count_hits,
         harmonic_mean,
+        right_answers,
         score,
         summarise,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "plot_plane",
     "plot_spectrum",
     "report",
+    "right_answers",
     "score",
     "spectrum",
     "summarise",
@@ -64,8 +66,8 @@ make_lazy(
         "mergetune.evaluation.paths": "Path connectivity cross_entropy path",
         "mergetune.evaluation.planes": "plane",
         "mergetune.evaluation.scores": (
-            "BaseNovel Classifier Hits ImageMap Report Row accuracy base_to_novel count_hits harmonic_mean score "
-            "summarise"
+            "BaseNovel Classifier Hits ImageMap Report Row accuracy base_to_novel count_hits harmonic_mean "
+            "right_answers score summarise"
         ),
         "mergetune.evaluation.spectra": "spectrum",
     },

@@ -119,6 +119,17 @@ class Hits:
 
 
 @torch.no_grad()
+def right_answers(
+    weights: Tensor, features: Batches, *, images: ImageMap | None = None, first: int = 0, batch_size: int = 2048
+) -> Tensor:
+    """Whether each image is classified correctly, [N] bool; the arguments are those of :func:`count_hits`."""
+    answers = []
+    for x, _, _ in features.batches(batch_size):
+        x = x.to(weights) if images is None else images(x.to(weights))
+        answers.append((inputs(x, weights) @ weights.T).argmax(-1).cpu())
+    return torch.cat(answers) == features.labels + first
+
+
 def count_hits(
     weights: Tensor, features: Batches, *, images: ImageMap | None = None, first: int = 0, batch_size: int = 2048
 ) -> Hits:
@@ -131,11 +142,7 @@ def count_hits(
         first: the row of the features' first class; the others follow it.
         batch_size: rows at a time.
     """
-    answers = []
-    for x, _, _ in features.batches(batch_size):
-        x = x.to(weights) if images is None else images(x.to(weights))
-        answers.append((inputs(x, weights) @ weights.T).argmax(-1).cpu())
-    right = torch.cat(answers) == features.labels + first
+    right = right_answers(weights, features, images=images, first=first, batch_size=batch_size)
     count = len(features.classnames)
     counts = (torch.bincount(labels, minlength=count).tolist() for labels in (features.labels[right], features.labels))
     return Hits(*map(tuple, counts))
