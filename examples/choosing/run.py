@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import mergetune as mt
 from mergetune.experiments.cells import halves_of
-from mergetune.experiments.choosing import setting_name, settings_to_try
+from mergetune.experiments.choosing import setting_name, settings_to_try, too_few
 from mergetune.experiments.icons import STAGE_1, TEMPLATE, load_icons
 from mergetune.experiments.making import KINDS, MERGETUNE, ON_MERGETUNE, Making
 from mergetune.experiments.measuring import fold_of, measure, other_images
@@ -131,22 +131,20 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     settings = settings_to_try({})
     halves = halves_of(len(own), cell.seed + 1)
     fold = fold_of(features, None if others is None else train.select(others), halves, (TEMPLATE,), cell.seed)
-    record: dict[str, Any] = {"cell": asdict(cell), "clip": clip.fingerprint, "validation": None, "chosen": None}
+    record: dict[str, Any] = {"cell": asdict(cell), "clip": clip.fingerprint}
     with tempfile.TemporaryDirectory() as folder:
-        chosen = (MERGETUNE, settings[0])
-        if fold is not None:
-            found = measure(making, fold, Path(folder) / "measure", settings, kinds=KINDS)
-            chosen = (found.row, found.setting)
-            record["chosen"] = {"kind": found.row, "setting": setting_name(found.setting), "reason": found.reason}
-            record["validation"] = {
-                "labels": {part: cache.labels.tolist() for part, cache in fold.val.items()},
-                "right": {
-                    name: {part: "".join(map(str, bits.int().tolist())) for part, bits in right.items()}
-                    for name, right in found.right.items()
-                },
-            }
+        labels = {part: cache.labels for part, cache in fold.val.items()}
+        found = measure(making, fold, Path(folder) / "measure", settings, kinds=KINDS, choosing=not too_few(labels))
+        record["chosen"] = {"kind": found.row, "setting": setting_name(found.setting)}
+        record["validation"] = {
+            "labels": {part: own.tolist() for part, own in labels.items()},
+            "right": {
+                name: {part: "".join(map(str, bits.int().tolist())) for part, bits in right.items()}
+                for name, right in found.right.items()
+            },
+        }
         record["measuring_seconds"] = time.perf_counter() - began
-        made = constants(making, features, Path(folder) / "all", settings, chosen)
+        made = constants(making, features, Path(folder) / "all", settings, (found.row, found.setting))
         tests = {"base": test.select_classes(own), "novel": test.select_classes(new)}
         record["images"] = {part: _counts(cache.labels, cache) for part, cache in tests.items()}
         record["right"] = {
@@ -223,7 +221,7 @@ def main(
         record = run_cell(bench, cell)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, record)
-        chosen = record["chosen"] or {"kind": MERGETUNE, "setting": "defaults, nothing to choose on"}
+        chosen = record["chosen"]
         typer.echo(f"{cell.name}: {chosen['kind']}, {chosen['setting']} ({record['seconds']:.0f} s)")
 
 

@@ -233,6 +233,15 @@ class BaseNovel:
         return harmonic_mean(self.base.accuracy, self.novel.accuracy)
 
     @property
+    def hm_error(self) -> float:
+        """Standard error of :attr:`hm` due to the number of test images (delta method), in percent."""
+        base, novel = self.base.accuracy, self.novel.accuracy
+        if not base + novel:
+            return 0.0
+        slopes = 2 * novel**2 / (base + novel) ** 2, 2 * base**2 / (base + novel) ** 2
+        return math.hypot(slopes[0] * self.base.standard_error, slopes[1] * self.novel.standard_error)
+
+    @property
     def joint_hm(self) -> float | None:
         """Of seen and unseen."""
         if self.seen is None or self.unseen is None:

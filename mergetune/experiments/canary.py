@@ -47,6 +47,13 @@ def concept_names(own: Sequence[str] = ()) -> list[str]:
     return [name for name in names if name.casefold() not in taken]
 
 
+def tell_apart(clip: FrozenClip, names: Sequence[str], templates: str | Sequence[str]) -> list[str]:
+    """The names without those to which zero-shot CLIP gives the embedding of an earlier name: it does not know them."""
+    z = clip.class_embeddings(names, templates)
+    same = (z @ z.T > 1 - 1e-5).tril(-1).any(1)
+    return [name for name, repeated in zip(names, same.tolist(), strict=True) if not repeated]
+
+
 @torch.no_grad()
 def recognised(
     clip: FrozenClip, classify: Classifier, names: Sequence[str], templates: str | Sequence[str]
@@ -65,7 +72,7 @@ def recognised(
     """
     zero_shot = clip.class_embeddings(names, templates)
     weights = classify(names)
-    classes = F.normalize(weights[:, : zero_shot.shape[1]] if classify.bias else weights, dim=-1)
+    classes = F.normalize(weights[:, :-1] if classify.bias else weights, dim=-1)
     pictures = zero_shot if classify.images is None else classify.images(zero_shot)
     cosines = F.normalize(pictures.to(classes), dim=-1) @ classes.T
     same = cosines.argmax(1) == torch.arange(len(names), device=cosines.device)
@@ -91,7 +98,9 @@ def retained_images(data: Dataset, own: Sequence[str]) -> ImageList:
     if any(images.root != lists[0].root for images in lists):
         lists = lists[-1:]
     pairs = [pair for images in lists for pair in zip(images.files, images.labels, strict=True)]
-    return ImageList(lists[0].root, *map(tuple, zip(*pairs, strict=True)), lists[0].classnames).select(data.visible)
+    return ImageList(lists[0].root, *map(tuple, zip(*pairs, strict=True)), lists[0].classnames).select(
+        data.visible or ()
+    )
 
 
 def retained(classify: Classifier, features: FeatureCache) -> Report:

@@ -72,12 +72,9 @@ def choose(right: Mapping[str, Right], labels: Labels, *, margin: float = MARGIN
         margin: standard errors; 0 chooses the best mean.
     """
     default = next(iter(right))
-    found = {
-        name: None if name == default else gains(answers, right[default], labels)[HM] for name, answers in right.items()
-    }
-    bounds = {name: gain.value - margin * gain.error for name, gain in found.items() if name != default}
-    best = max(bounds, key=bounds.__getitem__, default=default)
-    chosen = best if bounds.get(best, 0.0) > 0 else default
+    found = {name: gains(answers, right[default], labels)[HM] for name, answers in right.items()}
+    bounds = {name: gain.value - margin * gain.error for name, gain in found.items()} | {default: 0.0}
+    chosen = max(bounds, key=bounds.__getitem__)  # of equals the first: the default
     tried = tuple(
         Tried(name, accuracies(answers), None if name == default else found[name]) for name, answers in right.items()
     )
@@ -109,8 +106,8 @@ def setting_name(setting: Mapping[str, float]) -> str:
 
 
 def too_few(labels: Labels) -> str:
-    """Why nothing can be chosen on these validation images; empty if it can."""
-    for part, own in labels.items():
-        if len(own) < LEAST_IMAGES:
-            return f"choosing needs at least {LEAST_IMAGES} validation images of {part} classes, got {len(own)}"
+    """Why nothing can be chosen on these validation images of base and novel classes; empty if it can."""
+    for part, whose in (("base", "the learned half of the classes"), ("novel", "the other half of the classes")):
+        if (count := len(labels.get(part, ()))) < LEAST_IMAGES:
+            return f"choosing needs at least {LEAST_IMAGES} validation images of {whose}, got {count}"
     return ""

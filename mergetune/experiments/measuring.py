@@ -16,7 +16,7 @@ import torch
 
 from mergetune.data import Dataset, FeatureCache, ImageList
 from mergetune.experiments.cells import Fold
-from mergetune.experiments.choosing import Choice, choose, setting_name, too_few
+from mergetune.experiments.choosing import Choice, choose, setting_name
 from mergetune.experiments.making import MERGETUNE, Making
 from mergetune.experiments.paired import right_of
 from mergetune.solutions import Solution
@@ -38,7 +38,6 @@ class Measured:
         setting: the chosen ``lam`` and ``tau``.
         settings: the choice of the setting; None if nothing was chosen.
         kinds: the choice of the kind; None if nothing was chosen.
-        reason: why nothing was chosen; empty if something was.
         right: candidate -> part -> which validation images it classifies correctly.
     """
 
@@ -49,7 +48,6 @@ class Measured:
     setting: dict[str, float]
     settings: Choice | None
     kinds: Choice | None
-    reason: str
     right: dict[str, dict[str, torch.Tensor]]
 
 
@@ -90,8 +88,10 @@ def fold_of(
     halves: Mapping[str, Sequence[int]],
     templates: tuple[str, ...],
     seed: int,
-) -> Fold | None:
-    """The training and validation images of a measuring run; None if some half has no validation images.
+    *,
+    hold_out: bool = True,
+) -> Fold:
+    """The training and validation images of a measuring run; a half without validation images is left out of them.
 
     All images of the novel half that are no test images are validation images: they are not trained on.
 
@@ -100,19 +100,18 @@ def fold_of(
         others: images of all classes that are neither trained nor tested on.
         halves: "base" and "novel" -> class numbers.
         templates: zero-shot texts.
-        seed: seed of the training, and of the images that are held out of the training images.
+        seed: seed of the training, and of the images that are held out.
+        hold_out: hold training images out for validation if there are fewer other images than learned classes.
     """
     own = {part: [] if others is None else [others.select_classes(classes)] for part, classes in _with(others, halves)}
     base = train
     if len(train.classnames) > len(halves["base"]):
         base = train.select_classes(halves["base"])
         own["novel"] = [train.select_classes(halves["novel"]), *own.get("novel", [])]
-        if sum(map(len, own.get("base", []))) < len(halves["base"]):
+        if hold_out and sum(map(len, own.get("base", []))) < len(halves["base"]):
             base, held_out = _held_out(base, seed)
             own["base"] = [*own.get("base", []), *([held_out] if len(held_out) else [])]
-    if not all(own.get(part) for part in halves):
-        return None
-    return Fold(base, {part: _together(own[part]) for part in halves}, templates, seed)
+    return Fold(base, {part: _together(own[part]) for part in halves if own.get(part)}, templates, seed)
 
 
 def _with(others: FeatureCache | None, halves: Mapping[str, Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
@@ -174,14 +173,13 @@ def measure(
         choosing: whether to choose; without it the first setting and the first kind are taken.
     """
     labels = {part: cache.labels for part, cache in fold.val.items()}
-    reason = too_few(labels) if choosing else "choosing is switched off"
-    tries = settings[:1] if reason else settings
+    tries = settings if choosing else settings[:1]
     names = [setting_name(setting) for setting in tries]
     folders = [folder / name.replace(", ", "-").replace(" ", "-") for name in names]
     anchors = list(tuned) or [making.tuned(fold.train, stage_1 or folder / "tuned").solution]
     found = making.merged(fold.train, anchors, dict(zip(folders, tries, strict=True)))
-    if reason:
-        return Measured(anchors[0], found[0], found[0], MERGETUNE, tries[0], None, None, reason, {})
+    if not choosing:
+        return Measured(anchors[0], found[0], found[0], MERGETUNE, tries[0], None, None, {})
     right = {
         name: right_of(making.classifier(result.solution), fold.val) for name, result in zip(names, found, strict=True)
     }
@@ -195,5 +193,5 @@ def measure(
     by_kind = choose(among, labels)
     return Measured(
         anchors[0], found[at], made[by_kind.chosen], by_kind.chosen, dict(tries[at]), by_setting,
-        by_kind if len(among) > 1 else None, "", right | among,
+        by_kind if len(among) > 1 else None, right | among,
     )  # fmt: skip
