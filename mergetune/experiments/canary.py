@@ -97,10 +97,13 @@ def retained_images(data: Dataset, own: Sequence[str]) -> ImageList:
     lists = [images for images in (data.full_train, data.full_val, data.full_test) if images is not None]
     if any(images.root != lists[0].root for images in lists):
         lists = lists[-1:]
-    pairs = [pair for images in lists for pair in zip(images.files, images.labels, strict=True)]
-    return ImageList(lists[0].root, *map(tuple, zip(*pairs, strict=True)), lists[0].classnames).select(
-        data.visible or ()
+    listed = ImageList(
+        lists[0].root,
+        tuple(file for images in lists for file in images.files),
+        tuple(label for images in lists for label in images.labels),
+        lists[0].classnames,
     )
+    return listed.select(data.visible or range(len(listed.classnames)))
 
 
 def retained(classify: Classifier, features: FeatureCache) -> Report:

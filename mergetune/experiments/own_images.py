@@ -323,7 +323,7 @@ def _table(making: Making, template: str | Sequence[str], found: Measured, row: 
 
     table = usual(together.classifier(template), classify(found.tuned), classify(found.merged.solution), name=TUNED)
     if row not in [candidate.row for candidate in table]:
-        table.append(Candidate(row, classify(found.made.solution)))
+        table.append(Candidate(row, making.classifier(found.made.solution)))
     return table
 
 
