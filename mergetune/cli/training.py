@@ -27,8 +27,8 @@ from mergetune.cli.options import (
     read_tuning,
     takes,
 )
+from mergetune.cli.own_images import left_out_files, print_result
 from mergetune.cli.shared import (
-    HALVES,
     announce,
     clip_for,
     errors,
@@ -37,9 +37,7 @@ from mergetune.cli.shared import (
     open_cache,
     open_images,
     print_json,
-    print_table,
     read_solution,
-    tell,
 )
 from mergetune.facts import FitOptions, TuneOptions
 from mergetune.facts.function_options import MAX_PIXELS
@@ -96,6 +94,7 @@ def tune(
 
 @takes(FitOptions, but=("zero_shot",))
 def fit(
+    context: typer.Context,
     images: Annotated[
         Path | None,
         typer.Argument(
@@ -135,7 +134,24 @@ def fit(
         ),
     ] = ["a photo of a {}."],
     position: Position = "end",
-    method: Annotated[str, typer.Option(help="With images: method of stage 1, one of coop, kgcoop, head.")] = "coop",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="With images: method of stage 1, one of coop, kgcoop, head; or auto, which also chooses the kind of "
+            "solution (prompt, head, residual, image map)."
+        ),
+    ] = "coop",
+    no_measure: Annotated[
+        bool,
+        typer.Option("--no-measure", help="With images: skip the extra run that measures new classes, and the choice."),
+    ] = False,
+    no_choose: Annotated[
+        bool, typer.Option("--no-choose", help="With images: measure, but take --lam and --tau without choosing them.")
+    ] = False,
+    retain: Annotated[
+        Path | None,
+        typer.Option("--retain", help="With images: pictures of other classes that the solution is tested on as well."),
+    ] = None,
     tuning: Annotated[
         list[str],
         typer.Option("--tune", help="With images: option of stage 1 (mergetune.tune) as name=value; repeatable."),
@@ -156,9 +172,11 @@ def fit(
     mergetune fit photos/ --backbone ViT-B-32 --pretrained laion2b_s34b_b79k --shots 16
 
     This example caches the images, fine-tunes (stage 1), repairs (stage 2), tests, and writes solution, report and
-    figure. If the command is interrupted, run it again: it continues from the last finished epoch. With other settings
-    and the same --out it works in a new folder, such as OUT/run-2-lam-4; `mergetune runs OUT` lists the runs. --epochs
-    also sets the epochs of stage 1.
+    figure. An extra run trains on half of the classes: it measures what new classes lose or gain, and chooses --lam
+    and --tau on validation images unless you give them. The solution itself is trained on all classes. If the command
+    is interrupted, run it again: it continues from the last finished epoch. With other settings and the same --out it
+    works in a new folder, such as OUT/run-2-lam-4; `mergetune runs OUT` lists the runs. --epochs also sets the epochs
+    of stage 1.
     """
     import mergetune as mt
     from mergetune.training import fit_job
@@ -177,6 +195,9 @@ def fit(
             raise ValueError("--tuned and --out are needed with --cache")
         if images is None and tuning:
             raise ValueError(f"--tune is for stage 1 on images and cannot be used with --cache, got {tuning[0]!r}")
+        for option, value in (("--no-measure", no_measure), ("--no-choose", no_choose), ("--retain", retain)):
+            if images is None and value:
+                raise ValueError(f"{option} needs images and cannot be used with --cache: leave it out")
         if images is not None and val is not None:
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
@@ -199,14 +220,20 @@ def fit(
         else:
             del given["seed"]
             on_error = "skip" if skip_unreadable else "raise"
+            for name in ("lam", "tau"):  # what the user did not set is chosen
+                source = context.get_parameter_source(name)
+                if source is not None and source.name == "DEFAULT":
+                    del given[name]
             found = mt.fit_dataset(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
+                measuring=not no_measure, choosing=not no_choose, retain=retain and open_images(retain),
+                ignored=left_out_files(images) if images.is_dir() else None,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
                 cache_options={"workers": workers, "max_pixels": max_pixels, "on_error": on_error}, overwrite=overwrite,
                 report=announce(as_json),
             )  # fmt: skip
-            say = partial(_finish_images, as_json, found)
+            say = partial(_finish_images, as_json, found, folder, classes)
     say()
 
 
@@ -227,28 +254,10 @@ def _finish(as_json: bool, result: Any, folder: Path) -> None:
     finish(as_json, record, f"solution: {run_title(folder)}", {"train": result.history[-1]})
 
 
-def _finish_images(as_json: bool, found: Any) -> None:
+def _finish_images(as_json: bool, found: Any, out: Path, classes: str) -> None:
     if not first_rank():
         return
     if as_json:
         print_json(found.to_json())
     else:
-        _print_reports(found.reports, found.folder)
-
-
-def _print_reports(reports: dict[str, Any], folder: Path) -> None:
-    """Prints one row per solution, one column per set of test classes, and their harmonic means."""
-    from mergetune.evaluation import BaseNovel
-    from mergetune.training import run_title
-
-    columns, rows = HALVES if "novel" in reports else {part: part for part in reports}, []
-    for name in next(iter(reports.values())):
-        found: dict[str, Any] = {part: report[name] for part, report in reports.items()}
-        if "novel" in found:
-            both = BaseNovel(**found)
-            found |= {"hm": both.hm, "joint_hm": both.joint_hm}
-        values = {column: getattr(found[part], "accuracy", found[part]) for column, part in columns.items()}
-        cells = {column: f"{value:.2f}" for column, value in values.items()}
-        rows.append((name, cells, "bold" if name == "MERGETUNE" else None))
-    print_table("accuracy on test images (%)", rows)
-    tell(f"Solution, report.json, paths.png: {run_title(folder)}")
+        print_result(found, out, classes=classes)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mergetune.data.pictures import FoundPicture
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
-from mergetune.io import read_picture, begin_worker
+from mergetune.io import begin_worker, read_picture
 
 
 def decode_in_workers(

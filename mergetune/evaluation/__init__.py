@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         base_to_novel,
         count_hits,
         harmonic_mean,
+        right_answers,
         score,
         summarise,
     )
@@ -79,6 +80,7 @@ __all__ = [
     "plot_wrong_answers",
     "predict_features",
     "report",
+    "right_answers",
     "save_wrong_answers",
     "score",
     "spectrum",
@@ -104,8 +106,8 @@ make_lazy(
         "mergetune.evaluation.predictions": "Predictions Reliability predict_features",
         "mergetune.evaluation.predictor": "Prediction Predictor classes_of",
         "mergetune.evaluation.scores": (
-            "BaseNovel Classifier Hits ImageMap Report Row accuracy base_to_novel count_hits harmonic_mean score "
-            "summarise"
+            "BaseNovel Classifier Hits ImageMap Report Row accuracy base_to_novel count_hits harmonic_mean "
+            "right_answers score summarise"
         ),
         "mergetune.evaluation.spectra": "spectrum",
         "mergetune.evaluation.temperatures": "fit_temperature",

@@ -145,6 +145,17 @@ def distinct_names(classnames: Sequence[str]) -> tuple[str, ...]:
 
 
 @torch.no_grad()
+def right_answers(
+    weights: Tensor, features: Batches, *, images: ImageMap | None = None, first: int = 0, batch_size: int = 2048
+) -> Tensor:
+    """Whether each image is classified correctly, [N] bool; the arguments are those of :func:`count_hits`."""
+    answers = []
+    for x, _, _ in features.batches(batch_size):
+        x = x.to(weights) if images is None else images(x.to(weights))
+        answers.append((inputs(x, weights) @ weights.T).argmax(-1).cpu())
+    return torch.cat(answers) == features.labels + first
+
+
 def count_hits(
     weights: Tensor, features: Batches, *, images: ImageMap | None = None, first: int = 0, batch_size: int = 2048
 ) -> Hits:
@@ -157,11 +168,7 @@ def count_hits(
         first: the row of the features' first class; the others follow it.
         batch_size: rows at a time.
     """
-    answers = []
-    for x, _, _ in features.batches(batch_size):
-        x = x.to(weights) if images is None else images(x.to(weights))
-        answers.append((inputs(x, weights) @ weights.T).argmax(-1).cpu())
-    right = torch.cat(answers) == features.labels + first
+    right = right_answers(weights, features, images=images, first=first, batch_size=batch_size)
     count = len(features.classnames)
     counts = (torch.bincount(labels, minlength=count).tolist() for labels in (features.labels[right], features.labels))
     return Hits(*map(tuple, counts))
@@ -251,6 +258,15 @@ class BaseNovel:
     def hm(self) -> float:
         """Harmonic mean of both accuracies, in percent."""
         return harmonic_mean(self.base.accuracy, self.novel.accuracy)
+
+    @property
+    def hm_error(self) -> float:
+        """Standard error of :attr:`hm` due to the number of test images (delta method), in percent."""
+        base, novel = self.base.accuracy, self.novel.accuracy
+        if not base + novel:
+            return 0.0
+        slopes = 2 * novel**2 / (base + novel) ** 2, 2 * base**2 / (base + novel) ** 2
+        return math.hypot(slopes[0] * self.base.standard_error, slopes[1] * self.novel.standard_error)
 
     @property
     def joint_hm(self) -> float | None:

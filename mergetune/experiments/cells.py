@@ -12,6 +12,17 @@ from mergetune.clip import PLAIN, check_templates
 from mergetune.data import Dataset, FeatureCache, ImageList
 from mergetune.facts.brief import brief
 
+LEAST_CLASSES = 4  # that can be divided into halves: a half with one class has nothing to confuse
+
+
+def halves_of(count: int, partition: int) -> dict[str, list[int]]:
+    """Class numbers of the base and the novel half: the first ceil(count / 2) (0, CoOp's), or random (1, 2, ...)."""
+    order = list(range(count))
+    if partition:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(partition)).tolist()
+    half = math.ceil(count / 2)
+    return {"base": sorted(order[:half]), "novel": sorted(order[half:])}
+
 
 @brief()
 @dataclass(frozen=True, eq=False)
@@ -48,13 +59,11 @@ class Task:
         count = len(self.train.classnames)
         if partition is None:
             return {"all": list(range(count))}
-        if count < 4:
-            raise ValueError(f"partitions need at least 4 classes, two a half, got {count} in {self.name!r}")
-        order = list(range(count))
-        if partition:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(partition)).tolist()
-        half = math.ceil(count / 2)
-        return {"base": sorted(order[:half]), "novel": sorted(order[half:])}
+        if count < LEAST_CLASSES:
+            raise ValueError(
+                f"partitions need at least {LEAST_CLASSES} classes, two per half, got {count} in {self.name!r}"
+            )
+        return halves_of(count, partition)
 
     def fold(self, partition: int | None, shots: int | None, seed: int) -> Fold:
         """The training and validation images of a cell. The draw is CoOp's, over all classes, for any partition."""

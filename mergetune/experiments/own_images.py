@@ -1,39 +1,74 @@
-"""Own images in one call: cached, fine-tuned, repaired and tested, with a report and a figure."""
+"""Own images in one call: measured on held-out classes, chosen on validation images, trained on all, with a report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergetune.clip import PLAIN, FrozenClip
-from mergetune.data import Dataset, cache_features
-from mergetune.evaluation import Report, connectivity, plot
-from mergetune.experiments.engine import Together, counted, reports, tested, usual
+from mergetune.clip import PLAIN, FrozenClip, check_templates
+from mergetune.data import Dataset, FeatureCache, cache_features
+from mergetune.evaluation import BaseNovel, Report, connectivity, plot
+from mergetune.experiments.canary import Recognised, concept_names, recognised, retained, retained_images, tell_apart
+from mergetune.experiments.cells import LEAST_CLASSES, Fold, halves_of
+from mergetune.experiments.choosing import Choice, default_setting, settings_to_try, too_few
+from mergetune.experiments.engine import Candidate, Together, counted, reports, tested, usual
+from mergetune.experiments.making import HEAD, KINDS, MERGETUNE, ON_MERGETUNE, TUNED, ZERO_SHOT, Making
+from mergetune.experiments.measuring import Measured, fold_of, measure, other_images
+from mergetune.experiments.paired import right_of
 from mergetune.experiments.run_choice import dataset_call
+from mergetune.experiments.verdict import verdict
 from mergetune.facts.brief import brief
+from mergetune.facts.function_options import FIT_METHODS, TUNE_METHODS
 from mergetune.io import write_json
 from mergetune.solutions import Solution, zero_shot_like
-from mergetune.training import FitResult, fit, tune
+from mergetune.training import FitResult
 from mergetune.training.run_folders import run_folder
+
+NEED_PROMPTS = (TUNED, ON_MERGETUNE)  # kinds that auto leaves out where stage 1 trains a head
 
 
 @brief("result", "reports", "figure")
 @dataclass(frozen=True)
 class FolderResult:
-    """What came of it.
+    """The result of :func:`fit_dataset`.
 
     Attributes:
-        result: of :func:`mergetune.fit`.
-        reports: the classes tested, "all" or "base" and "novel" -> what was tested -> how it did on the test images;
-            "seen" and "unseen" are the base and novel images among all classes.
-        figure: loss and accuracy on the paths between zero-shot, tuned and merged solution.
+        result: training result of the saved solution.
+        reports: parts of the test images -> row -> accuracy. With ``classes="all"`` the part is "all"; with "base" the
+            parts are "base" and "novel", and "seen" and "unseen" for the same images among all classes.
+        figure: loss and accuracy on the paths between zero-shot, fine-tuned solution and MERGETUNE.
+        row: row of the saved solution: "MERGETUNE", or the kind that method "auto" chose.
+        measured: row -> accuracy on the learned half ("base") and on the other half ("novel") of the classes, of
+            solutions that were trained on the learned half; None if this was not measured.
+        halves: "base" and "novel" -> class names of both halves; empty if nothing was measured.
+        settings: choice of ``lam`` and ``tau``; None if nothing was chosen.
+        kinds: choice of the kind; None if nothing was chosen.
+        left_out: what was not done ("measuring", "choosing") -> the reason.
+        names: row -> concept names that are recognised as before. Rows that know only their own classes are left out.
+        retained: row -> accuracy on the retained pictures; empty without ``retain``.
+        verdict: one sentence.
+        seconds: part of the work -> seconds that this call spent on it.
+        ignored: files of the folder that are no images: type -> number.
     """
 
     result: FitResult
     reports: dict[str, dict[str, Report]]
     figure: Path
+    row: str = MERGETUNE
+    measured: dict[str, BaseNovel] | None = None
+    halves: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    settings: Choice | None = None
+    kinds: Choice | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    names: dict[str, Recognised] = field(default_factory=dict)
+    retained: dict[str, Report] = field(default_factory=dict)
+    verdict: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -43,9 +78,27 @@ class FolderResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "settings": self.result.settings,
-            "reports": {part: {k: r.to_json() for k, r in found.items()} for part, found in self.reports.items()},
+            "reports": {part: _as_json(found) for part, found in self.reports.items()},
             "figure": str(self.figure),
+            "row": self.row,
+            "measured": self.measured
+            and {row: found.to_json() | {"hm_error": found.hm_error} for row, found in self.measured.items()},
+            "halves": self.halves,
+            "choice": {
+                "settings": None if self.settings is None else self.settings.to_json(),
+                "kinds": None if self.kinds is None else self.kinds.to_json(),
+            },
+            "left_out": self.left_out,
+            "concept_names": _as_json(self.names),
+            "retained": _as_json(self.retained),
+            "verdict": self.verdict,
+            "seconds": self.seconds,
+            "ignored": self.ignored,
         }
+
+
+def _as_json(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.to_json() for name, value in found.items()}
 
 
 def fit_dataset(
@@ -59,6 +112,11 @@ def fit_dataset(
     shots: int | None = 16,
     template: str | Sequence[str] = PLAIN,
     seed: int = 1,
+    measuring: bool = True,
+    choosing: bool = True,
+    retain: Dataset | None = None,
+    cache: str | Path | None = None,
+    ignored: Mapping[str, int] | None = None,
     tune_options: dict[str, Any] | None = None,
     fit_options: dict[str, Any] | None = None,
     cache_options: dict[str, Any] | None = None,
@@ -66,76 +124,261 @@ def fit_dataset(
     progress: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> FolderResult:
-    """From images to a saved solution, ``report.json`` and ``paths.png``. Killed, the same call goes on.
+    """Go from images to a saved solution, ``report.json`` and ``paths.png``. If killed, the same call continues.
+
+    A measuring run first trains on a random half of the classes and is tested on both halves, because nothing can be
+    learned about new classes from solutions that know all of them. ``lam`` and ``tau`` are chosen in this run, on
+    validation images of both halves. The chosen setting is then trained on all classes: that solution is saved.
+    Validation images are those of the val split, training images that were not drawn, and all images of the other half
+    that are no test images. Test images decide nothing; they are looked at when everything is chosen and trained.
 
     A call with other settings works in a folder ``run-2-...`` of ``out``, named by what differs; see ``folder`` of the
     result. All runs share the caches in ``out``.
 
     Args:
         clip: the frozen CLIP.
-        data: images with a training and a test split, as :func:`mergetune.ImageFolder` makes it.
-        out: folder of caches, solutions, report and figure.
-        tuned: fine-tuned solutions of the training classes; none: stage 1 makes one.
-        method: of stage 1, see :func:`mergetune.tune`.
-        classes: "all" to train and test on all classes; "base" to train on the first half and test on both halves.
-        shots: training images a class; None is all.
-        template: zero-shot text, or several.
-        seed: of the draw and the training.
-        tune_options, fit_options, cache_options: more keyword arguments of tune, fit and cache_features.
+        data: images with a training and a test split, for example from :func:`mergetune.ImageFolder`.
+        out: folder for solutions, report and figure.
+        tuned: fine-tuned solutions of the training classes; none: stage 1 trains one. With ``classes="all"`` they have
+            learned all classes, so that nothing is left to measure new classes on, and nothing is measured or chosen.
+        method: method of stage 1, see :func:`mergetune.tune`; or "auto", which also chooses the kind of solution:
+            MERGETUNE, zero-shot, the fine-tuned solution, a head, and residuals with and without an image map.
+        classes: "all" trains and tests on all classes; "base" trains on the first half and tests on both halves, and
+            needs no measuring run.
+        shots: training images per class; None takes all images.
+        template: one or more zero-shot texts.
+        seed: seed of the draws and the training.
+        measuring: whether to do the measuring run.
+        choosing: whether to choose. ``lam`` or ``tau`` in ``fit_options`` are taken as given in any case.
+        retain: pictures of other classes, on which the solutions are tested beside zero-shot CLIP.
+        cache: folder for the feature caches. None is ``out/cache``.
         overwrite: replace the run in ``out`` itself; its caches and the other runs stay.
-        progress: show bars where stderr is a terminal.
-        report: told in a line what is about to be done.
+        ignored: files that were left out, by type, for the report.
+        tune_options, fit_options, cache_options: more keyword arguments of :func:`mergetune.tune`,
+            :func:`mergetune.fit` and :func:`mergetune.cache_features`.
+        progress: show bars if stderr is a terminal.
+        report: function that is told in one line what is about to be done.
+
+    Raises:
+        ValueError: an argument is out of range, or solutions, images and CLIP do not belong together.
     """
-    if classes not in ("all", "base"):
-        raise ValueError(f"classes must be all or base, got {classes!r}")
-    for solution in tuned:  # what does not belong to the CLIP is refused here, before any image is encoded
-        solution.check(clip)
-    if not tuned and method != "head":
-        _ = clip.text  # likewise a CLIP that takes no prompts
-    home = Path(out)
-    parts: dict[str, Dataset] = {"all": data}
-    if classes == "base":
-        base, novel = data.base_novel()
-        parts = {"base": base, "novel": novel}
-    visible = parts[classes]
-    training = visible.few_shot(shots, seed)
-    # The draw's own folder: another draw is another cache.
-    name = f"train-{classes}-{'all' if shots is None else shots}-seed-{seed}"
-    report(f"encoding {len(training)} training and {len(data.test)} test images once")
-    options = {**(cache_options or {}), "progress": progress}
-    features = cache_features(clip, training, home / "cache" / name, **options)
-    test = cache_features(clip, data.test, home / "cache" / "test", **options)
+    home, clock, given = Path(out), _Clock(), dict(fit_options or {})
+    stage_1 = _stage_1(clip, tuned, method, classes)
+    pictures = None if retain is None else retained_images(retain, data.classnames)
+    halves, left_out = _halves(data, classes, seed, measuring=measuring, tuned=tuned)
+    learned = data.select(halves["base"]) if classes == "base" else data
+    training = learned.few_shot(shots, seed)
+    others = other_images(data, training, seed) if halves and choosing else None
+
+    kept, options = Path(cache or home / "cache"), {**(cache_options or {}), "progress": progress}
+    draw = f"{classes}-{'all' if shots is None else shots}-seed-{seed}"  # another draw is another cache
+    counts = {"training": training, "validation": others, "test": data.test, "retained": pictures}
+    told = [f"{len(images)} {name}" for name, images in counts.items() if images]
+    report(f"encoding {', '.join(told)} images once")
+    with clock.part("encoding"):
+        features = cache_features(clip, training, kept / f"train-{draw}", **options)
+        test = cache_features(clip, data.test, kept / "test", **options)
+        plain = {**options, "views": 1}
+        more = None if others is None else cache_features(clip, others, kept / f"val-{draw}", **plain)
+        shown = None if pictures is None else cache_features(clip, pictures, kept / "retained", **plain)
+
     call = dataset_call(
-        clip, data, tuned, method=method, tune_options=tune_options, fit_options=fit_options, classes=classes,
-        shots=shots, template=template, seed=seed,
+        clip, data, tuned, method=method, tune_options=tune_options, fit_options=given, classes=classes, shots=shots,
+        template=template, seed=seed, measuring=measuring, choosing=choosing, retain=pictures,
     )  # fmt: skip
     out = run_folder(home, **call, overwrite=overwrite)
-    common = {"zero_shot": template, "seed": seed, "progress": progress}
-    solutions = list(tuned)
-    if not solutions:
-        report(f"{method} on {len(features)} images of {len(features.classnames)} classes")
-        words = [template] if isinstance(template, str) else list(template)
-        done = tune(
-            clip, features, method=method, template=words[0], resume=out / "tuned", **common, **(tune_options or {})
-        )
-        done.save(out / "tuned")
-        solutions = [done.solution]
-    report("MERGETUNE")
-    result = fit(clip, features, solutions, resume=out, **common, **(fit_options or {}))
-    result.save(out)
+    texts = check_templates(template)
+    making = Making(clip, texts, stage_1, seed, tune_options or {}, given, progress=progress)
+    fold = fold_of(features, more, halves, texts, seed, hold_out=choosing) if halves else None
+    why_not = _why_not(fold, left_out, choosing=choosing)
+    found = None
+    if fold is not None and (classes == "all" or not why_not):
+        settings, kinds = settings_to_try(given), _kinds(method, stage_1)
+        report(_announced(fold, data, len(settings) if not why_not else 1, kinds))
+        with clock.part("measuring run"):
+            found = measure(
+                making, fold, out / "measure", settings, kinds=kinds, tuned=tuned if classes == "base" else (),
+                stage_1=out / "tuned" if classes == "base" else None, choosing=not why_not,
+            )  # fmt: skip
+    row, setting = (found.row, found.setting) if found else (MERGETUNE, default_setting(given))
+    if why_not:
+        left_out["choosing"] = why_not
+    with clock.part("training"):
+        if found and classes == "base":
+            final = found
+            found.made.save(out)
+        else:
+            report(f"{row} on {len(features)} images of {len(features.classnames)} classes")
+            final = _trained(making, features, tuned, row, setting, out)
 
-    tests = {part: test.select(half.test) for part, half in parts.items()}
-    if result.solution.classnames is not None:  # it knows the classes that it learned, no others
-        tests = {classes: tests[classes]}
-    table = usual(*map(Together(clip).classifier, (template, solutions[0], result.solution)), name="fine-tuned")
-    by_row = reports(counted(tested(table, tests)), {part: images.classnames for part, images in tests.items()})
-    by_part = {part: {row: found[part] for row, found in by_row.items()} for part in by_row["zero-shot"]}
-    start = zero_shot_like(clip, result.solution, template)
+    with clock.part("testing"):
+        half_tests = {part: test.select_classes(own) for part, own in halves.items()}
+        tests = half_tests if classes == "base" else {"all": test}
+        table = _table(making, template, final, row)
+        by_row = reports(counted(tested(table, tests)), {part: images.classnames for part, images in tests.items()})
+        by_part = {part: {line: parts[part] for line, parts in by_row.items()} for part in by_row[ZERO_SHOT]}
+        measured, judged = None, table
+        if half_tests:
+            names = {part: images.classnames for part, images in half_tests.items()}
+            if classes == "all":
+                assert found is not None  # there are halves, so there was a measuring run
+                judged = _table(making, template, found, row)
+            scores = reports(counted(tested(judged, half_tests)), names)
+            measured = {line: BaseNovel(**parts) for line, parts in scores.items()}
+        figure = _figure(making, template, final, tests, out)
+        told_by = half_tests or tests
+        sentence = verdict(
+            {line.row: right_of(line.classify, told_by) for line in judged},
+            {part: images.labels for part, images in told_by.items()},
+            row=row,
+            tuned=TUNED,
+            zero_shot=ZERO_SHOT,
+            title=_title(tuned, stage_1),
+        )
+        open_rows = [line for line in table if line.row not in _closed(final, row)]
+        canary = tell_apart(clip, concept_names(data.classnames), texts)
+        made = FolderResult(
+            final.made, by_part, figure, row, measured,
+            {part: images.classnames for part, images in half_tests.items()},
+            found and found.settings, found and found.kinds, left_out,
+            {line.row: recognised(clip, line.classify, canary, texts) for line in open_rows},
+            {line.row: retained(line.classify, shown) for line in open_rows} if shown else {},
+            sentence, clock.seconds, dict(ignored or {}),
+        )  # fmt: skip
+    write_json(out / "report.json", made.to_json())
+    return made
+
+
+# -- what is done ------------------------------------------------------------------------------------------------------
+
+
+def _stage_1(clip: FrozenClip, tuned: Sequence[Solution], method: str, classes: str) -> str:
+    """The method of stage 1. What does not belong to the CLIP is refused here, before any image is encoded."""
+    if classes not in ("all", "base"):
+        raise ValueError(f"classes must be all or base, got {classes!r}")
+    if method not in FIT_METHODS:
+        raise ValueError(f"method must be one of {', '.join(FIT_METHODS)}, got {method!r}")
+    for solution in tuned:
+        solution.check(clip)
+    found = method
+    if method == "auto":
+        found = "coop" if clip.takes_prompts else HEAD
+    if not tuned and found != HEAD:
+        _ = clip.text  # raises for a CLIP that takes no prompts
+    return found
+
+
+def _halves(
+    data: Dataset, classes: str, seed: int, *, measuring: bool, tuned: Sequence[Solution]
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The halves of the classes that are measured, and why there are none.
+
+    The half is drawn at random, not by the alphabet: names that begin alike often mean things that look alike, and new
+    classes are to be like the others.
+    """
+    count = len(data.classnames)
+    if classes == "base":
+        position = {c: i for i, c in enumerate(data.visible or range(count))}
+        base, novel = (half.visible or () for half in data.base_novel())
+        return {"base": [position[c] for c in base], "novel": [position[c] for c in novel]}, {}
+    reason = ""
+    if not measuring:
+        reason = "measuring is switched off"
+    elif tuned:
+        reason = "the given fine-tuned solution has learned all classes, so that no new classes are left"
+    elif count < LEAST_CLASSES:
+        reason = f"measuring needs at least {LEAST_CLASSES} classes, two per half, got {count}"
+    return ({}, {"measuring": reason}) if reason else (halves_of(count, seed + 1), {})
+
+
+def _why_not(fold: Fold | None, left_out: Mapping[str, str], *, choosing: bool) -> str:
+    """Why nothing is chosen; empty if something is."""
+    if not choosing:
+        return "choosing is switched off"
+    if fold is None:
+        return f"choosing needs the measuring run: {left_out['measuring']}"
+    if any(len(images.classnames) < 2 for images in fold.val.values()):
+        return f"choosing needs at least {LEAST_CLASSES} classes, two per half"
+    return too_few({part: images.labels for part, images in fold.val.items()})
+
+
+def _kinds(method: str, stage_1: str) -> tuple[str, ...]:
+    if method != "auto":
+        return (MERGETUNE,)
+    return tuple(kind for kind in KINDS if stage_1 != HEAD or kind not in NEED_PROMPTS)
+
+
+def _announced(fold: Fold, data: Dataset, settings: int, kinds: Sequence[str]) -> str:
+    tried = f"{settings} settings" if settings > 1 else "1 setting"
+    tried += f" and {len(kinds) - 1} other kinds" if len(kinds) > 1 and settings > 1 else ""
+    return f"measuring run: learns {len(fold.train.classnames)} of {len(data.classnames)} classes, {tried}"
+
+
+def _trained(
+    making: Making,
+    features: FeatureCache,
+    tuned: Sequence[Solution],
+    row: str,
+    setting: dict[str, float],
+    out: Path,
+) -> Measured:
+    """The final solutions: fine-tuned, MERGETUNE and the chosen kind, which is saved in ``out``."""
+    anchors = list(tuned) or [making.tuned(features, out / "tuned").solution]
+    (merged,) = making.merged(features, anchors, {out if row == MERGETUNE else out / "mergetune": setting})
+    made = making.kind(row, features, anchors[0], merged, out)
+    made.save(out)
+    return Measured(anchors[0], merged, made, row, setting, None, None, {})
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def _table(making: Making, template: str | Sequence[str], found: Measured, row: str) -> list[Candidate]:
+    """The rows of a table: the usual ones, and the chosen kind."""
+    together = Together(making.clip)
+
+    def classify(solution: Solution):
+        return together.classifier(solution if solution.classnames is None else making.classifier(solution))
+
+    table = usual(together.classifier(template), classify(found.tuned), classify(found.merged.solution), name=TUNED)
+    if row not in [candidate.row for candidate in table]:
+        table.append(Candidate(row, making.classifier(found.made.solution)))
+    return table
+
+
+def _closed(final: Measured, row: str) -> set[str]:
+    """Rows of solutions that know only their own classes; zero-shot CLIP answers for them about other classes."""
+    closed = {TUNED, "weight average", "logit ensemble", MERGETUNE} if final.tuned.classnames is not None else set()
+    return closed | ({row} if final.made.solution.classnames is not None else set())
+
+
+def _title(tuned: Sequence[Solution], stage_1: str) -> str:
+    return "the fine-tuned solution" if tuned else TUNE_METHODS[stage_1]
+
+
+def _figure(
+    making: Making, template: str | Sequence[str], final: Measured, tests: Mapping[str, FeatureCache], out: Path
+) -> Path:
+    merged, clip = final.merged.solution, making.clip
+    start = zero_shot_like(clip, merged, template)
+    if merged.classnames is not None:  # its paths exist for its own classes only
+        tests = dict(list(tests.items())[:1])
     walks = {
-        f"{part} classes, test images": connectivity(clip, start, solutions[0], result.solution, images)
+        f"{part} classes, test images": connectivity(clip, start, final.tuned, merged, images)
         for part, images in tests.items()
     }
     plot(walks, out / "paths.png")
-    made = FolderResult(result, by_part, out / "paths.png")
-    write_json(out / "report.json", made.to_json())
-    return made
+    return out / "paths.png"
+
+
+class _Clock:
+    """Seconds that parts of the work took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.clip import FrozenClip
-from mergetune.data import Dataset
+from mergetune.data import Dataset, ImageList
 from mergetune.experiments.engine import begun, kept
 from mergetune.experiments.records import model_of, other_settings
 from mergetune.facts import FitOptions, TuneOptions, recorded
@@ -80,12 +80,15 @@ def dataset_call(
     method: str,
     tune_options: Mapping[str, Any] | None,
     fit_options: Mapping[str, Any] | None,
+    choosing: bool,
+    retain: ImageList | None,
     **settings: Any,
 ) -> dict[str, Any]:
     """The settings and descriptions of a call of :func:`fit_dataset`, as arguments of ``run_folder``.
 
     Args:
-        clip, data, tuned, method, tune_options, fit_options: see :func:`fit_dataset`.
+        clip, data, tuned, method, tune_options, fit_options, choosing: see :func:`fit_dataset`.
+        retain: the retained pictures.
         settings: its other settings that the result depends on.
     """
     options = recorded(FitOptions(**(fit_options or {})))
@@ -96,6 +99,9 @@ def dataset_call(
         **{name: value for name, value in options.items() if name not in ("zero_shot", "seed")},
         **{f"tune {name}": value for name, value in stage_1.items() if name not in ("method", "zero_shot", "seed")},
         **settings,
+        **{name: "chosen" for name in ("lam", "tau") if choosing and name not in (fit_options or {})},
+        "choosing": choosing,
+        "retain": None if retain is None else short_digest(repr((retain.files, retain.labels))),
         "method": None if tuned else method,
         "tuned": [short_digest(*solution.whole_identity) for solution in tuned] or None,
         "clip": clip.name,
@@ -107,5 +113,6 @@ def dataset_call(
         "tuned": [solution_in_words(solution) for solution in tuned],
         "fingerprint": clip.name,
         "images": f"{len(names):,} of {len(data.classnames):,} classes",
+        "retain": None if retain is None else f"{len(retain):,} of {len(retain.classes):,} classes",
     }
-    return {"asked": asked, "in_words": in_words, "parts": ("tuned",)}
+    return {"asked": asked, "in_words": in_words, "parts": ("tuned", "measure")}

@@ -47,6 +47,9 @@ MAX_PIXELS = 1 << 26  # 8192 x 8192, more than today's cameras take; decoding ne
 BACKGROUND = "white"  # under transparent pixels
 BETA = 0.5  # default of fit
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
+FIT_METHODS = (*TUNE_METHODS, "auto")  # of stage 1 in fit_dataset; "auto" also chooses the kind of solution
+CHOICE_GRID = ((8.0, 0.3), (4.0, 0.3), (16.0, 0.3), (8.0, 0.6), (4.0, 0.6), (1.0, 1.0))
+"""Pairs (lam, tau) that fit_dataset chooses from; fit's defaults come first."""
 MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}  # values that compare tries; fit's defaults come first
 
 

@@ -199,7 +199,8 @@ def _remove_run(out: Path) -> None:
     busy = f"another process trains in {out}: wait for it before the run there is replaced"
     with locked(out / LOCK, busy=busy):
         (out / CALL).unlink(missing_ok=True)
-        for folder in (out, *(out / part for part in parts)):
+        inner = [folder for part in parts if (out / part).is_dir() for folder in walk_folders(out / part)]
+        for folder in (out, *inner):
             remove_files(folder, FILES)
 
 

@@ -185,11 +185,11 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     assert (tmp_path / "run-2-lam-4" / "report.json").is_file() and (tmp_path / "run-2-lam-4" / "tuned").is_dir()
     rows = run("runs", tmp_path)
     assert [row["name"] for row in rows] == [".", "run-2-lam-4"]
-    assert [row["settings"]["lam"] for row in rows] == ["8", "4"] and {"all"} <= rows[0]["results"].keys()
+    assert [row["settings"]["lam"] for row in rows] == ["chosen", "4"] and {"all"} <= rows[0]["results"].keys()
     run(*arguments, "--tau", 0.5, "--overwrite")
     assert [row["settings"] for row in run("runs", tmp_path)] == [
-        {"lam": "8", "tau": "0.5"},
-        {"lam": "4", "tau": "0.3"},
+        {"lam": "chosen", "tau": "0.5"},
+        {"lam": "4", "tau": "chosen"},
     ]
 
 

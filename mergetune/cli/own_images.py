@@ -1,0 +1,147 @@
+"""Prints the result of `mergetune fit` on images: the choice, the tables, the verdict and the next commands."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergetune.cli.shared import HALVES, print_table, tell
+
+if TYPE_CHECKING:
+    from mergetune.evaluation import BaseNovel, Report
+    from mergetune.experiments import FolderResult
+    from mergetune.experiments.choosing import Choice
+
+# Columns of a table of halves -> names of the parts and means that HALVES gives.
+_TITLES = {"base": "your classes", "novel": "new classes"}
+
+
+def print_result(found: FolderResult, out: Path, *, classes: str) -> None:
+    """Print what `fit` on images did and found.
+
+    Args:
+        found: the result.
+        out: the command's ``--out``, which holds the caches of all runs.
+        classes: the command's ``--classes``.
+    """
+    from mergetune.training import run_title
+
+    for title, choice in (("setting of MERGETUNE", found.settings), ("kind of solution", found.kinds)):
+        if choice is not None:
+            _print_choice(title, choice)
+    for what, reason in found.left_out.items():
+        tell(f"No {what}: {reason}.")
+    if found.measured is not None:
+        learned, others = (len(names) for names in found.halves.values())
+        title = f"Test images, %: {learned} learned classes (your classes), {others} other classes (new classes)"
+        _print_halves(title, found, classes)
+    if classes == "all":
+        print_table("", _whole_rows(found), title="The solution that knows all classes, test images, %")
+        if found.names:
+            count = next(iter(found.names.values())).names
+            tell(
+                f"names as before: share of {count} common concept names that are recognised as by zero-shot CLIP, "
+                "from their text alone"
+            )
+    tell("± is the standard error from the number of test images; in the next line it is half a 95 % interval.")
+    tell(found.verdict)
+    if found.ignored:
+        tell("Files left out: " + ", ".join(f"{number} {kind}" for kind, number in found.ignored.items()))
+    tell("Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items()))
+    tell(f"Solution ({found.row}), report.json, paths.png: {run_title(found.folder)}")
+    tell("Next:")
+    for command in next_commands(found.folder, out / "cache" / "test"):
+        tell(f"  {command}")
+
+
+def next_commands(folder: Path, test: Path) -> list[str]:
+    """Commands that use the solution in a folder, and the cached test images."""
+    return [
+        f"mergetune predict {folder} NEW_PICTURES",
+        f"mergetune eval --cache {test} --solution {folder} --confusion {folder / 'confusion.png'}",
+        f"mergetune export {folder} --to onnx --out {folder / 'model.onnx'}",
+    ]
+
+
+def _print_choice(title: str, choice: Choice) -> None:
+    rows = []
+    for line in choice.tried:
+        cells = {_TITLES.get(part, part): f"{value:.1f}" for part, value in line.accuracies.items()}
+        gain = "default" if line.gain is None else f"{line.gain.value:+.1f} ± {line.gain.error:.1f}"
+        rows.append((line.name, cells | {"HM - default": gain}, "bold" if line.name == choice.chosen else None))
+    print_table(title, rows, title="Tried on validation images, %; ± is the paired standard error")
+    why = "no candidate is surely better" if choice.chosen == choice.default else "surely better than the default"
+    tell(f"Chosen: {choice.chosen} ({why}, margin {choice.margin:g} standard errors)")
+
+
+def _print_halves(title: str, found: FolderResult, classes: str) -> None:
+    assert found.measured is not None
+    rows = []
+    for name, both in found.measured.items():
+        cells = {_TITLES.get(column, column): text for column, text in _half_cells(both).items()}
+        rows.append((name, cells, "bold" if name == found.row else None))
+    print_table("measuring run" if classes == "all" else "base and novel", rows, title=title)
+
+
+def _half_cells(both: BaseNovel) -> dict[str, str]:
+    cells = {}
+    for column, part in HALVES.items():
+        value: Any = getattr(both, part)
+        if part == "hm":
+            cells[column] = f"{both.hm:.2f} ± {both.hm_error:.1f}"
+        elif value is not None:
+            cells[column] = f"{value:.2f}" if isinstance(value, float) else _with_error(value)
+    return cells
+
+
+def _with_error(report: Report) -> str:
+    return f"{report.accuracy:.2f} ± {report.standard_error:.1f}"
+
+
+def _whole_rows(found: FolderResult) -> list[tuple[str, dict[str, str], str | None]]:
+    rows = []
+    for name, report in found.reports["all"].items():
+        cells = {"all classes": _with_error(report)}
+        if found.names:
+            kept = found.names.get(name)
+            cells["names as before"] = "-" if kept is None else f"{kept.share:.1f}"
+        if found.retained:
+            shown = found.retained.get(name)
+            cells["retained"] = "-" if shown is None else _with_error(shown)
+        rows.append((name, cells, "bold" if name == found.row else None))
+    return rows
+
+
+def left_out_files(folder: Path) -> dict[str, int]:
+    """Files in a folder that are no images, by type: ".txt" -> number. Hidden folders are not entered.
+
+    A file is an image if its extension says so. Hidden files, and what is no regular file, have types of their own.
+    """
+    from mergetune.data import image_extensions
+
+    found: Counter[str] = Counter()
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            kind = _kind(Path(here, name), image_extensions())
+            if kind:
+                found[kind] += 1
+    return dict(sorted(found.items()))
+
+
+def _kind(path: Path, images: Collection[str]) -> str:
+    """Type of a file that is left out; empty for an image."""
+    if path.name.startswith("."):
+        return "hidden"
+    extension = path.suffix.lower()
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        regular = True  # a broken link: where its name says that it is an image, reading it reports the error
+    if not regular:
+        return "not a regular file"
+    return "" if extension in images else extension or "without extension"
