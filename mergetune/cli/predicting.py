@@ -63,7 +63,7 @@ def predict(
     as_json: Json = False,
     threshold: Annotated[
         float | None,
-        typer.Option(help='Probability below which the label is "none". Default: no picture gets "none".'),
+        typer.Option(min=0, max=1, help='Probability below which the label is "none". Default: none gets this label.'),
     ] = None,
     activation: Annotated[
         str,

@@ -249,8 +249,8 @@ def test_mixed_inputs_keep_their_order_and_an_unreadable_one_is_a_row(predictor,
         "empty.png": lambda path: path.write_bytes(b""),
         "fifo.png": os.mkfifo,
         "device.png": lambda path: path.symlink_to("/dev/zero"),
-        "narrow.png": lambda path: Image.new("L", (1, 1 << 24)).save(path),
-        "large.png": lambda path: Image.new("1", (1 << 14, 1 << 13)).save(path),
+        "narrow.png": lambda path: Image.new("1", (1, 1 << 20)).save(path),
+        "large.png": lambda path: Image.new("1", (1 << 11, 1 << 10)).save(path),
         "lost.png": lambda path: None,
         "zero\0.png": lambda path: None,
     }  # fmt: skip
@@ -259,7 +259,7 @@ def test_mixed_inputs_keep_their_order_and_an_unreadable_one_is_a_row(predictor,
     lazy = Image.open(tmp_path / "cut.png") if (tmp_path / "cut.png").exists() else None
     array = np.full((9, 7), 200, np.uint8)
     mt_images = mt.ImageList(tmp_path, ("good.png",), (0,), ("thing",))
-    several = mt.Predictor(predictor.clip, prompt(), NAMES, workers=workers, batch_size=3)
+    several = mt.Predictor(predictor.clip, prompt(), NAMES, workers=workers, batch_size=3, max_pixels=1 << 20)
     inputs = [good, *(tmp_path / name for name in bad), lazy, array, tmp_path / "folder", (mt_images, [str(good)])]
     found = several(*inputs)
     assert [each.error is None for each in found] == [True, *[False] * (len(bad) + 1), True, True, True, True]
