@@ -141,8 +141,8 @@ def clip_for(
         if recorded is None:
             raise ValueError("--backbone is needed: the solution does not record its backbone")
         complete = recorded.startswith(("hf-hub:", "local-dir:"))
-        backbone, _, weights = (recorded, "", "") if complete else recorded.partition("/")
-        pretrained = pretrained or weights or None
+        name, _, weights = (recorded, "", "") if complete else recorded.partition("/")
+        backbone, pretrained = str(name), pretrained or weights or None
     options: dict[str, Any] = {"device": device, "precision": precision, "allow_torchscript": allow_torchscript}
     return mt.load_clip(backbone, pretrained, **options)
 
