@@ -6,15 +6,18 @@ import os
 import zipfile
 from dataclasses import replace
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from hard_kinds import Adapter, DeepPrompt, Lora, clip_of
 from PIL import EpsImagePlugin, Image
 from tiny import NAMES, cache, head, prompt, tiny_clip, tiny_model
 
 import mergetune as mt
+from mergetune.clip import image_tokens
 from mergetune.evaluation import temperature_of
 from mergetune.solutions import known_classes
 
@@ -112,6 +115,21 @@ def test_encode_image_takes_pictures_as_preprocess_by_hand_does(icon_clip, icons
     assert icon_clip.encode_image([]).shape == (0, icon_clip.embed_dim)
     with pytest.raises(ValueError, match="nowhere.png"):
         icon_clip.encode_image([paths[0], "nowhere.png"])
+    for wrong, name in ((17, "int"), (b"data", "bytes.*BytesIO"), ([None], "NoneType")):
+        with pytest.raises(TypeError, match=f"a picture must be a path, .* got {name}"):
+            icon_clip.encode_image(wrong)
+
+
+@pytest.mark.parametrize("kind", [Lora, Adapter, DeepPrompt], ids=lambda kind: kind.kind)
+def test_a_kind_that_changes_a_tower_is_applied_to_the_pixels(kind):
+    clip = clip_of(dtype=torch.float32)
+    solution = kind.drawn(clip, seed=1)
+    pixels = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    read = {"pixels": pixels, "feature": clip.encode_image(pixels)}
+    x = read.get(solution.image_input) if isinstance(solution.image_input, str) else image_tokens(clip, pixels, 1)
+    expected = mt.classifier(clip, solution).logits(NAMES, x).float().softmax(-1)
+    found = probabilities(mt.Predictor(clip, solution, NAMES)(pixels), NAMES)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_temperature_divides_the_logits(icon_clip, icons, features, solutions):
@@ -158,6 +176,12 @@ def test_a_saved_solution_knows_its_classes(icon_clip, icons, solutions, tmp_pat
     predictor = mt.Predictor(icon_clip, tmp_path)
     assert predictor.classnames == CLASSES == known_classes(mt.load_solution(tmp_path))
     assert len(predictor(min(icons.iterdir())).labels) == 4
+
+
+def test_solutions_that_version_0_1_saved_know_their_classes():
+    folder = Path(__file__).parents[1] / "files" / "v0.1"
+    for name in ("tune", "tune-head", "fit", "fit-head", "merged", "coop"):
+        assert known_classes(mt.load_solution(folder / name)) == CLASSES
 
 
 def test_a_merged_prompt_knows_the_classes_of_its_experts(solutions):
