@@ -184,7 +184,7 @@ class FrozenClip:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         alone = isinstance(images, str | bytes | os.PathLike | Image | np.ndarray) or not isinstance(images, Iterable)
-        pictures = [images] if alone else list(images)
+        pictures: list[Any] = [images] if alone else list(cast(Iterable[Any], images))
 
         def pixels(picture: Tensor | Picture) -> Tensor:
             if isinstance(picture, Tensor):
