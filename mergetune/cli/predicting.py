@@ -63,7 +63,9 @@ def predict(
     as_json: Json = False,
     threshold: Annotated[
         float | None,
-        typer.Option(help='Probability below which the label is "none". Default: no picture gets "none".'),
+        typer.Option(
+            min=0, max=1, help='Probability below which the label is "none". Default: every picture has a label.'
+        ),
     ] = None,
     activation: Annotated[
         str,
@@ -158,9 +160,10 @@ def _csv_rows(file: Path, top: int) -> Iterator[Write]:
             values += [""] * (len(ranks) - len(values))
             table.writerow([found.file, found.label or "", found.error or "", *values])
 
-        yield write
-        text.flush()
-        text.detach()
+        try:
+            yield write
+        finally:
+            text.detach()  # writes what is left, and leaves the stream open
 
 
 @contextmanager

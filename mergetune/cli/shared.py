@@ -148,8 +148,9 @@ def read_solution(path: str, features: Any = None, position: str = "end") -> Any
 
 def read_names(file: Path) -> list[str]:
     """Returns the class names in a text file with one name per line."""
-    from mergetune.io import read_regular_text
+    from mergetune.io import read_regular_text, require_file
 
+    require_file(file, f"--classnames must be a text file with one class name per line, and {file} does not exist")
     try:
         names = [line.strip() for line in read_regular_text(file).split("\n") if line.strip()]
     except UnicodeDecodeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -187,7 +187,8 @@ class FrozenClip:
             return self._encode_pixels(images)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        pictures = [images] if isinstance(images, str | os.PathLike | Image | np.ndarray) else list(images)
+        alone = isinstance(images, str | bytes | os.PathLike | Image | np.ndarray) or not isinstance(images, Iterable)
+        pictures: list[Any] = [images] if alone else list(cast(Iterable[Any], images))
 
         def pixels(picture: Tensor | Picture) -> Tensor:
             if isinstance(picture, Tensor):

@@ -45,7 +45,7 @@ class DecodedPictures:
 
     Attributes:
         pictures: the B pictures.
-        pixels: preprocessed pixels of the readable ones, in order, [R, 3, H, W].
+        pixels: preprocessed pixels of the readable ones, in order, [R, 3, H, W]; [0] if there are none.
         errors: position of each unreadable picture -> the reason.
     """
 
@@ -69,7 +69,7 @@ def decode_pictures(
     Worker processes read the files. Pictures in memory are preprocessed in the calling process.
 
     Args:
-        pictures: pictures, see :func:`mergetune.data.pictures.find_pictures`.
+        pictures: what :func:`find_pictures` gives.
         preprocess: transform of a CLIP, a PIL image -> [3, H, W].
         preprocess_cfg: settings of the transform.
         batch_size: most pictures per batch.
@@ -88,23 +88,17 @@ def decode_pictures(
             waiting.append(batch)
             yield [found.file for found in batch]
 
-    reading = {"preprocess_cfg": preprocess_cfg, "max_pixels": max_pixels, "background": background}
-    read = _Reader(preprocess, reading)
-    for results in decode_in_workers(read, batches(), collate=_stack_readable, workers=workers):
-        batch, (stacked, rows) = waiting.popleft(), results
-        parts, errors, at = [], {}, 0
-        for i, found in enumerate(batch):
-            result = rows[i]
-            if found.file is None:
-                result = read.memory(found.value)
-            elif result is None:
-                result, at = stacked[at], at + 1
-            if isinstance(result, str):
-                errors[i] = result
-            else:
-                parts.append(result)
-        in_place = stacked is not None and len(parts) == at
-        yield DecodedPictures(batch, stacked if in_place else torch.stack(parts) if parts else torch.empty(0), errors)
+    read = _Reader(preprocess, {"preprocess_cfg": preprocess_cfg, "max_pixels": max_pixels, "background": background})
+    for stacked, reasons in decode_in_workers(read, batches(), collate=_stack_readable, workers=workers):
+        batch, readable = waiting.popleft(), iter(stacked)
+        rows = [
+            read.decode(found.value) if found.file is None else reason or next(readable)
+            for found, reason in zip(batch, reasons, strict=True)
+        ]
+        errors = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
+        if len(rows) - len(errors) > len(stacked):  # pictures in memory stand between the files
+            stacked = torch.stack([row for row in rows if not isinstance(row, str)])
+        yield DecodedPictures(batch, stacked, errors)
 
 
 class _Reader(Dataset):
@@ -114,9 +108,9 @@ class _Reader(Dataset):
         self.preprocess, self.reading = preprocess, reading
 
     def __getitem__(self, file: str | None) -> Tensor | str | None:
-        return None if file is None else self.memory(file)
+        return None if file is None else self.decode(file)
 
-    def memory(self, picture: Any) -> Tensor | str:
+    def decode(self, picture: Any) -> Tensor | str:
         """Pixels of a picture of any form, or the text of the error. A tensor holds preprocessed pixels already."""
         if isinstance(picture, Tensor):
             return picture.float()
@@ -126,10 +120,11 @@ class _Reader(Dataset):
             return str(error) or type(error).__name__
 
 
-def _stack_readable(results: list[Tensor | str | None]) -> tuple[Tensor | None, list[str | None]]:
+def _stack_readable(results: list[Tensor | str | None]) -> tuple[Tensor, list[str | None]]:
     """The readable pictures as one tensor, and for each picture its error or None.
 
     One tensor per batch takes one shared-memory file on its way out of the worker, not one per picture.
     """
     pixels = [result for result in results if isinstance(result, Tensor)]
-    return torch.stack(pixels) if pixels else None, [r if isinstance(r, str) else None for r in results]
+    reasons = [result if isinstance(result, str) else None for result in results]
+    return torch.stack(pixels) if pixels else torch.empty(0), reasons

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergetune.data.image_files import images_below
 from mergetune.data.image_lists import Dataset, ImageList
-from mergetune.io import MAX_TABLE, check_picture, image_extensions, read_regular
+from mergetune.io import MAX_TABLE, check_picture, image_extensions, read_regular, require_file
 
 LISTS = (".txt", ".csv", ".json")
 
@@ -133,6 +133,7 @@ def _images_of(folder: str) -> list[str]:
 
 def _listed(path: str) -> list[str]:
     """The paths in a list, relative to the folder of the list."""
+    require_file(path, f"a list of pictures must exist, and there is no file {path}")
     text = read_regular(path, limit=MAX_TABLE).decode("utf-8-sig", errors="surrogateescape")  # names may be any bytes
     entries = {".txt": _lines, ".csv": _column, ".json": _entries}[os.path.splitext(path)[1].lower()](path, text)
     if not entries:

@@ -245,12 +245,13 @@ class Predictor:
         """The most probable classes and their probabilities."""
         if not len(pixels):
             return [], []
+        weights = self._weights
         if self._from_pixels is not None:
-            x = self._from_pixels(pixels.to(self.clip.device))
+            x = self._from_pixels(pixels.to(self.clip.device)).to(weights)
         else:
-            x = self.clip.encode_image(pixels)
+            x = self.clip.encode_image(pixels).to(weights)
             x = x if self._map is None else self._map(x)
-        logits = (inputs(x, self._weights) @ self._weights.T).float()
+        logits = (inputs(x, weights) @ weights.T).float()
         if self.activation == "sigmoid":
             probabilities = ((logits + self.clip.logit_bias) / self.temperature).sigmoid()
         else:

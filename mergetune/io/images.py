@@ -135,29 +135,35 @@ def read_picture(
             decoded, or that Pillow would hand to another program.
     """
     check_picture(picture)
-    if isinstance(picture, np.ndarray):
-        name, size = "an array", (picture.shape[1], picture.shape[0])
-    elif isinstance(picture, Image.Image):
-        name, size = f"a PIL image of format {picture.format}", picture.size
+    if isinstance(picture, np.ndarray | Image.Image):
+        name = "an array" if isinstance(picture, np.ndarray) else f"a PIL image of format {picture.format}"
+        with _named(name):
+            image = _rgb(picture, max_pixels, background)
     else:
-        name, size = str(picture), None
+        name = str(picture)
         if name.startswith(("http://", "https://")):
             raise ValueError(f"cannot read image {name}: a picture must be a file; download this one first")
         image = load_image(name, max_pixels=max_pixels, background=background)
-    try:
-        if size is not None:
-            _check_size(size, max_pixels)
-            image = _rgb(picture, background)
-        if preprocess_cfg is not None:
+    if preprocess_cfg is not None:
+        with _named(name):
             _check_resize(image.size, preprocess_cfg, max_pixels)
-    except Exception as error:  # decoders raise exceptions of any type
-        raise ValueError(f"cannot read image {name}: {error or type(error).__name__}") from error
     return image
 
 
-def _rgb(picture: Any, background: str) -> Image.Image:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turns any error into a ValueError that names the image: decoders raise exceptions of any type."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"cannot read image {name}: {error or type(error).__name__}") from error
+
+
+def _rgb(picture: np.ndarray | Image.Image, max_pixels: int, background: str) -> Image.Image:
     if isinstance(picture, np.ndarray):
+        _check_size((picture.shape[1], picture.shape[0]), max_pixels)
         return Image.fromarray(np.ascontiguousarray(picture)).convert("RGB")
+    _check_size(picture.size, max_pixels)
     # Pillow decodes a file when its pixels are first used: EPS with Ghostscript, stubs with a handler.
     if isinstance(picture, ImageFile.StubImageFile) or (picture.format == "EPS" and getattr(picture, "tile", None)):
         raise ValueError("another program would decode it; call its load() yourself if you trust the file")

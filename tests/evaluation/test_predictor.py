@@ -6,15 +6,18 @@ import os
 import zipfile
 from dataclasses import replace
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from hard_kinds import Adapter, DeepPrompt, Lora, clip_of
 from PIL import EpsImagePlugin, Image
 from tiny import NAMES, cache, head, prompt, tiny_clip, tiny_model
 
 import mergetune as mt
+from mergetune.clip import image_tokens
 from mergetune.evaluation import temperature_of
 from mergetune.solutions import known_classes
 
@@ -112,6 +115,21 @@ def test_encode_image_takes_pictures_as_preprocess_by_hand_does(icon_clip, icons
     assert icon_clip.encode_image([]).shape == (0, icon_clip.embed_dim)
     with pytest.raises(ValueError, match="nowhere.png"):
         icon_clip.encode_image([paths[0], "nowhere.png"])
+    for wrong, name in ((17, "int"), (b"data", "bytes.*BytesIO"), ([None], "NoneType")):
+        with pytest.raises(TypeError, match=f"a picture must be a path, .* got {name}"):
+            icon_clip.encode_image(wrong)
+
+
+@pytest.mark.parametrize("kind", [Lora, Adapter, DeepPrompt], ids=lambda kind: kind.kind)
+def test_a_kind_that_changes_a_tower_is_applied_to_the_pixels(kind):
+    clip = clip_of(dtype=torch.float32)
+    solution = kind.drawn(clip, seed=1)
+    pixels = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    read = {"pixels": pixels, "feature": clip.encode_image(pixels)}
+    x = read.get(solution.image_input) if isinstance(solution.image_input, str) else image_tokens(clip, pixels, 1)
+    expected = mt.classifier(clip, solution).logits(NAMES, x).float().softmax(-1)
+    found = probabilities(mt.Predictor(clip, solution, NAMES)(pixels), NAMES)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_temperature_divides_the_logits(icon_clip, icons, features, solutions):
@@ -158,6 +176,12 @@ def test_a_saved_solution_knows_its_classes(icon_clip, icons, solutions, tmp_pat
     predictor = mt.Predictor(icon_clip, tmp_path)
     assert predictor.classnames == CLASSES == known_classes(mt.load_solution(tmp_path))
     assert len(predictor(min(icons.iterdir())).labels) == 4
+
+
+def test_solutions_that_version_0_1_saved_know_their_classes():
+    folder = Path(__file__).parents[1] / "files" / "v0.1"
+    for name in ("tune", "tune-head", "fit", "fit-head", "merged", "coop"):
+        assert known_classes(mt.load_solution(folder / name)) == CLASSES
 
 
 def test_a_merged_prompt_knows_the_classes_of_its_experts(solutions):
@@ -249,8 +273,8 @@ def test_mixed_inputs_keep_their_order_and_an_unreadable_one_is_a_row(predictor,
         "empty.png": lambda path: path.write_bytes(b""),
         "fifo.png": os.mkfifo,
         "device.png": lambda path: path.symlink_to("/dev/zero"),
-        "narrow.png": lambda path: Image.new("L", (1, 1 << 24)).save(path),
-        "large.png": lambda path: Image.new("1", (1 << 14, 1 << 13)).save(path),
+        "narrow.png": lambda path: Image.new("1", (1, 1 << 20)).save(path),
+        "large.png": lambda path: Image.new("1", (1 << 11, 1 << 10)).save(path),
         "lost.png": lambda path: None,
         "zero\0.png": lambda path: None,
     }  # fmt: skip
@@ -259,7 +283,7 @@ def test_mixed_inputs_keep_their_order_and_an_unreadable_one_is_a_row(predictor,
     lazy = Image.open(tmp_path / "cut.png") if (tmp_path / "cut.png").exists() else None
     array = np.full((9, 7), 200, np.uint8)
     mt_images = mt.ImageList(tmp_path, ("good.png",), (0,), ("thing",))
-    several = mt.Predictor(predictor.clip, prompt(), NAMES, workers=workers, batch_size=3)
+    several = mt.Predictor(predictor.clip, prompt(), NAMES, workers=workers, batch_size=3, max_pixels=1 << 20)
     inputs = [good, *(tmp_path / name for name in bad), lazy, array, tmp_path / "folder", (mt_images, [str(good)])]
     found = several(*inputs)
     assert [each.error is None for each in found] == [True, *[False] * (len(bad) + 1), True, True, True, True]
