@@ -33,9 +33,8 @@ def temperature_of(solution: Solution | str | Sequence[str]) -> float:
 
     Example:
         >>> import mergetune as mt, torch
-        >>> from mergetune.evaluation import temperature_of, with_temperature
         >>> head = mt.Head(torch.eye(2), ("cat", "dog"))
-        >>> temperature_of(head), temperature_of(with_temperature(head, 1.5))
+        >>> mt.temperature_of(head), mt.temperature_of(mt.with_temperature(head, 1.5))
         (1.0, 1.5)
     """
     value = solution.notes.get(TEMPERATURE, 1.0) if isinstance(solution, Solution) else 1.0
@@ -74,10 +73,10 @@ def fit_temperature(classify: Classifier, features: Batches, *, batch_size: int 
 
     Example:
         >>> import mergetune as mt, torch
-        >>> from mergetune.evaluation import Classifier, fit_temperature
+        >>> from mergetune.evaluation import Classifier
         >>> features = mt.FeatureCache.from_tensors(torch.eye(2)[[0, 0, 0, 1]], [0, 0, 1, 1], ["cat", "dog"])
         >>> certain = Classifier(lambda names: 10 * torch.eye(2))  # 3 of 4 answers are right: 10 / T should be log(3)
-        >>> round(fit_temperature(certain, features), 2)
+        >>> round(mt.fit_temperature(certain, features), 2)
         9.1
     """
     from scipy.optimize import root_scalar
