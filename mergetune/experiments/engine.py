@@ -28,7 +28,7 @@ from mergetune.io import jsonable, read_regular_text, write_json
 from mergetune.solutions import Solution, space_of, stack_states
 
 Record = dict[str, Any]
-HOME = {"seen": "base", "unseen": "novel"}  # part in the joint label space -> part with the same images
+HOME = {"seen": "base", "unseen": "novel"}  # parts in the joint label space have the images and classes of others
 
 
 @dataclass(frozen=True, eq=False)
