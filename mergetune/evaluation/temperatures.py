@@ -60,6 +60,7 @@ def fit_temperature(classify: Classifier, features: Batches, *, batch_size: int 
 
     The cross-entropy has one minimum in the temperature. A root search in float64 finds the place where its slope is 0.
     The logits are computed anew for each step of the search, so that memory is bounded for any number of images.
+    The temperature is fitted to the softmax, also for SigLIP models.
 
     Args:
         classify: the classifier of a solution, see :func:`mergetune.classifier`.
