@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from mergetune.cli.shared import new_table, open_cache, open_images, out, print_table, tell
 
+ZERO_SHOT = "zero-shot"  # the row of zero-shot CLIP
 PICTURES = 30  # on a contact sheet
 SHOWN = 5  # mistakes in the terminal
 FIGURES = (".png", ".pdf", ".svg")
@@ -115,6 +117,9 @@ class AnswerFiles:
                     f"{option} writes one file per solution, named by the last part of --solution, and two of "
                     f"{', '.join(solutions)} have the same last part: give them in separate calls"
                 )
+        files = [file.resolve() for file, _ in self._asked.values()]
+        if len(set(files)) < len(files):
+            raise ValueError(f"{' and '.join(self._asked)} must write different files, got one file twice")
         if self.contact_sheet is not None and self.images is None:
             raise ValueError(
                 "--contact-sheet needs --images, the images as given to `mergetune cache`: a cache holds file names, "
@@ -195,7 +200,8 @@ def print_mistakes(name: str, confusion: Any) -> None:
     table = new_table("true class", "images", "share")
     table.add_column("predicted class", overflow="fold")
     for mistake in confusion.mistakes[:SHOWN]:
-        table.add_row(mistake.true, str(mistake.images), f"{mistake.share:.1f} %", mistake.predicted)
+        images, share = str(mistake.images), f"{mistake.share:.1f} %"
+        table.add_row(escape(mistake.true), images, share, escape(mistake.predicted))
     out.print(table)
 
 
@@ -262,7 +268,8 @@ def open_validation(folder: Path, classes: str, test: Any, solutions: Mapping[st
             "well: a temperature fitted on them would make the test look better than it is"
         )
     for name, solution in solutions.items():
-        if solution.notes.get("settings", {}).get("features") == val.digest:
+        settings = solution.notes.get("settings")
+        if isinstance(settings, dict) and settings.get("features") == val.digest:
             raise ValueError(
                 f"--val must hold other images than {name} was trained on, got the same in {folder}: a solution is "
                 "more certain on its training images than on new ones"
@@ -310,7 +317,7 @@ def print_temperatures(found: Mapping[str, Fitted], val: Path | None) -> None:
     for name, fit in found.items():
         numbers = (fit.before.ece, fit.after.ece), (fit.before.nll, fit.after.nll)
         cells = [f"{value:.{digits}f}" for pair, digits in zip(numbers, (2, 4), strict=True) for value in pair]
-        table.add_row(name, f"{fit.after.temperature:.4g}", *cells)
+        table.add_row(escape(name), f"{fit.after.temperature:.4g}", *cells)
     out.print(table)
     images = next(iter(found.values())).validation_images
     tell(f"Temperatures were fitted on the {images:,} images of {val}; ECE and NLL are those of the test images.")
@@ -318,5 +325,5 @@ def print_temperatures(found: Mapping[str, Fitted], val: Path | None) -> None:
     for name, fit in found.items():
         if fit.saved:
             tell(f"Saved: {Path(name) / 'solution.json'}")
-        elif name != "zero-shot":
+        elif name != ZERO_SHOT:
             tell(f"Not saved: {name} is not the folder of a saved solution")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.answers import (
+    ZERO_SHOT,
     AnswerFiles,
     ConfusionFile,
     FitTemperature,
@@ -54,7 +55,6 @@ from mergetune.cli.shared import (
 )
 from mergetune.facts.function_options import MAX_PIXELS
 
-ZERO_SHOT = "zero-shot"
 _SOLUTION = typer.Option("--solution", help="Folder of a saved solution, for example the --out of `mergetune fit`.")
 
 

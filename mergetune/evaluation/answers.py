@@ -73,6 +73,9 @@ class Confusion:
     names: tuple[str, ...]
     scores: tuple[ClassScores, ...]
 
+    def __repr__(self) -> str:
+        return f"Confusion({len(self.names):,} classes, {self.counts.sum():,} images, mean F1 {self.macro_f1:.2f} %)"
+
     @property
     def macro_f1(self) -> float:
         """Mean F1 of the classes that have images, in percent."""
@@ -124,6 +127,8 @@ def confusion(predictions: Predictions) -> Confusion:
         >>> from mergetune.evaluation import Classifier
         >>> features = mt.FeatureCache.from_tensors(torch.eye(3), [0, 1, 1], ["cat", "dog", "car"])
         >>> found = mt.confusion(mt.predict_features(Classifier(lambda names: torch.eye(3)), features))
+        >>> found
+        Confusion(3 classes, 3 images, mean F1 83.33 %)
         >>> found.counts.tolist()
         [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
         >>> found.scores[1].precision, found.scores[1].recall, found.mistakes[0].predicted

@@ -6,7 +6,7 @@ Shapes: N images, C classes, B images of a batch, k answers kept per image.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,14 +55,19 @@ class Predictions:
         files: names of the images; empty if unknown.
     """
 
-    labels: Tensor = field(repr=False)
-    classes: Tensor = field(repr=False)
-    probabilities: Tensor = field(repr=False)
-    true_probabilities: Tensor = field(repr=False)
+    labels: Tensor
+    classes: Tensor
+    probabilities: Tensor
+    true_probabilities: Tensor
     nll: float
     temperature: float
-    classnames: tuple[str, ...] = field(repr=False)
-    files: tuple[str, ...] = field(repr=False)
+    classnames: tuple[str, ...]
+    files: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        size = f"{len(self):,} images, {len(self.classnames):,} classes"
+        found = f"accuracy {self.report.accuracy:.2f} %, ECE {self.ece:.2f} %, NLL {self.nll:.4f}"
+        return f"Predictions({size}, {found}, temperature {self.temperature:.4g})"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -141,9 +146,11 @@ def predict_features(
 
     Example:
         >>> import mergetune as mt, torch
-        >>> from mergetune.evaluation import Classifier, predict_features
+        >>> from mergetune.evaluation import Classifier
         >>> features = mt.FeatureCache.from_tensors(torch.eye(3), [0, 1, 1], ["cat", "dog", "car"])
-        >>> found = predict_features(Classifier(lambda names: 2 * torch.eye(3)), features)
+        >>> found = mt.predict_features(Classifier(lambda names: 2 * torch.eye(3)), features)
+        >>> found
+        Predictions(3 images, 3 classes, accuracy 66.67 %, ECE 12.03 %, NLL 0.9062, temperature 1)
         >>> found.predicted.tolist(), found.wrong().tolist(), round(found.ece, 1)
         ([0, 1, 2], [2], 12.0)
     """

@@ -19,6 +19,7 @@ def fit_temperature(classify: Classifier, features: Batches, *, batch_size: int 
 
     The cross-entropy has one minimum in the temperature. A root search in float64 finds the place where its slope is 0.
     The logits are computed anew for each step of the search, so that memory is bounded for any number of images.
+    The temperature is fitted to the softmax, also for SigLIP models.
 
     Args:
         classify: the classifier of a solution, see :func:`mergetune.classifier`.
@@ -32,10 +33,10 @@ def fit_temperature(classify: Classifier, features: Batches, *, batch_size: int 
 
     Example:
         >>> import mergetune as mt, torch
-        >>> from mergetune.evaluation import Classifier, fit_temperature
+        >>> from mergetune.evaluation import Classifier
         >>> features = mt.FeatureCache.from_tensors(torch.eye(2)[[0, 0, 0, 1]], [0, 0, 1, 1], ["cat", "dog"])
         >>> certain = Classifier(lambda names: 10 * torch.eye(2))  # 3 of 4 answers are right: 10 / T should be log(3)
-        >>> round(fit_temperature(certain, features), 2)
+        >>> round(mt.fit_temperature(certain, features), 2)
         9.1
     """
     from scipy.optimize import root_scalar

@@ -1,4 +1,4 @@
-"""What experiments run on: a dataset, and its cells, each one partition of its classes and one seed."""
+"""Tasks and cells of experiments: a task is a dataset, a cell is one partition of its classes with one seed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def halves_of(count: int, partition: int) -> dict[str, list[int]]:
 @brief()
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A dataset: cached features of all its classes.
+    """A dataset with cached features of all its classes.
 
     Attributes:
-        name: of its folder and its lines.
-        train: the pool that few-shot images are drawn from.
-        test: test images. Nothing is chosen on them.
-        val: validation images; None: those of ``train`` that were not drawn, and of novel classes all of ``train``.
-        templates: zero-shot text; several are ensembled.
+        name: name of the dataset, used for its folder and in tables.
+        train: images from which few-shot images are drawn.
+        test: test images. Nothing is chosen on test images.
+        val: validation images. None takes the images of ``train`` that were not drawn; for novel classes, these are all
+            images of ``train``.
+        templates: one or more zero-shot templates; several are averaged.
     """
 
     name: str
@@ -55,7 +56,12 @@ class Task:
                 raise ValueError(f"{title} must share no image with what is trained or chosen on, got {len(both)}")
 
     def halves(self, partition: int | None) -> dict[str, list[int]]:
-        """Classes of the base and the novel half: sorted (0, CoOp's), random (1, 2, ...); None: all of them."""
+        """Returns the classes of the base and the novel half.
+
+        Args:
+            partition: 0 divides the classes in their order, as CoOp does; 1, 2, ... divide them at random; None does
+                not divide them, and the result has one part "all".
+        """
         count = len(self.train.classnames)
         if partition is None:
             return {"all": list(range(count))}
@@ -66,7 +72,16 @@ class Task:
         return halves_of(count, partition)
 
     def fold(self, partition: int | None, shots: int | None, seed: int) -> Fold:
-        """The training and validation images of a cell. The draw is CoOp's, over all classes, for any partition."""
+        """Returns training and validation images of a cell. Images are drawn from all classes, as CoOp draws them.
+
+        Args:
+            partition: see :meth:`halves`.
+            shots: training images per class; None takes all images.
+            seed: seed of the draw.
+
+        Raises:
+            ValueError: a half has no validation images.
+        """
         halves = self.halves(partition)
         cache = replace(self.train, files=self.train.files or tuple(map(str, range(len(self.train)))))
         listed = ImageList(Path(), cache.files, tuple(cache.labels.tolist()), cache.classnames)
@@ -89,13 +104,13 @@ class Task:
 @brief()
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What training and choosing see of a cell: no test images.
+    """The data of a cell for training and for choosing hyper-parameters, without test images.
 
     Attributes:
-        train: the few-shot images of the classes that are learned.
+        train: the few-shot images of the training classes.
         val: "base" and "novel", or "all" -> validation images.
-        templates: zero-shot text.
-        seed: of the draw and the training.
+        templates: zero-shot templates.
+        seed: seed of the draw and the training.
     """
 
     train: FeatureCache
@@ -107,12 +122,12 @@ class Fold:
 @brief()
 @dataclass(frozen=True)
 class Cell:
-    """One place where everything is compared.
+    """A dataset, partition and seed on which all methods are compared.
 
     Attributes:
         task: name of the dataset.
-        partition: which halves, see :meth:`Task.halves`.
-        seed: of the draw and the training.
+        partition: number of the partition, see :meth:`Task.halves`.
+        seed: seed of the draw and the training.
     """
 
     task: str
@@ -121,5 +136,5 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where it is kept, below the folder of results."""
+        """Folder of the cell's record, relative to the folder of results."""
         return Path(self.task, "all" if self.partition is None else f"partition-{self.partition}", f"seed-{self.seed}")

@@ -1,4 +1,4 @@
-"""The table of the comparison: one line per method, what it costs, its differences to the reference, and the figure."""
+"""The table of a comparison: one line per method, with costs and differences to the reference, and its figure."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ REFERENCE = "MERGETUNE, chosen [1]"
 
 @dataclass(frozen=True)
 class ComparedLine(Line):
-    """A line of the table: "base", "novel", "HM", "seen", "unseen" and "joint HM", or "all"; and what it takes.
+    """A line of the table, with the costs of its method.
+
+    The columns are "base", "novel", "HM", "seen", "unseen" and "joint HM"; or "all" where classes are not divided.
 
     Attributes:
-        data: what is needed beside the experts.
-        parameters: numbers that must be kept to classify new class names.
-        seconds: to make one candidate, without its experts; mean.
-        tried: candidates that were scored on validation images.
-        options: the chosen hyper-parameters -> in how many cells.
+        data: data that the method needs in addition to the experts.
+        parameters: number of values that must be stored to classify new class names.
+        seconds: mean time to make one candidate, without the time for its experts.
+        tried: number of candidates that were scored on validation images, per cell.
+        options: chosen hyper-parameters -> number of cells in which they were chosen.
     """
 
     data: str
@@ -43,12 +45,12 @@ class Comparison:
     """The table of a comparison.
 
     Attributes:
-        lines: in the order of the table.
-        reference: the line that differences are to.
-        choose: what hyper-parameters were chosen on.
+        lines: the lines in the order of the table.
+        reference: the row to which differences are computed.
+        choose: images on which hyper-parameters were chosen.
         cells: the cells.
-        left_out: method and number of experts -> why.
-        main: the column that lines are compared in.
+        left_out: method and number of experts -> reason why it was not tested.
+        main: the column that compares the lines.
     """
 
     lines: tuple[ComparedLine, ...]
@@ -62,7 +64,10 @@ class Comparison:
         return jsonable(asdict(self))
 
     def markdown(self) -> str:
-        """The table for a README: accuracies ± standard error, differences of the main column with both intervals."""
+        """Returns the table in Markdown: accuracies ± standard errors, and differences in the main column.
+
+        Each difference has its intervals over cells and over classes.
+        """
         columns, main = list(self.lines[0].values), self.main
         head = ["", *columns, f"{main} difference", "over cells", "over classes", "data", "numbers", "s", "chosen"]
         rows = []
@@ -79,7 +84,7 @@ class Comparison:
         return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
     def save(self, folder: str | Path) -> None:
-        """Write ``comparison.json``, ``comparison.md`` and ``comparison.png``."""
+        """Writes ``comparison.json``, ``comparison.md`` and ``comparison.png`` into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "comparison.json", self.to_json())
@@ -94,7 +99,7 @@ def _interval(ends: Interval | None) -> str:
 def summarise(
     records: Sequence[Record], *, reference: str = REFERENCE, choose: str = "validation", resamples: int = RESAMPLES
 ) -> Comparison:
-    """The table of measured cells. Lines that some cell lacks are left out."""
+    """Computes the table from the records of measured cells. Rows that a cell lacks are left out."""
     lines, tasks = [], [record["cell"]["task"] for record in records]
     for line in lines_of(records, tasks, reference, resamples=resamples):
         entries = [entry for record in records for entry in record["candidates"] if entry["row"] == line.row]
@@ -120,7 +125,7 @@ def _short(value: Any) -> str:
 
 
 def plot(comparison: Comparison, file: str | Path) -> None:
-    """Each line's difference to the reference with its class bootstrap interval."""
+    """Draws the difference of each line to the reference, with the bootstrap interval over classes."""
     from matplotlib.figure import Figure  # here, and without pyplot: no display is needed and no state is shared
 
     lines, main = comparison.lines, comparison.main

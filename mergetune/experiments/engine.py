@@ -1,7 +1,7 @@
-"""The engine: candidates are scored on the parts of a cell, and each cell leaves one record.
+"""The engine of all experiments: candidates are scored on the parts of a cell, and one record per cell is written.
 
-A cell is one place where everything is compared: training images, a seed, and parts of test images ("base", "novel").
-Its record is one JSON document. A later call with the same settings reads it; other settings refuse it:
+A cell is a set of training images, a seed, and parts of test images ("base", "novel"); all methods are compared on it.
+The record of a cell is one JSON document. A later call with the same settings reads the record; others are refused:
 
     {"cell": ..., "settings": ..., "classes": {part: [class, ...]}, "images": {part: [number, ...]},
      "right": {row: {part: [number, ...]}}}
@@ -36,14 +36,14 @@ class Candidate:
     """A method with one choice of hyper-parameters.
 
     Attributes:
-        row: the line of the table that it stands for, or competes for.
-        classify: class names -> class weights.
-        options: its hyper-parameters, JSON-able.
-        experts: number of solutions that it is made of.
-        data: what it was made with, beside its experts.
-        parameters: numbers that must be kept to classify new class names.
-        seconds: to make it, without its experts.
-        solution: what it classifies with, if it is one.
+        row: name of the row in the table. If several candidates have the same row, one of them is chosen.
+        classify: the classifier.
+        options: hyper-parameters, JSON-able.
+        experts: number of solutions that the candidate is made of.
+        data: data that the method needs in addition to the experts.
+        parameters: number of values that must be stored to classify new class names.
+        seconds: time to make the candidate, without the time for its experts.
+        solution: the solution that classifies; None if the classifier is not a single solution.
     """
 
     row: str
@@ -57,10 +57,10 @@ class Candidate:
 
 
 class Together:
-    """Classifiers of many solutions: prompts of one form share calls of the text tower.
+    """Makes classifiers that share calls of the text tower: one call serves all prompts of the same form.
 
-    The first call of a classifier with new class names gives the class weights of all. Those of the last two lists of
-    names are kept, so that mixtures of base and of novel classes cost no further call.
+    The first call of a classifier with new class names computes the class weights of all classifiers. The weights for
+    the last two lists of names are stored, so that mixtures of classifiers on base and novel classes need no new call.
     """
 
     def __init__(self, clip: FrozenClip) -> None:
@@ -69,19 +69,19 @@ class Together:
         self._kept: dict[tuple[str, ...], list[Tensor]] = {}
 
     def classifier(self, made: Solution | Classifier | str | Sequence[str]) -> Classifier:
-        """The classifier of a solution or of zero-shot templates; of a classifier the same one, remembered."""
+        """Returns a classifier, with stored weights, of a solution, of zero-shot templates or of another classifier."""
         whole, number = made if isinstance(made, Classifier) else classifier(self.clip, made), len(self._made)
         self._made.append(made if isinstance(made, Solution) else whole)
         self._kept.clear()
         return replace(whole, weights=lambda names: self.encode(names)[number])
 
     def candidate(self, row: str, solution: Solution, **facts: Any) -> Candidate:
-        """The candidate of a solution, with other facts of :class:`Candidate`."""
+        """Returns the candidate of a solution; ``facts`` are further attributes of :class:`Candidate`."""
         return Candidate(row, self.classifier(solution), parameters=solution.numbers, solution=solution, **facts)
 
     @torch.no_grad()
     def encode(self, names: Sequence[str]) -> list[Tensor]:
-        """Class weights of everything, with the logit scale, [C, D] each."""
+        """Returns the class weights of all classifiers, multiplied by the logit scale, each [C, D]."""
         names = tuple(names)
         if names not in self._kept:
             for old in list(self._kept)[:-1]:
@@ -97,16 +97,16 @@ class Together:
                 space = space_of(self.clip, next(iter(members.values())), names)
                 states = stack_states([solution.state() for solution in members.values()], self.clip.device)
                 weights = space.scale * space.unit(space.classes(states))
-                # A map of the images leaves one setting of the classes to all.
+                # Solutions that change only the images have equal class weights, which are computed once.
                 found |= dict(zip(members, weights.expand(len(members), -1, -1), strict=True))
             self._kept[names] = [found[i] for i in range(len(self._made))]
         return self._kept[names]
 
 
 def usual(zero_shot: Classifier, tuned: Classifier, merged: Classifier, *, name: str = "tuned") -> list[Candidate]:
-    """Zero-shot, a tuned solution, their mixtures half and half, and MERGETUNE.
+    """Returns the candidates zero-shot, tuned, MERGETUNE, and equal mixtures of zero-shot and tuned.
 
-    Weights are averaged where both take the same image features.
+    The weight average is left out if zero-shot and tuned take different image features.
     """
     found = [Candidate("zero-shot", zero_shot), Candidate(name, tuned)]
     if zero_shot.images is tuned.images:
@@ -115,7 +115,7 @@ def usual(zero_shot: Classifier, tuned: Classifier, merged: Classifier, *, name:
 
 
 def tested(candidates: Sequence[Candidate], tests: Mapping[str, FeatureCache]) -> dict[str, dict[str, Hits]]:
-    """Row -> part -> right answers, as :func:`mergetune.evaluation.score` counts them."""
+    """Returns row -> part -> right answers, counted by :func:`mergetune.evaluation.score`."""
     found = {}
     for candidate in candidates:
         weights = {part: candidate.classify(images.classnames) for part, images in tests.items()}
@@ -124,11 +124,11 @@ def tested(candidates: Sequence[Candidate], tests: Mapping[str, FeatureCache]) -
 
 
 def counted(found: Mapping[str, Mapping[str, Hits]], classes: Mapping[str, Sequence[int]] | None = None) -> Record:
-    """The counts of a record.
+    """Returns the counts of a record.
 
     Args:
         found: row -> part -> right answers.
-        classes: the numbers of a part's classes in their dataset; None: all parts have classes of their own.
+        classes: part -> numbers of its classes in the dataset; None if no class belongs to several parts.
     """
     parts = next(iter(found.values()))
     images = {part: list(hits.images) for part, hits in parts.items() if part not in HOME}
@@ -139,7 +139,7 @@ def counted(found: Mapping[str, Mapping[str, Hits]], classes: Mapping[str, Seque
 
 
 def reports(record: Record, names: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Report]]:
-    """Row -> part -> the accuracies of a record, with the class names of each part."""
+    """Returns row -> part -> the accuracies of a record; ``names`` holds the class names of each part."""
     found: dict[str, dict[str, Report]] = {}
     for row, parts in record["right"].items():
         for part, right in parts.items():

@@ -1,4 +1,4 @@
-"""The paper's experiments, planned: which runs there are, and what their results depend on."""
+"""Plans of the paper's experiments: the runs of each protocol, and the settings that results depend on."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ ELEVEN = (
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 PRECISION = "float32"  # of the text tower: results must not depend on what a machine is fastest at
 PROTOCOLS = {
-    "base-to-novel": "train on half of the classes, test on them and on the others (CoCoOp)",
+    "base-to-novel": "train on half of the classes, test on these and on the other classes (CoCoOp)",
     "cross-dataset": "train on ImageNet, test on the other datasets (CoCoOp)",
     "domain": "train on ImageNet, test on its shifted test sets (CoOp)",
-    "few-shot": "train on 1, 2, 4, 8 and 16 images a class, test on the same classes (CoOp)",
-    "robust": "train a head on ImageNet, test on it and on its shifted test sets, ensembled with zero-shot (WiSE-FT)",
+    "few-shot": "train on 1, 2, 4, 8 and 16 images per class, test on the same classes (CoOp)",
+    "robust": "train a head on ImageNet, test on ImageNet and its shifted test sets, ensemble with zero-shot (WiSE-FT)",
 }
 
 
 @brief()
 @dataclass(frozen=True)
 class Run:
-    """One training set, method and seed.
+    """One run: a training set, a method and a seed.
 
     Attributes:
         protocol: one of ``PROTOCOLS``.
-        source: the dataset that is trained on.
-        method: stage 1, one of ``TUNE_METHODS``.
-        shots: images a class; None is all of them.
-        seed: of the draw and of the training.
-        targets: what is tested: datasets, or "base" and "novel" for the halves of the source.
+        source: the dataset for training.
+        method: method of stage 1, one of ``TUNE_METHODS``.
+        shots: training images per class; None takes all images.
+        seed: seed of the draw and of the training.
+        targets: the datasets for testing, or "base" and "novel" for the two halves of the source.
     """
 
     protocol: str
@@ -52,27 +52,27 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where it is kept, below the folder of results."""
+        """Folder of the run, relative to the folder of results."""
         return Path(self.protocol, self.source, self.method, f"shots-{self.shots or 'all'}", f"seed-{self.seed}")
 
     @property
     def test_sets(self) -> tuple[str, ...]:
-        """The datasets whose test images it needs."""
+        """The datasets whose test images the run needs."""
         return (self.source,) if self.protocol == "base-to-novel" else self.targets
 
 
 @brief()
 @dataclass(frozen=True)
 class Experiment:
-    """What all runs share. Only ``root`` and ``out`` are needed.
+    """Settings that all runs share. Only ``root`` and ``out`` are required.
 
     Attributes:
         root: the folder of the datasets, in CoOp's layout.
         out: the folder of results, caches and solutions.
         runs: the folder of results and solutions, if it is not ``out``.
         templates: the set of zero-shot templates, see :data:`mergetune.data.TEMPLATES`.
-        checkpoints: where stage 1 is to be read from instead of being run: a path with {dataset}, {method}, {shots} and
-            {seed} in it, as "output/{dataset}/shots_{shots}/CoOp/seed{seed}".
+        checkpoints: path of the checkpoints of stage 1, which are then read instead of trained. The path may hold
+            {dataset}, {method}, {shots} and {seed}: "output/{dataset}/shots_{shots}/CoOp/seed{seed}".
         tune: more keyword arguments of :func:`mergetune.tune`; they replace those of the published schedule.
         fit: more keyword arguments of :func:`mergetune.fit`.
         cache: more keyword arguments of :func:`mergetune.cache_features`.
@@ -129,7 +129,7 @@ class Experiment:
         }
 
     def checkpoint(self, run: Run) -> Path | None:
-        """Where the stage 1 of a run is read from, if it is."""
+        """Path of the stage-1 checkpoint of a run; None if stage 1 is trained."""
         if self.checkpoints is None:
             return None
         return Path(
@@ -145,18 +145,19 @@ def plan(
     seeds: Sequence[int] = (1, 2, 3),
     shots: Sequence[int] = (),
 ) -> tuple[Run, ...]:
-    """The runs of a protocol.
+    """Returns the runs of a protocol.
 
     Args:
         protocol: one of ``PROTOCOLS``.
-        datasets: base-to-novel and few-shot: trained and tested on, the eleven if none are given. The others train on
-            ImageNet; these are their test sets: the ten others, or the four shifted ImageNets.
-        methods: of ``TUNE_METHODS``; "coop", or "head" for robust, if none are given.
-        seeds: one run each.
-        shots: images a class: 16; 1, 2, 4, 8, 16 for few-shot; all of them for robust.
+        datasets: for base-to-novel and few-shot, the datasets for training and testing; by default the eleven datasets.
+            The other protocols train on ImageNet, and these are the test sets: by default the ten other datasets
+            (cross-dataset) or the four shifted test sets of ImageNet.
+        methods: methods in ``TUNE_METHODS``; by default "head" for robust and "coop" for the other protocols.
+        seeds: the seeds; there is one run per seed.
+        shots: training images per class; by default 1, 2, 4, 8, 16 for few-shot, all images for robust, otherwise 16.
 
     Raises:
-        ValueError: an unknown name; a combination that cannot be.
+        ValueError: an unknown name, or a combination that the protocol does not allow.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
@@ -197,10 +198,10 @@ def plan(
 
 
 def check_data(runs: Sequence[Run], root: str | Path) -> None:
-    """Refuse a root that lacks something of any dataset, before any work.
+    """Checks, before any computation, that the root holds all files of all datasets.
 
     Raises:
-        FileNotFoundError: naming all that is missing, of all datasets.
+        FileNotFoundError: files are missing; the message lists those of all datasets.
     """
     lacking = []
     for name in _datasets(runs):

@@ -1,4 +1,4 @@
-"""Table and figure of the paper's experiments beside the published figures."""
+"""Tables and figures of the paper's experiments, with the published numbers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PUBLISHED: dict[tuple[str, str, str], dict[str, float]] = {
 
 @dataclass(frozen=True)
 class ProtocolLine(Line):
-    """A line of the table: a solution's means over seeds. Its differences are to MERGETUNE.
+    """A line of the table: the results of a solution, averaged over seeds. Differences are to MERGETUNE.
 
     Attributes:
         protocol: one of ``PROTOCOLS``.
-        dataset: the source, or "mean" over several; that has no spread.
-        method: stage 1.
-        seeds: number of runs.
+        dataset: the training dataset, or "mean" for the mean over several, which has no spread.
+        method: method of stage 1.
+        seeds: number of seeds.
     """
 
     protocol: str
@@ -42,11 +42,11 @@ class ProtocolLine(Line):
 
     @property
     def published(self) -> dict[str, float]:
-        """The paper's figures, ViT-B/16 over all eleven datasets: of the mean only."""
+        """The numbers in the paper, for ViT-B/16; only lines of the mean over datasets have them."""
         return PUBLISHED.get((self.protocol, self.method, self.row), {}) if self.dataset == "mean" else {}
 
     def show(self, column: str) -> str:
-        """A cell: the mean, and the deviation where there are several seeds."""
+        """Returns the text of a cell: the mean, with the standard deviation if there are several seeds."""
         deviation = f" ± {self.spread[column]:.2f}" if self.seeds > 1 and self.spread else ""
         return f"{self.values[column]:.2f}{deviation}"
 
@@ -56,7 +56,7 @@ class ProtocolLine(Line):
 
 
 def tabulate(records: Sequence[Record]) -> list[ProtocolLine]:
-    """The table of a protocol from its records: means over seeds, and over datasets where there are several."""
+    """Computes the table of a protocol from its records: means over seeds and, with several datasets, over datasets."""
     cells, protocol = _cells(records), records[0]["run"]["protocol"]
     groups = [(dataset, method, [(dataset, cell) for cell in found]) for (dataset, method), found in cells.items()]
     if len({dataset for dataset, _ in cells}) > 1:
@@ -73,7 +73,7 @@ def tabulate(records: Sequence[Record]) -> list[ProtocolLine]:
 
 
 def _cells(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    """(dataset, method) -> the counts of each seed. Numbers of shots are parts of one cell."""
+    """(dataset, method) -> the counts of each seed. The numbers of shots of few-shot are parts of one cell."""
     found: dict[tuple[str, str], dict[int, Record]] = {}
     counts = [record if "right" in record else _of_version_0_1(record) for record in records]
     joint = all(HOME.keys() <= parts.keys() for record in counts for parts in record["right"].values())
@@ -94,7 +94,7 @@ def _cells(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
 
 
 def _of_version_0_1(record: Record) -> Record:
-    """A record that has accuracies only: as counts of all classes together."""
+    """A record of version 0.1, which holds accuracies only, with counts of all classes together."""
     right: dict[str, dict[str, list[int]]] = {}
     images = {}
     for part, reports in record["results"].items():
@@ -139,10 +139,11 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def draw(lines: Sequence[ProtocolLine], records: Sequence[Record], file: Path) -> None:
-    """The figure of a protocol.
+    """Draws the figure of a protocol.
 
-    base-to-novel: base against novel accuracy, an arrow from tuned to MERGETUNE for each dataset. robust: accuracy on
-    ImageNet against the shifted sets, over the mixing coefficient. Others: accuracy in each column.
+    The figure of base-to-novel shows base and novel accuracy, with an arrow from tuned to MERGETUNE per dataset. The
+    figure of robust shows accuracies on ImageNet and on the shifted test sets for all mixing coefficients. Figures of
+    other protocols show the accuracy in each column.
     """
     from matplotlib.figure import Figure  # here, and without pyplot: no display is needed and no state is shared
 
@@ -177,7 +178,7 @@ def _draw_halves(axis: Any, lines: Sequence[ProtocolLine]) -> None:
 
 
 def _draw_columns(axis: Any, lines: Sequence[ProtocolLine]) -> None:
-    """Accuracy in each column, of the mean over datasets where there is one; numbers of shots are joined by lines."""
+    """Draws the accuracy in each column, of the mean over datasets if there is one. Lines join the numbers of shots."""
     joined = "-" if lines[0].protocol == "few-shot" else ""
     for line in [line for line in lines if line.dataset == "mean"] or lines:
         if line.row in _COLORS:

@@ -1,7 +1,7 @@
-"""The paper's experiments on the benchmark datasets: planned, run, resumed, tabulated beside the published figures.
+"""Execution of the paper's experiments on the benchmark datasets.
 
-A run is one training set, method and seed: features are cached, stage 1 tunes, stage 2 (MERGETUNE) repairs, and every
-solution is tested on the run's targets. Each run leaves one JSON file; runs that have theirs are not run again.
+A run is one training set, method and seed: features are cached, stage 1 fine-tunes, stage 2 (MERGETUNE) repairs, and
+every solution is tested on the targets of the run. Each run writes one JSON file; a run that has one is not repeated.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from mergetune.solutions import open_solution
 from mergetune.training import fit, tune
 
 RECORD = "run.json"
-MIXES = tuple(i / 10 for i in range(11))  # the mixing coefficients of "robust"
+MIXES = tuple(i / 10 for i in range(11))  # mixing coefficients of "robust"
 
 
 @dataclass(frozen=True, eq=False)
 class Caches:
-    """The feature caches of an experiment: the images that a seed draws, of all classes, and whole test sets."""
+    """The feature caches of an experiment: training images, as drawn with each seed from all classes, and test sets."""
 
     clip: FrozenClip
     experiment: Experiment
 
     @cached_property
     def data(self) -> Callable[[str], Dataset]:
-        """Datasets by name, read once."""
+        """Function of a dataset's name that returns the dataset; each dataset is read once."""
         return lru_cache(partial(CoOpDataset, root=self.experiment.root))
 
     def images(self, name: str, shots: int | None, seed: int | None) -> tuple[Path, ImageList]:
-        """The folder and the images of a test set (no seed), or of a draw."""
+        """Returns cache folder and images of a test set (seed None), or of the training images drawn with a seed."""
         folder = self.experiment.out / "cache" / name
         if seed is None:
             return folder / "test", self.data(name).test
@@ -52,36 +52,36 @@ class Caches:
         return folder / part, self.draw(self.data(name), name, shots, seed)
 
     def draw(self, data: Dataset, name: str, shots: int | None, seed: int) -> ImageList:
-        """The training images: those that CoOp stored beside the dataset for this seed, or else drawn as it does."""
+        """Returns the training images: those in CoOp's file for this seed if there is one, else drawn as CoOp draws."""
         stored = None if shots is None else few_shot_path(name, self.experiment.root, shots, seed)
         return data.few_shot_file(stored) if stored and stored.is_file() else data.few_shot(shots, seed)
 
     def needed(self, runs: Sequence[Run]) -> list[tuple[str, int | None, int | None]]:
-        """(dataset, shots, seed) of every cache, test sets first."""
+        """Returns (dataset, shots, seed) of every cache that the runs need, test sets first."""
         tests = [(name, None, None) for run in runs for name in run.test_sets]
         draws = [(run.source, run.shots, run.seed if run.shots else 0) for run in runs]
         return list(dict.fromkeys(tests + draws))
 
     def build(self, name: str, shots: int | None = None, seed: int | None = None) -> None:
-        """Encode what is not there yet; the ranks of torchrun together."""
+        """Builds a cache if it does not exist; under torchrun, the ranks share the work."""
         path, images = self.images(name, shots, seed)
         views = 1 if seed is None else self.experiment.views
         cache_features(self.clip, images, path, **{"views": views, **self.experiment.cache})
 
     def get(self, name: str, shots: int | None = None, seed: int | None = None) -> FeatureCache:
-        """A cache that was built."""
+        """Opens a cache that was built."""
         path, images = self.images(name, shots, seed)
         return FeatureCache.open(path).select(images)
 
     def train(self, run: Run) -> FeatureCache:
-        """The features that a run trains on."""
+        """Returns the training features of a run."""
         features = self.get(run.source, run.shots, run.seed if run.shots else 0)
         if run.protocol != "base-to-novel":
             return features
         return features.select(self.draw(self.data(run.source).base_novel()[0], run.source, run.shots, run.seed))
 
     def tests(self, run: Run) -> Iterator[tuple[str, dict[str, FeatureCache]]]:
-        """A dataset, and the run's targets in it with their features."""
+        """Yields each dataset of the run's targets, and the features of these targets by name."""
         if run.protocol != "base-to-novel":
             yield from ((name, {name: self.get(name)}) for name in run.targets)
             return
@@ -95,12 +95,14 @@ def head_of(run: Run, experiment: Experiment, clip: FrozenClip) -> Record:
 
 
 def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
-    """Do a run whose caches are built, or take its result from disk; killed, it goes on from its last epoch.
+    """Executes a run whose caches are built, or reads its result if the run is finished.
+
+    A run that was interrupted continues with its last epoch.
 
     Returns:
-        Its record: the run, the settings, the counts of :mod:`mergetune.experiments.engine`, and their summary
-        ``results[target][solution]`` with accuracy, images and standard error; for "robust" also
-        ``mixes[target][ensemble]``, accuracies at the coefficients ``MIXES``.
+        The record of the run: run, settings, the counts of :mod:`mergetune.experiments.engine`, and the summary
+        ``results[target][solution]`` with accuracy, images and standard error. For "robust", the record also has
+        ``mixes[target][ensemble]``: accuracies at the coefficients ``MIXES``.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -156,18 +158,18 @@ def reproduce(
     processes: int = 1,
     progress: bool = True,
 ) -> list[Record]:
-    """Do all runs: caches first, then the runs, which do not depend on each other.
+    """Executes all runs: first the caches are built, then the runs, which do not depend on each other.
 
-    Under torchrun the ranks share the encoding and the runs; all return all records.
+    Under torchrun, the ranks share the encoding and the runs; every rank returns all records.
 
     Args:
-        runs: of :func:`plan`.
-        experiment: what they share.
-        load: makes the CLIP; called in every process, so it must be picklable for several
-            (``partial(load_clip, name, pretrained)``).
-        clip: what ``load`` makes, if it was loaded already.
-        processes: runs at a time.
-        progress: show bars where stderr is a terminal.
+        runs: the runs, as :func:`plan` returns them.
+        experiment: settings that all runs share.
+        load: function that returns the CLIP. Every process calls the function, so with several processes it must be
+            picklable, for example ``partial(load_clip, name, pretrained)``.
+        clip: the CLIP that ``load`` returns, if it was loaded already.
+        processes: number of runs that are executed at the same time.
+        progress: show bars on a terminal.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
@@ -179,11 +181,11 @@ def reproduce(
         caches.build(*key)
     with torchrun_team() as team:
         team.each(lambda: _share(runs[team.rank :: team.world], caches, load, processes, progress))
-    return [execute(run, caches) for run in runs]  # all are on disk by now
+    return [execute(run, caches) for run in runs]  # every result is on disk here
 
 
 def _share(runs: Sequence[Run], caches: Caches, load: Callable[[], FrozenClip], processes: int, progress: bool) -> None:
-    """This process's runs, one after the other or in processes of their own."""
+    """Executes the runs of one rank, one after the other or in several processes."""
     bar = partial(tqdm, total=len(runs), desc="runs", unit="run", disable=hidden(progress))
     if processes == 1 or len(runs) < 2:
         for run in bar(runs):

@@ -1,4 +1,4 @@
-"""Merging of solutions: the methods applied to prompts and heads, with what they need from cached features."""
+"""Merging of solutions: the merging methods applied to solutions, with the data that the methods need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mergetune.merging.methods import Method, find
 from mergetune.solutions import Solution, Space, check_compatible, inputs, space_of, stacked
 from mergetune.training import fisher_diagonal
 
-FISHER_IMAGES = 256  # whose gradients make a Fisher diagonal of a prompt: each is a pass through the text tower
+FISHER_IMAGES = 256  # images for the Fisher diagonal of a prompt: each image needs a pass through the text tower
 
 
 def merge_solutions(
@@ -32,25 +32,25 @@ def merge_solutions(
     features: FeatureCache | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Solution:
-    """Merge prompts, shared or class-specific, or heads.
+    """Merges solutions of one kind into one solution.
 
     Args:
-        method: a name of the catalogue.
-        experts: solutions of one kind and shape; heads are brought to the logit scale of the first.
-        base: the zero-shot solution; may be None for methods that do not need it. Where an average is given one, it is
-            averaged too, as the first (``AVERAGES``).
-        clip, features: for methods that need data: cached image features and their CLIP. Fisher diagonals and second
-            moments are expected squared gradients over them; AdaMerging and Expert Merging learn on them without their
-            labels; ``metrics_average`` takes its losses, ``evolve`` and ``natural_niches`` the labels that they score.
-            Never those that a figure is reported on.
-        options: of the method. ``evolve`` without options searches one coefficient for each expert in [0, 1].
+        method: name of a merging method, see ``mergetune merge METHOD --list``.
+        experts: solutions of one kind and shape. Heads are converted to the logit scale of the first expert.
+        base: the zero-shot solution; None for methods that do not need it. Averaging methods (``AVERAGES``) average the
+            base as well, as the first solution.
+        clip, features: cached image features and their CLIP, for methods that need data. Fisher diagonals and second
+            moments are means of squared gradients over the images. AdaMerging and Expert Merging learn on the images
+            without labels. ``metrics_average`` computes losses, and ``evolve`` and ``natural_niches`` accuracies, with
+            labels. Do not use test images.
+        options: options of the method. ``evolve`` without options searches one coefficient per expert in [0, 1].
 
     Returns:
-        A solution like the first expert; its notes say how it was made.
+        A solution in the form of the first expert; its notes describe the merge.
 
     Raises:
-        TypeError, ValueError: solutions that do not go together; a method that is not meaningful for them, with the
-            reason; data that is missing.
+        TypeError, ValueError: solutions that cannot be merged, a method that cannot be used for them (the message says
+            why), or missing data.
     """
     facts, options = find(method), dict(options or {})
     method = facts.name
@@ -99,10 +99,10 @@ def _from_images(
         raise ValueError(f"{method.name} needs cached image features and their CLIP ({method.needs}): give --cache")
     space, found = space_of(clip, like, features.classnames), {}
     x = features.tensor().to(clip.device)
-    last: list[Any] = [None, None]  # AdaMerging asks for the same weights once for each expert
+    last: list[Any] = [None, None]  # AdaMerging requests the same weights once per expert
 
     def weights(state: StateDict) -> Tensor:
-        """Class features as they meet images, [C, D] or [C, D + 1], differentiable."""
+        """Class weights that image features are multiplied by, [C, D] or [C, D + 1], differentiable."""
         key = next(iter(state.values()))
         if key is not last[0]:
             last[:] = key, space.unit(space.classes(stacked(state, clip.device)))[0]
@@ -137,11 +137,12 @@ def _from_images(
 def _fisher(
     space: Space, like: Solution, state: StateDict, clip: FrozenClip, features: FeatureCache
 ) -> dict[str, Tensor]:
-    """Diagonal Fisher information of a solution's state on unlabelled features.
+    """Returns the diagonal Fisher information of a solution's state on unlabelled features.
 
-    A mean over images, so that experts keep their scales. Of a plain head: :func:`mergetune.fisher_diagonal`, exactly.
-    Of all others: squared gradients of log p(y | x), with y drawn from p, at up to ``FISHER_IMAGES`` images; each image
-    has a copy of the state in one call.
+    The result is a mean over images, so that experts keep their scales. For a plain head, the result is exact, see
+    :func:`mergetune.fisher_diagonal`. For other solutions, it is the mean of squared gradients of log p(y | x), with y
+    drawn from p, over at most ``FISHER_IMAGES`` images. One call computes the gradients of 32 images, with one copy of
+    the state per image.
     """
     if like.plain_head() is not None:
         made = {"scale": space.scale, "normalize": False, "unit_mean": False}

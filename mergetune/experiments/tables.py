@@ -24,15 +24,15 @@ Interval = tuple[float, float]
 @brief()
 @dataclass(frozen=True)
 class Difference:
-    """A line minus the reference, percent; 95 % intervals.
+    """Difference of a line to the reference, in percentage points, with 95 % intervals.
 
     Attributes:
-        mean: over cells.
-        cells: t interval over cells, paired; None for one cell. Cells of one dataset share test images: with few
-            datasets it tells of seeds and partitions, not of other data.
-        datasets: t interval over the datasets' means; None for one dataset.
-        classes: percentile bootstrap that draws each dataset's classes with replacement, in all its cells the same;
-            None where some record has no counts per class.
+        mean: mean over cells.
+        cells: paired t interval over cells; None for one cell. Cells of one dataset share test images: with few
+            datasets, the interval covers other seeds and partitions, but not other data.
+        datasets: t interval over the means of the datasets; None for one dataset.
+        classes: percentile bootstrap interval. The classes of each dataset are drawn with replacement, the same draw
+            for all cells of the dataset. None if a record has no counts per class.
     """
 
     mean: float
@@ -44,14 +44,14 @@ class Difference:
 @brief()
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: column -> percent.
+    """One line of a table; the dicts map columns to percentages.
 
     Attributes:
-        row: what was tested.
+        row: name of the tested method.
         values: mean over cells.
-        spread: standard deviation over cells; 0 for one.
-        errors: standard error from the classes, by bootstrap: what other classes would have changed.
-        differences: to the reference; empty for itself.
+        spread: standard deviation over cells; 0 for one cell.
+        errors: standard error due to the choice of classes, by bootstrap over classes.
+        differences: differences to the reference; empty for the reference.
     """
 
     row: str
@@ -69,17 +69,21 @@ def lines_of(
     published: bool = False,
     resamples: int = RESAMPLES,
 ) -> list[Line]:
-    """The table of records, one line per row. Rows and parts that some record lacks are left out.
+    """Computes the table of records, one line per row. Rows and parts that a record lacks are left out.
 
-    The harmonic mean stands behind the two parts that it is of, "HM" in the separate label spaces and "joint HM" in the
-    joint one. Parts beside ImageNet have their mean as well.
+    Each harmonic mean has a column after its two parts: "HM" for the separate label spaces and "joint HM" for the joint
+    label space. If there are other parts in addition to "imagenet", their mean has a column, too.
 
     Args:
-        records: of N cells, with "classes", "images" and "right".
-        datasets: of each cell; cells of one dataset share its classes.
-        reference: the row that differences are to.
-        published: harmonic means are of the mean accuracies, as papers print them; else means over cells.
-        resamples: R, of the bootstrap over classes.
+        records: records of N cells, with "classes", "images" and "right".
+        datasets: name of each cell's dataset; cells of one dataset share its classes.
+        reference: the row to which differences are computed.
+        published: whether harmonic means are computed from mean accuracies, as in papers; otherwise the harmonic means
+            of the cells are averaged.
+        resamples: R, number of resamples of the bootstrap over classes.
+
+    Raises:
+        ValueError: no row has the name of the reference.
     """
     rows = [row for row in records[0]["right"] if all(row in record["right"] for record in records)]
     if reference not in rows:
@@ -110,7 +114,7 @@ def lines_of(
 
 
 def main_column(lines: Sequence[Line]) -> str:
-    """The column that rows are compared in: HM, or the first."""
+    """Returns the column that compares the rows: "HM", or the first column if there is no "HM"."""
     return "HM" if "HM" in lines[0].values else next(iter(lines[0].values))
 
 
@@ -121,7 +125,7 @@ def _columns(parts: Sequence[str]) -> list[str]:
 
 
 def _summed_up(values: Tensor, parts: Sequence[str]) -> Tensor:
-    """Accuracies of parts [..., P] -> of columns [..., columns]."""
+    """Accuracies of columns, [..., columns], from those of parts, [..., P]."""
     columns, found = _columns(parts), {part: values[..., p] for p, part in enumerate(parts)}
     for name, pair in MEANS.items():
         if name in columns:
@@ -133,7 +137,7 @@ def _summed_up(values: Tensor, parts: Sequence[str]) -> Tensor:
 
 
 def _accuracies(record: Record, rows: Sequence[str], parts: Sequence[str], weights: Tensor | None = None) -> Tensor:
-    """Percent, [1, M, columns]; with weights of resampled classes, [R, all classes], [R, M, columns]."""
+    """Accuracies in percent, [1, M, columns]; with weights of resampled classes, [R, all classes]: [R, M, columns]."""
     found = []
     for part in parts:
         home = HOME.get(part, part)
@@ -147,9 +151,9 @@ def _accuracies(record: Record, rows: Sequence[str], parts: Sequence[str], weigh
 def _bootstrap(
     records: Sequence[Record], datasets: Sequence[str], rows: Sequence[str], parts: Sequence[str], resamples: int
 ) -> Tensor | None:
-    """Means over cells with each dataset's classes drawn with replacement, [R, M, columns].
+    """Means over cells for classes that are drawn with replacement per dataset, [R, M, columns].
 
-    A draw without any class of some part says nothing about it; it is left out. None if there are no counts per class.
+    Draws that hold no class of some part are left out. The result is None if a record has no counts per class.
     """
     if any(record["classes"] is None for record in records):
         return None
@@ -177,7 +181,7 @@ def _difference(values: list[float], datasets: Sequence[str], drawn: Tensor | No
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
-    """Student's interval for a mean; None for fewer than two values."""
+    """Returns Student's t interval for a mean; None for fewer than two values."""
     from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats takes a second to import
 
     if len(values) < 2:

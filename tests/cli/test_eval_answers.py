@@ -158,6 +158,10 @@ def test_what_cannot_be_answered_is_refused(work, tmp_path):
         (["--wrong", tmp_path / "w.csv", "--base-novel"], "--wrong needs one list of classes"),
         (["--contact-sheet", tmp_path / "s.png"], "--contact-sheet needs --images"),
         (["--contact-sheet", tmp_path / "s.png", "--images", tmp_path], "--images must hold the pictures"),
+        (
+            ["--confusion", tmp_path / "x.csv", "--wrong", tmp_path / "x.csv"],
+            "must write different files",
+        ),
         (["--temperature"], "--temperature needs --val"),
         (["--val", work / "val"], "add --temperature"),
         (["--temperature", "--val", work / "val", "--base-novel"], "--temperature needs one list of classes"),
