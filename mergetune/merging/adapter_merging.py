@@ -137,7 +137,7 @@ def _factors(
         groups.setdefault(tuple((k, weights[k] * adapters[k].layers[layer].scale) for k in own), []).append(layer)
     if len(groups) > 1 and more.get("trim") == "global":
         raise ValueError("trim must be 'tensor' for adapters whose layers or scales differ, got 'global'")
-    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}  # A, B
     for group, own in groups.items():
         for factor in (0, 1):  # A, then B
             names = {layer: _names(adapters, layer)[factor] for layer in own}  # masks depend on the names
@@ -145,8 +145,8 @@ def _factors(
             roots = [math.copysign(math.sqrt(abs(w)), 1 if factor else w) for _, w in group]
             done = method(Constant(states[0]), states, scale=1.0, weights=roots, **more)
             for layer in own:
-                found[layer].append(done[names[layer]])
-    return [(layer, *found[layer]) for layer in layers]
+                found[factor][layer] = done[names[layer]]
+    return [(layer, found[0][layer], found[1][layer]) for layer in layers]
 
 
 def _joined(

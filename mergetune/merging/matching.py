@@ -77,7 +77,7 @@ def match(
     if stored and stored >= {name for name in reference if not is_buffer(name)}:
         raise ValueError(f"experts must have tensors in common with {title}, got none of the same name and shape")
     own = {n: partial(source, reference, n) for n in kept if missing != "drop" or n not in stored}
-    matched = [
+    matched: list[StateDict] = [
         View({n: make if n in stored else pairs.get(n, make) for n, make in own.items()}, title=file_of(expert))
         for pairs, expert in zip(found, experts, strict=True)
     ]
