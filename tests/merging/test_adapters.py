@@ -50,7 +50,7 @@ def save(folder: Path, configs: list[dict[str, Any]]) -> list[Path]:
         torch.manual_seed(0)
         model = peft.get_peft_model(cast("Any", Net()), peft.LoraConfig(**settings))
         generator = torch.Generator().manual_seed(number + 1)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = torch.randn(parameter.shape, generator=generator)
         paths.append(folder / f"adapter-{number}")
@@ -201,6 +201,16 @@ def test_files_without_a_configuration_have_one_unknown_scale(tmp_path: Path) ->
         m.merge_files(m.ties, None, [paths[0], bare[1]], tmp_path / "mixed")
 
 
+def test_names_of_a_model_in_training_are_factors_too(tmp_path: Path) -> None:
+    state = {"x.lora_A.default.weight": torch.ones(2, 5), "x.lora_B.default.weight": torch.ones(4, 2)}
+    save_file(state, tmp_path / "a.safetensors")
+    m.merge_files(m.average, None, [tmp_path / "a.safetensors"] * 2, tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == state.keys()
+    product = found["x.lora_B.default.weight"] @ found["x.lora_A.default.weight"]
+    torch.testing.assert_close(product, torch.full((4, 5), 2.0))
+
+
 def test_lora_lego_takes_the_scales_of_the_configurations(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     from mergetune.merging.catalogue import merge_files
@@ -251,6 +261,9 @@ def test_factors_that_are_not_pairs_or_not_pefts_are_refused(tmp_path: Path) -> 
         ({"x.lora_A.weight": a, "x.lora_B.weight": torch.ones(4, 3)}, r"must have shapes \[r, n\] and \[m, r\]"),
         ({"x.lora_down.weight": a, "x.lora_up.weight": b}, "must have PEFT's names.*'x.lora_down.weight'"),
         ({"x.w_lora_A": a, "x.w_lora_B": b}, "must have PEFT's names"),
+        ({"x.lora.down.weight": a, "x.lora.up.weight": b}, "must have PEFT's names"),
+        ({"x.lora_A.weight": torch.ones(0, 5), "x.lora_B.weight": torch.ones(4, 0)}, r"must have shapes \[r, n\]"),
+        ({"x.lora_A.weight": torch.ones(1, 20_000), "x.lora_B.weight": torch.ones(20_000, 1)}, "take lora='factors'"),
         (
             {"x.lora_A.weight": a, "x.lora_B.weight": b, "x.lora_magnitude_vector": torch.ones(4)},
             "lora_magnitude_vector",

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.resources import as_file, files
@@ -44,12 +45,14 @@ LAYOUTS: dict[str, Callable[[State], object]] = {
     "DDP of compiled": named("module._orig_mod."),
     "compiled DDP": named("_orig_mod.module."),
     "state_dict": lambda s: {"epoch": 3, "state_dict": named("module.")(s), "optimizer": {"state": {}}},
-    "model": lambda s: {"model": s, "step": 3},
+    "model": lambda s: {"model": s, "step": torch.tensor(3)},
     "model_state_dict": lambda s: {"model_state_dict": named("_orig_mod.")(s), "loss": 0.5},
     "module": lambda s: {"module": s, "global_steps": 3},
     "beside numbers": lambda s: {**s, "epoch": 3, "name": "x"},
     "weights and their average": lambda s: {"state_dict": s, "state_dict_ema": OTHER},
-    "average alone": lambda s: {"epoch": 1, "model_ema": named("module.")(s)},
+    "average alone": lambda s: {"step": torch.tensor(1), "model_ema": named("module.")(s)},
+    "average in a wrapper": lambda s: {"ema": {"module": s}},
+    "average beside": lambda s: {**s, "ema": OTHER},
     "AveragedModel": lambda s: {"n_averaged": torch.tensor(5), **named("module.")(s)},
     "averages under a prefix": lambda s: {
         "initted": torch.tensor(True),
@@ -68,7 +71,7 @@ def test_the_weights_come_out_of_every_layout(name: str, old: bool, tmp_path: Pa
     assert found.keys() == draw(1).keys() and all(torch.equal(found[n], t) for n, t in draw(1).items())
 
 
-@pytest.mark.parametrize("name", ["weights and their average", "averages under a prefix"])
+@pytest.mark.parametrize("name", ["weights and their average", "averages under a prefix", "average beside"])
 def test_the_average_is_taken_when_asked_for(name: str, tmp_path: Path) -> None:
     torch.save(LAYOUTS[name](draw(1)), tmp_path / "a.pt")
     found = m.open_weights(tmp_path / "a.pt", ema=True)
@@ -78,6 +81,14 @@ def test_the_average_is_taken_when_asked_for(name: str, tmp_path: Path) -> None:
     for file in ("b.bin", "b.safetensors"):
         with pytest.raises(ValueError, match=rf"{file} must hold a moving average of the weights"):
             m.open_weights(tmp_path / file, ema=True)
+
+
+def test_a_torchscript_archive_is_read_and_not_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    torch.jit.save(torch.jit.script(network), tmp_path / "a.pt")
+    found = m.open_weights(tmp_path / "a.pt")
+    assert all(torch.equal(found[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def shard(folder: Path, state: State, ending: str) -> Path:
@@ -337,6 +348,28 @@ def test_a_killed_merge_leaves_nothing_after_the_next(tmp_path: Path) -> None:
     assert not out.exists() and len(os.listdir(tmp_path)) == 3
     m.merge_files(m.average, None, paths, tmp_path / "another.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["0.safetensors", "1.safetensors", "another.safetensors"]
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_change_no_bits_and_leave_nothing(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for k, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(k)
+        save_file({str(n): torch.randn(2_000_000, generator=generator) for n in range(4)}, path)
+    m.merge_files(m.ties, paths[0], paths[1:], tmp_path / "expected.safetensors")
+    command = "import sys; from mergetune import merging as m; print(1, flush=True); "
+    command += "m.merge_files(m.ties, sys.argv[1], sys.argv[2:4], sys.argv[4])"
+    out = tmp_path / "out.safetensors"
+    for moment in range(20):
+        process = subprocess.Popen([sys.executable, "-c", command, *paths, out], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline()
+        time.sleep(0.05 * moment)
+        process.kill()
+        process.wait()
+        assert not out.exists() or out.read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    m.merge_files(m.ties, paths[0], paths[1:], out)
+    assert out.read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == sorted([*(p.name for p in paths), "expected.safetensors", "out.safetensors"])
 
 
 # -- CLIP -------------------------------------------------------------------------------------------------------------
