@@ -50,22 +50,50 @@ def merge(
     ] = None,
     experts: Annotated[
         list[str] | None,
-        typer.Argument(help="What to merge: saved solutions and CoOp checkpoints, or .safetensors files."),
+        typer.Argument(
+            help="What to merge: saved solutions and CoOp checkpoints; or weights of models and adapters: files, "
+            "indices of sharded checkpoints (*.index.json) and folders."
+        ),
     ] = None,
     out_path: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the merged solution, or .safetensors file to write.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for the merged solution, or .safetensors file for merged weights. Weights from folders may go "
+            "to a folder, with the settings of the first.",
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="Base of the task vectors: a zero-shot template with {}, a saved solution or a .safetensors file. "
+            help="Base of the task vectors: a zero-shot template with {}, a saved solution or weights. "
             'Solutions default to "a photo of a {}." where the method needs a base. '
-            "For adapter files use zeros (LoRA) or ones (IA3)."
+            "LoRA adapters need none; for IA3 adapters use ones."
         ),
     ] = None,
     option: Annotated[
         list[str], typer.Option("-o", "--option", help="Option of the method as name=value; repeat for several.")
     ] = [],
+    missing: Annotated[
+        str,
+        typer.Option(
+            help="With weights: what happens to tensors that not every model has in the same shape: refuse, base (keep "
+            "those of the base, or of the first model) or drop (leave them out)."
+        ),
+    ] = "refuse",
+    ema: Annotated[
+        bool, typer.Option("--ema", help="With weights: take the moving averages from checkpoints that hold both.")
+    ] = False,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            help="With LoRA adapters: factors (merge A and B, as PEFT's linear, ties and dare), svd (merge the "
+            "products) or cat (join A and B). Default: factors for task_arithmetic, ties and dare, else svd."
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="With --lora svd: rank of the result; the largest rank if not given.")
+    ] = None,
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
@@ -95,6 +123,7 @@ def merge(
         return
 
     from mergetune import experiments
+    from mergetune.io import require_output_folder
     from mergetune.merging import catalogue
     from mergetune.solutions import zero_shot_like
 
@@ -102,15 +131,20 @@ def merge(
         if not (method and experts and out_path):
             raise ValueError("give a method, at least one solution or file, and --out; --list shows the methods")
         options = catalogue.parse_options(method, option)
-        files = [path.endswith(".safetensors") for path in experts]
+        weights = {"missing": missing, "ema": ema, "lora": lora, "lora_rank": lora_rank}
+        files = [out_path.suffix == ".safetensors" or catalogue.is_weights(path) for path in experts]
         if any(files) and not all(files):
-            raise ValueError(f"experts must be all solutions or all .safetensors files, got {', '.join(experts)}")
+            raise ValueError(f"experts must be all solutions or all weights, got {', '.join(experts)}")
         if all(files):
             if features is not None:
-                raise ValueError(f"--cache must not be given with .safetensors files, got {features}: leave it out")
-            catalogue.merge_files(method, base, experts, out_path, options)
+                raise ValueError(f"--cache must not be given with weights, got {features}: leave it out")
+            catalogue.merge_files(method, base, experts, out_path, options, **weights)
             notes: dict[str, Any] = {"merged": find(method).name, "base": base, "experts": experts}
         else:
+            unused = {"missing": "refuse", "ema": False, "lora": None, "lora_rank": None}
+            if given := [name for name in weights if weights[name] != unused[name]]:
+                raise ValueError(f"--{given[0].replace('_', '-')} must not be given with solutions: it is for weights")
+            require_output_folder(out_path)
             data = None if features is None else open_cache(features, classes, shots=shots, seed=seed)
             solutions = [read_solution(path, data) for path in experts]
             start: Any = None

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         read_regular_text,
         remove_parts,
         require_file,
+        require_output_folder,
         require_regular,
         sha256_regular,
         write_atomically,
@@ -122,6 +123,7 @@ __all__ = [
     "release_locks",
     "remove_parts",
     "require_file",
+    "require_output_folder",
     "require_regular",
     "sha256_regular",
     "torchrun_team",
@@ -142,8 +144,8 @@ make_lazy(
         "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
         "mergetune.io.files": (
             "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "
-            "read_regular_text remove_parts require_file require_regular sha256_regular write_atomically "
-            "writing_atomically"
+            "read_regular_text remove_parts require_file require_output_folder require_regular sha256_regular "
+            "write_atomically writing_atomically"
         ),
         "mergetune.io.images": "IMAGE_FORMATS Picture check_picture image_extensions load_image read_picture",
         "mergetune.io.locks": "locked release_locks",

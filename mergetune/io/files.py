@@ -186,6 +186,21 @@ def require_regular(path: str | Path) -> None:
     open_regular(path).close()
 
 
+def require_output_folder(folder: str | Path) -> None:
+    """Checks, before the work for it begins, that a folder can be made or written to.
+
+    Raises:
+        ValueError: the path, or a part of it, is a file.
+        PermissionError: the folder, or the one in which it would be made, cannot be written.
+    """
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"out must be a folder that can be made, got {folder}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "out must be a folder that can be written", str(there))
+
+
 def require_file(path: str | Path, message: str) -> None:
     """Checks that a path is a regular file.
 

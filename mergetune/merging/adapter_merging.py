@@ -23,6 +23,7 @@ FACTOR_METHODS = ("task_arithmetic", "ties", "dare")
 """Methods that PEFT applies to the factors: linear, ties, dare_linear and dare_ties."""
 SUMS = ("task_arithmetic", "negate", "average")
 """Methods whose result is a sum of the products with one weight per adapter."""
+MAX_PRODUCT = 1 << 28  # most numbers of a product of which an svd is taken: 1 GiB; a layer of 4096 by 4096 has 2^24
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def merge_adapters(
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Merges LoRA adapters, which add ``scale_k B_k A_k`` to the weights of a model.
 
-    Three forms, of which the first and the last give the numbers of PEFT's ``add_weighted_adapter``:
+    There are three forms. They give the numbers of PEFT's ``add_weighted_adapter``, except for random masks:
 
     - "factors" merges all A and all B, each multiplied by ``sqrt(weight_k scale_k)`` (with the sign in A): PEFT's
       linear, ties, dare_linear and dare_ties. It is an approximation, because it also adds products of A and B of
@@ -137,7 +138,7 @@ def _factors(
         groups.setdefault(tuple((k, weights[k] * adapters[k].layers[layer].scale) for k in own), []).append(layer)
     if len(groups) > 1 and more.get("trim") == "global":
         raise ValueError("trim must be 'tensor' for adapters whose layers or scales differ, got 'global'")
-    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}  # A, B
     for group, own in groups.items():
         for factor in (0, 1):  # A, then B
             names = {layer: _names(adapters, layer)[factor] for layer in own}  # masks depend on the names
@@ -145,8 +146,8 @@ def _factors(
             roots = [math.copysign(math.sqrt(abs(w)), 1 if factor else w) for _, w in group]
             done = method(Constant(states[0]), states, scale=1.0, weights=roots, **more)
             for layer in own:
-                found[layer].append(done[names[layer]])
-    return [(layer, *found[layer]) for layer in layers]
+                found[factor][layer] = done[names[layer]]
+    return [(layer, found[0][layer], found[1][layer]) for layer in layers]
 
 
 def _joined(
@@ -173,6 +174,12 @@ def _truncated(
     rank: int | None,
 ) -> Merged:
     shapes = {layer: next(a.product(layer) for a in adapters if layer in a.layers) for layer in layers}
+    for layer, like in shapes.items():
+        if like.numel > MAX_PRODUCT:  # a small file can describe a product of any size
+            raise ValueError(
+                f"lora='svd' needs the product of A and B of {layer!r} in memory, at most {MAX_PRODUCT:,} numbers, got "
+                f"{list(like.shape)}: take lora='factors' or 'cat' (--lora)"
+            )
     experts: list[StateDict] = [
         View(
             {

@@ -22,8 +22,8 @@ from mergetune.merging.weight_files import open_weights, weights_in
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_FACTOR = re.compile(r"(?P<layer>(?:.+\.)?)lora_(?P<kind>embedding_)?(?P<factor>[AB])(?P<rest>(?:\.[^.]+)?)")
-_OTHERS = re.compile(r"lora_down|lora_up|w_lora_[AB]|lokr_|hada_")
+_FACTOR = re.compile(r"(?P<layer>(?:.+\.)?)lora_(?P<kind>embedding_)?(?P<factor>[AB])(?P<rest>(?:\.[^.]+){0,2})")
+_OTHERS = re.compile(r"lora[_.](down|up)|lora_linear_layer|w_lora_[AB]|lokr_|hada_")
 _REFUSED = {  # settings with which the adapter is more than scale * B A
     "use_dora": "DoRA's magnitudes are no part of the product of the factors",
     "lora_bias": "the bias of lora_B is no part of the product of the factors",
@@ -130,7 +130,7 @@ def open_adapter(path: str | Path, state: StateDict | None = None) -> Adapter:
             raise ValueError(f"{title} must hold lora_A and lora_B of every layer, but {name!r} has no {other!r}")
         layer = match["layer"].removesuffix(".")
         a, b = (source(state, pair[f]).shape for f in "AB")
-        if len(a) < 2 or len(b) < 2 or b[1] != a[0] or math.prod(b[2:]) != 1:
+        if len(a) < 2 or len(b) < 2 or b[1] != a[0] or math.prod(b[2:]) != 1 or 0 in (*a, *b):
             raise ValueError(
                 f"{title}: lora_A and lora_B of {layer!r} must have shapes [r, n] and [m, r], "
                 f"got {list(a)} and {list(b)}"

@@ -61,7 +61,7 @@ def match(
     """
     check_choice("missing", missing, MISSING)
     argument, reference = ("base", base) if base is not None else ("experts[0]", experts[0])
-    title, kept, stored = title_of(argument, reference), list(reference), set[str]()
+    title, stored = title_of(argument, reference), set[str]()
     found: list[Mapping[str, Callable[[], Source]]] = []
     for k, expert in enumerate(experts):
         if expert is reference:
@@ -76,8 +76,8 @@ def match(
         stored |= {*absent, *(name for name, make in fitted.items() if make is None)}
     if stored and stored >= {name for name in reference if not is_buffer(name)}:
         raise ValueError(f"experts must have tensors in common with {title}, got none of the same name and shape")
-    own = {n: partial(source, reference, n) for n in kept if missing != "drop" or n not in stored}
-    matched = [
+    own = {n: partial(source, reference, n) for n in reference if missing != "drop" or n not in stored}
+    matched: list[StateDict] = [
         View({n: make if n in stored else pairs.get(n, make) for n, make in own.items()}, title=file_of(expert))
         for pairs, expert in zip(found, experts, strict=True)
     ]
@@ -103,7 +103,8 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
 def _paired(reference: StateDict, expert: StateDict) -> tuple[dict[str, Callable[[], Source]], list[str], list[str]]:
     """Finds the tensors of the reference in an expert: (name -> source, names that it lacks, names it has beside)."""
     ours, theirs = unwrapped(list(reference)), unwrapped(list(expert))
-    ours |= {name: name for name in reference if name not in set(ours.values())}
+    kept = set(ours.values())
+    ours |= {name: name for name in reference if name not in kept}
     found = {name: partial(source, expert, theirs[plain]) for plain, name in ours.items() if plain in theirs}
     absent = []
     for plain, name in ours.items():

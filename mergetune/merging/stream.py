@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +14,16 @@ from tqdm.auto import tqdm
 
 from mergetune.io import STORED_NAMES, dtype_name, hidden, write_json, writing_atomically
 from mergetune.merging.adapter_merging import merge_adapters
-from mergetune.merging.adapters import CONFIG, WEIGHTS, adapter_folder, is_lora, merged_config, one_scale, open_adapter
+from mergetune.merging.adapters import (
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    adapter_folder,
+    is_lora,
+    merged_config,
+    one_scale,
+    open_adapter,
+)
 from mergetune.merging.checks import check
 from mergetune.merging.matching import match
 from mergetune.merging.plans import facts_of, merged_pieces, plan_of
@@ -73,19 +82,13 @@ def merge_files(
         raise ValueError(f"method must work tensor by tensor, got {name}: call the function on TensorFile objects")
     if isinstance(expert_files, str | Path):
         raise TypeError(f"expert_files must be a list of files, got {expert_files!r}")
-    paths = [Path(file) for file in expert_files]
-    if not paths:
-        raise ValueError("expert_files must hold at least one file, got none")
-    first = Path(base_file) if isinstance(base_file, str | Path) else paths[0]
-    out, settings = _place(Path(out_file), first)
-    base: StateDict | None = open_weights(base_file, ema=ema) if isinstance(base_file, str | Path) else None
-    experts = [open_weights(file, ema=ema) for file in paths]
-    facts, original = facts_of(method), experts[0] if base is None else base
+    out, settings, base, experts = _opened(base_file, expert_files, out_file, ema)
+    facts, original = facts_of(method), base if isinstance(base_file, str | Path) and base is not None else experts[0]
     if any(map(is_lora, experts)):
         if base_file not in (None, 0):
             raise ValueError(f"base_file must be None or 0 for LoRA adapters, which are differences, got {base_file!r}")
         check(facts, Constant(original) if facts.base else None, experts)
-        adapters = [open_adapter(file, state) for file, state in zip(paths, experts, strict=True)]
+        adapters = [open_adapter(file, state) for file, state in zip(expert_files, experts, strict=True)]
         given = {"form": lora, "rank": lora_rank, "missing": missing}
         with _writing(out, None) as stream:
             merged, config = merge_adapters(method, adapters, **given, **options)
@@ -95,8 +98,6 @@ def merge_files(
         return
     if lora is not None or lora_rank is not None:
         raise ValueError("lora and lora_rank must be None for files without LoRA factors")
-    if base_file is not None and base is None:
-        base = Constant(original, float(base_file))
     check(facts, base, experts)
     with _writing(out, settings) as stream:
         given = prepared(facts, base, experts, missing=missing)
@@ -124,15 +125,11 @@ def write_merged(
 
     ``lora_lego`` gets the scales of adapters from their configurations; the scale of the result is then 1.
     """
-    paths = [Path(file) for file in expert_files]
-    named = isinstance(base_file, str | Path)
-    out, settings = _place(Path(out_file), Path(base_file) if named else paths[0])
-    base: StateDict | None = open_weights(base_file, ema=ema) if named else None
-    experts, adapters, config = [open_weights(file, ema=ema) for file in paths], [], None
-    if base_file is not None and base is None:
-        base = Constant(experts[0], float(base_file))
-    if adapter_folder(paths[0]) and facts_of(method).name == "lora_lego":
-        adapters = [open_adapter(file, state) for file, state in zip(paths, experts, strict=True)]
+    out, settings, base, experts = _opened(base_file, expert_files, out_file, ema)
+    adapters: list[Adapter] = []
+    config = None
+    if adapter_folder(expert_files[0]) and facts_of(method).name == "lora_lego":
+        adapters = [open_adapter(file, state) for file, state in zip(expert_files, experts, strict=True)]
         options = {"scales": [one_scale(adapter) for adapter in adapters]} | dict(options)
     elif facts_of(method).base is not False:
         base, experts = match(base, experts, missing=missing)
@@ -144,6 +141,21 @@ def write_merged(
         stream.write(serialize({name: tensor.contiguous() for name, tensor in merged.items()}))
     if config is not None:
         write_json(out.parent / CONFIG, config, indent=2)
+
+
+def _opened(
+    base_file: str | Path | float | None, expert_files: Sequence[str | Path], out_file: str | Path, ema: bool
+) -> tuple[Path, Path | None, StateDict | None, list[StateDict]]:
+    """What :func:`_place` returns, then the base and the experts."""
+    if not expert_files:
+        raise ValueError("expert_files must hold at least one file, got none")
+    named = isinstance(base_file, str | Path)
+    place = _place(Path(out_file), Path(base_file if named else expert_files[0]))
+    base = open_weights(base_file, ema=ema) if named else None
+    experts = [open_weights(file, ema=ema) for file in expert_files]
+    if base_file is not None and not named:
+        base = Constant(experts[0], float(base_file))
+    return *place, base, experts
 
 
 def _place(out: Path, first: Path) -> tuple[Path, Path | None]:
@@ -169,9 +181,16 @@ def _place(out: Path, first: Path) -> tuple[Path, Path | None]:
 @contextmanager
 def _writing(out: Path, settings: Path | None) -> Iterator[BinaryIO]:
     """Context with the stream of the output. It opens before the work, so a place that cannot be written is known."""
+    made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with writing_atomically(out) as stream:
-        yield stream
+    try:
+        with writing_atomically(out) as stream:
+            yield stream
+    except BaseException:
+        with suppress(OSError):  # not empty: another process writes there
+            for folder in made:
+                folder.rmdir()
+        raise
     if settings is not None:
         copy_settings(settings, out.parent)
 

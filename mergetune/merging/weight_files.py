@@ -189,15 +189,16 @@ def _aligned(found: Mapping[str, Callable[[], Source]]) -> dict[str, Callable[[]
 
 def _chosen(content: Mapping[Any, Any], path: Path, ema: bool) -> tuple[dict[str, Tensor], bool]:
     """The state dict in the content of a file, and whether it lies under the key of a moving average."""
-    averaged = _below(content, AVERAGED)
-    found = _tensors(content) or _below(content, PLAIN)
-    if found is None and averaged is None:
+    averaged, found, top = _below(content, AVERAGED), _below(content, PLAIN), _tensors(content)
+    if found is None and (averaged is None or any(tensor.numel() > 1 for tensor in top.values())):
+        found = top or None  # single numbers beside an average count steps
+    if averaged is not None and (ema or found is None):
+        return averaged, True
+    if found is None:
         raise ValueError(
             f"{path} must hold tensors by name, at the top or in one of {', '.join(PLAIN)}, got {_keys(content)}"
         )
-    if averaged is not None and (ema or found is None):
-        return averaged, True
-    return found or {}, False
+    return found, False
 
 
 def _below(content: Mapping[Any, Any], keys: Collection[str]) -> dict[str, Tensor] | None:

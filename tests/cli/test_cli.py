@@ -7,6 +7,7 @@ import shutil
 import sys
 import zipfile
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from miniature import write_miniature
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from mergetune import load_solution, open_solution
+from mergetune import load_clip, load_solution, open_solution
 from mergetune.cli import app
 
 CLASSES = ("anchor", "bell", "camera", "heart")
@@ -365,7 +366,41 @@ def test_files_of_tensors_are_merged(tmp_path):
     out.unlink()
     assert f"task_arithmetic of 2: {out}" in invoke(*arguments).stdout and load_file(out)["w"].tolist() == [2, 1, 0]
     refused = invoke(*arguments, "--cache", tmp_path)
-    assert refused.exit_code == 2 and "--cache must not be given with .safetensors files" in refused.stderr
+    assert refused.exit_code == 2 and "--cache must not be given with weights" in refused.stderr
+
+
+def test_backbones_that_differ_are_merged_and_loaded(model, tmp_path):
+    folder = Path(model.removeprefix("local-dir:"))
+    weights = load_file(folder / "open_clip_model.safetensors")
+    shared = {f"module.{n}": t if t.is_floating_point() else t + 1 for n, t in weights.items()}
+    for name, more in (("one", {}), ("two", {"module.head.weight": torch.ones(3, 128)})):
+        torch.save({"state_dict": shared | more, "epoch": 1}, tmp_path / f"{name}.pt")
+    out = tmp_path / "new" / "merged.safetensors"
+    arguments = ["merge", "ties", tmp_path / "one.pt", tmp_path / "two.pt", "--base", folder, "--out", out]
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2 and "holds 'head.weight'" in refused.stderr and "--missing drop" in refused.stderr
+    assert not out.parent.exists()
+    assert run(*arguments, "--missing", "drop")["merged"] == "ties"
+    found = load_file(out)
+    assert found.keys() == weights.keys() and all(torch.equal(found[n], t) for n, t in weights.items())
+
+    (tmp_path / "tuned").mkdir()
+    shutil.copy(folder / "open_clip_config.json", tmp_path / "tuned")
+    tuned = {name: 3 * t if name == "text_projection" else t for name, t in weights.items()}
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors")
+    assert run("merge", "wise_ft", tmp_path / "tuned", "--base", folder, "--out", tmp_path / "merged")["experts"]
+    merged = load_clip(f"local-dir:{tmp_path / 'merged'}").model.state_dict()["text_projection"]
+    torch.testing.assert_close(merged, 2 * weights["text_projection"].float(), atol=1e-3, rtol=1e-3)
+
+
+def test_options_for_weights_are_refused_with_solutions(work, tmp_path):
+    for option in (["--missing", "drop"], ["--ema"], ["--lora", "svd"], ["--lora-rank", 2]):
+        refused = invoke("merge", "average", work / "coop", work / "kgcoop", "--out", tmp_path / "x", *option)
+        assert refused.exit_code == 2 and f"{option[0]} must not be given with solutions" in refused.stderr
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "folder"):
+        refused = invoke("merge", "average", work / "coop", work / "kgcoop", "--out", out)
+        assert refused.exit_code == 2 and "out must be a folder that can be made" in refused.stderr
 
 
 def test_compare_trains_all_experts_or_none(work, tmp_path):

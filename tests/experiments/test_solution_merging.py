@@ -184,10 +184,10 @@ def test_lora_factors_are_merged_in_memory(tmp_path):
 
 
 def test_adapters_are_merged_from_zeros(tmp_path):
-    states = [{"q.lora_A.weight": normal(2, 6, seed=i)} for i in range(2)]
+    states = [{"q.ia3_l": normal(6, seed=i)} for i in range(2)]
     files = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for state, file in zip(states, files, strict=True):
         save_file(state, file)
     merge_files("task_arithmetic", "zeros", files, tmp_path / "out.safetensors", {"scale": 0.5})
-    got = load_file(tmp_path / "out.safetensors")["q.lora_A.weight"]
-    torch.testing.assert_close(got, (states[0]["q.lora_A.weight"] + states[1]["q.lora_A.weight"]) / 2)
+    got = load_file(tmp_path / "out.safetensors")["q.ia3_l"]
+    torch.testing.assert_close(got, (states[0]["q.ia3_l"] + states[1]["q.ia3_l"]) / 2)
