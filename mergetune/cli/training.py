@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mergetune.cli.dry_runs import DryRun, dry_run_of_fit, dry_run_of_tune
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
@@ -65,6 +66,7 @@ def tune(
         typer.Option("--base", help="Solution that a residual or a map is put on; zero-shot if not given."),
     ] = None,
     val: Val = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -85,6 +87,10 @@ def tune(
             caches=[cache for cache in (data, chosen_on) if cache is not None],
             solutions={} if below is None else {str(base): below},
         )  # fmt: skip
+        if dry_run:
+            stage_1 = {"base": below, **keywords(TuneOptions, options)}
+            dry_run_of_tune(clip, data, stage_1, f"Would tune on {features} into {folder}.", as_json)
+            return
         result = mt.tune(clip, data, base=below, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
         result.save(folder)
     _finish(as_json, result, folder)
@@ -140,6 +146,7 @@ def fit(
     root: Root = None,
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
+    dry_run: DryRun = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -182,6 +189,13 @@ def fit(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,
         )  # fmt: skip
+        if dry_run:
+            dry_run_of_fit(
+                clip, learned, solutions, folder, as_json, shots=shots, test=None if images is None else data.test,
+                tune_options={"method": method, "template": template[0], "epochs": given["epochs"]} | stage_1,
+                fit_options=given | {"zero_shot": zero_shot}, workers=workers,
+            )  # fmt: skip
+            return
         if images is None:
             result = mt.fit(clip, data, solutions, zero_shot=zero_shot, val=chosen_on, resume=folder, **given)
             result.save(folder)
