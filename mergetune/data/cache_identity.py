@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mergetune.data.cache_documents import Identity, Plan
 from mergetune.data.cache_files import (
@@ -21,6 +21,10 @@ from mergetune.data.cache_files import (
 )
 from mergetune.data.image_lists import ImageList
 from mergetune.io import MAX_IMAGE, compact_json, sha256_regular, write_atomically
+
+if TYPE_CHECKING:
+    from mergetune.clip import FrozenClip
+    from mergetune.data.batches import Batches
 
 P = TypeVar("P", bound=Plan)
 
@@ -71,7 +75,34 @@ def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
     return True
 
 
+def check_image_tower(clip: FrozenClip, features: Batches, *, name: str) -> None:
+    """Checks that features come from the image tower of a CLIP, if their origin is known.
+
+    Args:
+        clip: the model.
+        features: the features; ``fingerprint`` is empty if their origin is unknown.
+        name: name of the argument, for the message.
+
+    Raises:
+        ValueError: the features come from other weights.
+    """
+    if not features.fingerprint or features.fingerprint == clip.image_fingerprint:
+        return
+    path: Path | None = getattr(features, "path", None)
+    maker = "" if path is None or not (path / MANIFEST).is_file() else read_manifest(path).clip
+    of = f"those of {maker}" if maker else "those of another CLIP"
+    same = " with other weights" if maker == clip.name else ""
+    where = "" if path is None else f" in {path}"
+    raise ValueError(f"{name} must come from this CLIP's image tower, {clip.name}, got {of}{same}{where}")
+
+
 def refuse_stale(path: Path, recorded: Plan, wanted: Plan) -> None:
+    if recorded.fingerprint != wanted.fingerprint:
+        got = f"{wanted.clip}{' with other weights' if wanted.clip == recorded.clip else ''}"
+        raise ValueError(
+            f"feature cache {path} is stale: the image weights must be those of {recorded.clip}, as when the cache was "
+            f"built, got {got}; {REBUILD}"
+        )
     for name, words in KEY.items():
         before, now = getattr(recorded, name), getattr(wanted, name)
         if before != now:

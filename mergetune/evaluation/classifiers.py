@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.data.cache_identity import check_image_tower
 from mergetune.evaluation.scores import Classifier, Report, accuracy
 from mergetune.solutions import Solution, image_features, span, stacked
 
@@ -145,8 +146,4 @@ def _check_clip(clip: FrozenClip, features: Batches) -> None:
     width = getattr(features, "dim", clip.embed_dim)
     if width != clip.embed_dim:
         raise ValueError(f"features must have the embedding's width {clip.embed_dim}, got {width}")
-    if features.fingerprint and features.fingerprint != clip.image_fingerprint:
-        raise ValueError(
-            f"features must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got "
-            f"{features.fingerprint[:12]}"
-        )
+    check_image_tower(clip, features, name="features")

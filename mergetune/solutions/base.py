@@ -282,12 +282,12 @@ class Solution:
         self.check_width(clip)
         if self.fingerprint is None:
             return
-        there = self._fingerprint_of(clip)
-        if self.fingerprint != there:
-            what = "fingerprint of both towers" if self.tower == "both" else f"{self.tower} fingerprint"
+        if self.fingerprint != self._fingerprint_of(clip):
+            towers = "both towers" if self.tower == "both" else f"the {self.tower} tower"
+            known = self.backbone or "its name is not recorded"
+            same = f", other weights of {towers} under the same name" if clip.name == self.backbone else ""
             raise ValueError(
-                f"clip must be the one that the {self.kind} was made for ({self.backbone}, {what} "
-                f"{self.fingerprint[:12]}), got {clip.name} ({there[:12]})"
+                f"clip must be the one that the {self.kind} was made for ({known}), got {clip.name}{same}"
             )
 
     @torch.no_grad()

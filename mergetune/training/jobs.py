@@ -12,6 +12,7 @@ import torch
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.data.cache_identity import check_image_tower
 from mergetune.facts.function_options import OPTIMIZERS
 from mergetune.solutions import Solution
 from mergetune.training.objective import Objective
@@ -144,11 +145,7 @@ def check_features(clip: FrozenClip, solution: Solution, features: Batches, val:
         width = getattr(cache, "dim", clip.embed_dim)
         if width != clip.embed_dim:
             raise ValueError(f"{name} must have the embedding's width {clip.embed_dim}, got {width}")
-        if cache.fingerprint and cache.fingerprint != clip.image_fingerprint:
-            raise ValueError(
-                f"{name} must come from this CLIP's image tower {clip.image_fingerprint[:12]}, got "
-                f"{cache.fingerprint[:12]}"
-            )
+        check_image_tower(clip, cache, name=name)
         if cache.classnames != features.classnames:
             raise ValueError(f"{name} must have the classes of features, got {list(cache.classnames)[:3]}...")
     if len(features.classnames) < 2:
