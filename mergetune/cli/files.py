@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Pretrained
+from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Precision, Pretrained
 from mergetune.cli.shared import clip_for, errors, tell
 
 
@@ -20,6 +20,7 @@ def export(
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
+    precision: Precision = "float32",
     classes: Annotated[
         Path | None, typer.Option("--classnames", help="Text file with one class name per line.")
     ] = None,
@@ -47,7 +48,13 @@ def export(
         plain = form == "hub" or (form == "head" and found.plain_head() is not None)  # these need no CLIP
         clip: Any = None
         if backbone or not plain:
-            clip = clip_for(backbone, pretrained, allow_torchscript=allow_torchscript, solutions={solution: found})
+            clip = clip_for(
+                backbone,
+                pretrained,
+                precision=precision,
+                allow_torchscript=allow_torchscript,
+                solutions={solution: found},
+            )
         if form == "hub":
             solutions.to_hub(found, target, license=license, **({"repo_id": push} if push else {}))
             if push:

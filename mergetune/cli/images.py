@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.dry_runs import DryRun, print_forecast
-from mergetune.cli.options import AllowTorchscript, Backbone, Device, Json, Pretrained, Root, takes
+from mergetune.cli.options import AllowTorchscript, Backbone, Device, Json, Precision, Pretrained, Root, takes
 from mergetune.cli.shared import errors, finish, open_images
 from mergetune.facts import CacheOptions
 
@@ -24,6 +24,7 @@ def cache(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     root: Root = None,
     skip_unreadable: Annotated[bool, typer.Option(help="Same as --on-error skip.")] = False,
     dry_run: DryRun = False,
@@ -40,7 +41,9 @@ def cache(
     with errors():
         options |= {"on_error": "skip"} if skip_unreadable else {}
         data = open_images(images, root)
-        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
+        clip = mt.load_clip(
+            backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript
+        )
         report, views = {}, options.pop("views")
         splits = [split for split in ("train", "val", "test") if getattr(data, f"full_{split}") is not None]
         parts = {split: (getattr(data, split), views if split == "train" else 1) for split in splits}

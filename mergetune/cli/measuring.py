@@ -15,6 +15,7 @@ from mergetune.cli.options import (
     Device,
     Json,
     Position,
+    Precision,
     Pretrained,
     Space,
     Templates,
@@ -43,6 +44,7 @@ def evaluate(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     classes: Classes = "all",
     base_novel: Annotated[
         bool,
@@ -59,7 +61,13 @@ def evaluate(
         test = open_cache(features, "base" if base_novel else classes, split="test")
         found = {name: read_solution(name, test, position) for name in solution}
         clip = clip_for(
-            backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[test], solutions=found
+            backbone,
+            pretrained,
+            device=device,
+            precision=precision,
+            allow_torchscript=allow_torchscript,
+            caches=[test],
+            solutions=found,
         )
         entries = {"zero-shot": mt.classifier(clip, template)}
         entries |= {name: mt.classifier(clip, opened) for name, opened in found.items()}
@@ -93,6 +101,7 @@ def path(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     classes: Classes = "all",
     template: Annotated[
         str, typer.Option(help="Zero-shot template; {} stands for the class name.")
@@ -130,8 +139,8 @@ def path(
         data = open_cache(features, classes, split="test")
         merged, start = read_solution(solution, data, position), read_solution(tuned, data, position)
         clip = clip_for(
-            backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[data],
-            solutions={tuned: start, solution: merged},
+            backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
+            caches=[data], solutions={tuned: start, solution: merged},
         )  # fmt: skip
         zero_shot = zero_shot_like(clip, merged, template)
         walks = mt.connectivity(clip, zero_shot, start, merged, data, points=points, space=space)

@@ -267,3 +267,37 @@ def test_the_size_in_a_dry_run_is_that_of_the_cache(work, tmp_path):
     shards = [path for split in ("train", "test") for path in (work / "cache" / split).glob("*.safetensors")]
     written = sum(path.stat().st_size for path in shards)
     assert json.loads(done.stdout)["gib"] * 2**30 == pytest.approx(written, rel=0.02)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_precision_says_how_the_model_computes_and_nothing_about_which_it_is(work, tmp_path, precision):
+    """A model in half precision takes the caches and solutions of the same model in float32."""
+    coarse, exact = mt.load_clip("icon-clip", precision=precision), mt.load_clip("icon-clip")
+    for part in ("fingerprint", "image_fingerprint", "text_fingerprint"):
+        assert getattr(coarse, part) == getattr(exact, part)
+    cached = invoke(
+        "cache", work / "images", "--out", tmp_path / "half", "--backbone", "icon-clip", "--precision", precision
+    )
+    assert cached.exit_code == 0, cached.stderr
+    there, here = (mt.FeatureCache.open(folder / "test").tensor() for folder in (tmp_path / "half", work / "cache"))
+    assert not torch.equal(there, here)
+    torch.testing.assert_close(there, here, atol=3e-2, rtol=0)
+    measured = ["eval", "--cache", tmp_path / "half", "--solution", work / "merged", "--precision", precision]
+    done = invoke(*measured, "--json")
+    assert done.exit_code == 0, done.stderr
+    message = refusal("cache", work / "images", "--out", tmp_path / "half", "--backbone", "icon-clip")
+    assert f"the precision of the image tower must be {precision}, as when the cache was built, got float32" in message
+
+
+def test_records_of_rounded_weights_still_match(work, tmp_path):
+    """Version 0.1 recorded the fingerprint of the rounded weights."""
+    coarse = mt.load_clip("icon-clip", precision="bfloat16")
+    rounded = mt.FrozenClip(coarse.model, coarse.tokenizer, coarse.name)
+    assert rounded.fingerprint != coarse.fingerprint
+    old = mt.FeatureCache.from_tensors(torch.eye(128)[:2], [0, 1], CLASSES[:2], fingerprint=rounded.image_fingerprint)
+    assert mt.evaluate(coarse, "an icon of a {}", old).images == 2
+    with pytest.raises(ValueError, match="image tower"):
+        mt.evaluate(mt.load_clip("icon-clip"), "an icon of a {}", old)
