@@ -23,6 +23,7 @@ class TinyClip:
     name: str = "tiny"
     embed_dim: int = 6
     image_fingerprint: str = "tiny weights"
+    image_dtype: torch.dtype = torch.float32
     preprocess_cfg: dict[str, Any] = field(default_factory=lambda: {"size": (SIDE, SIDE)})
     seconds: float = 0.0
     device: torch.device = torch.device("cpu")

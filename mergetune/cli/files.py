@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Pretrained
+from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Precision, Pretrained
 from mergetune.cli.shared import clip_for, errors, read_names, tell
 
 SUFFIXES = {
@@ -33,6 +33,7 @@ def export(
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
+    precision: Precision = "float32",
     classes: Annotated[
         Path | None, typer.Option("--classnames", help="Text file with one class name per line.")
     ] = None,
@@ -72,7 +73,10 @@ def export(
             serving.check_supported(found)
         clip: Any = None
         if needs_clip or backbone:
-            clip = clip_for(backbone, pretrained, allow_torchscript=allow_torchscript, solutions={solution: found})
+            clip = clip_for(
+                backbone, pretrained, precision=precision, allow_torchscript=allow_torchscript,
+                solutions={solution: found},
+            )  # fmt: skip
         if form == "hub":
             metrics = solutions.recorded_metrics(solution)
             solutions.to_hub(found, target, license=license, metrics=metrics, **({"repo_id": push} if push else {}))

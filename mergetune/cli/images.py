@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.options import AllowTorchscript, Backbone, Device, Json, Pretrained, Root, SkipUnreadable, takes
+from mergetune.cli.dry_runs import DryRun, print_forecast
+from mergetune.cli.options import (
+    AllowTorchscript,
+    Backbone,
+    Device,
+    Json,
+    Precision,
+    Pretrained,
+    Root,
+    SkipUnreadable,
+    takes,
+)
 from mergetune.cli.shared import errors, finish, open_images
 from mergetune.facts import CacheOptions
 
@@ -23,8 +34,10 @@ def cache(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     root: Root = None,
     skip_unreadable: SkipUnreadable = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -33,16 +46,22 @@ def cache(
     If the command is interrupted, run it again: it continues where it stopped. Under torchrun the ranks share the work.
     """
     import mergetune as mt
+    from mergetune.experiments.own_forecast import forecast_caches
 
     with errors():
         options |= {"on_error": "skip"} if skip_unreadable else {}
         data = open_images(images, root)
-        clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
+        clip = mt.load_clip(
+            backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript
+        )
         report, views = {}, options.pop("views")
-        for split in ("train", "val", "test"):
-            if getattr(data, f"full_{split}") is None:
-                continue
-            own = views if split == "train" else 1
-            made = mt.cache_features(clip, getattr(data, split), folder / split, views=own, **options)
+        splits = [split for split in ("train", "val", "test") if getattr(data, f"full_{split}") is not None]
+        parts = {split: (getattr(data, split), views if split == "train" else 1) for split in splits}
+        if dry_run:
+            found = forecast_caches(clip, parts, dtype=options["dtype"], workers=options["workers"])
+            print_forecast(found, as_json, f"Would encode {images} with {clip.name} into {folder}.")
+            return
+        for split, (listed, own) in parts.items():
+            made = mt.cache_features(clip, listed, folder / split, views=own, **options)
             report[split] = {"images": len(made), "classes": len(made.classnames), "skipped": len(made.skipped)}
     finish(as_json, report, f"feature caches in {folder}", report)

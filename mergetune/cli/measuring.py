@@ -36,6 +36,7 @@ from mergetune.cli.options import (
     Json,
     MaxPixels,
     Position,
+    Precision,
     Pretrained,
     Space,
     Templates,
@@ -65,6 +66,7 @@ def evaluate(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     classes: Classes = "all",
     base_novel: Annotated[
         bool,
@@ -96,7 +98,13 @@ def evaluate(
         test = open_cache(features, "base" if base_novel else classes, split="test")
         opened = {name: read_solution(name, test, position) for name in solution}
         clip = clip_for(
-            backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[test], solutions=opened
+            backbone,
+            pretrained,
+            device=device,
+            precision=precision,
+            allow_torchscript=allow_torchscript,
+            caches=[test],
+            solutions=opened,
         )
         entries = {ZERO_SHOT: mt.classifier(clip, template)}
         entries |= {name: mt.classifier(clip, found) for name, found in opened.items()}
@@ -169,6 +177,7 @@ def path(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     classes: Classes = "all",
     template: Annotated[
         str, typer.Option(help="Zero-shot template; {} stands for the class name.")
@@ -206,8 +215,8 @@ def path(
         data = open_cache(features, classes, split="test")
         merged, start = read_solution(solution, data, position), read_solution(tuned, data, position)
         clip = clip_for(
-            backbone, pretrained, device=device, allow_torchscript=allow_torchscript, caches=[data],
-            solutions={tuned: start, solution: merged},
+            backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
+            caches=[data], solutions={tuned: start, solution: merged},
         )  # fmt: skip
         zero_shot = zero_shot_like(clip, merged, template)
         walks = mt.connectivity(clip, zero_shot, start, merged, data, points=points, space=space)

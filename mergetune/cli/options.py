@@ -45,6 +45,10 @@ Pretrained = Annotated[
     str | None,
     typer.Option("--pretrained", help="Weights: an open_clip tag or a local checkpoint.", callback=_check_names),
 ]
+Precision = Annotated[
+    str,
+    typer.Option("--precision", help="Precision in which the model computes: float32, bfloat16 or float16."),
+]
 Device = Annotated[str, typer.Option("--device", help="Device of the model, for example cpu, cuda or cuda:1.")]
 Cache = Annotated[Path, _CACHE]
 CacheIfNeeded = Annotated[Path | None, _CACHE]

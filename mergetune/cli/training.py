@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mergetune.cli.dry_runs import DryRun, dry_run_of_fit, dry_run_of_tune
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
@@ -66,6 +67,7 @@ def tune(
     ] = None,
     val: Val = None,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -87,6 +89,10 @@ def tune(
             caches=[cache for cache in (data, chosen_on) if cache is not None],
             solutions={} if below is None else {str(base): below},
         )  # fmt: skip
+        if dry_run:
+            stage_1 = {"base": below, **keywords(TuneOptions, options)}
+            dry_run_of_tune(clip, data, stage_1, f"Would tune on {features} into {folder}.", as_json)
+            return
         job = tune_job(clip, data, base=below, val=chosen_on, **keywords(TuneOptions, options))
         result, folder = _train(job, folder, overwrite)
     _finish(as_json, result, folder)
@@ -164,6 +170,7 @@ def fit(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="With images: leave out images that cannot be read.")
     ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -213,6 +220,13 @@ def fit(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,
         )  # fmt: skip
+        if dry_run:
+            dry_run_of_fit(
+                clip, learned, solutions, folder, as_json, shots=shots, test=None if images is None else data.test,
+                tune_options={"method": "coop" if method == "auto" else method, "template": template[0], "epochs": given["epochs"]} | stage_1,
+                fit_options=given | {"zero_shot": zero_shot}, workers=workers,
+            )  # fmt: skip
+            return
         if images is None:
             job = fit_job(clip, data, solutions, zero_shot=zero_shot, val=chosen_on, **given)
             result, folder = _train(job, folder, overwrite)

@@ -52,6 +52,9 @@ class FrozenClip:
         tokenizer: function of texts and ``context_length=L`` that returns token ids, LongTensor [n, L].
         name: name of the CLIP, saved with every solution.
         preprocess_cfg: open_clip's preprocessing settings (JSON-able); empty takes the settings of the model.
+        fingerprints: fingerprints of the weights before they were rounded to another precision, under "both", "image"
+            and "text"; empty takes those of the model. They let a CLIP in half precision use the caches and solutions
+            of the same CLIP in float32.
 
     Example:
         >>> import mergetune as mt, open_clip
@@ -66,6 +69,7 @@ class FrozenClip:
     tokenizer: Callable[..., Tensor]
     name: str
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _ = self._model  # raises TypeError for a model that is no CLIP
@@ -122,20 +126,44 @@ class FrozenClip:
         bias = getattr(self.model, "logit_bias", None)
         return 0.0 if bias is None else bias.detach().float().item()
 
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """Precision (dtype) of the pixels that the image tower takes."""
+        return self._first_weight.dtype
+
+    @property
+    def _first_weight(self) -> Tensor:
+        # The weight with the most dimensions is the convolution that takes the pixels. Other parameters may have
+        # another dtype: in open_clip's mixed precision, those before the convolution are float32.
+        return max(self._model.visual.parameters(), key=Tensor.dim)
+
+    def _fingerprint_of(self, part: str) -> str:
+        return self.fingerprints.get(part) or weights_fingerprint(self.model, part)
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights."""
-        return _fingerprint(self.model.state_dict())
+        """SHA-256 of all weights, before they were rounded to another precision."""
+        return self._fingerprint_of("both")
 
     @cached_property
     def image_fingerprint(self) -> str:
         """SHA-256 of the image tower's weights; identifies cached features."""
-        return _fingerprint(self._model.visual.state_dict())
+        return self._fingerprint_of("image")
 
     @cached_property
     def text_fingerprint(self) -> str:
         """SHA-256 of all weights outside the image tower; identifies the CLIP of a prompt."""
-        return _fingerprint({k: v for k, v in self.model.state_dict().items() if not k.startswith("visual.")})
+        return self._fingerprint_of("text")
+
+    def has_fingerprint(self, part: str, wanted: str) -> bool:
+        """Whether ``wanted`` identifies these weights, as loaded or as rounded (as version 0.1 recorded them).
+
+        Args:
+            part: "both", "image" or "text".
+            wanted: the recorded fingerprint.
+        """
+        known = {"both": self.fingerprint, "image": self.image_fingerprint, "text": self.text_fingerprint}[part]
+        return wanted == known or (part in self.fingerprints and wanted == weights_fingerprint(self.model, part))
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -201,9 +229,7 @@ class FrozenClip:
         return torch.cat(found) if found else torch.empty(0, self.embed_dim, device=self.device)
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        # The weight with the most dimensions is the convolution that takes the pixels. Other parameters may have
-        # another dtype: in open_clip's mixed precision, those before the convolution are float32.
-        weight = max(self._model.visual.parameters(), key=Tensor.dim)
+        weight = self._first_weight
         features = self._model.encode_image(pixels.to(device=weight.device, dtype=weight.dtype))
         return F.normalize(pooled(features).float(), dim=-1)
 
@@ -319,8 +345,16 @@ class FrozenClip:
         return torch.cat(features)[order.argsort()]
 
 
-def _fingerprint(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values."""
+def weights_fingerprint(model: nn.Module, part: str) -> str:
+    """SHA-256 of names, dtypes, shapes and values of weights.
+
+    Args:
+        model: the CLIP.
+        part: "both" for all weights, "image" for the image tower, "text" for all others.
+    """
+    tensors = checked_model(model).visual.state_dict() if part == "image" else model.state_dict()
+    if part == "text":
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

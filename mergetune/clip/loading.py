@@ -16,7 +16,7 @@ import torch
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
-from mergetune.clip.backbone import FrozenClip
+from mergetune.clip.backbone import FrozenClip, weights_fingerprint
 from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone, described_text_model
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import checked_model
@@ -46,7 +46,8 @@ def load_clip(
             "icon-clip". A checkpoint does not record its preprocessing. If all of open_clip's tags for the name share
             one that is not the default (SigLIP, MobileCLIP, CLIPA, PE), that one is used, with a warning.
         device: device of the model.
-        precision: dtype of the weights, "float32", "bfloat16" or "float16"; features are always float32.
+        precision: dtype in which both towers compute, "float32", "bfloat16" or "float16"; features are always float32.
+            The fingerprints are those of the weights before rounding, so caches and solutions fit in any precision.
         cache_dir: folder of open_clip's downloads.
         allow_torchscript: run a TorchScript archive if its tensors cannot be read otherwise. An archive is a program:
             allow this only if you trust its author.
@@ -112,9 +113,11 @@ def load_clip(
         tokenizer = _load_tokenizer(name, source, cache_dir)
     temperature = checked_model(model).logit_scale
     logit_scale = temperature.detach().clone()
+    rounded = precision != "float32"
+    known = {part: weights_fingerprint(model, part) for part in ("both", "image", "text")} if rounded else {}
     model.to(dtype=PRECISIONS[precision])
     temperature.data = logit_scale  # keep the exact temperature: rounding it would change every logit
-    return FrozenClip(model, tokenizer, name if weights is None else f"{name}/{weights}")
+    return FrozenClip(model, tokenizer, name if weights is None else f"{name}/{weights}", fingerprints=known)
 
 
 def check_device(device: str | torch.device) -> None:

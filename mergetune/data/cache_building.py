@@ -137,8 +137,11 @@ def cache_features(
         "labels": images.labels,
         "classnames": images.classnames,
     }
-    known = compact_json([fields[name] for name in (*KEY, "dim", "shard_size", "files")])
-    wanted = Plan.model_validate({**fields, "id": hashlib.sha256(known).hexdigest()})
+    known = [fields[name] for name in (*KEY, "dim", "shard_size", "files")]
+    if clip.image_dtype != torch.float32:  # recorded only then, so that other caches stay as version 0.1 writes them
+        fields["precision"] = str(clip.image_dtype).removeprefix("torch.")
+        known.append(fields["precision"])
+    wanted = Plan.model_validate({**fields, "id": hashlib.sha256(compact_json(known)).hexdigest()})
     with torchrun_team() as team, contextlib.ExitStack() as stack:
         job = team.lead(lambda: _begin(path, wanted, images, overwrite=overwrite, stack=stack))
         if job is not None:

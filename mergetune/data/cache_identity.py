@@ -87,7 +87,7 @@ def check_image_tower(clip: FrozenClip, features: Batches, *, name: str) -> None
     Raises:
         ValueError: the features come from other weights.
     """
-    if not features.fingerprint or features.fingerprint == clip.image_fingerprint:
+    if not features.fingerprint or clip.has_fingerprint("image", features.fingerprint):
         return
     path: Path | None = getattr(features, "path", None)
     maker = "" if path is None or not (path / MANIFEST).is_file() else read_manifest(path).clip
@@ -112,6 +112,12 @@ def refuse_stale(path: Path, recorded: Plan, wanted: Plan) -> None:
                 f"feature cache {path} is stale: {words} must be {before}, as when the cache was built, "
                 f"got {now}; {REBUILD}"
             )
+    before, now = (getattr(plan, "precision", "float32") for plan in (recorded, wanted))
+    if before != now:
+        raise ValueError(
+            f"feature cache {path} is stale: the precision of the image tower must be {before}, as when the cache was "
+            f"built, got {now}; {REBUILD}"
+        )
 
 
 def refuse_changed(

@@ -37,8 +37,7 @@ SETTINGS = {"template": TEMPLATE, "shots": SHOTS, "precision": PRECISION, "stage
 def load_icons(folder: Path) -> tuple[FrozenClip, Dataset]:
     """The embedded CLIP, and its images as ordinary files in ``folder``."""
     assets = files("mergetune") / "assets"
-    with as_file(assets / "icon-clip") as model:
-        clip = load_clip(f"local-dir:{model}")
+    clip = load_clip("icon-clip")
     images = folder / "images"
     with as_file(assets / "tilted-icons.zip") as archive, zipfile.ZipFile(archive) as content:
         if not images.is_dir() or sum(1 for _ in images.rglob("*.png")) != len(content.namelist()):

@@ -119,7 +119,7 @@ def recorded(options: Any, **resolved: Any) -> dict[str, Any]:
 
 
 _precision = partial(
-    _option, "str", "auto", "Precision of the text tower: float32, bfloat16 or auto (the faster one on this machine).",
+    _option, "str", "auto", "Precision in which the text tower computes: float32, bfloat16 or auto (the faster).",
     choices=("auto", "float32", "bfloat16"),
 )  # fmt: skip
 _backend = partial(

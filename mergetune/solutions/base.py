@@ -286,7 +286,7 @@ class Solution:
         self.check_width(clip)
         if self.fingerprint is None:
             return
-        if self.fingerprint != self._fingerprint_of(clip):
+        if not clip.has_fingerprint(self.tower, self.fingerprint):
             towers = "both towers" if self.tower == "both" else f"the {self.tower} tower"
             known = self.backbone or "its name is not recorded"
             same = f", other weights of {towers} under the same name" if clip.name == self.backbone else ""

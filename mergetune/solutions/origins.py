@@ -89,7 +89,7 @@ def check_origins(clip: FrozenClip, named_by: str, caches: Sequence[FeatureCache
     """
     listed = origins(caches, solutions)
     for origin, cache in zip(listed, caches, strict=False):
-        foreign = cache.fingerprint not in ("", clip.image_fingerprint)
+        foreign = cache.fingerprint and not clip.has_fingerprint("image", cache.fingerprint)
         if foreign or cache.dim != clip.embed_dim:
             raise _other_backbone(origin, clip, named_by)
     for origin, (_, solution) in zip(listed[len(caches) :], _named(solutions), strict=True):

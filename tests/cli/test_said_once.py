@@ -231,3 +231,73 @@ def test_seeds_are_given_alike(monkeypatch):
     for given in (["--seeds", "4", "5"], ["--seed", "4", "--seed", "5"], ["--seeds", "4", "--seeds", "5"]):
         assert invoke("demo", *given).exit_code == 3
     assert asked == [[4, 5]] * 3
+
+
+# -- dry runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_tells_images_size_and_time_and_writes_nothing(work, tmp_path):
+    images = mt.ImageFolder(work / "images")
+    few = images.base_novel()[0].few_shot(4, 1)
+    train = ["--cache", work / "cache" / "train", *SHORT]
+    commands = {
+        "cache": ["cache", work / "images", "--backbone", "icon-clip", "--views", 3],
+        "tune": ["tune", *train, "--epochs", 30],
+        "fit": ["fit", *train, "--tuned", work / "coop", "--batch-size", 3],
+        "images": ["fit", work / "images", "--backbone", "icon-clip", *SHORT, "--epochs", 7],
+    }
+    found = {}
+    for name, command in commands.items():
+        done = invoke(*command, "--out", tmp_path / "out", "--dry-run", "--json")
+        assert done.exit_code == 0, done.stderr
+        found[name] = json.loads(done.stdout)
+        assert found[name]["seconds"] > 0 and str(tmp_path / "out") in found[name]["plan"]
+    assert found["cache"]["images"] == {"train": len(images.train), "test": len(images.test)}
+    assert found["cache"]["gib"] * 2**30 == (3 * len(images.train) + len(images.test)) * 128 * 4
+    assert found["tune"]["steps"] == {"tune": 30} and found["fit"]["steps"] == {"fit": -(-len(few) // 3)}
+    assert found["images"]["images"] == {"training": len(few), "test": len(images.test)}
+    assert found["images"]["steps"] == {"tune": 7, "fit": 7} and found["images"]["classes"] == 2
+    shown = invoke(*commands["images"], "--out", tmp_path / "out", "--dry-run").stdout
+    assert "Stage 2: 2 classes, 7 steps" in shown and "Nothing was written." in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_size_in_a_dry_run_is_that_of_the_cache(work, tmp_path):
+    done = invoke("cache", work / "images", "--backbone", "icon-clip", "--dry-run", "--json", "--out", tmp_path / "out")
+    shards = [path for split in ("train", "test") for path in (work / "cache" / split).glob("*.safetensors")]
+    written = sum(path.stat().st_size for path in shards)
+    assert json.loads(done.stdout)["gib"] * 2**30 == pytest.approx(written, rel=0.02)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_precision_says_how_the_model_computes_and_nothing_about_which_it_is(work, tmp_path, precision):
+    """A model in half precision takes the caches and solutions of the same model in float32."""
+    coarse, exact = mt.load_clip("icon-clip", precision=precision), mt.load_clip("icon-clip")
+    for part in ("fingerprint", "image_fingerprint", "text_fingerprint"):
+        assert getattr(coarse, part) == getattr(exact, part)
+    cached = invoke(
+        "cache", work / "images", "--out", tmp_path / "half", "--backbone", "icon-clip", "--precision", precision
+    )
+    assert cached.exit_code == 0, cached.stderr
+    there, here = (mt.FeatureCache.open(folder / "test").tensor() for folder in (tmp_path / "half", work / "cache"))
+    assert not torch.equal(there, here)
+    torch.testing.assert_close(there, here, atol=3e-2, rtol=0)
+    measured = ["eval", "--cache", tmp_path / "half", "--solution", work / "merged", "--precision", precision]
+    done = invoke(*measured, "--json")
+    assert done.exit_code == 0, done.stderr
+    message = refusal("cache", work / "images", "--out", tmp_path / "half", "--backbone", "icon-clip")
+    assert f"the precision of the image tower must be {precision}, as when the cache was built, got float32" in message
+
+
+def test_records_of_rounded_weights_still_match(work, tmp_path):
+    """Version 0.1 recorded the fingerprint of the rounded weights."""
+    coarse = mt.load_clip("icon-clip", precision="bfloat16")
+    rounded = mt.FrozenClip(coarse.model, coarse.tokenizer, coarse.name)
+    assert rounded.fingerprint != coarse.fingerprint
+    old = mt.FeatureCache.from_tensors(torch.eye(128)[:2], [0, 1], CLASSES[:2], fingerprint=rounded.image_fingerprint)
+    assert mt.evaluate(coarse, "an icon of a {}", old).images == 2
+    with pytest.raises(ValueError, match="image tower"):
+        mt.evaluate(mt.load_clip("icon-clip"), "an icon of a {}", old)
