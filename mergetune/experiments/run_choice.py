@@ -30,8 +30,8 @@ def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, ov
         out: folder that the user gave; created if missing.
         heads: record file below the folder -> what it holds before any work, see
             :func:`mergetune.experiments.engine.begun`.
-        overwrite: replace these cells in ``out``: their records, solutions and class weights are deleted. Caches, other
-            cells, other runs and files that mergetune did not write stay.
+        overwrite: replace the results in ``out`` that share a table with these cells: their records, solutions and
+            class weights are deleted. Caches, other runs and files that mergetune did not write stay.
 
     Raises:
         ValueError: a record in ``out`` is damaged, or ``out`` is a file.
@@ -57,10 +57,9 @@ def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, ov
             begun(folder / file, head)
 
     def replace(folder: Path) -> None:
-        for file in heads:
-            if (folder / file).exists():
-                for inner in walk_folders((folder / file).parent):
-                    remove_files(inner, _CELL_FILES)
+        for found in dict.fromkeys(found for file in heads for found in _alike(folder, file)):
+            for inner in list(walk_folders(found.parent)):
+                remove_files(inner, _CELL_FILES)
 
     return choose_folder(out, other, begin, replace=replace if overwrite else None)
 

@@ -104,7 +104,7 @@ def differences(
     named = [name for name in differ if not set(_FOLLOWS.get(name, ())).intersection(differ)]
     named = [name for name in named if name != "start"] or differ
     rank = {name: i for i, name in enumerate(_TELLING)}
-    named.sort(key=lambda name: rank.get(name.removeprefix("tune ").removeprefix("fit "), len(rank)))
+    named.sort(key=lambda name: rank.get(re.sub("^(tune|fit|grid) ", "", name), len(rank)))
     return [
         _difference(name, there.get(name), here.get(name), there_in_words.get(name), here_in_words.get(name))
         for name in named
@@ -112,12 +112,16 @@ def differences(
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with one level: options of a stage, as {"fit": {"lam": 4}}, become "fit lam"; features of two or three
-    splits are named by their splits."""
+    """Settings with one level: the options of a stage, as {"fit": {"lam": 4}}, become "fit lam", and so do grids.
+
+    Features of several splits are named by their splits.
+    """
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name in ("tune", "fit") and isinstance(value, Mapping):
             found |= {f"{name} {inner}": v for inner, v in value.items()}
+        elif name == "grids" and isinstance(value, list) and len(value) == 2 and isinstance(value[0], Mapping):
+            found |= {f"grid {inner}": v for inner, v in value[0].items()} | {"merge grids": value[1]}
         elif name == "features" and isinstance(value, list | tuple) and len(value) in (2, 3):
             found |= dict(zip(("features", *(("val",) if len(value) == 3 else ()), "test"), value, strict=True))
         else:
