@@ -1,11 +1,11 @@
 """Several runs with one --out: where each run goes, what is kept, and how the runs are listed."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
+import socket
 import zipfile
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -145,38 +145,47 @@ def test_what_a_killed_process_leaves_blocks_nobody(work, model, tmp_path):
     assert run(*fit(work, model, tmp_path, "--lam", 4))["out"] == found["out"]
 
 
-CHOOSE = """
-import sys
-from mergetune.training import run_folder
-print(run_folder(sys.argv[1], {"lam": float(sys.argv[2]), "tau": 0.3}))
-"""
+def at_once(work, arguments: list[tuple]) -> list:
+    """Results of calls in forked processes that start together."""
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in arguments]
+    ready = context.Barrier(len(arguments))
 
+    def child(send, given):
+        ready.wait()
+        send.send(work(*given))
 
-def test_processes_that_start_at_once_share_a_folder_only_with_equal_settings(tmp_path):
-    values = [1.0, 2.0, 3.0, 1.0]
-    started = [
-        subprocess.Popen([sys.executable, "-c", CHOOSE, tmp_path / "out", str(lam)], stdout=subprocess.PIPE, text=True)
-        for lam in values
+    children = [
+        context.Process(target=child, args=(send, given)) for (_, send), given in zip(pipes, arguments, strict=True)
     ]
-    found = [process.communicate(timeout=120)[0].strip() for process in started]
-    assert found[0] == found[3] and len(set(found)) == 3
+    for process in children:
+        process.start()
+    found = [receive.recv() if receive.poll(120) else None for receive, _ in pipes]
+    for process in children:
+        process.join()
+    return found
+
+
+def test_processes_that_start_at_once_share_a_folder_only_with_equal_settings(tmp_path, one_thread):
+    values = [1.0, 2.0, 3.0, 4.0, 1.0, 2.0]
+    found = at_once(lambda lam: run_folder(tmp_path / "out", {"lam": lam, "tau": 0.3}), [(lam,) for lam in values])
+    assert len(set(found)) == 4 and found[4:] == found[:2] and tmp_path / "out" in found
     for lam, folder in zip(values, found, strict=True):
-        assert json.loads((Path(folder) / "call.json").read_text())["settings"]["lam"] == lam
+        assert json.loads((folder / "call.json").read_text())["settings"]["lam"] == lam
 
 
-def test_under_torchrun_the_first_rank_decides(tmp_path):
-    script = tmp_path / "choose.py"
-    script.write_text(CHOOSE.replace("print(", "print(flush=True, end='', *[").replace("}))", "}), '\\n'])"))
-    (tmp_path / "out").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    environment = os.environ | {"RDZV_BACKEND": "c10d"}
-    for lam, name in ((1, ""), (2, "run-2-lam-2")):
-        done = subprocess.run(
-            [*command, "--standalone", script, tmp_path / "out", str(lam)],
-            capture_output=True, text=True, timeout=240, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert sorted(done.stdout.split()) == [str(tmp_path / "out" / name).rstrip("/")] * 2
+def test_under_torchrun_the_first_rank_decides(tmp_path, one_thread):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank(number: int) -> list[Path]:
+        os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # Rank 1 asks for what it would never get alone: the answer of rank 0 counts.
+        return [run_folder(tmp_path / "out", {"lam": lam + 10 * number}) for lam in (1, 2)]
+
+    found = at_once(rank, [(0,), (1,)])
+    assert found == [[tmp_path / "out", tmp_path / "out" / "run-2-lam-2"]] * 2
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [".runs.lock", "call.json", "run-2-lam-2"]
 
 
