@@ -154,7 +154,8 @@ def fit(
     also sets the epochs of stage 1.
     """
     import mergetune as mt
-    from mergetune.training import fit_job
+    from mergetune.experiments import dataset_cache, dataset_call
+    from mergetune.training import fit_job, forgotten_if_refused, run_folder
 
     with errors():
         given, seed = keywords(FitOptions, options), options["seed"]
@@ -187,14 +188,18 @@ def fit(
             say = partial(_finish, as_json, result, folder)
         else:
             del given["seed"]
-            found = mt.fit_dataset(
-                clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
+            asked: dict[str, Any] = dict(
+                tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
-                cache_options={"workers": workers, "max_pixels": max_pixels}, overwrite=overwrite,
-                report=announce(as_json),
             )  # fmt: skip
-            say = partial(_finish_images, as_json, found)
+            run = run_folder(folder, **dataset_call(clip, data, **asked), overwrite=overwrite)
+            with forgotten_if_refused(run):
+                found = mt.fit_dataset(
+                    clip, data, run, cache=dataset_cache(folder, run), **asked, report=announce(as_json),
+                    cache_options={"workers": workers, "max_pixels": max_pixels, "overwrite": overwrite},
+                )  # fmt: skip
+            say = partial(_finish_images, as_json, found, run)
     say()
 
 
@@ -215,13 +220,13 @@ def _finish(as_json: bool, result: Any, folder: Path) -> None:
     finish(as_json, record, f"solution: {run_title(folder)}", {"train": result.history[-1]})
 
 
-def _finish_images(as_json: bool, found: Any) -> None:
+def _finish_images(as_json: bool, found: Any, folder: Path) -> None:
     if not first_rank():
         return
     if as_json:
         print_json(found.to_json())
     else:
-        _print_reports(found.reports, found.folder)
+        _print_reports(found.reports, folder)
 
 
 def _print_reports(reports: dict[str, Any], folder: Path) -> None:

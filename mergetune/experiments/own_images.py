@@ -11,11 +11,9 @@ from mergetune.clip import PLAIN, FrozenClip
 from mergetune.data import Dataset, cache_features
 from mergetune.evaluation import Report, connectivity, plot
 from mergetune.experiments.engine import Together, counted, reports, tested, usual
-from mergetune.experiments.run_choice import dataset_call
 from mergetune.io import write_json
 from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult, fit, tune
-from mergetune.training.run_folders import run_folder
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,6 @@ class FolderResult:
     result: FitResult
     reports: dict[str, dict[str, Report]]
     figure: Path
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the run: ``out``, or a numbered folder in it."""
-        return self.figure.parent
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,17 +50,14 @@ def fit_dataset(
     shots: int | None = 16,
     template: str | Sequence[str] = PLAIN,
     seed: int = 1,
+    cache: str | Path | None = None,
     tune_options: dict[str, Any] | None = None,
     fit_options: dict[str, Any] | None = None,
     cache_options: dict[str, Any] | None = None,
-    overwrite: bool = False,
     progress: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> FolderResult:
     """From images to a saved solution, ``report.json`` and ``paths.png``. Killed, the same call goes on.
-
-    A call with other settings works in a folder ``run-2-...`` of ``out``, named by what differs; see ``folder`` of the
-    result. All runs share the caches in ``out``.
 
     Args:
         clip: the frozen CLIP.
@@ -79,8 +69,8 @@ def fit_dataset(
         shots: training images a class; None is all.
         template: zero-shot text, or several.
         seed: of the draw and the training.
+        cache: folder for the feature caches. None is ``out/cache``.
         tune_options, fit_options, cache_options: more keyword arguments of tune, fit and cache_features.
-        overwrite: replace the run in ``out`` itself; its caches and the other runs stay.
         progress: show bars where stderr is a terminal.
         report: told in a line what is about to be done.
     """
@@ -90,7 +80,7 @@ def fit_dataset(
         solution.check(clip)
     if not tuned and method != "head":
         _ = clip.text  # likewise a CLIP that takes no prompts
-    home = Path(out)
+    out = Path(out)
     parts: dict[str, Dataset] = {"all": data}
     if classes == "base":
         base, novel = data.base_novel()
@@ -101,13 +91,8 @@ def fit_dataset(
     name = f"train-{classes}-{'all' if shots is None else shots}-seed-{seed}"
     report(f"encoding {len(training)} training and {len(data.test)} test images once")
     options = {**(cache_options or {}), "progress": progress}
-    features = cache_features(clip, training, home / "cache" / name, **options)
-    test = cache_features(clip, data.test, home / "cache" / "test", **options)
-    call = dataset_call(
-        clip, data, tuned, method=method, tune_options=tune_options, fit_options=fit_options, classes=classes,
-        shots=shots, template=template, seed=seed,
-    )  # fmt: skip
-    out = run_folder(home, **call, overwrite=overwrite)
+    features = cache_features(clip, training, Path(cache or out / "cache") / name, **options)
+    test = cache_features(clip, data.test, Path(cache or out / "cache") / "test", **options)
     common = {"zero_shot": template, "seed": seed, "progress": progress}
     solutions = list(tuned)
     if not solutions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,19 @@ from mergetune.experiments.records import model_of, other_settings
 from mergetune.facts import FitOptions, TuneOptions, recorded
 from mergetune.io import jsonable
 from mergetune.solutions import Solution
-from mergetune.training.run_folders import FILES, choose_folder, remove_files, walk_folders
+from mergetune.training.run_folders import (
+    FILES,
+    choose_folder,
+    numbered_runs,
+    read_call,
+    recorded_settings,
+    remove_files,
+    walk_folders,
+)
 from mergetune.training.run_settings import Difference, solution_in_words
 from mergetune.training.runs import short_digest
 
+_CACHED = ("clip", "fingerprint", "images")  # what a cache depends on
 _CELL_FILES = ("cell.json", "run.json", "class-weights.safetensors", *FILES)
 
 
@@ -84,27 +94,44 @@ def dataset_call(
     """The settings and descriptions of a call of :func:`fit_dataset`, as arguments of ``run_folder``.
 
     Args:
-        clip, data, tuned, method, tune_options, fit_options: see :func:`fit_dataset`.
+        clip, data, tuned, method, tune_options, fit_options: see :func:`fit_dataset`. ``lam`` and ``tau`` that are not
+            given count as "chosen".
         settings: its other settings that the result depends on.
     """
-    options = recorded(FitOptions(**(fit_options or {})))
+    given = dict(fit_options or {})
+    options = recorded(FitOptions(**given)) | {name: "chosen" for name in ("lam", "tau") if name not in given}
     stage_1 = {} if tuned else recorded(TuneOptions(**{"method": method, **(tune_options or {})}))
-    names = [file for split in (data.train, data.test) for file in split.files]
-    labels = [label for split in (data.train, data.test) for label in split.labels]
+    splits = [images for images in (data.full_train, data.full_val, data.full_test) if images is not None]
     asked = {
         **{name: value for name, value in options.items() if name not in ("zero_shot", "seed")},
         **{f"tune {name}": value for name, value in stage_1.items() if name not in ("method", "zero_shot", "seed")},
         **settings,
-        "method": None if tuned else method,
+        "method": method,
         "tuned": [short_digest(*solution.whole_identity) for solution in tuned] or None,
         "clip": clip.name,
         "fingerprint": clip.fingerprint,
         "classnames": list(data.classnames),
-        "images": short_digest(repr((names, labels))),
+        "images": short_digest(repr([(images.files, images.labels) for images in splits])),
     }
     in_words = {
         "tuned": [solution_in_words(solution) for solution in tuned],
         "fingerprint": clip.name,
-        "images": f"{len(names):,} of {len(data.classnames):,} classes",
+        "images": f"{sum(map(len, splits)):,} of {len(data.classnames):,} classes",
     }
-    return {"asked": asked, "in_words": in_words, "parts": ("tuned",)}
+    return {"asked": asked, "in_words": in_words, "parts": ("tuned", "measure")}
+
+
+def dataset_cache(out: str | Path, run: Path) -> Path:
+    """The folder of the feature caches of a run of :func:`fit_dataset` in ``out``.
+
+    Runs with the same images and CLIP share the caches of the first of them.
+    """
+    own = read_call(run)
+    for folder in (Path(out), *(folder for _, folder in numbered_runs(Path(out)))):
+        with contextlib.suppress(ValueError):  # a damaged record is that of no run to share with
+            call = read_call(folder)
+            there = (recorded_settings(folder) or ({}, {}))[0] if call is None else call.settings
+            names = [name for name in _CACHED if name in there or call is not None]
+            if own is None or all(there.get(name) == own.settings.get(name) for name in names):
+                return folder / "cache"
+    return run / "cache"

@@ -144,6 +144,26 @@ def numbered_runs(out: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), folder) for match, folder in found if folder.is_dir() and not folder.is_symlink())
 
 
+@contextlib.contextmanager
+def forgotten_if_refused(folder: Path) -> Iterator[None]:
+    """Context manager for work that checks its input late: a run that is refused before it trains leaves no record.
+
+    So the corrected command works in the same folder, instead of beside a run that never was.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError):
+        call = read_call(folder) if os.environ.get("RANK", "0") == "0" else None
+        parts = ("", *(() if call is None else call.parts))
+        trained = any((folder / part / name).exists() for part in parts for name in (STATE, RESULT, SOLUTION[0]))
+        if call is not None and not trained:
+            (folder / CALL).unlink()
+            with contextlib.suppress(OSError):  # a folder with other files stays
+                if _NUMBERED.fullmatch(folder.name):
+                    folder.rmdir()
+        raise
+
+
 def run_title(folder: Path) -> str:
     """Number and settings of a run, for people: "run 2 (lam 4) in out/run-2-lam-4"."""
     match = _NUMBERED.fullmatch(folder.name)
@@ -199,8 +219,10 @@ def _remove_run(out: Path) -> None:
     busy = f"another process trains in {out}: wait for it before the run there is replaced"
     with locked(out / LOCK, busy=busy):
         (out / CALL).unlink(missing_ok=True)
-        for folder in (out, *(out / part for part in parts)):
-            remove_files(folder, FILES)
+        remove_files(out, FILES)
+        for part in parts:
+            for folder in list(walk_folders(out / part)) if (out / part).is_dir() else ():
+                remove_files(folder, FILES)
 
 
 def remove_files(folder: Path, names: Sequence[str]) -> None:

@@ -131,8 +131,10 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _equal(name: str, there: Mapping[str, Any], here: Mapping[str, Any], shared_only: bool) -> bool:
     a, b = there.get(name), here.get(name)
-    if shared_only and (name not in there or name not in here or is_digest(a) != is_digest(b) or "auto" in (a, b)):
+    if shared_only and (name not in there or name not in here or is_digest(a) != is_digest(b)):
         return True
+    if shared_only and {"auto", "chosen"}.intersection(value for value in (a, b) if isinstance(value, str)):
+        return True  # the record has what was taken
     return a == b or (shared_only and (a == [b] or b == [a]))
 
 

@@ -203,6 +203,19 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     rows = run("runs", tmp_path)
     assert [row["name"] for row in rows] == [".", "run-2-lam-4"]
     assert [row["settings"]["lam"] for row in rows] == ["8", "4"] and {"all"} <= rows[0]["results"].keys()
+    names = sorted(name for name in os.listdir(tmp_path / "cache"))
+    refused = invoke(*arguments, "--lam", -1)
+    assert refused.exit_code == 2 and "lam must be" in refused.stderr
+    (work / "images" / "train" / "anchor" / "copy.png").write_bytes(
+        next((work / "images" / "train" / "anchor").iterdir()).read_bytes()
+    )
+    try:
+        more = invoke(*arguments)
+    finally:
+        (work / "images" / "train" / "anchor" / "copy.png").unlink()
+    assert more.exit_code == 0 and "run 3 (other images)" in more.stdout, more.stderr
+    assert sorted(os.listdir(tmp_path / "cache")) == names and (tmp_path / "run-3-other-images" / "cache").is_dir()
+    shutil.rmtree(tmp_path / "run-3-other-images")
     run(*arguments, "--tau", 0.5, "--overwrite")
     assert [row["settings"] for row in run("runs", tmp_path)] == [
         {"lam": "8", "tau": "0.5"},
