@@ -111,7 +111,8 @@ CANDIDATE = {
 SETTINGS = {"clip": "0123456789abcdef", "shots": 4, "tune": {"epochs": 1}}
 RECORDS = {
     "cell": {
-        "cell": {"task": "pets", "partition": 0, "seed": 1}, "settings": SETTINGS, "candidates": [CANDIDATE] * 2,
+        "cell": {"task": "pets", "partition": 0, "seed": 1}, "settings": SETTINGS,
+        "candidates": [CANDIDATE, {**CANDIDATE}],
         "left_out": {"opcm": "needs three"}, "chosen": {"TIES": 1}, **COUNTS, "milliseconds": {"CoOp": 1.5},
         "paths": {},
     },
@@ -363,9 +364,9 @@ def test_a_document_of_a_later_version_asks_for_an_update(cases, tmp_path, name,
         ("cell", ("right", "MERGETUNE", "seen", 1), 6, "right.MERGETUNE.seen[1] must be at most 5, the images, got 6"),
         ("cell", ("right", "MERGETUNE", "other"), [1], "right.MERGETUNE.other must be a part of images"),
         ("cell", ("chosen", "TIES"), 2, "chosen.TIES must be below 2, the candidates, got 2"),
-        ("cell", ("candidates", 1, "score"), 101, "candidates[1].score must be at most 100.0, got 101"),
+        ("cell", ("candidates", 1, "score"), 101, "candidates[1].score must be at most 100, got 101"),
         ("run", ("results", "base", "MERGETUNE", "accuracy"), "50", "accuracy must be a number, got '50'"),
-        ("run", ("mixes", "base", "weight ensemble", 0), -1, "must be at least 0.0, got -1"),
+        ("run", ("mixes", "base", "weight ensemble", 0), -1, "must be at least 0, got -1"),
         ("run", ("run", "shots"), 0, "run.shots must be at least 1, got 0"),
     ],
 )  # fmt: skip

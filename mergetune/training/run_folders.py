@@ -81,7 +81,7 @@ def run_folder(
         return _differences(folder, asked, in_words)
 
     def begin(folder: Path) -> None:
-        if not (folder / CALL).exists() and recorded_settings(folder) is None:
+        if not (folder / CALL).exists() and not _has_state(folder):
             write_json(folder / CALL, call | {"started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"})
 
     return choose_folder(out, other, begin, replace=_remove_run if overwrite else None)
@@ -154,14 +154,22 @@ def forgotten_if_refused(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, FileNotFoundError):
         call = read_call(folder) if os.environ.get("RANK", "0") == "0" else None
-        parts = ("", *(() if call is None else call.parts))
-        trained = any((folder / part / name).exists() for part in parts for name in (STATE, RESULT, SOLUTION[0]))
-        if call is not None and not trained:
+        if call is not None and not _has_state(folder):
             (folder / CALL).unlink()
-            with contextlib.suppress(OSError):  # a folder with other files stays
-                if _NUMBERED.fullmatch(folder.name):
-                    folder.rmdir()
+            if _NUMBERED.fullmatch(folder.name):  # in OUT itself the corrected command goes on from earlier stages
+                places = [
+                    inner for part in call.parts if (folder / part).is_dir() for inner in walk_folders(folder / part)
+                ]
+                for place in (*reversed(places), folder):
+                    remove_files(place, (*FILES, LOCK))
+                    with contextlib.suppress(OSError):  # a folder with other files stays
+                        place.rmdir()
         raise
+
+
+def _has_state(folder: Path) -> bool:
+    """Whether a run has trained in the folder itself."""
+    return (folder / STATE).exists() or (folder / RESULT).exists()
 
 
 def run_title(folder: Path) -> str:
@@ -204,7 +212,9 @@ def _differences(folder: Path, asked: Mapping[str, Any], in_words: Mapping[str, 
     if found is None:
         return None
     settings, words = found
-    return differences(settings, asked, there_in_words=words, here_in_words=in_words, shared_only=True)
+    # A training run is compared whole. A call of several stages is compared with what its last stages recorded.
+    stages = "stage" not in asked
+    return differences(settings, asked, there_in_words=words, here_in_words=in_words, shared_only=stages)
 
 
 def _remove_run(out: Path) -> None:

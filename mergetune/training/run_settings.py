@@ -95,8 +95,8 @@ def differences(
     Args:
         there, here: recorded and present settings, JSON-able. A setting that is missing counts as None.
         there_in_words, here_in_words: descriptions of settings whose values are checksums.
-        shared_only: compare only settings that both have, and values of the same form: the record is of another
-            version, or was made by another function.
+        shared_only: compare only settings that both have, and values of the same form: the record is of single stages,
+            which do not know the whole call.
     """
     there, here = flat(jsonable(there)), flat(jsonable(here))
     there_in_words, here_in_words = flat(there_in_words), flat(here_in_words)
@@ -131,11 +131,12 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _equal(name: str, there: Mapping[str, Any], here: Mapping[str, Any], shared_only: bool) -> bool:
     a, b = there.get(name), here.get(name)
-    if shared_only and (name not in there or name not in here or is_digest(a) != is_digest(b)):
+    if not shared_only:
+        return a == b
+    if name not in there or name not in here or is_digest(a) != is_digest(b):
         return True
-    if shared_only and {"auto", "chosen"}.intersection(value for value in (a, b) if isinstance(value, str)):
-        return True  # the record has what was taken
-    return a == b or (shared_only and (a == [b] or b == [a]))
+    defaults = (None, "auto", "chosen")  # the record has the value that was taken
+    return any(value == default for value in (a, b) for default in defaults) or a == b or a == [b] or b == [a]
 
 
 def _difference(name: str, there: Any, here: Any, there_said: Any, here_said: Any) -> Difference:

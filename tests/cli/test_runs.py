@@ -104,8 +104,10 @@ def test_the_folder_of_a_run_of_version_0_1_is_run_1(work, model, tmp_path, monk
         before.items() <= content(tmp_path / "tune").items()
         or before["state.safetensors"] == content(tmp_path / "tune")["state.safetensors"]
     )
+    val = run(*arguments, "--out", "tune", "--val", "cache/test")
+    assert val["out"] == "tune/run-2-other-val"
     other = run(*arguments[:-2], "--out", "tune", "--weight-decay", 0.1)
-    assert other["out"].startswith("tune/run-2-") and "weight-decay-0.1" in other["out"]
+    assert other["out"].startswith("tune/run-3-") and "weight-decay-0.1" in other["out"]
 
 
 def test_overwrite_replaces_the_run_in_out_and_deletes_nothing_else(work, model, tmp_path):
@@ -206,6 +208,7 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     names = sorted(name for name in os.listdir(tmp_path / "cache"))
     refused = invoke(*arguments, "--lam", -1)
     assert refused.exit_code == 2 and "lam must be" in refused.stderr
+    assert [folder.name for folder in tmp_path.glob("run-*")] == ["run-2-lam-4"]  # a refused call leaves no run
     (work / "images" / "train" / "anchor" / "copy.png").write_bytes(
         next((work / "images" / "train" / "anchor").iterdir()).read_bytes()
     )
@@ -221,6 +224,12 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
         {"lam": "8", "tau": "0.5"},
         {"lam": "4", "tau": "0.3"},
     ]
+
+
+def test_a_first_call_that_is_refused_leaves_the_folder_to_the_corrected_one(work, model, tmp_path):
+    arguments = ["fit", work / "images", "--backbone", model, "--shots", 4, "--epochs", 1, "--out", tmp_path]
+    assert invoke(*arguments, "--lam", -1).exit_code == 2
+    assert f"run 1 in {tmp_path}" in invoke(*arguments, "--lam", 1).stdout
 
 
 def small_task(seed: int = 1) -> Task:
