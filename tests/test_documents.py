@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,12 @@ from mergetune import (
     to_coop,
     zero_shot_classifier,
 )
+from mergetune.experiments.engine import begun, kept
+from mergetune.experiments.records import CellRecord, RunRecordFile
 from mergetune.ops import Trial, Verdict, VerdictFile, verdicts
 from mergetune.solutions import Templates
+from mergetune.training import run_folder
+from mergetune.training.run_folders import read_call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,6 +102,34 @@ SOLUTIONS = {
 }
 
 
+COUNTS = {
+    "classes": {"base": [0, 1], "novel": [2]},
+    "images": {"base": [5, 5], "novel": [6]},
+    "right": {"MERGETUNE": {"base": [5, 0], "novel": [3], "seen": [1, 0], "unseen": [2]}},
+}
+CANDIDATE = {
+    "row": "TIES", "options": {"density": 0.2}, "experts": 2, "data": "none", "parameters": 64, "seconds": 0.5,
+    "score": 50,
+}  # fmt: skip
+SETTINGS = {"clip": "0123456789abcdef", "shots": 4, "tune": {"epochs": 1}}
+RECORDS = {
+    "cell": {
+        "cell": {"task": "pets", "partition": 0, "seed": 1}, "settings": SETTINGS,
+        "candidates": [CANDIDATE, {**CANDIDATE}],
+        "left_out": {"opcm": "needs three"}, "chosen": {"TIES": 1}, **COUNTS, "milliseconds": {"CoOp": 1.5},
+        "paths": {},
+    },
+    "run": {
+        "run": {
+            "protocol": "base-to-novel", "source": "dtd", "method": "coop", "shots": 16, "seed": 1,
+            "targets": ["base", "novel"],
+        },
+        "settings": SETTINGS, **COUNTS, "seconds": 3.5, "mixes": {"base": {"weight ensemble": [50.0, 60]}},
+        "results": {"base": {"MERGETUNE": {"accuracy": 50.0, "images": 10, "standard_error": 0.1}}},
+    },
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> dict[str, Case]:
     root = tmp_path_factory.mktemp("documents")
@@ -145,7 +178,7 @@ def cases(tmp_path_factory) -> dict[str, Case]:
         return fit(tiny_clip(), cache(), prompt(), resume=folder, **QUICK)
 
     resumed(root / "run").save(root / "run")
-    found["state"] = StateCase(root / "run", "state.safetensors", resumed, ("settings",))
+    found["state"] = StateCase(root / "run", "state.safetensors", resumed, ("settings", "in_words"), ("in_words",))
     found["result"] = Case(root / "run", "result.json", FitResult.load, ("settings",), ("versions",))
 
     facts = verdicts.device_facts(torch.device("cpu"))
@@ -160,12 +193,39 @@ def cases(tmp_path_factory) -> dict[str, Case]:
             patch.setenv("MERGETUNE_HOME", str(folder.parent))
             return verdicts.read_verdicts(facts)
 
+    maps = ("settings", "in_words", "left_out", "chosen", "classes", "images", "right", "milliseconds", "paths")
+    maps = (*maps, "options", "results", "mixes", "seconds")
+    for name, document in RECORDS.items():
+        place = root / f"{name} record"
+        place.mkdir()
+        (place / f"{name}.json").write_text(json.dumps(document))
+        model = CellRecord if name == "cell" else RunRecordFile
+        load = partial(lambda folder, file, model: kept(folder / file, model), file=f"{name}.json", model=model)
+        optional = ("candidates", "standard_error", *maps[1:])
+        found[f"{name} record"] = Case(place, f"{name}.json", load, maps, optional, ("partition", "shots"))
+    asked = {"lam": 8.0, "features": "0123456789abcdef"}
+    run_folder(root / "call", asked, in_words={"features": "30 of 3 classes"}, parts=("tuned",))
+    found["call"] = Case(root / "call", "call.json", read_call, ("settings", "in_words"), ("in_words", "parts"))
+
     optional = ("format", "detail", "error", "allowed", "seconds")
     found["verdict"] = Case(path.parent, path.name, read_verdict, ("facts",), optional, ("error", "allowed", "seconds"))
     return found
 
 
-DOCUMENTS = [*SOLUTIONS, "classifier", "coop", "manifest", "plan", "shard record", "state", "result", "verdict"]
+DOCUMENTS = [
+    *SOLUTIONS,
+    "classifier",
+    "coop",
+    "manifest",
+    "plan",
+    "shard record",
+    "state",
+    "result",
+    "cell record",
+    "run record",
+    "call",
+    "verdict",
+]
 
 
 @pytest.fixture(params=DOCUMENTS)
@@ -314,3 +374,30 @@ def test_a_document_of_a_later_version_asks_for_an_update(cases, tmp_path, name,
     case.write(folder, json.dumps(document).encode())
     with pytest.raises(ValueError, match=rf"must have {field} .*, got '?{later}'?; update mergetune$"):
         case.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("cell", ("right", "MERGETUNE", "base"), [1], "right.MERGETUNE.base must be a list of 2, one entry per class"),
+        ("cell", ("right", "MERGETUNE", "seen", 1), 6, "right.MERGETUNE.seen[1] must be at most 5, the images, got 6"),
+        ("cell", ("right", "MERGETUNE", "other"), [1], "right.MERGETUNE.other must be a part of images"),
+        ("cell", ("chosen", "TIES"), 2, "chosen.TIES must be below 2, the candidates, got 2"),
+        ("cell", ("candidates", 1, "score"), 101, "candidates[1].score must be at most 100, got 101"),
+        ("run", ("results", "base", "MERGETUNE", "accuracy"), "50", "accuracy must be a number, got '50'"),
+        ("run", ("mixes", "base", "weight ensemble", 0), -1, "must be at least 0, got -1"),
+        ("run", ("run", "shots"), 0, "run.shots must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_a_record_whose_numbers_do_not_fit_is_refused(cases, tmp_path, name, place, value, message):
+    document = changed(RECORDS[name], place, lambda inner, key: inner.__setitem__(key, value))
+    (tmp_path / f"{name}.json").write_bytes(document)
+    with pytest.raises(ValueError) as caught:
+        begun(tmp_path / f"{name}.json", RECORDS[name])
+    assert message in str(caught.value) and str(caught.value).endswith("; delete it to run it again")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_comes_back_as_it_was_written(tmp_path, name):
+    (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[name]))
+    assert begun(tmp_path / f"{name}.json", RECORDS[name]) == RECORDS[name]

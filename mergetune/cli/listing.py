@@ -16,14 +16,14 @@ def runs(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a command's --out, or of several.")],
     sort: Annotated[
         str | None,
-        typer.Option("--sort", help="Column to sort by: a setting, a result (largest first), when or seconds."),
+        typer.Option("--sort", help="Column to sort by: a setting, a result (best first), when or seconds."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List the runs in a folder: how far they are, the settings that differ, results, time.
 
     A run with the settings of an earlier one continues it; other settings with the same --out make a folder such as
-    OUT/run-2-lam-4. Accuracies are those of MERGETUNE on test images, in percent; val is the best accuracy on
+    OUT/run-2-lam-4. Accuracies are those of MERGETUNE on test images, in percent; val_accuracy is the best one on
     validation images.
     """
     from mergetune.experiments import list_runs
@@ -39,6 +39,8 @@ def runs(
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     results = list(dict.fromkeys(name for row in rows for name in row.results))
     table = new_table("run", "state", *settings, *results, "seconds", "when")
+    table.columns[0].no_wrap = True
+    table.columns[1].justify = "left"
     for row in rows:
         numbers = [f"{row.results[name]:.2f}" if name in row.results else "" for name in results]
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"

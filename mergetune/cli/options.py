@@ -106,7 +106,10 @@ Tuning = Annotated[
 Fitting = Annotated[list[str], typer.Option("--fit", help="Option of mergetune.fit as name=value; repeat for several.")]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace the run in OUT itself. Caches, OUT/run-2-... and other files stay."),
+    typer.Option(
+        "--overwrite",
+        help="Replace the run in OUT itself; OUT/run-2-... and other files stay. With images their caches are rebuilt.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

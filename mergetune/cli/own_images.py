@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 _TITLES = {"base": "your classes", "novel": "new classes"}
 
 
-def print_result(found: FolderResult, out: Path, *, classes: str) -> None:
+def print_result(found: FolderResult, run: Path, caches: Path, *, classes: str) -> None:
     """Print what `fit` on images did and found.
 
     Args:
         found: the result.
-        out: the command's ``--out``, which holds the caches of all runs.
+        run: folder of the solution.
+        caches: folder of the feature caches.
         classes: the command's ``--classes``.
     """
     from mergetune.training import run_title
@@ -52,9 +53,9 @@ def print_result(found: FolderResult, out: Path, *, classes: str) -> None:
     if found.ignored:
         tell("Files left out: " + ", ".join(f"{number} {kind}" for kind, number in found.ignored.items()))
     tell("Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items()))
-    tell(f"Solution ({found.row}), report.json, paths.png: {run_title(found.folder)}")
+    tell(f"Solution ({found.row}), report.json, paths.png: {run_title(run)}")
     tell("Next:")
-    for command in next_commands(found.folder, out / "cache" / "test"):
+    for command in next_commands(run, caches / "test"):
         tell(f"  {command}")
 
 

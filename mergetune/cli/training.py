@@ -186,7 +186,8 @@ def fit(
     of stage 1.
     """
     import mergetune as mt
-    from mergetune.training import fit_job
+    from mergetune.experiments import dataset_cache, dataset_call
+    from mergetune.training import fit_job, forgotten_if_refused, run_folder
 
     with errors():
         given, seed = keywords(FitOptions, options), options["seed"]
@@ -223,7 +224,10 @@ def fit(
         if dry_run:
             dry_run_of_fit(
                 clip, learned, solutions, folder, as_json, shots=shots, test=None if images is None else data.test,
-                tune_options={"method": "coop" if method == "auto" else method, "template": template[0], "epochs": given["epochs"]} | stage_1,
+                tune_options={
+                    "method": "coop" if method == "auto" else method, "template": template[0],
+                    "epochs": given["epochs"],
+                } | stage_1,
                 fit_options=given | {"zero_shot": zero_shot}, workers=workers,
             )  # fmt: skip
             return
@@ -238,16 +242,22 @@ def fit(
                 source = context.get_parameter_source(name)
                 if source is not None and source.name == "DEFAULT":
                     del given[name]
-            found = mt.fit_dataset(
-                clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
+            asked: dict[str, Any] = dict(
+                tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
                 measuring=not no_measure, choosing=not no_choose, retain=retain and open_images(retain),
                 ignored=left_out_files(images) if images.is_dir() else None,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
-                cache_options={"workers": workers, "max_pixels": max_pixels, "on_error": on_error}, overwrite=overwrite,
-                report=announce(as_json),
             )  # fmt: skip
-            say = partial(_finish_images, as_json, found, folder, classes)
+            run = run_folder(folder, **dataset_call(clip, data, **asked), overwrite=overwrite)
+            with forgotten_if_refused(run):
+                found = mt.fit_dataset(
+                    clip, data, run, cache=dataset_cache(folder, run), **asked, report=announce(as_json),
+                    cache_options={
+                        "workers": workers, "max_pixels": max_pixels, "on_error": on_error, "overwrite": overwrite,
+                    },
+                )  # fmt: skip
+            say = partial(_finish_images, as_json, found, run, dataset_cache(folder, run), classes)
     say()
 
 
@@ -268,10 +278,10 @@ def _finish(as_json: bool, result: Any, folder: Path) -> None:
     finish(as_json, record, f"solution: {run_title(folder)}", {"train": result.history[-1]})
 
 
-def _finish_images(as_json: bool, found: Any, out: Path, classes: str) -> None:
+def _finish_images(as_json: bool, found: Any, run: Path, caches: Path, classes: str) -> None:
     if not first_rank():
         return
     if as_json:
         print_json(found.to_json())
     else:
-        print_result(found, out, classes=classes)
+        print_result(found, run, caches, classes=classes)

@@ -91,7 +91,7 @@ def check_image_tower(clip: FrozenClip, features: Batches, *, name: str) -> None
         return
     path: Path | None = getattr(features, "path", None)
     maker = "" if path is None or not (path / MANIFEST).is_file() else read_manifest(path).clip
-    of = f"those of {maker}" if maker else "those of another CLIP"
+    of = f"those of {_printable(maker)}" if maker else "those of another CLIP"
     same = " with other weights" if maker == clip.name else ""
     where = "" if path is None else f" in {path}"
     raise ValueError(f"{name} must come from this CLIP's image tower, {clip.name}, got {of}{same}{where}")
@@ -99,18 +99,17 @@ def check_image_tower(clip: FrozenClip, features: Batches, *, name: str) -> None
 
 def refuse_stale(path: Path, recorded: Plan, wanted: Plan) -> None:
     if recorded.fingerprint != wanted.fingerprint:
-        got = f"{wanted.clip}{' with other weights' if wanted.clip == recorded.clip else ''}"
+        before, now = _printable(recorded.clip), _printable(wanted.clip)
         raise ValueError(
-            f"feature cache {path} is stale: the image weights must be those of {recorded.clip}, as when the cache was "
-            f"built, got {got}; {REBUILD}"
+            f"feature cache {path} is stale: the image weights must be those of {before}, as when the cache was built, "
+            f"got {now}{' with other weights' if now == before else ''}; {REBUILD}"
         )
     for name, words in KEY.items():
         before, now = getattr(recorded, name), getattr(wanted, name)
         if before != now:
-            before, now = (value if str(value).isprintable() else repr(value) for value in (before, now))
             raise ValueError(
-                f"feature cache {path} is stale: {words} must be {before}, as when the cache was built, "
-                f"got {now}; {REBUILD}"
+                f"feature cache {path} is stale: {words} must be {_printable(before)}, as when the cache was built, "
+                f"got {_printable(now)}; {REBUILD}"
             )
     before, now = (getattr(plan, "precision", "float32") for plan in (recorded, wanted))
     if before != now:
@@ -118,6 +117,10 @@ def refuse_stale(path: Path, recorded: Plan, wanted: Plan) -> None:
             f"feature cache {path} is stale: the precision of the image tower must be {before}, as when the cache was "
             f"built, got {now}; {REBUILD}"
         )
+
+
+def _printable(value: object) -> str:
+    return str(value) if str(value).isprintable() else repr(value)
 
 
 def refuse_changed(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mergetune.experiments.protocol_plans import Experiment, check_data, plan
     from mergetune.experiments.protocol_tables import caption, save_table
     from mergetune.experiments.protocols import reproduce
-    from mergetune.experiments.run_choice import cells_folder
+    from mergetune.experiments.run_choice import cells_folder, dataset_cache, dataset_call
     from mergetune.experiments.run_list import RunRow, list_runs
     from mergetune.experiments.solution_merging import merge_solutions
 
@@ -25,6 +25,8 @@ __all__ = [
     "caption",
     "cells_folder",
     "check_data",
+    "dataset_cache",
+    "dataset_call",
     "compare",
     "fit_dataset",
     "forecast",
@@ -48,7 +50,7 @@ make_lazy(
         "mergetune.experiments.protocol_plans": "Experiment check_data plan",
         "mergetune.experiments.protocol_tables": "caption save_table",
         "mergetune.experiments.protocols": "reproduce",
-        "mergetune.experiments.run_choice": "cells_folder",
+        "mergetune.experiments.run_choice": "cells_folder dataset_cache dataset_call",
         "mergetune.experiments.run_list": "RunRow list_runs",
         "mergetune.experiments.solution_merging": "merge_solutions",
     },

@@ -19,14 +19,12 @@ from mergetune.experiments.engine import Candidate, Together, counted, reports, 
 from mergetune.experiments.making import HEAD, KINDS, MERGETUNE, ON_MERGETUNE, TUNED, ZERO_SHOT, Making
 from mergetune.experiments.measuring import Measured, fold_of, measure, other_images
 from mergetune.experiments.paired import right_of
-from mergetune.experiments.run_choice import dataset_call
 from mergetune.experiments.verdict import verdict
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import FIT_METHODS, TUNE_METHODS
 from mergetune.io import write_json
 from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult
-from mergetune.training.run_folders import run_folder
 
 NEED_PROMPTS = (TUNED, ON_MERGETUNE)  # kinds that auto leaves out where stage 1 trains a head
 
@@ -69,11 +67,6 @@ class FolderResult:
     verdict: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the run: ``out``, or a numbered folder in it."""
-        return self.figure.parent
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -120,7 +113,6 @@ def fit_dataset(
     tune_options: dict[str, Any] | None = None,
     fit_options: dict[str, Any] | None = None,
     cache_options: dict[str, Any] | None = None,
-    overwrite: bool = False,
     progress: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> FolderResult:
@@ -131,9 +123,6 @@ def fit_dataset(
     validation images of both halves. The chosen setting is then trained on all classes: that solution is saved.
     Validation images are those of the val split, training images that were not drawn, and all images of the other half
     that are no test images. Test images decide nothing; they are looked at when everything is chosen and trained.
-
-    A call with other settings works in a folder ``run-2-...`` of ``out``, named by what differs; see ``folder`` of the
-    result. All runs share the caches in ``out``.
 
     Args:
         clip: the frozen CLIP.
@@ -152,7 +141,6 @@ def fit_dataset(
         choosing: whether to choose. ``lam`` or ``tau`` in ``fit_options`` are taken as given in any case.
         retain: pictures of other classes, on which the solutions are tested beside zero-shot CLIP.
         cache: folder for the feature caches. None is ``out/cache``.
-        overwrite: replace the run in ``out`` itself; its caches and the other runs stay.
         ignored: files that were left out, by type, for the report.
         tune_options, fit_options, cache_options: more keyword arguments of :func:`mergetune.tune`,
             :func:`mergetune.fit` and :func:`mergetune.cache_features`.
@@ -162,7 +150,7 @@ def fit_dataset(
     Raises:
         ValueError: an argument is out of range, or solutions, images and CLIP do not belong together.
     """
-    home, clock, given = Path(out), _Clock(), dict(fit_options or {})
+    out, clock, given = Path(out), _Clock(), dict(fit_options or {})
     stage_1 = _stage_1(clip, tuned, method, classes)
     pictures = None if retain is None else retained_images(retain, data.classnames)
     halves, left_out = _halves(data, classes, seed, measuring=measuring, tuned=tuned)
@@ -170,7 +158,7 @@ def fit_dataset(
     training = learned.few_shot(shots, seed)
     others = other_images(data, training, seed) if halves and choosing else None
 
-    kept, options = Path(cache or home / "cache"), {**(cache_options or {}), "progress": progress}
+    kept, options = Path(cache or out / "cache"), {**(cache_options or {}), "progress": progress}
     draw = f"{classes}-{'all' if shots is None else shots}-seed-{seed}"  # another draw is another cache
     counts = {"training": training, "validation": others, "test": data.test, "retained": pictures}
     told = [f"{len(images)} {name}" for name, images in counts.items() if images]
@@ -182,11 +170,6 @@ def fit_dataset(
         more = None if others is None else cache_features(clip, others, kept / f"val-{draw}", **plain)
         shown = None if pictures is None else cache_features(clip, pictures, kept / "retained", **plain)
 
-    call = dataset_call(
-        clip, data, tuned, method=method, tune_options=tune_options, fit_options=given, classes=classes, shots=shots,
-        template=template, seed=seed, measuring=measuring, choosing=choosing, retain=pictures,
-    )  # fmt: skip
-    out = run_folder(home, **call, overwrite=overwrite)
     texts = check_templates(template)
     making = Making(clip, texts, stage_1, seed, tune_options or {}, given, progress=progress)
     fold = fold_of(features, more, halves, texts, seed, hold_out=choosing) if halves else None

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergetune.clip import FrozenClip
-from mergetune.data import Dataset, ImageList
+from mergetune.data import Dataset
 from mergetune.experiments.engine import begun, kept
 from mergetune.experiments.records import model_of, other_settings
 from mergetune.facts import FitOptions, TuneOptions, recorded
 from mergetune.io import jsonable
 from mergetune.solutions import Solution
-from mergetune.training.run_folders import FILES, choose_folder, remove_files, walk_folders
+from mergetune.training.run_folders import (
+    FILES,
+    choose_folder,
+    numbered_runs,
+    read_call,
+    recorded_settings,
+    remove_files,
+    walk_folders,
+)
 from mergetune.training.run_settings import Difference, solution_in_words
 from mergetune.training.runs import short_digest
 
+_CACHED = ("clip", "fingerprint", "images")  # what a cache depends on
 _CELL_FILES = ("cell.json", "run.json", "class-weights.safetensors", *FILES)
 
 
@@ -30,8 +40,8 @@ def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, ov
         out: folder that the user gave; created if missing.
         heads: record file below the folder -> what it holds before any work, see
             :func:`mergetune.experiments.engine.begun`.
-        overwrite: replace these cells in ``out``: their records, solutions and class weights are deleted. Caches, other
-            cells, other runs and files that mergetune did not write stay.
+        overwrite: replace the results in ``out`` that share a table with these cells: their records, solutions and
+            class weights are deleted. Caches, other runs and files that mergetune did not write stay.
 
     Raises:
         ValueError: a record in ``out`` is damaged, or ``out`` is a file.
@@ -57,10 +67,9 @@ def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, ov
             begun(folder / file, head)
 
     def replace(folder: Path) -> None:
-        for file in heads:
-            if (folder / file).exists():
-                for inner in walk_folders((folder / file).parent):
-                    remove_files(inner, _CELL_FILES)
+        for found in dict.fromkeys(found for file in heads for found in _alike(folder, file)):
+            for inner in list(walk_folders(found.parent)):
+                remove_files(inner, _CELL_FILES)
 
     return choose_folder(out, other, begin, replace=replace if overwrite else None)
 
@@ -80,39 +89,59 @@ def dataset_call(
     method: str,
     tune_options: Mapping[str, Any] | None,
     fit_options: Mapping[str, Any] | None,
-    choosing: bool,
-    retain: ImageList | None,
+    choosing: bool = True,
+    retain: Dataset | None = None,
+    ignored: Mapping[str, int] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """The settings and descriptions of a call of :func:`fit_dataset`, as arguments of ``run_folder``.
 
     Args:
-        clip, data, tuned, method, tune_options, fit_options, choosing: see :func:`fit_dataset`.
-        retain: the retained pictures.
+        clip, data, tuned, method, tune_options, fit_options, choosing: see :func:`fit_dataset`. ``lam`` and ``tau``
+            that are not given and not switched off count as "chosen".
+        retain: pictures of other classes, see :func:`fit_dataset`.
+        ignored: not used: files that are left out change no result.
         settings: its other settings that the result depends on.
     """
-    options = recorded(FitOptions(**(fit_options or {})))
+    given = dict(fit_options or {})
+    options = recorded(FitOptions(**given)) | {
+        name: "chosen" for name in ("lam", "tau") if choosing and name not in given
+    }
     stage_1 = {} if tuned else recorded(TuneOptions(**{"method": method, **(tune_options or {})}))
-    names = [file for split in (data.train, data.test) for file in split.files]
-    labels = [label for split in (data.train, data.test) for label in split.labels]
+    splits = [images for images in (data.full_train, data.full_val, data.full_test) if images is not None]
     asked = {
         **{name: value for name, value in options.items() if name not in ("zero_shot", "seed")},
         **{f"tune {name}": value for name, value in stage_1.items() if name not in ("method", "zero_shot", "seed")},
         **settings,
-        **{name: "chosen" for name in ("lam", "tau") if choosing and name not in (fit_options or {})},
         "choosing": choosing,
-        "retain": None if retain is None else short_digest(repr((retain.files, retain.labels))),
-        "method": None if tuned else method,
+        "retain": None if retain is None else short_digest(repr((retain.test.files, retain.test.labels))),
+        "method": method,
         "tuned": [short_digest(*solution.whole_identity) for solution in tuned] or None,
         "clip": clip.name,
         "fingerprint": clip.fingerprint,
         "classnames": list(data.classnames),
-        "images": short_digest(repr((names, labels))),
+        "images": short_digest(repr([(images.files, images.labels) for images in splits])),
     }
     in_words = {
         "tuned": [solution_in_words(solution) for solution in tuned],
         "fingerprint": clip.name,
-        "images": f"{len(names):,} of {len(data.classnames):,} classes",
-        "retain": None if retain is None else f"{len(retain):,} of {len(retain.classes):,} classes",
+        "images": f"{sum(map(len, splits)):,} of {len(data.classnames):,} classes",
+        "retain": None if retain is None else f"pictures of {len(retain.classnames):,} other classes",
     }
     return {"asked": asked, "in_words": in_words, "parts": ("tuned", "measure")}
+
+
+def dataset_cache(out: str | Path, run: Path) -> Path:
+    """The folder of the feature caches of a run of :func:`fit_dataset` in ``out``.
+
+    Runs with the same images and CLIP share the caches of the first of them.
+    """
+    own = read_call(run)
+    for folder in (Path(out), *(folder for _, folder in numbered_runs(Path(out)))):
+        with contextlib.suppress(ValueError):  # a damaged record is that of no run to share with
+            call = read_call(folder)
+            there = (recorded_settings(folder) or ({}, {}))[0] if call is None else call.settings
+            names = [name for name in _CACHED if name in there or call is not None]
+            if own is None or all(there.get(name) == own.settings.get(name) for name in names):
+                return folder / "cache"
+    return run / "cache"

@@ -70,8 +70,8 @@ def list_runs(out: str | Path, *, sort: str | None = None) -> list[RunRow]:
 
     Args:
         out: the folder.
-        sort: column to sort by: a setting, a result, "name", "state", "when" or "seconds"; largest results first. None
-            sorts by folder and number.
+        sort: column to sort by: a setting, a result, "name", "state", "when" or "seconds"; the best results come first.
+            None sorts by folder and number.
 
     Raises:
         FileNotFoundError: ``out`` is no folder.
@@ -131,7 +131,7 @@ def _training_row(row: RunRow, folder: Path) -> tuple[RunRow, dict[str, Any]]:
         if where == folder and history:
             results = {"loss": history[-1]["loss"]} if "loss" in history[-1] else {}
             scores = [entry["val_accuracy"] for entry in history if "val_accuracy" in entry]
-            results |= {"val": max(scores)} if scores else {}
+            results |= {"val_accuracy": max(scores)} if scores else {}
         break
     if (folder / REPORT).exists():
         report = read_document(folder / REPORT, _ReportFile, way_on="delete it and run the command again")
@@ -206,13 +206,14 @@ def _text(value: Any, number: int) -> str:
     if not isinstance(value, tuple):
         return shown(value)
     _, words = value
-    return f"{shown(words)} ({number})" if isinstance(words, list) and words or words else f"({number})"
+    said = ", ".join(map(str, words)) if isinstance(words, list) else shown(words) if isinstance(words, dict) else words
+    return f"{said} ({number})" if said else f"({number})"
 
 
 def _sorted(rows: list[RunRow], column: str) -> list[RunRow]:
     def value(row: RunRow) -> Any:
         if column in row.results:
-            return -row.results[column]
+            return row.results[column] * (1 if column == "loss" else -1)
         if column in ("name", "state", "when", "seconds"):
             return getattr(row, column)
         return row.settings.get(column)
@@ -225,9 +226,9 @@ def _sorted(rows: list[RunRow], column: str) -> list[RunRow]:
 
     def key(row: RunRow) -> Any:
         found = value(row)
-        return (0, found, "") if isinstance(found, float | int) else (1, 0, _natural(found))
+        return [(0, found, "")] if isinstance(found, float | int) else _natural(found)
 
-    return sorted(known, key=lambda row: (key(row)[:2], str(key(row)[2]))) + [row for row in rows if row not in known]
+    return sorted(known, key=key) + [row for row in rows if row not in known]
 
 
 def _natural(text: str) -> list[tuple[int, float, str]]:

@@ -271,6 +271,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple | dict):
         what = "an object" if isinstance(value, dict) else "a list"
         return f"{what} of {len(value):,}"
+    if isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{8,}", value):
+        return f"a checksum of {len(value):,} digits"
     return _SHORT.repr(value)
 
 

@@ -81,7 +81,7 @@ def run_folder(
         return _differences(folder, asked, in_words)
 
     def begin(folder: Path) -> None:
-        if not (folder / CALL).exists() and recorded_settings(folder) is None:
+        if not (folder / CALL).exists() and not _has_state(folder):
             write_json(folder / CALL, call | {"started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"})
 
     return choose_folder(out, other, begin, replace=_remove_run if overwrite else None)
@@ -144,6 +144,34 @@ def numbered_runs(out: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), folder) for match, folder in found if folder.is_dir() and not folder.is_symlink())
 
 
+@contextlib.contextmanager
+def forgotten_if_refused(folder: Path) -> Iterator[None]:
+    """Context manager for work that checks its input late: a run that is refused before it trains leaves no record.
+
+    So the corrected command works in the same folder, instead of beside a run that never was.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError):
+        call = read_call(folder) if os.environ.get("RANK", "0") == "0" else None
+        if call is not None and not _has_state(folder):
+            (folder / CALL).unlink()
+            if _NUMBERED.fullmatch(folder.name):  # in OUT itself the corrected command goes on from earlier stages
+                places = [
+                    inner for part in call.parts if (folder / part).is_dir() for inner in walk_folders(folder / part)
+                ]
+                for place in (*reversed(places), folder):
+                    remove_files(place, (*FILES, LOCK))
+                    with contextlib.suppress(OSError):  # a folder with other files stays
+                        place.rmdir()
+        raise
+
+
+def _has_state(folder: Path) -> bool:
+    """Whether a run has trained in the folder itself."""
+    return (folder / STATE).exists() or (folder / RESULT).exists()
+
+
 def run_title(folder: Path) -> str:
     """Number and settings of a run, for people: "run 2 (lam 4) in out/run-2-lam-4"."""
     match = _NUMBERED.fullmatch(folder.name)
@@ -184,7 +212,9 @@ def _differences(folder: Path, asked: Mapping[str, Any], in_words: Mapping[str, 
     if found is None:
         return None
     settings, words = found
-    return differences(settings, asked, there_in_words=words, here_in_words=in_words, shared_only=True)
+    # A training run is compared whole. A call of several stages is compared with what its last stages recorded.
+    stages = "stage" not in asked
+    return differences(settings, asked, there_in_words=words, here_in_words=in_words, shared_only=stages)
 
 
 def _remove_run(out: Path) -> None:
@@ -199,9 +229,10 @@ def _remove_run(out: Path) -> None:
     busy = f"another process trains in {out}: wait for it before the run there is replaced"
     with locked(out / LOCK, busy=busy):
         (out / CALL).unlink(missing_ok=True)
-        inner = [folder for part in parts if (out / part).is_dir() for folder in walk_folders(out / part)]
-        for folder in (out, *inner):
-            remove_files(folder, FILES)
+        remove_files(out, FILES)
+        for part in parts:
+            for folder in list(walk_folders(out / part)) if (out / part).is_dir() else ():
+                remove_files(folder, FILES)
 
 
 def remove_files(folder: Path, names: Sequence[str]) -> None:

@@ -95,8 +95,8 @@ def differences(
     Args:
         there, here: recorded and present settings, JSON-able. A setting that is missing counts as None.
         there_in_words, here_in_words: descriptions of settings whose values are checksums.
-        shared_only: compare only settings that both have, and values of the same form: the record is of another
-            version, or was made by another function.
+        shared_only: compare only settings that both have, and values of the same form: the record is of single stages,
+            which do not know the whole call.
     """
     there, here = flat(jsonable(there)), flat(jsonable(here))
     there_in_words, here_in_words = flat(there_in_words), flat(here_in_words)
@@ -104,7 +104,7 @@ def differences(
     named = [name for name in differ if not set(_FOLLOWS.get(name, ())).intersection(differ)]
     named = [name for name in named if name != "start"] or differ
     rank = {name: i for i, name in enumerate(_TELLING)}
-    named.sort(key=lambda name: rank.get(name.removeprefix("tune ").removeprefix("fit "), len(rank)))
+    named.sort(key=lambda name: rank.get(re.sub("^(tune|fit|grid) ", "", name), len(rank)))
     return [
         _difference(name, there.get(name), here.get(name), there_in_words.get(name), here_in_words.get(name))
         for name in named
@@ -112,12 +112,16 @@ def differences(
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with one level: options of a stage, as {"fit": {"lam": 4}}, become "fit lam"; features of two or three
-    splits are named by their splits."""
+    """Settings with one level: the options of a stage, as {"fit": {"lam": 4}}, become "fit lam", and so do grids.
+
+    Features of several splits are named by their splits.
+    """
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name in ("tune", "fit") and isinstance(value, Mapping):
             found |= {f"{name} {inner}": v for inner, v in value.items()}
+        elif name == "grids" and isinstance(value, list) and len(value) == 2 and isinstance(value[0], Mapping):
+            found |= {f"grid {inner}": v for inner, v in value[0].items()} | {"merge grids": value[1]}
         elif name == "features" and isinstance(value, list | tuple) and len(value) in (2, 3):
             found |= dict(zip(("features", *(("val",) if len(value) == 3 else ()), "test"), value, strict=True))
         else:
@@ -127,9 +131,12 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _equal(name: str, there: Mapping[str, Any], here: Mapping[str, Any], shared_only: bool) -> bool:
     a, b = there.get(name), here.get(name)
-    if shared_only and (name not in there or name not in here or is_digest(a) != is_digest(b) or "auto" in (a, b)):
+    if not shared_only:
+        return a == b
+    if name not in there or name not in here or is_digest(a) != is_digest(b):
         return True
-    return a == b or (shared_only and (a == [b] or b == [a]))
+    defaults = (None, "auto", "chosen")  # the record has the value that was taken
+    return any(value == default for value in (a, b) for default in defaults) or a == b or a == [b] or b == [a]
 
 
 def _difference(name: str, there: Any, here: Any, there_said: Any, here_said: Any) -> Difference:

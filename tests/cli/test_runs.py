@@ -1,18 +1,25 @@
 """Several runs with one --out: where each run goes, what is kept, and how the runs are listed."""
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import socket
 import zipfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
+from fit_cases import QUICK
+from tiny import cache, prompt
 from typer.testing import CliRunner
 
+import mergetune
 from mergetune.cli import app
+from mergetune.experiments import Task, cells_folder, comparison, list_runs
+from mergetune.facts import CompareOptions
+from mergetune.training import run_folder
+from mergetune.training.runs import TrainingRun
 
 CLASSES = ("anchor", "bell", "camera", "heart")
 OLD = Path(__file__).parents[1] / "files" / "v0.1"
@@ -96,8 +103,10 @@ def test_the_folder_of_a_run_of_version_0_1_is_run_1(work, model, tmp_path, monk
         before.items() <= content(tmp_path / "tune").items()
         or before["state.safetensors"] == content(tmp_path / "tune")["state.safetensors"]
     )
+    val = run(*arguments, "--out", "tune", "--val", "cache/test")
+    assert val["out"] == "tune/run-2-other-val"
     other = run(*arguments[:-2], "--out", "tune", "--weight-decay", 0.1)
-    assert other["out"].startswith("tune/run-2-") and "weight-decay-0.1" in other["out"]
+    assert other["out"].startswith("tune/run-3-") and "weight-decay-0.1" in other["out"]
 
 
 def test_overwrite_replaces_the_run_in_out_and_deletes_nothing_else(work, model, tmp_path):
@@ -137,38 +146,47 @@ def test_what_a_killed_process_leaves_blocks_nobody(work, model, tmp_path):
     assert run(*fit(work, model, tmp_path, "--lam", 4))["out"] == found["out"]
 
 
-CHOOSE = """
-import sys
-from mergetune.training import run_folder
-print(run_folder(sys.argv[1], {"lam": float(sys.argv[2]), "tau": 0.3}))
-"""
+def at_once(work, arguments: list[tuple]) -> list:
+    """Results of calls in forked processes that start together."""
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in arguments]
+    ready = context.Barrier(len(arguments))
 
+    def child(send, given):
+        ready.wait()
+        send.send(work(*given))
 
-def test_processes_that_start_at_once_share_a_folder_only_with_equal_settings(tmp_path):
-    values = [1.0, 2.0, 3.0, 1.0]
-    started = [
-        subprocess.Popen([sys.executable, "-c", CHOOSE, tmp_path / "out", str(lam)], stdout=subprocess.PIPE, text=True)
-        for lam in values
+    children = [
+        context.Process(target=child, args=(send, given)) for (_, send), given in zip(pipes, arguments, strict=True)
     ]
-    found = [process.communicate(timeout=120)[0].strip() for process in started]
-    assert found[0] == found[3] and len(set(found)) == 3
+    for process in children:
+        process.start()
+    found = [receive.recv() if receive.poll(120) else None for receive, _ in pipes]
+    for process in children:
+        process.join()
+    return found
+
+
+def test_processes_that_start_at_once_share_a_folder_only_with_equal_settings(tmp_path, one_thread):
+    values = [1.0, 2.0, 3.0, 4.0, 1.0, 2.0]
+    found = at_once(lambda lam: run_folder(tmp_path / "out", {"lam": lam, "tau": 0.3}), [(lam,) for lam in values])
+    assert len(set(found)) == 4 and found[4:] == found[:2] and tmp_path / "out" in found
     for lam, folder in zip(values, found, strict=True):
-        assert json.loads((Path(folder) / "call.json").read_text())["settings"]["lam"] == lam
+        assert json.loads((folder / "call.json").read_text())["settings"]["lam"] == lam
 
 
-def test_under_torchrun_the_first_rank_decides(tmp_path):
-    script = tmp_path / "choose.py"
-    script.write_text(CHOOSE.replace("print(", "print(flush=True, end='', *[").replace("}))", "}), '\\n'])"))
-    (tmp_path / "out").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    environment = os.environ | {"RDZV_BACKEND": "c10d"}
-    for lam, name in ((1, ""), (2, "run-2-lam-2")):
-        done = subprocess.run(
-            [*command, "--standalone", script, tmp_path / "out", str(lam)],
-            capture_output=True, text=True, timeout=240, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert sorted(done.stdout.split()) == [str(tmp_path / "out" / name).rstrip("/")] * 2
+def test_under_torchrun_the_first_rank_decides(tmp_path, one_thread):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank(number: int) -> list[Path]:
+        os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # Rank 1 asks for what it would never get alone: the answer of rank 0 counts.
+        return [run_folder(tmp_path / "out", {"lam": lam + 10 * number}) for lam in (1, 2)]
+
+    found = at_once(rank, [(0,), (1,)])
+    assert found == [[tmp_path / "out", tmp_path / "out" / "run-2-lam-2"]] * 2
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [".runs.lock", "call.json", "run-2-lam-2"]
 
 
@@ -186,6 +204,20 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     rows = run("runs", tmp_path)
     assert [row["name"] for row in rows] == [".", "run-2-lam-4"]
     assert [row["settings"]["lam"] for row in rows] == ["chosen", "4"] and {"all"} <= rows[0]["results"].keys()
+    names = sorted(name for name in os.listdir(tmp_path / "cache"))
+    refused = invoke(*arguments, "--lam", -1)
+    assert refused.exit_code == 2 and "lam must be" in refused.stderr
+    assert [folder.name for folder in tmp_path.glob("run-*")] == ["run-2-lam-4"]  # a refused call leaves no run
+    (work / "images" / "train" / "anchor" / "copy.png").write_bytes(
+        next((work / "images" / "train" / "anchor").iterdir()).read_bytes()
+    )
+    try:
+        more = invoke(*arguments)
+    finally:
+        (work / "images" / "train" / "anchor" / "copy.png").unlink()
+    assert more.exit_code == 0 and "run 3 (other images)" in more.stdout, more.stderr
+    assert sorted(os.listdir(tmp_path / "cache")) == names and (tmp_path / "run-3-other-images" / "cache").is_dir()
+    shutil.rmtree(tmp_path / "run-3-other-images")
     run(*arguments, "--tau", 0.5, "--overwrite")
     assert [row["settings"] for row in run("runs", tmp_path)] == [
         {"lam": "chosen", "tau": "0.5"},
@@ -193,16 +225,131 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     ]
 
 
-def test_compare_puts_other_settings_beside_and_more_cells_to_their_own(work, model, tmp_path):
-    arguments = ["compare", work / "cache", "--out", tmp_path, "--backbone", model, "--expert", "coop:1", "--shots", 4]
-    arguments += ["--tune", "epochs=1", "--fit", "epochs=1", "--tau", 0.3]
-    run(*arguments, "--lam", 8, "--seeds", 1)
-    run(*arguments, "--lam", 4, "--seeds", 1)
-    (second,) = [folder.name for folder in tmp_path.glob("run-*")]
-    assert second.startswith("run-2-grids-")
-    run(*arguments, "--lam", 4, "--seeds", 2)
-    run(*arguments, "--lam", 8, "--seeds", 2)
-    assert [folder.name for folder in tmp_path.glob("run-*")] == [second]
-    seeds = ["cache/partition-0/seed-1", "cache/partition-0/seed-2"]
-    assert all((tmp_path / place / "cell.json").is_file() for place in (*seeds, *(f"{second}/{s}" for s in seeds)))
-    assert all(row["state"] == "finished" for row in run("runs", tmp_path))
+def test_a_first_call_that_is_refused_leaves_the_folder_to_the_corrected_one(work, model, tmp_path):
+    arguments = ["fit", work / "images", "--backbone", model, "--shots", 4, "--epochs", 1, "--out", tmp_path]
+    assert invoke(*arguments, "--lam", -1).exit_code == 2
+    assert f"run 1 in {tmp_path}" in invoke(*arguments, "--lam", 1).stdout
+
+
+def small_task(seed: int = 1) -> Task:
+    return Task("task", cache(seed=seed), cache(seed=2))
+
+
+def heads(clip, *, task=None, seeds=(1,), **setup):
+    options = CompareOptions(**{"experts": ("coop:1",), "shots": 4, "grid": {"lam": (8.0,)}} | setup)
+    return comparison.heads(clip, [task or small_task()], options, (0,), seeds)
+
+
+def test_cells_of_other_settings_go_beside_and_more_cells_to_those_of_their_settings(clip, tmp_path):
+    """As compare, demo and reproduce choose their folder."""
+    second = cells_folder(tmp_path, heads(clip))
+    assert second == tmp_path
+    four = cells_folder(tmp_path, heads(clip, grid={"lam": (4.0,)}))
+    assert four == tmp_path / "run-2-grid-lam-4"
+    assert cells_folder(tmp_path, heads(clip, task=small_task(5))) == tmp_path / "run-3-other-images"
+    assert cells_folder(tmp_path, heads(clip, grid={"lam": (4.0,)}, seeds=(2, 3))) == four
+    assert cells_folder(tmp_path, heads(clip, seeds=(2,))) == tmp_path
+    assert cells_folder(tmp_path, heads(clip, shots=2, seeds=(7,))) == tmp_path / "run-4-shots-2"
+    for folder, seeds in ((tmp_path, (1, 2)), (four, (1, 2, 3))):
+        assert sorted(folder.glob("task/*/*/cell.json")) == [
+            folder / "task" / "partition-0" / f"seed-{seed}" / "cell.json" for seed in seeds
+        ]
+    rows = {row.name: row for row in list_runs(tmp_path)}
+    assert rows["run-2-grid-lam-4/task/partition-0/seed-1"].settings["grid lam"] == "4"
+    assert {row.state for row in rows.values()} == {"started"} and len(rows) == 7
+
+
+def test_overwrite_of_cells_replaces_their_table_and_leaves_other_files(clip, tmp_path):
+    cells_folder(tmp_path, heads(clip, seeds=(1, 2)))
+    cells_folder(tmp_path, heads(clip, shots=3))
+    place = tmp_path / "task" / "partition-0"
+    for file in ("coop-1/solution.json", "coop-1/mine.txt", "class-weights.safetensors", "notes.md"):
+        (place / "seed-1" / file).parent.mkdir(exist_ok=True)
+        (place / "seed-1" / file).write_text("x")
+    before = content(tmp_path)
+    assert cells_folder(tmp_path, heads(clip, shots=2), overwrite=True) == tmp_path
+    gone = {name for name in before if name not in content(tmp_path)}
+    own = "task/partition-0/seed"
+    wanted = {f"{own}-1/coop-1/solution.json", f"{own}-1/class-weights.safetensors", f"{own}-2/cell.json"}
+    assert gone == wanted
+    assert json.loads((place / "seed-1" / "cell.json").read_text())["settings"]["shots"] == 2
+
+
+# -- the list ----------------------------------------------------------------------------------------------------------
+
+
+def trained(clip, folder, **options):
+    result = mergetune.fit(clip, cache(), prompt(), resume=folder, **QUICK | {"epochs": 2} | options)
+    result.save(folder)
+    return result
+
+
+def test_runs_are_listed_with_what_differs(clip, tmp_path):
+    made = {
+        ".": trained(clip, tmp_path, val=cache(9, seed=4)),
+        "run-2-lam-4": trained(clip, tmp_path / "run-2-lam-4", lam=4.0, val=cache(9, seed=4)),
+        "run-10-lam-2": trained(clip, tmp_path / "run-10-lam-2", lam=2.0, val=cache(9, seed=5)),
+    }
+    (tmp_path / "run-11-lam-1").mkdir()
+    (tmp_path / "run-11-lam-1" / "result.json").write_text('{"history": 7}')
+    rows = list_runs(tmp_path)
+    assert [row.name for row in rows] == [*made, "run-11-lam-1"]
+    assert [row.number for row in rows] == [1, 2, 10, 11]
+    for row in rows[:3]:
+        history, timings = made[row.name].history, made[row.name].timings
+        assert row.state == "finished" and row.error is None
+        assert row.results == {
+            "loss": history[-1]["loss"],
+            "val_accuracy": max(entry["val_accuracy"] for entry in history),
+        }
+        assert row.seconds == timings["seconds"] and re.fullmatch("[0-9]{4}-[0-9-]{5} [0-9:]{5}", row.when)
+    assert [row.settings for row in rows[:3]] == [
+        {"lam": "8", "val": "9 of 3 classes (1)"},
+        {"lam": "4", "val": "9 of 3 classes (1)"},
+        {"lam": "2", "val": "9 of 3 classes (2)"},
+    ]
+    assert rows[3].state == "damaged" and "result.json is damaged: history must be a list" in str(rows[3].error)
+    assert [row.name for row in list_runs(tmp_path, sort="lam")][:3] == ["run-10-lam-2", "run-2-lam-4", "."]
+    assert [row.results["loss"] for row in list_runs(tmp_path, sort="loss")[:3]] == sorted(
+        row.results["loss"] for row in rows[:3]
+    )
+    with pytest.raises(
+        ValueError, match="--sort must be one of name, state, lam, val, loss, val_accuracy, when, seconds, got 'mu'"
+    ):
+        list_runs(tmp_path, sort="mu")
+    shown = invoke("runs", tmp_path)
+    assert shown.exit_code == 0 and "run-10-lam-2" in shown.stdout and "run-11-lam-1" in shown.stdout
+    assert "result.json is damaged" in shown.stderr
+    assert [row["name"] for row in run("runs", tmp_path, "--sort", "name")] == [row.name for row in rows]
+
+
+def test_a_run_that_was_interrupted_is_listed_with_its_epoch(clip, tmp_path, monkeypatch):
+    write = TrainingRun.write
+
+    def stop_after_two(self, folder):
+        write(self, folder)
+        if len(self.history) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingRun, "write", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        trained(clip, tmp_path, epochs=5)
+    (row,) = list_runs(tmp_path)
+    assert row.state == "epoch 2 of 5" and row.seconds is None
+    run_folder(tmp_path / "later", {"lam": 8})
+    assert [(row.name, row.state) for row in list_runs(tmp_path.parent / tmp_path.name / "later")] == [(".", "started")]
+
+
+def test_folders_of_version_0_1_and_several_outs_are_listed():
+    rows = {row.name: row for row in list_runs(OLD)}
+    assert list(rows) == ["coop", "coop-interrupted", "fit", "fit-head", "fit-head-interrupted", "tune", "tune-head"]
+    assert rows["coop-interrupted"].state.startswith("epoch ") and rows["fit"].state == "finished"
+    assert rows["fit"].settings["stage"] == "fit" and rows["tune"].settings["stage"] == "tune"
+    assert all(row.number == 1 and row.results["loss"] > 0 for row in rows.values())
+    assert not any(re.search("[0-9a-f]{8}", text) for row in rows.values() for text in row.settings.values())
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    refused = invoke("runs", tmp_path / "gone")
+    assert refused.exit_code == 2 and "gone does not exist" in " ".join(refused.stderr.split())
+    assert "no runs in" in invoke("runs", tmp_path).stdout

@@ -247,7 +247,9 @@ def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monk
     for job in ("tune_job", "fit_job"):
         monkeypatch.setattr(comparison_candidates, job, no_training)
     assert compare(clip, task(), tmp_path, **arguments).to_json() == found.to_json()
-    with pytest.raises(ValueError, match="holds results with other shots: choose another --out"):
+    with pytest.raises(
+        ValueError, match="holds results of other settings: shots 4 there, 3 here; choose another --out"
+    ):
         compare(clip, task(), tmp_path, **arguments | {"setup": quick(shots=3)})
 
 

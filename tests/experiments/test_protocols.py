@@ -183,10 +183,10 @@ def test_a_second_call_trains_nothing_and_other_settings_are_refused(
     first = reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("it trained"))
     assert reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False) == first
-    with pytest.raises(ValueError, match="holds results with other fit: choose another --out"):
+    with pytest.raises(ValueError, match="fit epochs 1 there, 2 here; choose another --out, or delete run.json"):
         reproduce(runs, experiment(root, tmp_path, fit={"epochs": 2}), tiny_clip, progress=False)
     (tmp_path / runs[0].folder / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="run.json cannot be read .*delete it to run it again"):
+    with pytest.raises(ValueError, match="run.json is damaged: the content must be JSON.*; delete it to run it again"):
         reproduce(runs, experiment(root, tmp_path), tiny_clip, progress=False)
 
 
