@@ -101,9 +101,9 @@ def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | Non
             an image than its features.
         RuntimeError: torch.export cannot follow the image tower.
     """
+    check_supported(solution)
     names = list(classnames_of(solution, classnames))
     solution.check(clip)
-    check_supported(solution)
     tower = cast(nn.Module, clip.model.visual)
     if found := {f"{t.dtype} on {t.device}" for t in tower.parameters()} - {"torch.float32 on cpu"}:
         raise ValueError(
@@ -126,7 +126,9 @@ def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | Non
 
 
 def check_supported(solution: Solution) -> None:
-    """Raise ValueError for a solution that takes more of an image than its features."""
+    """Raise TypeError for what is no solution, ValueError for a solution that takes more of an image than features."""
+    if not isinstance(solution, Solution):
+        raise TypeError(f"solution must be a solution, got {solution!r}: of texts, mergetune.Templates makes one")
     if solution.image_input != "feature":
         raise ValueError(f"solution must take image features, got a {solution.kind} that takes {solution.image_input}")
 

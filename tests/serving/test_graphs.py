@@ -201,6 +201,10 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, clip, 
         write(prompt(), file, clip=clip)
     with pytest.raises(ValueError, match="matrix must have the embedding's width 8"):
         write(Stack(prompt(), LinearMap(torch.eye(9))), file, clip=clip, classnames=NAMES)
+    with pytest.raises(
+        TypeError, match="solution must be a solution, got 'a photo of a {}'"
+    ):
+        write("a photo of a {}", file, clip=clip, classnames=NAMES)
     half = FrozenClip(tiny_model().bfloat16(), clip.tokenizer, "half")
     with pytest.raises(ValueError, match="clip must be a float32 model on the CPU, got torch.bfloat16 on cpu"):
         write(head(), file, clip=half)
