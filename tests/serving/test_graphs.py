@@ -179,7 +179,7 @@ def other_clip(kind: type, tower: type | None = None) -> FrozenClip:
     model = tiny_model(kind)
     if tower is not None:
         model.visual = tower(model.visual)
-    return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "odd")
+    return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "odd", preprocess_cfg={"size": 16})
 
 
 @pytest.mark.parametrize(("write", "file"), [(mt.to_onnx, "a.onnx"), (mt.to_torch_export, "a.pt2")])
