@@ -5,7 +5,6 @@ Shapes: B images, H and W their height and width, C classes, D embedding width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -67,12 +66,12 @@ def image_size(clip: FrozenClip) -> tuple[int, int]:
     return height, width
 
 
-def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) -> dict[str, str]:
-    """What a program must know of the graph, each entry as JSON: its classes, its logits and its pixels."""
+def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) -> dict[str, Any]:
+    """What a program must know of the graph, JSON-able: its classes, its logits and its pixels."""
     cfg = clip.preprocess_cfg
     size = image_size(clip)
     bicubic = cfg["interpolation"] != "bilinear" or (cfg["resize_mode"] == "shortest" and size[0] != size[1])
-    facts = {
+    return {
         "classnames": list(classnames),
         "probabilities": "softmax",
         "logit_scale": clip.logit_scale if solution.logit_scale is None else solution.logit_scale,
@@ -90,7 +89,6 @@ def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) ->
         "backbone": public_backbone(solution.backbone or clip.name),
         "mergetune": installed_version("mergetune"),
     }
-    return {name: json.dumps(value) for name, value in facts.items()}
 
 
 def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | None) -> tuple[ExportedProgram, list[str]]:
