@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import os
 import tempfile
@@ -79,7 +80,7 @@ def to_onnx(
         node.metadata_props.clear()  # names the files of this machine
     for value in (*made.model.graph.inputs, *made.model.graph.outputs):
         value.shape = type(value.shape)(["batch", *list(value.shape)[1:]])
-    made.model.metadata_props.update(facts)
+    made.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
     size = sum(value.const_value.nbytes for value in made.model.graph.initializers.values())
     apart = size > ONE_FILE if separate_weights is None else separate_weights
     with _staged(file) as part:
@@ -128,8 +129,7 @@ def to_torch_export(
     program, names = traced(clip, solution, classnames)
     facts = facts_of(clip, solution, names)
     with _staged(file) as part:
-        content = "{" + ", ".join(f'"{name}": {value}' for name, value in facts.items()) + "}"
-        torch.export.save(program, part, extra_files={FACTS: content})
+        torch.export.save(program, part, extra_files={FACTS: json.dumps(facts)})
         check_logits(torch.export.load(part).module(), clip, solution, names, "program")
     return file
 

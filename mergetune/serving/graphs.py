@@ -5,7 +5,6 @@ Shapes: B images, H and W their height and width, C classes, D embedding width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -67,12 +66,12 @@ def image_size(clip: FrozenClip) -> tuple[int, int]:
     return height, width
 
 
-def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) -> dict[str, str]:
-    """What a program must know of the graph, each entry as JSON: its classes, its logits and its pixels."""
+def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) -> dict[str, Any]:
+    """What a program must know of the graph, JSON-able: its classes, its logits and its pixels."""
     cfg = clip.preprocess_cfg
     size = image_size(clip)
     bicubic = cfg["interpolation"] != "bilinear" or (cfg["resize_mode"] == "shortest" and size[0] != size[1])
-    facts = {
+    return {
         "classnames": list(classnames),
         "probabilities": "softmax",
         "logit_scale": clip.logit_scale if solution.logit_scale is None else solution.logit_scale,
@@ -90,7 +89,6 @@ def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) ->
         "backbone": public_backbone(solution.backbone or clip.name),
         "mergetune": installed_version("mergetune"),
     }
-    return {name: json.dumps(value) for name, value in facts.items()}
 
 
 def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | None) -> tuple[ExportedProgram, list[str]]:
@@ -101,9 +99,9 @@ def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | Non
             an image than its features.
         RuntimeError: torch.export cannot follow the image tower.
     """
+    check_supported(solution)
     names = list(classnames_of(solution, classnames))
     solution.check(clip)
-    check_supported(solution)
     tower = cast(nn.Module, clip.model.visual)
     if found := {f"{t.dtype} on {t.device}" for t in tower.parameters()} - {"torch.float32 on cpu"}:
         raise ValueError(
@@ -126,7 +124,9 @@ def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | Non
 
 
 def check_supported(solution: Solution) -> None:
-    """Raise ValueError for a solution that takes more of an image than its features."""
+    """Raise TypeError for what is no solution, ValueError for a solution that takes more of an image than features."""
+    if not isinstance(solution, Solution):
+        raise TypeError(f"solution must be a solution, got {solution!r}: of texts, mergetune.Templates makes one")
     if solution.image_input != "feature":
         raise ValueError(f"solution must take image features, got a {solution.kind} that takes {solution.image_input}")
 

@@ -71,7 +71,10 @@ def to_head(
     """
     file = checked_suffix(file, HEAD_SUFFIXES)
     head = _as_head(solution, clip, classnames)
-    head = replace(head, logit_scale=head.logit_scale / temperature_of(solution), notes={})
+    notes = {
+        name: value for name, value in head.notes.items() if name != "temperature"
+    }  # part of the scale from here on
+    head = replace(head, logit_scale=head.logit_scale / temperature_of(solution), notes=notes)
     head = head.rescaled(1.0) if fold_scale else head
     tensors = {"weight": plain_tensor(head.weight)} | ({} if head.bias is None else {"bias": plain_tensor(head.bias)})
     extras = {"classnames": list(head.classnames), "scale": head.logit_scale}

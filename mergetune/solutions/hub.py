@@ -102,9 +102,10 @@ def recorded_metrics(folder: str | Path) -> dict[str, float]:
         accuracy on validation images of the chosen epoch in ``result.json``; empty if neither holds accuracies.
     """
     found: dict[str, float] = {}
-    reports = _entry(_content(Path(folder) / REPORT), "reports")
-    for part, rows in (reports or {}).items():
-        row = _entry(rows, "MERGETUNE") or {}
+    content = _content(Path(folder) / REPORT)
+    chosen = content.get("row", "MERGETUNE")  # the row of the saved solution
+    for part, rows in (_entry(content, "reports") or {}).items():
+        row = _entry(rows, str(chosen)) or {}
         if isinstance(accuracy := row.get("accuracy"), int | float):
             found[PARTS.get(part, f"test images, {part} classes")] = float(accuracy)
     if found:

@@ -28,6 +28,7 @@ def public_backbone(backbone: str | None) -> str | None:
     a weight file does not.
 
     Example:
+        >>> from mergetune.solutions.published import public_backbone
         >>> [public_backbone(name) for name in ("ViT-B-32/openai", "local-dir:/home/me/clip", "RN50/me.pt")]
         ['ViT-B-32/openai', None, None]
     """

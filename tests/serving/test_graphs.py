@@ -130,7 +130,7 @@ def test_the_predictor_needs_no_torch_and_agrees_on_200_pictures(tmp_path):
 )
 def test_the_predictors_pixels_are_those_of_the_clip(cfg):
     clip = FrozenClip(tiny_model(), open_clip.SimpleTokenizer(context_length=16), "tiny", preprocess_cfg=cfg)
-    settings = json.loads(facts_of(clip, Templates(), NAMES)["preprocess"])
+    settings = json.loads(json.dumps(facts_of(clip, Templates(), NAMES)["preprocess"]))
     pixels_of = runpy.run_path(str(ASSETS / "predict_onnx.py"))["pixels_of"]
     noise = np.random.default_rng(0)
     for width, height in ((32, 32), (57, 40), (40, 57), (101, 33), (33, 150), (5, 7), (300, 12)):
@@ -179,7 +179,7 @@ def other_clip(kind: type, tower: type | None = None) -> FrozenClip:
     model = tiny_model(kind)
     if tower is not None:
         model.visual = tower(model.visual)
-    return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "odd")
+    return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "odd", preprocess_cfg={"size": 16})
 
 
 @pytest.mark.parametrize(("write", "file"), [(mt.to_onnx, "a.onnx"), (mt.to_torch_export, "a.pt2")])
@@ -201,6 +201,8 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, clip, 
         write(prompt(), file, clip=clip)
     with pytest.raises(ValueError, match="matrix must have the embedding's width 8"):
         write(Stack(prompt(), LinearMap(torch.eye(9))), file, clip=clip, classnames=NAMES)
+    with pytest.raises(TypeError, match="solution must be a solution, got 'a photo of a {}'"):
+        write("a photo of a {}", file, clip=clip, classnames=NAMES)
     half = FrozenClip(tiny_model().bfloat16(), clip.tokenizer, "half")
     with pytest.raises(ValueError, match="clip must be a float32 model on the CPU, got torch.bfloat16 on cpu"):
         write(head(), file, clip=half)

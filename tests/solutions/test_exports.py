@@ -331,6 +331,8 @@ def test_a_card_has_the_results_that_stand_beside_the_solution(tmp_path):
     assert [result["dataset"]["name"] for result in index["results"]] == list(metrics)
     assert all(result["metrics"][0]["value"] == 91.25 for result in index["results"])
     assert "| test images, novel classes | 91.25 |" in card
+    (tmp_path / "report.json").write_text(json.dumps({"reports": {"all": rows}, "row": "zero-shot"}))
+    assert solutions.recorded_metrics(tmp_path) == {"test images": 50.0}
     (tmp_path / "report.json").unlink()
     assert solutions.recorded_metrics(tmp_path) == {"validation images": 82.5}
     (tmp_path / "result.json").write_text("[1, 2]")
