@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import AllowTorchscript, Backbone, Device, Json, Pretrained, Root, SkipUnreadable, takes
+from mergetune.cli.running import suggest
 from mergetune.cli.shared import errors, finish, open_images
 from mergetune.facts import CacheOptions
 
@@ -45,4 +46,6 @@ def cache(
             own = views if split == "train" else 1
             made = mt.cache_features(clip, getattr(data, split), folder / split, views=own, **options)
             report[split] = {"images": len(made), "classes": len(made.classnames), "skipped": len(made.skipped)}
+    model = ("--backbone", backbone), ("--pretrained", pretrained)
+    suggest("tune", "--cache", folder / "train", *model, "--out", folder.with_name("tuned"))
     finish(as_json, report, f"feature caches in {folder}", report)

@@ -25,6 +25,7 @@ from mergetune.cli.options import (
     read_tuning,
     takes,
 )
+from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     HALVES,
     announce,
@@ -82,6 +83,11 @@ def tune(
         below = None if base is None else read_solution(str(base), data)
         result = mt.tune(clip, data, base=below, val=chosen_on, resume=folder, **keywords(TuneOptions, options))
         result.save(folder)
+    model = ("--backbone", backbone), ("--pretrained", pretrained)
+    if base is None:
+        suggest("fit", "--cache", features, "--tuned", folder, *model, "--out", folder.with_name("merged"))
+    else:
+        suggest("eval", "--cache", features.with_name("test"), "--solution", folder, *model)
     _finish(as_json, result, folder)
 
 
@@ -191,6 +197,8 @@ def fit(
                 report=announce(as_json),
             )  # fmt: skip
             say = partial(_finish_images, as_json, found, folder)
+    test = folder / "cache" / "test" if features is None else features.with_name("test")
+    suggest("eval", "--cache", test, "--solution", folder, ("--backbone", backbone), ("--pretrained", pretrained))
     say()
 
 
