@@ -12,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mergetune.cli.options import Json, Overwrite, Seeds
+from mergetune.cli.running import suggest
 from mergetune.cli.shared import HALVES, announce, err, errors, out, plain, print_json, print_table, tell
 
 
@@ -33,6 +34,7 @@ def demo(
     if as_json:
         print_json(result.to_json())
         return
+    suggest("fit", "PHOTOS", "--backbone", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k")
     several = len(seeds) > 1
     over = f"mean ± deviation over {len(seeds)} seeds" if several else f"seed {seeds[0]}"
     rows = []

@@ -19,6 +19,7 @@ from mergetune.cli.options import (
     SkipUnreadable,
     takes,
 )
+from mergetune.cli.running import suggest
 from mergetune.cli.shared import errors, finish, open_images
 from mergetune.facts import CacheOptions
 
@@ -64,4 +65,5 @@ def cache(
         for split, (listed, own) in parts.items():
             made = mt.cache_features(clip, listed, folder / split, views=own, **options)
             report[split] = {"images": len(made), "classes": len(made.classnames), "skipped": len(made.skipped)}
+    suggest("tune", "--cache", folder / "train", "--out", folder.with_name("tuned"))
     finish(as_json, report, f"feature caches in {folder}", report)

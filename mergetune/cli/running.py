@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -74,10 +75,16 @@ class Commands(TyperGroup):
             _ending.reset(token)
 
 
-def suggest(line: str) -> None:
-    """Sets the line that tells the user what to do next; it is printed when the command has ended well."""
+def suggest(*words: object) -> None:
+    """Sets the command that the user may run next; it is shown when this command has ended well.
+
+    Args:
+        words: the words after ``mergetune``. A pair (option, None) is left out; a pair with a value is two words.
+    """
+    pairs = [word if isinstance(word, tuple) else (word,) for word in words]
+    spelt = ["mergetune", *(shlex.quote(str(word)) for pair in pairs if None not in pair for word in pair)]
     if (ending := _ending.get()) is not None:
-        ending.following = line
+        ending.following = " ".join(spelt)
 
 
 def nothing_follows() -> None:

@@ -29,6 +29,7 @@ from mergetune.cli.options import (
     takes,
 )
 from mergetune.cli.own_images import left_out_files, print_result
+from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
     clip_for,
@@ -95,6 +96,10 @@ def tune(
             return
         job = tune_job(clip, data, base=below, val=chosen_on, **keywords(TuneOptions, options))
         result, folder = _train(job, folder, overwrite)
+    if base is None:
+        suggest("fit", "--cache", features, "--tuned", folder, "--out", folder.with_name("merged"))
+    else:
+        suggest("eval", "--cache", features.with_name("test"), "--solution", folder)
     _finish(as_json, result, folder)
 
 
@@ -258,6 +263,8 @@ def fit(
                     },
                 )  # fmt: skip
             say = partial(_finish_images, as_json, found, run, dataset_cache(folder, run), classes)
+    if features is not None:
+        suggest("eval", "--cache", features.with_name("test"), "--solution", folder)
     say()
 
 

@@ -372,8 +372,9 @@ def _download(repo: str, *names: str, revision: str | None = None, cache_dir: st
     away: LocalEntryNotFoundError | None = None  # without a network the files of the repository are unknown
     for name in names:
         try:
-            local = {} if away is None else {"local_files_only": True}  # each failed connection takes half a minute
-            return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, **local))
+            local = away is not None  # each failed connection takes half a minute
+            found = hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, local_files_only=local)
+            return Path(found)
         except LocalEntryNotFoundError as error:
             away = away or error
         except EntryNotFoundError as error:

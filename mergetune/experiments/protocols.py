@@ -197,9 +197,12 @@ def _share(runs: Sequence[Run], caches: Caches, load: Callable[[], FrozenClip], 
     ) as pool:
         try:
             with unaware_of_interrupts():  # here the processes start
-                done = pool.map(_execute_here, runs)
-            for _ in bar(done):
-                pass
+                started = [pool.submit(_execute_here, run) for run in runs]
+            for run in bar(started):
+                run.result()
+        except Exception:
+            pool.shutdown(cancel_futures=True)
+            raise
         except BaseException:
             end_workers()  # otherwise leaving the pool waits for the runs in progress
             raise

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import pytest
 import typer
@@ -55,8 +56,9 @@ def go():
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         try:
             with unaware_of_interrupts():
-                done = pool.map(work, range(6))
-            list(done)
+                runs = [pool.submit(work, number) for number in range(6)]
+            for run in runs:
+                run.result()
         except BaseException:
             end_workers()
             raise
@@ -122,7 +124,7 @@ def test_a_reader_that_is_gone_ends_a_command_in_silence(arguments):
     assert process.wait(60) != 0
 
 
-def ended(*lines: str, as_json: bool = False, seconds: float = 0.0, code: int | None = None):
+def ended(*words: object, as_json: bool = False, seconds: float = 0.0, code: int | None = None):
     """What a command prints to stderr at its end."""
     app, now = typer.Typer(cls=Commands), iter([0.0, seconds])
 
@@ -131,8 +133,8 @@ def ended(*lines: str, as_json: bool = False, seconds: float = 0.0, code: int | 
 
     @app.command()
     def work():
-        for line in lines:
-            suggest(line)
+        if words:
+            suggest(*words)
         if as_json:
             print_json({})
         if code is not None:
@@ -144,10 +146,11 @@ def ended(*lines: str, as_json: bool = False, seconds: float = 0.0, code: int | 
 
 
 def test_the_end_tells_the_time_and_the_next_step():
-    assert ended("mergetune eval ...", seconds=12.4) == "Took 12 s. Next: mergetune eval ...\n"
+    solution = "eval", "--solution", Path("my runs"), ("--backbone", "RN50"), ("--pretrained", None)
+    assert ended(*solution, seconds=12.4) == "Took 12 s. Next: mergetune eval --solution 'my runs' --backbone RN50\n"
     assert ended(seconds=125) == "Took 2 min 5 s.\n"
-    assert ended("mergetune eval ...", seconds=0.5) == "Next: mergetune eval ...\n"
-    assert ended(seconds=0.5) == ended("mergetune eval ...", seconds=12, as_json=True) == ""
+    assert ended("eval", seconds=0.5) == "Next: mergetune eval\n"
+    assert ended(seconds=0.5) == ended("eval", seconds=12, as_json=True) == ""
     assert ended(seconds=3, code=0) == "Took 3 s.\n" and ended("x", seconds=3, code=2) == ""
 
 
