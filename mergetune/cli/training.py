@@ -25,7 +25,7 @@ from mergetune.cli.options import (
     read_tuning,
     takes,
 )
-from mergetune.cli.own_images import left_out_files, print_result
+from mergetune.cli.own_images import left_out_files, open_retained, print_result
 from mergetune.cli.shared import (
     announce,
     errors,
@@ -186,6 +186,7 @@ def fit(
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         data = opened()
+        retained = None if retain is None else open_retained(retain)
         clip = mt.load_clip(backbone, pretrained, device=device, allow_torchscript=allow_torchscript)
         learned = data.base_novel()[0] if images and classes == "base" else data
         solutions = [read_solution(path, learned, position) for path in tuned]
@@ -206,7 +207,7 @@ def fit(
             found = mt.fit_dataset(
                 clip, data, folder, tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
-                measuring=not no_measure, choosing=not no_choose, retain=retain and open_images(retain),
+                measuring=not no_measure, choosing=not no_choose, retain=retained,
                 ignored=left_out_files(images) if images.is_dir() else None,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
                 cache_options={"workers": workers, "max_pixels": max_pixels}, report=announce(as_json),
