@@ -206,6 +206,8 @@ def describe_commands(title: str, app: Any) -> Iterator[str]:
         yield f"command {title} {name}"
         for argument, parameter in inspect.signature(info.callback, eval_str=True).parameters.items():
             hint, extras = parameter.annotation, getattr(parameter.annotation, "__metadata__", ())
+            if hint is typer.Context:  # no option: what the command knows of its call
+                continue
             parsed = parameters[argument]
             is_option = parsed.param_type_name == "option"
             words = "/".join([*parsed.opts, *parsed.secondary_opts]) if is_option else argument.upper()

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergetune.cli.shared import HALVES, print_table, tell
+from mergetune.cli.shared import HALVES, open_images, print_table, tell
 
 if TYPE_CHECKING:
     from mergetune.evaluation import BaseNovel, Report
@@ -115,6 +115,17 @@ def _whole_rows(found: FolderResult) -> list[tuple[str, dict[str, str], str | No
             cells["retained"] = "-" if shown is None else _with_error(shown)
         rows.append((name, cells, "bold" if name == found.row else None))
     return rows
+
+
+def open_retained(path: Path) -> Any:
+    """The dataset of ``--retain``. A folder of class folders is not split: a class may have a single picture."""
+    import mergetune as mt
+
+    if not path.exists():
+        raise FileNotFoundError(f"--retain must be a folder of class folders or an image list, {path} does not exist")
+    if path.is_dir() and not (path / "train").is_dir():
+        return mt.ImageFolder(path, val=0, test=0)
+    return open_images(path)
 
 
 def left_out_files(folder: Path) -> dict[str, int]:

@@ -28,7 +28,7 @@ from mergetune.cli.options import (
     read_tuning,
     takes,
 )
-from mergetune.cli.own_images import left_out_files, print_result
+from mergetune.cli.own_images import left_out_files, open_retained, print_result
 from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
@@ -215,6 +215,7 @@ def fit(
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         data = opened()
+        retained = None if retain is None else open_retained(retain)
         learned = data.base_novel()[0] if images and classes == "base" else data
         solutions = [read_solution(path, learned, position) for path in tuned]
         zero_shot: Any = template
@@ -250,7 +251,7 @@ def fit(
             asked: dict[str, Any] = dict(
                 tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
-                measuring=not no_measure, choosing=not no_choose, retain=retain and open_images(retain),
+                measuring=not no_measure, choosing=not no_choose, retain=retained,
                 ignored=left_out_files(images) if images.is_dir() else None,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
             )  # fmt: skip

@@ -142,6 +142,40 @@ def test_fit_takes_a_folder_of_images_the_whole_way(work, model, tmp_path):
     assert head.exit_code == 0 and "MERGETUNE" in head.stdout
 
 
+def test_fit_measures_chooses_and_says_what_it_did(work, model, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "images")
+    (tmp_path / "images" / "train" / "bell" / "notes.txt").touch()
+    keep = tmp_path / "keep"
+    with as_file(files("mergetune") / "assets" / "tilted-icons.zip") as archive, zipfile.ZipFile(archive) as content:
+        for number, name in enumerate(["cloud", "cloud", "star"]):
+            found = [file for file in content.namelist() if file.split("/")[1] == name][number]
+            (keep / name).mkdir(parents=True, exist_ok=True)
+            (keep / name / found.split("/")[2]).write_bytes(content.read(found))
+    arguments = ["fit", tmp_path / "images", "--backbone", model, "--shots", 4, "--epochs", 1, "--retain", keep]
+    arguments += ["--out", tmp_path / "out"]
+    report = run(*arguments, "--tau", 0.5)
+    assert {line["name"].split(", ")[1] for line in report["choice"]["settings"]["tried"]} == {"tau 0.5"}
+    assert report["settings"]["tau"] == 0.5 and report["ignored"] == {".txt": 1}
+    assert report["retained"]["zero-shot"]["images"] == 3 and len(report["halves"]["novel"]) == 2
+    shown = invoke(*arguments, "--tau", 0.5)
+    assert shown.exit_code == 0, shown.stderr
+    text = " ".join(shown.stdout.split())
+    for word in (
+        "Chosen: lam",
+        "your classes",
+        "new classes",
+        "HM",
+        "retained",
+        report["verdict"],
+        "1 .txt",
+        "Seconds:",
+    ):
+        assert word in text, word
+    assert f"mergetune predict {tmp_path / 'out'}" in text
+    plain = invoke(*arguments[:-1], tmp_path / "plain", "--no-measure").stdout
+    assert "No measuring: measuring is switched off." in plain and "Chosen" not in plain
+
+
 def test_fit_takes_images_or_a_cache(work, model, tmp_path):
     backbone, out = ["--backbone", model], ["--out", tmp_path / "no"]
     cache = ["--cache", work / "cache" / "train"]
@@ -151,6 +185,9 @@ def test_fit_takes_images_or_a_cache(work, model, tmp_path):
         (["fit", *cache, *out], "--tuned and --out are needed with --cache"),
         (["fit", *cache, "--tuned", work / "coop"], "--tuned and --out are needed with --cache"),
         (["fit", tmp_path / "gone", *out], f"and {tmp_path / 'gone'} does not exist"),
+        (["fit", work / "images", *out, "--retain", tmp_path / "gone"], "--retain must be a folder of class folders"),
+        (["fit", work / "images", *out, "--retain", work / "images"], "retain must hold classes that are not trained"),
+        (["fit", *cache, *out, "--tuned", work / "coop", "--no-measure"], "--no-measure needs images"),
     ):
         refused = invoke(*arguments, *backbone)
         assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()), refused.stderr

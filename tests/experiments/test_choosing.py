@@ -163,7 +163,7 @@ def test_concept_names_show_what_forgets_and_what_does_not(icon_clip):
     prompt = mt.Prompt.from_template(icon_clip, template)
     noise = 20 * torch.randn(prompt.ctx.shape, generator=torch.Generator().manual_seed(0)) * prompt.ctx.std()
     broken = measured(prompt.with_state({"ctx": prompt.ctx + noise}))
-    assert broken.share < 90 and broken.cosine < 0.8
+    assert broken.share < 90 and broken.cosine < 0.9
     stack = mt.Stack(mt.Templates((template,)), mt.LinearMap(torch.eye(128).roll(1, 0)))
     assert measured(stack).share < 20  # a map of the images alone forgets as well
 
