@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from mergetune.clip import PRECISIONS, FrozenClip
 from mergetune.data import FeatureCache, ImageList
-from mergetune.data.image_files import load_image
+from mergetune.io import load_image
 from mergetune.facts import FitOptions
 from mergetune.facts.function_options import TUNE_SETTINGS
 from mergetune.training import FitResult
