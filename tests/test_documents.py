@@ -397,6 +397,16 @@ def test_a_record_whose_numbers_do_not_fit_is_refused(cases, tmp_path, name, pla
     assert message in str(caught.value) and str(caught.value).endswith("; delete it to run it again")
 
 
+@pytest.mark.parametrize("part", ["../mine", "/mine", "a/b", "..", ""])
+def test_the_parts_of_a_run_lie_in_its_folder(cases, tmp_path, part):
+    """Replacing a run deletes files there."""
+    case = cases["call"]
+    document = json.loads(case.read(case.folder)) | {"parts": ["tuned", part]}
+    case.write(tmp_path, json.dumps(document).encode())
+    with pytest.raises(ValueError, match=r"call.json is damaged: parts\[1\] must be the name of a folder, got "):
+        read_call(tmp_path)
+
+
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_comes_back_as_it_was_written(tmp_path, name):
     (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[name]))

@@ -15,9 +15,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from mergetune.io import Document, Items, JsonObject, jsonable, locked, read_document, torchrun_team, write_json
+from pydantic import AfterValidator
+
+from mergetune.io import Document, Items, JsonObject, fault, jsonable, locked, read_document, torchrun_team, write_json
 from mergetune.training.run_settings import Difference, differences
 from mergetune.training.runs import LOCK, RESULT, STATE, ResultFile, read_state
 
@@ -29,6 +31,13 @@ WAY_ON = "delete it to start the run anew"
 SOLUTION = ("solution.json", "solution.safetensors")
 FILES = (STATE, RESULT, *SOLUTION, "report.json", "paths.png")
 """The files of a run; replacing a run deletes these and no others."""
+
+
+def _folder_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for i, name in enumerate(names):
+        if not re.fullmatch(r"\w[\w.-]*", name):  # files are deleted there: it must lie in the run's folder
+            raise fault((i,), "the name of a folder", name)
+    return names
 
 
 class CallFile(Document, frozen=True, extra="ignore"):
@@ -45,7 +54,7 @@ class CallFile(Document, frozen=True, extra="ignore"):
     format: Literal["mergetune.call/1"]
     settings: JsonObject
     in_words: JsonObject = {}
-    parts: Items[str] = ()
+    parts: Annotated[Items[str], AfterValidator(_folder_names)] = ()
     started: str
 
 

@@ -29,6 +29,7 @@ from mergetune.io import (
     Number,
     fault,
     installed_version,
+    jsonable,
     locked,
     parse_document,
     read_document,
@@ -103,8 +104,8 @@ class FitResult:
         solution: the trained solution; with ``val``, that of the best epoch.
         history: one entry per epoch: lr, loss, every term of the loss and, with ``val``, val_accuracy.
         settings: every argument that the result depends on, JSON-able.
-        timings: seconds, steps and ms_per_step. A resumed run counts only the last process that trained; runs that
-            train together share the seconds equally.
+        timings: seconds, steps and ms_per_step. A resumed run counts only the last process; runs that train together
+            share the seconds equally.
 
     Example:
         >>> import mergetune as mt, tempfile, torch
@@ -120,9 +121,17 @@ class FitResult:
     timings: dict[str, float]
 
     def save(self, path: str | Path) -> None:
-        """Write the solution and ``result.json`` into the folder ``path``."""
+        """Write the solution and ``result.json`` into the folder ``path``.
+
+        If nothing was trained, because the run was finished before, the file keeps the timings of its training.
+        """
         self.solution.save(path)
-        record = {"history": self.history, "settings": self.settings, "timings": self.timings, "versions": _versions()}
+        timings = self.timings
+        if timings.get("steps") == 0:
+            with contextlib.suppress(OSError, ValueError):  # a damaged file is written again
+                saved = read_document(Path(path) / RESULT, ResultFile, way_on="")
+                timings = saved.timings if saved.settings == jsonable(self.settings) else timings
+        record = {"history": self.history, "settings": self.settings, "timings": timings, "versions": _versions()}
         write_json(Path(path) / RESULT, record, indent=2)
 
     @classmethod
@@ -224,21 +233,12 @@ class TrainingRun:
             ),
             history=tuple(self.history),
             settings=self.settings,
-            timings=self._earlier_timings()
-            or {
+            timings={
                 "seconds": self.seconds,
                 "steps": self.steps,
                 "ms_per_step": 1e3 * self.seconds / max(self.steps, 1),
             },
         )
-
-    def _earlier_timings(self) -> dict[str, float]:
-        """The timings in the saved result of a run that was finished before; empty if there are none."""
-        if self.steps or self.folder is None:
-            return {}
-        with contextlib.suppress(OSError, ValueError):  # a damaged result is written again
-            return read_document(self.folder / RESULT, ResultFile, way_on="").timings
-        return {}
 
     def add(self, entry: dict[str, float]) -> None:
         """Append an epoch to the history. The best one has the highest val accuracy, or is the last without ``val``."""
