@@ -247,6 +247,10 @@ def test_cache_names_an_unreadable_image_and_can_skip_it(work, model, tmp_path):
     refused = invoke(*arguments)
     assert refused.exit_code == 2 and broken.name in "".join(refused.stderr.split())
     assert run(*arguments, "--skip-unreadable")["train"]["skipped"] == 1
+    fit = ["fit", tmp_path / "images", "--out", tmp_path / "fit", "--backbone", model, "--epochs", 1]
+    refused = invoke(*fit)
+    assert refused.exit_code == 2 and broken.name in "".join(refused.stderr.split())
+    assert "MERGETUNE" in run(*fit, "--skip-unreadable")["reports"]["all"]
 
 
 def test_what_is_exported_comes_back(work, model, tmp_path):
