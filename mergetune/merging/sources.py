@@ -266,7 +266,7 @@ class Part:
         rows = torch.empty(len(states), self.end - self.begin, dtype=self._dtype, device=self.stored[0].device)
         for k, state in enumerate(states):
             found = source(state, self.name)
-            if found.shape != self.shape:
+            if found.shape != self.shape and not found.numel == self.shape.numel() == 1:
                 raise ValueError(
                     f"{argument}[{k}][{self.name!r}] must have shape {list(self.shape)}, got {list(found.shape)}"
                 )

@@ -233,6 +233,9 @@ def test_one_number_has_any_shape() -> None:
     for ours, theirs in (((), (1,)), ((1,), ()), ((1, 1), (1,))):
         found = m.average(None, [{"logit_scale": torch.full(ours, 4.0)}, {"logit_scale": torch.full(theirs, 6.0)}])
         assert torch.equal(found["logit_scale"], torch.full(ours, 5.0))
+        fishers = [{"logit_scale": torch.full(theirs, 1.0)}, {"logit_scale": torch.full(theirs, 3.0)}]
+        states = [{"logit_scale": torch.full(ours, 4.0)}, {"logit_scale": torch.full(theirs, 6.0)}]
+        assert m.fisher_average(None, states, fishers=fishers)["logit_scale"].item() == 5.5
 
 
 def tied(seed: int, *, stored: bool) -> State:
