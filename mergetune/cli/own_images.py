@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 _TITLES = {"base": "your classes", "novel": "new classes"}
 
 
-def print_result(found: FolderResult, folder: Path, *, classes: str) -> None:
+def print_result(found: FolderResult, folder: Path, *, classes: str, cache: Path | None = None) -> None:
     """Print what `fit` on images did and found.
 
     Args:
         found: the result.
         folder: folder of the solution.
         classes: the command's ``--classes``.
+        cache: folder of the feature caches; None is ``folder/cache``.
     """
     for title, choice in (("setting of MERGETUNE", found.settings), ("kind of solution", found.kinds)):
         if choice is not None:
@@ -39,8 +40,8 @@ def print_result(found: FolderResult, folder: Path, *, classes: str) -> None:
         _print_halves(title, found, classes)
     if classes == "all":
         print_table("", _whole_rows(found), title="The solution that knows all classes, test images, %")
-        if found.names:
-            count = next(iter(found.names.values())).names
+        if found.concept_names:
+            count = next(iter(found.concept_names.values())).names
             tell(
                 f"names as before: share of {count} common concept names that are recognised as by zero-shot CLIP, "
                 "from their text alone"
@@ -52,13 +53,13 @@ def print_result(found: FolderResult, folder: Path, *, classes: str) -> None:
     tell("Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items()))
     tell(f"Solution ({found.row}), report.json, paths.png: {folder}")
     tell("Next:")
-    for command in next_commands(folder):
+    for command in next_commands(folder, cache or folder / "cache"):
         tell(f"  {command}")
 
 
-def next_commands(folder: Path) -> list[str]:
-    """Commands that use the solution in a folder."""
-    test = folder / "cache" / "test"
+def next_commands(folder: Path, cache: Path) -> list[str]:
+    """Commands that use the solution in a folder, with the test images in a folder of caches."""
+    test = cache / "test"
     return [
         f"mergetune predict {folder} NEW_PICTURES",
         f"mergetune eval --cache {test} --solution {folder} --confusion {folder / 'confusion.png'}",
@@ -105,8 +106,8 @@ def _whole_rows(found: FolderResult) -> list[tuple[str, dict[str, str], str | No
     rows = []
     for name, report in found.reports["all"].items():
         cells = {"all classes": _with_error(report)}
-        if found.names:
-            kept = found.names.get(name)
+        if found.concept_names:
+            kept = found.concept_names.get(name)
             cells["names as before"] = "-" if kept is None else f"{kept.share:.1f}"
         if found.retained:
             shown = found.retained.get(name)
