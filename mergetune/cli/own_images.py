@@ -42,8 +42,8 @@ def print_result(found: FolderResult, run: Path, caches: Path, *, classes: str) 
         _print_halves(title, found, classes)
     if classes == "all":
         print_table("", _whole_rows(found), title="The solution that knows all classes, test images, %")
-        if found.names:
-            count = next(iter(found.names.values())).names
+        if found.concept_names:
+            count = next(iter(found.concept_names.values())).names
             tell(
                 f"names as before: share of {count} common concept names that are recognised as by zero-shot CLIP, "
                 "from their text alone"
@@ -107,8 +107,8 @@ def _whole_rows(found: FolderResult) -> list[tuple[str, dict[str, str], str | No
     rows = []
     for name, report in found.reports["all"].items():
         cells = {"all classes": _with_error(report)}
-        if found.names:
-            kept = found.names.get(name)
+        if found.concept_names:
+            kept = found.concept_names.get(name)
             cells["names as before"] = "-" if kept is None else f"{kept.share:.1f}"
         if found.retained:
             shown = found.retained.get(name)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from mergetune.clip import FrozenClip
-from mergetune.data import Dataset, FeatureCache, ImageList
-from mergetune.evaluation import Classifier, Report, accuracy
+from mergetune.data import Dataset, ImageList
+from mergetune.evaluation import Classifier
 
 CONCEPTS = "concepts.txt"
 
@@ -104,8 +104,3 @@ def retained_images(data: Dataset, own: Sequence[str]) -> ImageList:
         lists[0].classnames,
     )
     return listed.select(data.visible or range(len(listed.classnames)))
-
-
-def retained(classify: Classifier, features: FeatureCache) -> Report:
-    """Accuracy on the retained pictures, among the retained classes."""
-    return accuracy(classify, features)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from mergetune.clip import PRECISIONS, FrozenClip
 from mergetune.data import FeatureCache, ImageList
-from mergetune.io import load_image
 from mergetune.facts import FitOptions
 from mergetune.facts.function_options import TUNE_SETTINGS
+from mergetune.io import load_image
 from mergetune.training import FitResult
 
 MEASURED_IMAGES, MEASURED_STEPS = 8, 4

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mergetune.clip import PLAIN, FrozenClip, check_templates
-from mergetune.data import Dataset, FeatureCache, cache_features
-from mergetune.evaluation import BaseNovel, Report, connectivity, plot
-from mergetune.experiments.canary import Recognised, concept_names, recognised, retained, retained_images, tell_apart
+from mergetune.data import Dataset, FeatureCache, ImageList, cache_features
+from mergetune.evaluation import BaseNovel, Report, accuracy, connectivity, plot
+from mergetune.experiments.canary import Recognised, concept_names, recognised, retained_images, tell_apart
 from mergetune.experiments.cells import LEAST_CLASSES, Fold, halves_of
 from mergetune.experiments.choosing import Choice, default_setting, settings_to_try, too_few
 from mergetune.experiments.engine import Candidate, Together, counted, reports, tested, usual
@@ -46,7 +48,7 @@ class FolderResult:
         settings: choice of ``lam`` and ``tau``; None if nothing was chosen.
         kinds: choice of the kind; None if nothing was chosen.
         left_out: what was not done ("measuring", "choosing") -> the reason.
-        names: row -> concept names that are recognised as before. Rows that know only their own classes are left out.
+        concept_names: row -> concept names that are recognised as before. Rows of fixed classes are left out.
         retained: row -> accuracy on the retained pictures; empty without ``retain``.
         verdict: one sentence.
         seconds: part of the work -> seconds that this call spent on it.
@@ -62,7 +64,7 @@ class FolderResult:
     settings: Choice | None = None
     kinds: Choice | None = None
     left_out: dict[str, str] = field(default_factory=dict)
-    names: dict[str, Recognised] = field(default_factory=dict)
+    concept_names: dict[str, Recognised] = field(default_factory=dict)
     retained: dict[str, Report] = field(default_factory=dict)
     verdict: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -82,7 +84,7 @@ class FolderResult:
                 "kinds": None if self.kinds is None else self.kinds.to_json(),
             },
             "left_out": self.left_out,
-            "concept_names": _as_json(self.names),
+            "concept_names": _as_json(self.concept_names),
             "retained": _as_json(self.retained),
             "verdict": self.verdict,
             "seconds": self.seconds,
@@ -157,24 +159,22 @@ def fit_dataset(
     learned = data.select(halves["base"]) if classes == "base" else data
     training = learned.few_shot(shots, seed)
     others = other_images(data, training, seed) if halves and choosing else None
-
-    kept, options = Path(cache or out / "cache"), {**(cache_options or {}), "progress": progress}
     draw = f"{classes}-{'all' if shots is None else shots}-seed-{seed}"  # another draw is another cache
-    counts = {"training": training, "validation": others, "test": data.test, "retained": pictures}
-    told = [f"{len(images)} {name}" for name, images in counts.items() if images]
-    report(f"encoding {', '.join(told)} images once")
     with clock.part("encoding"):
-        features = cache_features(clip, training, kept / f"train-{draw}", **options)
-        test = cache_features(clip, data.test, kept / "test", **options)
-        plain = {**options, "views": 1}
-        more = None if others is None else cache_features(clip, others, kept / f"val-{draw}", **plain)
-        shown = None if pictures is None else cache_features(clip, pictures, kept / "retained", **plain)
+        counts = {"training": training, "validation": others, "test": data.test, "retained": pictures}
+        told = [f"{len(images)} {name}" for name, images in counts.items() if images]
+        report(f"encoding {', '.join(told)} images once")
+        encode = partial(_encoded, clip, Path(cache or out / "cache"), {**(cache_options or {}), "progress": progress})
+        features, test = encode(f"train-{draw}", training), encode("test", data.test)
+        validation = None if others is None else encode(f"val-{draw}", others, views=1)  # nothing is trained on these
+        shown = None if pictures is None else encode(f"retained-{_short(pictures)}", pictures, views=1)
 
     texts = check_templates(template)
     making = Making(clip, texts, stage_1, seed, tune_options or {}, given, progress=progress)
-    fold = fold_of(features, more, halves, texts, seed, hold_out=choosing) if halves else None
+    fold = fold_of(features, validation, halves, texts, seed, hold_out=choosing) if halves else None
     why_not = _why_not(fold, left_out, choosing=choosing)
-    found = None
+    left_out |= {"choosing": why_not} if why_not else {}
+    found, row, setting = None, MERGETUNE, default_setting(given)
     if fold is not None and (classes == "all" or not why_not):
         settings, kinds = settings_to_try(given), _kinds(method, stage_1)
         report(_announced(fold, data, len(settings) if not why_not else 1, kinds))
@@ -183,9 +183,7 @@ def fit_dataset(
                 making, fold, out / "measure", settings, kinds=kinds, tuned=tuned if classes == "base" else (),
                 stage_1=out / "tuned" if classes == "base" else None, choosing=not why_not,
             )  # fmt: skip
-    row, setting = (found.row, found.setting) if found else (MERGETUNE, default_setting(given))
-    if why_not:
-        left_out["choosing"] = why_not
+        row, setting = found.row, found.setting
     with clock.part("training"):
         if found and classes == "base":
             final = found
@@ -197,37 +195,29 @@ def fit_dataset(
     with clock.part("testing"):
         half_tests = {part: test.select_classes(own) for part, own in halves.items()}
         tests = half_tests if classes == "base" else {"all": test}
-        table = _table(making, template, final, row)
-        by_row = reports(counted(tested(table, tests)), {part: images.classnames for part, images in tests.items()})
+        table = _table(making, template, final)
+        by_row = _scores(table, tests)
         by_part = {part: {line: parts[part] for line, parts in by_row.items()} for part in by_row[ZERO_SHOT]}
-        measured, judged = None, table
-        if half_tests:
-            names = {part: images.classnames for part, images in half_tests.items()}
-            if classes == "all":
-                assert found is not None  # there are halves, so there was a measuring run
-                judged = _table(making, template, found, row)
-            scores = reports(counted(tested(judged, half_tests)), names)
-            measured = {line: BaseNovel(**parts) for line, parts in scores.items()}
+        judged = _table(making, template, found) if found and classes == "all" else table
         figure = _figure(making, template, final, tests, out)
-        told_by = half_tests or tests
-        sentence = verdict(
-            {line.row: right_of(line.classify, told_by) for line in judged},
-            {part: images.labels for part, images in told_by.items()},
-            row=row,
-            tuned=TUNED,
-            zero_shot=ZERO_SHOT,
-            title=_title(tuned, stage_1),
-        )
-        open_rows = [line for line in table if line.row not in _closed(final, row)]
+        open_rows = [line for line in table if line.row not in _closed(final)]
         canary = tell_apart(clip, concept_names(data.classnames), texts)
         made = FolderResult(
-            final.made, by_part, figure, row, measured,
+            final.made,
+            by_part,
+            figure,
+            row,
+            {line: BaseNovel(**parts) for line, parts in _scores(judged, half_tests).items()} if halves else None,
             {part: images.classnames for part, images in half_tests.items()},
-            found and found.settings, found and found.kinds, left_out,
+            found and found.settings,
+            found and found.kinds,
+            left_out,
             {line.row: recognised(clip, line.classify, canary, texts) for line in open_rows},
-            {line.row: retained(line.classify, shown) for line in open_rows} if shown else {},
-            sentence, clock.seconds, dict(ignored or {}),
-        )  # fmt: skip
+            {line.row: accuracy(line.classify, shown) for line in open_rows} if shown else {},
+            _verdict(judged, half_tests or tests, row, tuned, stage_1),
+            clock.seconds,
+            dict(ignored or {}),
+        )
     write_json(out / "report.json", made.to_json())
     return made
 
@@ -249,6 +239,17 @@ def _stage_1(clip: FrozenClip, tuned: Sequence[Solution], method: str, classes: 
     if not tuned and found != HEAD:
         _ = clip.text  # raises for a CLIP that takes no prompts
     return found
+
+
+def _encoded(
+    clip: FrozenClip, kept: Path, options: Mapping[str, Any], folder: str, images: ImageList, **more: Any
+) -> FeatureCache:
+    return cache_features(clip, images, kept / folder, **{**options, **more})
+
+
+def _short(images: ImageList) -> str:
+    """Short name of a list of images: another folder of retained pictures is another cache."""
+    return f"{zlib.crc32(repr((str(images.root.resolve()), images.files)).encode()):08x}"
 
 
 def _halves(
@@ -316,7 +317,7 @@ def _trained(
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def _table(making: Making, template: str | Sequence[str], found: Measured, row: str) -> list[Candidate]:
+def _table(making: Making, template: str | Sequence[str], found: Measured) -> list[Candidate]:
     """The rows of a table: the usual ones, and the chosen kind."""
     together = Together(making.clip)
 
@@ -324,19 +325,34 @@ def _table(making: Making, template: str | Sequence[str], found: Measured, row: 
         return together.classifier(solution if solution.classnames is None else making.classifier(solution))
 
     table = usual(together.classifier(template), classify(found.tuned), classify(found.merged.solution), name=TUNED)
-    if row not in [candidate.row for candidate in table]:
-        table.append(Candidate(row, making.classifier(found.made.solution)))
+    if found.row not in [candidate.row for candidate in table]:
+        table.append(Candidate(found.row, making.classifier(found.made.solution)))
     return table
 
 
-def _closed(final: Measured, row: str) -> set[str]:
+def _scores(table: Sequence[Candidate], tests: Mapping[str, FeatureCache]) -> dict[str, dict[str, Report]]:
+    """Row -> part -> accuracy."""
+    return reports(counted(tested(table, tests)), {part: images.classnames for part, images in tests.items()})
+
+
+def _verdict(
+    table: Sequence[Candidate], tests: Mapping[str, FeatureCache], row: str, tuned: Sequence[Solution], stage_1: str
+) -> str:
+    return verdict(
+        {line.row: right_of(line.classify, tests) for line in table},
+        {part: images.labels for part, images in tests.items()},
+        row=row,
+        tuned=TUNED,
+        zero_shot=ZERO_SHOT,
+        title="the fine-tuned solution" if tuned else TUNE_METHODS[stage_1],
+        head=stage_1 == HEAD,
+    )
+
+
+def _closed(found: Measured) -> set[str]:
     """Rows of solutions that know only their own classes; zero-shot CLIP answers for them about other classes."""
-    closed = {TUNED, "weight average", "logit ensemble", MERGETUNE} if final.tuned.classnames is not None else set()
-    return closed | ({row} if final.made.solution.classnames is not None else set())
-
-
-def _title(tuned: Sequence[Solution], stage_1: str) -> str:
-    return "the fine-tuned solution" if tuned else TUNE_METHODS[stage_1]
+    closed = {TUNED, "weight average", "logit ensemble", MERGETUNE} if found.tuned.classnames is not None else set()
+    return closed | ({found.row} if found.made.solution.classnames is not None else set())
 
 
 def _figure(

@@ -9,7 +9,16 @@ from mergetune.experiments.paired import HM, Estimate, Labels, Right, accuracies
 POOR = 10.0  # points that zero-shot CLIP lies below the fine-tuned solution, from which on it is a poor anchor
 
 
-def verdict(right: Mapping[str, Right], labels: Labels, *, row: str, tuned: str, zero_shot: str, title: str) -> str:
+def verdict(
+    right: Mapping[str, Right],
+    labels: Labels,
+    *,
+    row: str,
+    tuned: str,
+    zero_shot: str,
+    title: str,
+    head: bool = False,
+) -> str:
     """One sentence about a solution; ± is half of a 95 % interval of the paired difference.
 
     The first rule that holds decides. "Surely" means that the whole interval lies on one side of 0.
@@ -27,6 +36,7 @@ def verdict(right: Mapping[str, Right], labels: Labels, *, row: str, tuned: str,
         labels: class number of each test image.
         row, tuned, zero_shot: rows of the solution, of the fine-tuned solution and of zero-shot CLIP.
         title: name of the fine-tuned solution in the sentence.
+        head: whether the fine-tuned solution is a head, so that none needs to be advised.
     """
     learned = next(iter(labels))
     to_tuned, to_zero = (gains(right[row], right[other], labels) for other in (tuned, zero_shot))
@@ -35,10 +45,10 @@ def verdict(right: Mapping[str, Right], labels: Labels, *, row: str, tuned: str,
     if row == zero_shot:
         return f"Zero-shot CLIP is the best choice here: {_told(to_tuned, whole, title)}."
     if best - zero > POOR and to_tuned[learned].below:
-        loss = to_tuned[learned]
+        loss, way_on = to_tuned[learned], "keep the head" if head else "use --method head or --method auto"
         return (
             f"Zero-shot CLIP is poor here ({zero:.1f} % on your classes): {row} repairs towards it and loses "
-            f"{-loss.value:.1f} ± {loss.reach:.1f} points on them against {title}; use --method head or --method auto."
+            f"{-loss.value:.1f} ± {loss.reach:.1f} points on them against {title}; {way_on}."
         )
     if row != tuned and to_tuned[whole].below:
         return f"Do not use {row} here: {_told(to_tuned, whole, title)}; keep the fine-tuned solution."

@@ -98,9 +98,9 @@ def test_settings_start_with_the_default_and_keep_what_is_given():
 ROWS = ("MERGETUNE", "fine-tuned", "zero-shot")
 
 
-def said(merged: tuple, tuned: tuple, zero_shot: tuple, row: str = "MERGETUNE") -> str:
+def said(merged: tuple, tuned: tuple, zero_shot: tuple, row: str = "MERGETUNE", **more) -> str:
     right = {name: answers(*own, 400) for name, own in zip(ROWS, (merged, tuned, zero_shot), strict=True)}
-    return verdict(right, labels(400), row=row, tuned=ROWS[1], zero_shot=ROWS[2], title="CoOp")
+    return verdict(right, labels(400), row=row, tuned=ROWS[1], zero_shot=ROWS[2], title="CoOp", **more)
 
 
 def test_a_gain_is_told_with_its_interval():
@@ -113,6 +113,7 @@ def test_a_poor_zero_shot_is_named():
     sentence = said((100, 80), (136, 80), (83, 80))
     assert sentence.startswith("Zero-shot CLIP is poor here (20.8 % on your classes): MERGETUNE repairs towards it")
     assert "loses 9.0 ± 2.8 points" in sentence and "use --method head" in sentence
+    assert said((100, 80), (136, 80), (83, 80), head=True).endswith("against CoOp; keep the head.")
 
 
 def test_a_loss_is_called_a_loss():

@@ -160,7 +160,7 @@ def test_base_classes_need_no_extra_run(fit, tmp_path):
     assert found.halves == {"base": CLASSES[:3], "novel": CLASSES[3:]} and found.settings is not None
     novel = {row: report.accuracy for row, report in found.reports["novel"].items()}
     assert len(set(novel.values())) == 1  # a head knows its own classes; zero-shot answers for the others
-    assert mt.load_solution(tmp_path).classnames == CLASSES[:3] and list(found.names) == ["zero-shot"]
+    assert mt.load_solution(tmp_path).classnames == CLASSES[:3] and list(found.concept_names) == ["zero-shot"]
 
 
 def test_validation_images_are_neither_trained_nor_tested_on(data, icon_clip, folder):
@@ -203,7 +203,7 @@ def test_a_chosen_kind_is_saved_in_place_of_mergetune(fit, data, folder, tmp_pat
     assert found.row == "zero-shot + residual" and mt.load_solution(tmp_path).kind == "stack"
     assert [row for row in found.measured if row not in found.reports["all"]] == []
     assert "MERGETUNE" in found.measured and mt.load_solution(tmp_path / "mergetune").kind == "prompt"
-    assert found.retained.keys() == found.measured.keys() and found.names["zero-shot + residual"].share == 100
+    assert found.retained.keys() == found.measured.keys() and found.concept_names["zero-shot + residual"].share == 100
     assert found.retained["zero-shot"] == found.retained["zero-shot + residual"]  # residuals leave other classes alone
     with pytest.raises(ValueError, match="retain must hold classes that are not trained, got 'anchor'"):
         fit(tmp_path / "no", retain=data)
