@@ -199,7 +199,7 @@ def delta_guided(base: StateDict, experts: Sequence[StateDict], *, power: float 
         lengths = deltas.abs().double() if per == "element" else squares[part.name].sqrt()[:, None]
         moved = lengths.pow(power)
         most, total = lengths.amax(0), moved.sum(0)
-        beyond = (most > 0) & ((total == 0) | ~total.isfinite())  # too large or too small a power: the same weights
+        beyond = (most > 0) & ((total == 0) | ~total.isfinite())  # the powers leave float64: those of the ratios do not
         moved = torch.where(beyond, (lengths / most).pow(power), moved)
         total = torch.where(beyond, moved.sum(0), total)
         weights = torch.where(total > 0, moved / total, 1 / len(experts))

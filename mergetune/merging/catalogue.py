@@ -86,18 +86,18 @@ def merge_files(
     if plan_of(function):
         merging.merge_files(function, start, experts, out, **more, **options)
         return
-    write_merged(
-        function, start, experts, out, options, missing=more.get("missing", "refuse"), ema=more.get("ema", False)
-    )
+    if given := [name for name in ("lora", "lora_rank") if more.get(name) is not None]:
+        raise ValueError(f"{given[0]} must be None for {facts.name}, which merges the factors of LoRA in its own way")
+    kept = {name: more[name] for name in ("missing", "ema") if name in more}
+    write_merged(function, start, experts, out, options, **kept)
 
 
 def is_weights(path: str | Path) -> bool:
     """Whether a path names weights of a model or adapter, and not a solution or a file that a solution is read from."""
     path = Path(path)
     if path.is_dir():
-        return any(
-            (path / name).is_file() for name in ("open_clip_config.json", "adapter_config.json", *FOLDER_WEIGHTS)
-        )
+        named = ("open_clip_config.json", "adapter_config.json", *FOLDER_WEIGHTS)
+        return any((path / name).is_file() for name in named) and not (path / "solution.json").exists()
     return path.name.endswith((".safetensors", INDEX))
 
 

@@ -434,6 +434,13 @@ def test_backbones_that_differ_are_merged_and_loaded(model, tmp_path):
     torch.testing.assert_close(merged, 2 * weights["text_projection"].float(), atol=1e-3, rtol=1e-3)
 
 
+def test_a_solution_that_lies_beside_a_model_is_a_solution(work, model, tmp_path):
+    shutil.copytree(work / "coop", tmp_path / "both")
+    shutil.copy(Path(model.removeprefix("local-dir:")) / "open_clip_config.json", tmp_path / "both")
+    run("merge", "average", tmp_path / "both", work / "coop", "--out", tmp_path / "new" / "merged")
+    assert load_solution(tmp_path / "new" / "merged").kind == "prompt"
+
+
 def test_options_for_weights_are_refused_with_solutions(work, tmp_path):
     for option in (["--missing", "drop"], ["--ema"], ["--lora", "svd"], ["--lora-rank", 2]):
         refused = invoke("merge", "average", work / "coop", work / "kgcoop", "--out", tmp_path / "x", *option)

@@ -223,6 +223,8 @@ def test_lora_lego_takes_the_scales_of_the_configurations(tmp_path: Path) -> Non
     assert found.keys() == expected.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
     config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == 2
+    with pytest.raises(ValueError, match="lora must be None for lora_lego, which merges the factors"):
+        merge_files("lora_lego", None, paths, tmp_path / "again", {}, lora="svd")
 
 
 def edit(path: Path, **settings: Any) -> None:
