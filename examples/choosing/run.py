@@ -28,7 +28,7 @@ from mergetune.experiments.paired import right_of
 from mergetune.io import write_json
 from mergetune.solutions import Solution
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "icon_residuals"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "icon_residuals"))
 import domains  # noqa: E402  # writes the icons' domains
 
 PRECISION = "float32"  # figures must not depend on what the machine is fastest at

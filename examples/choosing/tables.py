@@ -162,12 +162,26 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])) + "\n"
 
 
-def main(folder: Annotated[Path, typer.Argument(help="folder OUT/cells/STAGE of run.py")]) -> None:
-    """Print the tables of the cells in FOLDER."""
+BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="folder OUT/cells/STAGE of run.py")],
+    page: Annotated[
+        Path | None, typer.Option(help="page whose tables are replaced, between its marks; without it: print all")
+    ] = None,
+) -> None:
+    """Print the tables of the cells in FOLDER, or put those that a page shows into it."""
     cells = read(folder)
     if not cells:
         raise typer.BadParameter(f"FOLDER must hold cells of run.py, got none in {folder}")
-    for table in (against_best, ahead_of_auto, against_all, what_was_chosen, by_margin):
+    shown = [against_best, ahead_of_auto, what_was_chosen]
+    if page is not None:
+        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        found = "\n".join(table(cells) for table in shown)
+        page.write_text(f"{before}{BEGIN}\n{found}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        return
+    for table in (*shown, against_all, by_margin):
         typer.echo(f"{(table.__doc__ or '').splitlines()[0]}\n\n{table(cells)}")
 
 
