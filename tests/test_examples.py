@@ -21,8 +21,10 @@ WITHOUT = {
     "open_taskres": "needs the checkpoint of another project",
     "plane": "measures a grid of points",
     "plot": "draws a figure",
+    "plot_confusion": "draws a figure",
     "plot_plane": "draws a figure",
     "plot_spectrum": "draws a figure",
+    "plot_wrong_answers": "draws a figure",
     "push_to_hub": "needs a network",
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mergetune.data.cache_documents import Identity, Plan
+from mergetune.data.cache_documents import Identity, Manifest, Plan
 from mergetune.data.cache_files import (
     MANIFEST,
     PLAN,
@@ -20,7 +20,14 @@ from mergetune.data.cache_files import (
     remove_building_files,
 )
 from mergetune.data.image_lists import ImageList
-from mergetune.io import MAX_IMAGE, compact_json, sha256_regular, write_atomically
+from mergetune.io import (
+    FIRST_DECODING,
+    MAX_IMAGE,
+    compact_json,
+    decoding_differs,
+    sha256_regular,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -50,7 +57,8 @@ def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
     """
     if not (path / MANIFEST).is_file():
         return False
-    manifest = read_manifest(path)
+    recorded = read_manifest(path)
+    manifest = _decoded_alike(recorded, wanted, images)
     refuse_stale(path, manifest, wanted)
     lacking = set(wanted.files).difference(manifest.files)
     if lacking:
@@ -62,10 +70,10 @@ def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
     fresh = manifest
     if len(wanted.files) == len(manifest.files):
         fresh = relabelled(manifest, wanted)
-    if moved or fresh != manifest or (path / PLAN).exists():
+    if moved or fresh != recorded or (path / PLAN).exists():
         # The update is optional: it is left out if the folder is read-only or another process builds the cache.
         with contextlib.suppress(OSError, RuntimeError), cache_lock(path):
-            if read_manifest(path) == manifest:
+            if read_manifest(path) == recorded:
                 shards = [
                     manifest.shards[number].model_copy(update={"images": moved.get(number, known)})
                     for number, known in image_identities(path, manifest)
@@ -74,6 +82,15 @@ def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
                 write_atomically(path / MANIFEST, compact_json(fresh.model_dump()))
                 remove_building_files(path)
     return True
+
+
+def _decoded_alike(recorded: Manifest, wanted: Plan, images: ImageList) -> Manifest:
+    """The manifest of a finished cache; one of version 0.1 counts as today's if both decode these pictures alike."""
+    if recorded.decoding != FIRST_DECODING or wanted.decoding == FIRST_DECODING:
+        return recorded
+    if any(decoding_differs(images.root / file) for file in images.files if file not in recorded.skipped):
+        return recorded
+    return recorded.model_copy(update={"decoding": wanted.decoding})
 
 
 def check_image_tower(clip: FrozenClip, features: Batches, *, name: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mergetune.data.pictures import FoundPicture
+from mergetune.facts.brief import brief
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 from mergetune.io import begin_worker, read_picture
 
@@ -39,6 +40,7 @@ def decode_in_workers(
     return iter(loader)
 
 
+@brief("pixels", pictures=lambda found: len(found.pictures), errors=lambda found: len(found.errors))
 @dataclass(frozen=True)
 class DecodedPictures:
     """A batch of B pictures, of which R are readable.

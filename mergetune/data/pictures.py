@@ -18,11 +18,13 @@ from torch import Tensor
 
 from mergetune.data.image_files import images_below
 from mergetune.data.image_lists import Dataset, ImageList
+from mergetune.facts.brief import brief
 from mergetune.io import MAX_TABLE, check_picture, image_extensions, read_regular, require_file
 
 LISTS = (".txt", ".csv", ".json")
 
 
+@brief()
 @dataclass(frozen=True)
 class FoundPicture:
     """A picture that was found in the inputs; it is not read yet.

@@ -19,11 +19,13 @@ import numpy as np
 
 from mergetune.evaluation.predictions import Predictions
 from mergetune.evaluation.scores import distinct_names
+from mergetune.facts.brief import brief
 from mergetune.io import writing_atomically
 
 ROWS = 4096  # images whose values are taken from tensors at once
 
 
+@brief()
 @dataclass(frozen=True)
 class ClassScores:
     """How well the images of one class are answered. Shares are in percent, None where the denominator is 0.
@@ -43,6 +45,7 @@ class ClassScores:
     f1: float | None
 
 
+@brief()
 @dataclass(frozen=True)
 class Mistake:
     """Images of one class that are answered with another class.
@@ -59,6 +62,11 @@ class Mistake:
     share: float
 
 
+@brief(
+    classes=lambda found: len(found.names),
+    images=lambda found: int(found.counts.sum()),
+    macro_f1=lambda found: found.macro_f1,
+)
 @dataclass(frozen=True, eq=False)
 class Confusion:
     """How often images of each class are answered with each class. Make one with :func:`confusion`.
@@ -72,9 +80,6 @@ class Confusion:
     counts: np.ndarray
     names: tuple[str, ...]
     scores: tuple[ClassScores, ...]
-
-    def __repr__(self) -> str:
-        return f"Confusion({len(self.names):,} classes, {self.counts.sum():,} images, mean F1 {self.macro_f1:.2f} %)"
 
     @property
     def macro_f1(self) -> float:
@@ -128,7 +133,7 @@ def confusion(predictions: Predictions) -> Confusion:
         >>> features = mt.FeatureCache.from_tensors(torch.eye(3), [0, 1, 1], ["cat", "dog", "car"])
         >>> found = mt.confusion(mt.predict_features(Classifier(lambda names: torch.eye(3)), features))
         >>> found
-        Confusion(3 classes, 3 images, mean F1 83.33 %)
+        Confusion(classes=3, images=3, macro_f1=83.3333)
         >>> found.counts.tolist()
         [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
         >>> found.scores[1].precision, found.scores[1].recall, found.mistakes[0].predicted
@@ -146,6 +151,7 @@ def confusion(predictions: Predictions) -> Confusion:
     return Confusion(counts, names, tuple(scores))
 
 
+@brief()
 @dataclass(frozen=True)
 class WrongAnswer:
     """A wrongly answered image.

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from mergetune.data import Batches
 from mergetune.evaluation.scores import Classifier, Hits, Report
+from mergetune.facts.brief import brief
 from mergetune.solutions import inputs
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 
 
+@brief("ece")
 @dataclass(frozen=True)
 class Reliability:
     """How well probabilities agree with accuracies: images in bins of equal width by their confidence.
@@ -40,6 +42,10 @@ class Reliability:
     ece: float
 
 
+@brief(
+    "ece", "nll", "temperature",
+    images=len, classes=lambda found: len(found.classnames), accuracy=lambda found: found.report.accuracy,
+)  # fmt: skip
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """The answers of a classifier on N labelled images. Make them with :func:`predict_features`.
@@ -63,11 +69,6 @@ class Predictions:
     temperature: float
     classnames: tuple[str, ...]
     files: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        size = f"{len(self):,} images, {len(self.classnames):,} classes"
-        found = f"accuracy {self.report.accuracy:.2f} %, ECE {self.ece:.2f} %, NLL {self.nll:.4f}"
-        return f"Predictions({size}, {found}, temperature {self.temperature:.4g})"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -150,7 +151,7 @@ def predict_features(
         >>> features = mt.FeatureCache.from_tensors(torch.eye(3), [0, 1, 1], ["cat", "dog", "car"])
         >>> found = mt.predict_features(Classifier(lambda names: 2 * torch.eye(3)), features)
         >>> found
-        Predictions(3 images, 3 classes, accuracy 66.67 %, ECE 12.03 %, NLL 0.9062, temperature 1)
+        Predictions(ece=12.0319, nll=0.906211, temperature=1, images=3, classes=3, accuracy=66.6667)
         >>> found.predicted.tolist(), found.wrong().tolist(), round(found.ece, 1)
         ([0, 1, 2], [2], 12.0)
     """

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mergetune.clip import FrozenClip, check_classnames, prepare_images
 from mergetune.data import FoundPicture, decode_pictures, find_pictures, is_one_picture
 from mergetune.evaluation.classifiers import classifier
+from mergetune.facts.brief import brief
 from mergetune.facts.function_options import ACTIVATIONS, BACKGROUND, MAX_PIXELS
 from mergetune.io import background_colour, hidden
 from mergetune.solutions import Solution, Stack, inputs, known_classes, open_solution, stacked, temperature_of
@@ -24,7 +25,8 @@ from mergetune.solutions import Solution, Stack, inputs, known_classes, open_sol
 NONE = "none"
 
 
-@dataclass(frozen=True, repr=False)
+@brief("file", "label", "labels", "probabilities", "error")
+@dataclass(frozen=True)
 class Prediction:
     """The most probable classes of one picture, or the reason why the picture cannot be read.
 
@@ -39,7 +41,7 @@ class Prediction:
     Example:
         >>> from mergetune import Prediction
         >>> Prediction("a.jpg", "cat", ("cat", "dog"), (0.9, 0.1))
-        Prediction('a.jpg', 'cat': cat 0.900, dog 0.100)
+        Prediction(file='a.jpg', label='cat', labels=['cat', 'dog'], probabilities=[0.9, 0.1], error=None)
     """
 
     file: str | None
@@ -62,13 +64,6 @@ class Prediction:
             "probabilities": list(self.probabilities),
             "error": self.error,
         }
-
-    def __repr__(self) -> str:
-        head = f"Prediction({'' if self.file is None else f'{self.file!r}, '}"
-        if self.error is not None:
-            return f"{head}error={self.error!r})"
-        pairs = zip(self.labels, self.probabilities, strict=True)
-        return f"{head}{self.label!r}: {', '.join(f'{name} {p:.3f}' for name, p in pairs)})"
 
 
 class Predictor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mergetune.experiments.engine import kept
 from mergetune.experiments.records import HOME, CellRecord, RunRecordFile
+from mergetune.facts.brief import brief
 from mergetune.io import Document, JsonObject, Number, read_document
 from mergetune.training.run_folders import CALL, WAY_ON, read_call, recorded_settings
 from mergetune.training.run_settings import flat, is_digest, shown
@@ -33,6 +34,7 @@ class _ReportFile(Document, frozen=True, extra="ignore"):
     reports: dict[str, dict[str, JsonObject]] = {}
 
 
+@brief()
 @dataclass(frozen=True)
 class RunRow:
     """One run in a list of runs.

@@ -36,6 +36,7 @@ def recorded_parts(recorded: str) -> tuple[str, str | None]:
     The folder of the embedded model in any installation, by which older files record that model, becomes "icon-clip".
 
     Example:
+        >>> from mergetune.facts.backbones import recorded_parts
         >>> recorded_parts("ViT-B-32/openai"), recorded_parts("hf-hub:org/repo")
         (('ViT-B-32', 'openai'), ('hf-hub:org/repo', None))
     """

@@ -84,6 +84,20 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, background: st
         raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
 
+def decoding_differs(path: str | Path) -> bool:
+    """Whether a readable image looks different since transparency and deep greys are decoded right.
+
+    Headers decide about most images; the pixels are decoded only if an image has transparency.
+    """
+    try:
+        with _open_image(read_regular(path, limit=MAX_IMAGE), MAX_PIXELS) as image:
+            if image.mode.startswith(("I", "F")):
+                return True
+            return image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255)
+    except Exception:  # decoders raise exceptions of any type; reading the image tells what is wrong
+        return False
+
+
 def check_picture(picture: Any) -> None:
     """Checks that a value is a :data:`Picture`; the file or the pixels are not read.
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from mergetune.solutions.templates import Templates
 
 __all__ = [
-    "temperature_of",
-    "with_temperature",
     "KINDS",
     "TEMPERATURE",
     "Head",
@@ -64,9 +62,11 @@ __all__ = [
     "span",
     "stack_states",
     "stacked",
+    "temperature_of",
     "to_coop",
     "to_head",
     "to_hub",
+    "with_temperature",
     "write_notes",
     "zero_shot_classifier",
     "zero_shot_like",

@@ -44,6 +44,11 @@ def with_temperature(solution: Solution, t: float) -> Solution:
 
     Raises:
         ValueError: t is not a finite number above 0.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> mt.with_temperature(mt.Head(torch.eye(2), ("cat", "dog")), 1.5).notes
+        {'temperature': 1.5}
     """
     return solution.with_state(solution.state(), notes={**solution.notes, TEMPERATURE: _checked("t", t)})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -123,3 +125,31 @@ def test_a_cache_of_another_decoding_is_not_continued(tmp_path):
     assert torch.equal(
         mt.cache_features(clip, images, tmp_path / "cache", background="black").tensor(), on_black.tensor()
     )
+
+
+@pytest.mark.parametrize("kind", ["photo", "opaque", "ink", "deep"])
+def test_a_finished_cache_of_version_0_1_serves_if_its_pictures_look_the_same(tmp_path, kind):
+    clip = mt.load_clip(f"local-dir:{mt.__path__[0]}/assets/icon-clip")
+    for i, name in enumerate(("cat", "dog", "cat", "dog")):
+        noise = np.random.default_rng(i).integers(0, 255, (24, 24, 4), dtype=np.uint8)
+        noise[..., 3] = INK if kind == "ink" and i == 3 else 255
+        picture = Image.fromarray(noise[..., :3] if kind == "photo" else noise)
+        if kind == "deep" and i == 3:
+            picture = Image.fromarray(NOISE.astype(np.uint16) * 257)
+        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "images" / name / f"{i}.png")
+    images = mt.ImageFolder(tmp_path / "images", val=0, test=0.5).train
+    both = [mt.ImageFolder(tmp_path / "images", val=0, test=0.5).test, images]
+    for number, listed in enumerate(both):
+        folder = tmp_path / f"cache-{number}"
+        mt.cache_features(clip, listed, folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["decoding"]  # as version 0.1 wrote it
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        odd = kind in ("ink", "deep") and any(file.endswith("3.png") for file in listed.files)
+        if odd:
+            with pytest.raises(ValueError, match="decoding of pictures must be transparency dropped"):
+                mt.cache_features(clip, listed, folder)
+        else:
+            mt.cache_features(clip, listed, folder)
+            assert "greys scaled" in json.loads((folder / "manifest.json").read_text())["decoding"]

@@ -1,5 +1,6 @@
 """The example choosing: one short cell of it, and its tables on hand-made cells."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -22,10 +23,7 @@ def example(monkeypatch):
     for name in ("domains", "run", "tables"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))  # run.py adds the folder of the domains
-    import run
-    import tables
-
-    return {"run": run, "tables": tables}
+    return {name: importlib.import_module(name) for name in ("tables", "run")}  # run.py makes other tables visible
 
 
 def test_one_short_cell(example, tmp_path, monkeypatch):

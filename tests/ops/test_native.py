@@ -215,7 +215,7 @@ def test_refuses_labels_and_anchors_out_of_range() -> None:
 
 def test_build_info() -> None:
     info = _C.build_info()
-    assert set(info) == {"version", "compiler", "openmp", "cpu_variants", "cpu_variant", "cuda_archs"}
+    assert set(info) == {"version", "compiler", "openmp", "cpu_variants", "cpu_variant", "cuda_archs", "sources"}
     assert info["cpu_variants"][0] == "portable"
     assert info["cpu_variant"] in info["cpu_variants"] and _C.cpu_variant_runs(info["cpu_variant"])
     assert all(arch.isdigit() for arch in info["cuda_archs"])

@@ -1,6 +1,7 @@
 """Kernels verified where they run, on a simulated device: the CPU, with implementations that fail in every way."""
 
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -431,7 +432,10 @@ def test_the_first_training_verifies_once(clip, monkeypatch, tmp_path):
 def test_what_another_process_finds_meanwhile_is_taken_over(monkeypatch):
     """Of two processes that start to train at once, one waits for the lock and then verifies nothing."""
 
+    flock = fcntl.flock
+
     def wait(*_) -> None:
+        monkeypatch.setattr("fcntl.flock", flock)
         verdicts.write_verdicts(VerdictFile(facts=verdicts.device_facts(CPU), verdicts=(), seconds=1.0))
 
     monkeypatch.setattr("fcntl.flock", wait)

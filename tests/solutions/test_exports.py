@@ -257,7 +257,9 @@ def test_a_temperature_is_part_of_a_heads_scale(clip, tmp_path):
     solution = replace(make("head"), notes={"temperature": 2.0})
     solutions.to_head(solution, tmp_path / "head.npz")
     torch.testing.assert_close(logits(open_solution(tmp_path / "head.npz"), clip), logits(solution, clip) / 2)
-    with pytest.raises(ValueError, match="the temperature in the solution's notes must be positive and finite, got 0"):
+    with pytest.raises(
+        ValueError, match="the temperature in the solution's notes must be a finite number above 0, got 0"
+    ):
         solutions.to_head(replace(solution, notes={"temperature": 0}), tmp_path / "head.npz")
 
 

@@ -200,7 +200,7 @@ def test_another_clip_is_refused(clip, kind):
     other, solution = tiny_clip(seed=1), make(clip, kind)
     assert solution.class_embeddings(clip, NAMES).shape == (3, 8)
     for call in (solution.class_embeddings, solution.class_weights, lambda *where: encoder(where[0], solution)):
-        with pytest.raises(ValueError, match="made for .tiny-0, .* got tiny-1"):
+        with pytest.raises(ValueError, match="made for .tiny-0., got tiny-1"):
             call(other, NAMES)
     unknown = replace(solution, fingerprint=None)
     assert unknown.class_embeddings(other, NAMES).shape == (3, 8)
