@@ -62,11 +62,7 @@ class Mistake:
     share: float
 
 
-@brief(
-    classes=lambda found: len(found.names),
-    images=lambda found: int(found.counts.sum()),
-    macro_f1=lambda found: found.macro_f1,
-)
+@brief("macro_f1", classes=lambda found: len(found.names), images=lambda found: int(found.counts.sum()))
 @dataclass(frozen=True, eq=False)
 class Confusion:
     """How often images of each class are answered with each class. Make one with :func:`confusion`.
@@ -133,7 +129,7 @@ def confusion(predictions: Predictions) -> Confusion:
         >>> features = mt.FeatureCache.from_tensors(torch.eye(3), [0, 1, 1], ["cat", "dog", "car"])
         >>> found = mt.confusion(mt.predict_features(Classifier(lambda names: torch.eye(3)), features))
         >>> found
-        Confusion(classes=3, images=3, macro_f1=83.3333)
+        Confusion(macro_f1=83.3333, classes=3, images=3)
         >>> found.counts.tolist()
         [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
         >>> found.scores[1].precision, found.scores[1].recall, found.mistakes[0].predicted

@@ -93,7 +93,7 @@ def decoding_differs(path: str | Path) -> bool:
         with _open_image(read_regular(path, limit=MAX_IMAGE), MAX_PIXELS) as image:
             if image.mode.startswith(("I", "F")):
                 return True
-            return image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255)
+            return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
     except Exception:  # decoders raise exceptions of any type; reading the image tells what is wrong
         return False
 
