@@ -40,7 +40,7 @@ from mergetune.cli.shared import (
     tell,
 )
 from mergetune.facts import CompareOptions
-from mergetune.facts.function_options import MERGETUNE_GRID
+from mergetune.facts.function_options import MERGETUNE_GRID, TABLE_PRECISION
 from mergetune.merging.methods import METHODS, Method, find
 
 
@@ -246,7 +246,8 @@ def compare(
     from mergetune.training import run_title
 
     with errors():
-        tune, fit = read_tuning(tuning), read_fitting(fitting)
+        precision = {"precision": TABLE_PRECISION}
+        tune, fit = precision | read_tuning(tuning), precision | read_fitting(fitting)
         trained = [":" in expert and not Path(expert).exists() for expert in experts]
         if any(trained) and not all(trained):
             raise ValueError(
@@ -256,8 +257,7 @@ def compare(
             from mergetune.experiments import icons
 
             clip, tasks = icons_task(folder, report=announce(as_json))
-            precision = {"precision": icons.PRECISION}
-            tune, fit = icons.STAGE_1 | precision | tune, precision | fit
+            tune = icons.STAGE_1 | tune
         elif caches and not embedded:
             clip, tasks = None, [_task(cache, template) for cache in caches]
         else:

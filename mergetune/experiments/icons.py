@@ -20,6 +20,7 @@ from mergetune.experiments.cells import Cell, Task
 from mergetune.experiments.engine import Candidate, Record, Together, begun, counted, finish, reports, tested
 from mergetune.experiments.run_choice import cells_folder
 from mergetune.facts.brief import brief
+from mergetune.facts.function_options import TABLE_PRECISION
 from mergetune.io import write_json
 from mergetune.solutions import Prompt, Solution, interpolate
 from mergetune.training import fit, tune
@@ -30,8 +31,7 @@ RECORD = "cell.json"
 SHOTS = 16
 PARTITION = 0  # CoOp's: the first half of the classes is base
 STAGE_1 = {"epochs": 50, "batch_size": 64, "lr": 0.01}
-PRECISION = "float32"  # so that the figures do not depend on what the machine is fastest at
-SETTINGS = {"template": TEMPLATE, "shots": SHOTS, "precision": PRECISION, "stage_1": STAGE_1}
+SETTINGS = {"template": TEMPLATE, "shots": SHOTS, "precision": TABLE_PRECISION, "stage_1": STAGE_1}
 
 
 def load_icons(folder: Path) -> tuple[FrozenClip, Dataset]:
@@ -151,7 +151,7 @@ def _seed(
         return record
     shots = task.fold(PARTITION, SHOTS, cell.seed).train
     tests = {part: task.test.select_classes(own) for part, own in task.halves(PARTITION).items()}
-    common = {"seed": cell.seed, "precision": PRECISION, "progress": progress}
+    common = {"seed": cell.seed, "precision": TABLE_PRECISION, "progress": progress}
     results = {}
     for method, title in (("coop", "CoOp"), ("kgcoop", "KgCoOp")):
         report(f"seed {cell.seed}: {title} on {len(shots.classnames)} base classes, {SHOTS} images each")

@@ -12,14 +12,13 @@ from mergetune.clip import FrozenClip
 from mergetune.data import benchmark, check_dataset, templates_for
 from mergetune.experiments.published_schedules import schedule
 from mergetune.facts.brief import brief
-from mergetune.facts.function_options import TUNE_METHODS
+from mergetune.facts.function_options import TABLE_PRECISION, TUNE_METHODS
 
 ELEVEN = (
     "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397",
     "dtd", "eurosat", "ucf101",
 )  # fmt: skip
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
-PRECISION = "float32"  # of the text tower: results must not depend on what a machine is fastest at
 PROTOCOLS = {
     "base-to-novel": "train on half of the classes, test on these and on the other classes (CoCoOp)",
     "cross-dataset": "train on ImageNet, test on the other datasets (CoCoOp)",
@@ -106,7 +105,7 @@ class Experiment:
     def stage_1(self, run: Run) -> dict[str, Any]:
         """Settings of :func:`mergetune.tune`: the published ones of the run, replaced by those of ``tune``."""
         published = schedule(run.protocol, run.method, run.source, run.shots)
-        return {"method": run.method, "precision": PRECISION, **published, **self.tune}
+        return {"method": run.method, "precision": TABLE_PRECISION, **published, **self.tune}
 
     def stage_2(self, run: Run) -> dict[str, Any]:
         """Settings of :func:`mergetune.fit`. After a start from random tokens it starts at the tuned prompt (tau 1).
@@ -114,7 +113,7 @@ class Experiment:
         No template has as many tokens as such a prompt, so there is no zero-shot prompt to mix in.
         """
         start = {"tau": 1.0} if self.stage_1(run).get("n_ctx") is not None else {}
-        return {"precision": PRECISION, **start, **self.fit}
+        return {"precision": TABLE_PRECISION, **start, **self.fit}
 
     def settings(self, clip: FrozenClip, run: Run) -> dict[str, Any]:
         """What the result of a run depends on."""

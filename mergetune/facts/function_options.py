@@ -45,6 +45,7 @@ SPACES = ("embedding", "parameter")
 ACTIVATIONS = ("softmax", "sigmoid")  # how a predictor turns logits into probabilities
 MAX_PIXELS = 1 << 26  # 8192 x 8192, more than today's cameras take; decoding needs about 8 bytes per pixel
 BACKGROUND = "white"  # under transparent pixels
+TABLE_PRECISION = "float32"  # of tables: they must not depend on what a machine is fastest at
 BETA = 0.5  # default of fit
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 FIT_METHODS = (*TUNE_METHODS, "auto")  # of stage 1 in fit_dataset; "auto" also chooses the kind of solution
