@@ -243,9 +243,11 @@ def compare(
     from mergetune import experiments
     from mergetune.experiments import compare as run_comparison
     from mergetune.experiments import comparison, icons_task
+    from mergetune.experiments.cells import check_seeds
     from mergetune.training import run_title
 
     with errors():
+        check_seeds(seeds)
         tune, fit = read_tuning(tuning), read_fitting(fitting)
         trained = [":" in expert and not Path(expert).exists() for expert in experts]
         if any(trained) and not all(trained):

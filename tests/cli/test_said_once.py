@@ -133,7 +133,7 @@ def test_records_that_cannot_be_followed_name_the_way_on(work, tmp_path, monkeyp
         (gone, "local-dir:/no/such/folder, which is no folder any more", "--backbone local-dir:PATH"),
         (lost, "checkpoint no/such/file.pt does not exist any more", "--backbone ViT-B-32 --pretrained PATH"),
         (memory, "my model, which cannot be loaded by this name", "give --backbone"),
-        (nobody, "no backbone is recorded by solution", "--backbone is needed"),
+        (nobody, "the solution records none", "--backbone"),
     ):
         message = refusal("export", solution, "--to", "classifier", "--out", tmp_path / "x.pt")
         assert str(solution) in message and said in message and way_on in message
@@ -213,7 +213,7 @@ def test_the_folder_of_the_caches_stands_for_the_one_that_is_meant(work, tmp_pat
     message = refusal("merge", "average", work / "coop", "--out", tmp_path / "m", "--cache", work / "cache")
     assert f"give {work / 'cache' / 'test'} or {work / 'cache' / 'train'}" in message
     message = refusal("tune", "--cache", work / "images", "--out", tmp_path / "t")
-    assert f"--cache must be a feature cache, and {work / 'images'} is none" in message
+    assert f"--cache must be a feature cache, got {work / 'images'}, which is none" in message
 
 
 def test_a_folder_without_a_solution_lists_those_near_it(work, tmp_path):
@@ -227,7 +227,7 @@ def test_a_folder_without_a_solution_lists_those_near_it(work, tmp_path):
 
 def test_seeds_are_given_alike(monkeypatch):
     asked = []
-    monkeypatch.setattr("mergetune.experiments.run_demo", lambda out, seeds, report: asked.append(seeds) or sys.exit(3))
+    monkeypatch.setattr("mergetune.experiments.run_demo", lambda out, seeds, **_: asked.append(seeds) or sys.exit(3))
     for given in (["--seeds", "4", "5"], ["--seed", "4", "--seed", "5"], ["--seeds", "4", "--seeds", "5"]):
         assert invoke("demo", *given).exit_code == 3
     assert asked == [[4, 5]] * 3
