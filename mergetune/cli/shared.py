@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from mergetune.cli.running import first_rank, in_terms_of_options, nothing_follows
+from mergetune.cli.running import first_rank, in_terms_of_options, nothing_follows, suggest
 
 out, err = Console(), Console(stderr=True)
 HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
@@ -224,6 +224,24 @@ def _refuse_no_solution(path: Path) -> None:
         f"path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head), got "
         f"{path}, which {what}: {way_on}"
     )
+
+
+def suggest_use(solution: Path, features: Path | None = None, classes: str = "all") -> None:
+    """Suggests to test a solution, or to classify new pictures if there is no cache of test images.
+
+    Args:
+        solution: the folder of the solution.
+        features: value of --cache; test images are looked for in and beside this folder.
+        classes: value of --classes.
+    """
+    for folder in () if features is None else (features / "test", features.parent / "test"):
+        with suppress(FileNotFoundError):
+            test = _one_cache(folder, None, "--cache")
+            suggest(
+                "eval", "--cache", test, "--solution", solution, ("--classes", None if classes == "all" else classes)
+            )
+            return
+    suggest("predict", solution, "NEW_PICTURES")
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------

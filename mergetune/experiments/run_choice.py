@@ -13,6 +13,7 @@ from mergetune.experiments.canary import retained_images
 from mergetune.experiments.engine import begun, kept
 from mergetune.experiments.records import model_of, other_settings
 from mergetune.facts import FitOptions, TuneOptions, recorded
+from mergetune.facts.function_options import BACKGROUND
 from mergetune.io import jsonable
 from mergetune.solutions import Solution
 from mergetune.training.run_folders import (
@@ -27,7 +28,7 @@ from mergetune.training.run_folders import (
 from mergetune.training.run_settings import Difference, solution_in_words
 from mergetune.training.runs import short_digest
 
-_CACHED = ("clip", "fingerprint", "images")  # what a cache depends on
+_CACHED = ("clip", "fingerprint", "images", "background")  # what a cache depends on
 _CELL_FILES = ("cell.json", "run.json", "class-weights.safetensors", *FILES)
 
 
@@ -93,6 +94,7 @@ def dataset_call(
     choosing: bool = True,
     retain: Dataset | None = None,
     ignored: Mapping[str, int] | None = None,
+    background: str = BACKGROUND,
     **settings: Any,
 ) -> dict[str, Any]:
     """The settings and descriptions of a call of :func:`fit_dataset`, as arguments of ``run_folder``.
@@ -102,6 +104,7 @@ def dataset_call(
             that are not given and not switched off count as "chosen".
         retain: pictures of other classes, see :func:`fit_dataset`.
         ignored: not used: files that are left out change no result.
+        background: colour under transparent pixels, see :func:`mergetune.cache_features`.
         settings: its other settings that the result depends on.
 
     Raises:
@@ -119,6 +122,7 @@ def dataset_call(
         **{f"tune {name}": value for name, value in stage_1.items() if name not in ("method", "zero_shot", "seed")},
         **settings,
         "choosing": choosing,
+        **({} if background == BACKGROUND else {"background": background}),
         "retain": None if pictures is None else short_digest(repr((pictures.files, pictures.labels))),
         "method": method,
         "tuned": [short_digest(*solution.whole_identity) for solution in tuned] or None,

@@ -7,7 +7,6 @@ import shutil
 import sys
 import zipfile
 from importlib.resources import as_file, files
-from pathlib import Path
 
 import pytest
 import torch

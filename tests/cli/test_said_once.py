@@ -255,10 +255,14 @@ def test_a_dry_run_tells_images_size_and_time_and_writes_nothing(work, tmp_path)
     assert found["cache"]["images"] == {"train": len(images.train), "test": len(images.test)}
     assert found["cache"]["gib"] * 2**30 == (3 * len(images.train) + len(images.test)) * 128 * 4
     assert found["tune"]["steps"] == {"tune": 30} and found["fit"]["steps"] == {"fit": -(-len(few) // 3)}
-    assert found["images"]["images"] == {"training": len(few), "test": len(images.test)}
-    assert found["images"]["steps"] == {"tune": 7, "fit": 7} and found["images"]["classes"] == 2
+    encoded = found["images"]["images"]
+    assert encoded.keys() == {"training", "validation", "test"} and found["images"]["classes"] == 2
+    assert encoded["training"] == len(few) and encoded["test"] == len(images.test)
+    assert found["images"]["steps"] == {"tune": 7, "fit": 6 * 7}  # of six settings, one is chosen
     shown = invoke(*commands["images"], "--out", tmp_path / "out", "--dry-run").stdout
-    assert "Stage 2: 2 classes, 7 steps" in shown and "Nothing was written." in shown
+    assert "Stage 2: 42 steps" in shown and "Nothing was written." in shown
+    unchosen = invoke(*commands["images"], "--out", tmp_path / "out", "--dry-run", "--no-choose").stdout
+    assert "Stage 2: 7 steps" in unchosen and "validation" not in unchosen
     assert not (tmp_path / "out").exists()
 
 
