@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Precision, Pretrained
+from mergetune.cli.running import suggest
 from mergetune.cli.shared import clip_for, errors, read_names, read_solution, tell
 
 SUFFIXES = {
@@ -94,9 +95,21 @@ def export(
                 serving.to_onnx(found, target, clip=clip, classnames=names)
             else:
                 serving.to_torch_export(found, target, clip=clip, classnames=names)
+        if form != "onnx" and form != "torch-export":
+            _suggest_use(target, found.backbone if clip is None else clip.name)
     tell(f"{form}: {target}")
     if form == "onnx":
         tell(f"try: python {target.parent / serving.PREDICTOR} {target} PICTURE ...")
+
+
+def _suggest_use(target: Path, backbone: str | None) -> None:
+    """Suggests to classify pictures with an exported file; the backbone is named if the file does not record it."""
+    from mergetune.facts.backbones import recorded_parts
+
+    name = weights = None
+    if backbone and not read_solution(str(target)).backbone:
+        name, weights = recorded_parts(backbone)
+    suggest("predict", target, "NEW_PICTURES", ("--backbone", name), ("--pretrained", weights))
 
 
 def _check_options(form: str, target: Path, *, half: bool, push: str | None, license: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import zipfile
@@ -75,6 +76,39 @@ def test_the_steps_of_the_readme_need_the_backbone_once(work, tmp_path):
         assert f"backbone icon-clip, recorded by {owner}" in done.stderr.replace("\n", "")
     recorded = [mt.FeatureCache.open(cache / "train").backbone, mt.load_solution(tmp_path / "top").backbone]
     assert recorded == ["icon-clip", "icon-clip"]
+
+
+def test_every_next_step_can_be_run_as_it_is_printed(work, tmp_path):
+    """Also without a cache of test images, and for a solution that knows half of the classes."""
+    train, merged, out = work / "cache" / "train", work / "merged", tmp_path / "out"
+    shutil.copytree(train, tmp_path / "alone" / "train")
+    icon = next((work / "images" / "test" / "bell").iterdir())
+    fit = ["fit", *SHORT, "--tuned", work / "coop"]
+    steps = {
+        "cache": ["cache", work / "images", "--out", out / "cache", "--backbone", "icon-clip"],
+        "tune": ["tune", "--cache", train, "--out", out / "coop", *SHORT],
+        "tune head": ["tune", "--cache", train, "--out", out / "head", *SHORT, "--method", "head", "--seed", 2],
+        "residual": ["tune", "--cache", train, "--out", out / "top", *SHORT, "--method", "residual", "--base", merged],
+        "fit": [*fit, "--cache", train, "--out", out / "merged-1"],
+        "fit, folder of caches": [*fit, "--cache", work / "cache", "--out", out / "merged-2"],
+        "fit, no test images": [*fit, "--cache", tmp_path / "alone" / "train", "--out", out / "merged-3"],
+        "path": ["path", "--cache", work / "cache", "--tuned", work / "coop", "--solution", merged, "--points", 3,
+                 "--figure", tmp_path / "paths.png", "--classes", "base"],
+        "merge": ["merge", "average", work / "coop", merged, "--out", out / "average"],
+        "merge with images": ["merge", "average", work / "coop", merged, "--out", out / "average", "--cache", train],
+        **{f"export {form}": ["export", merged, "--to", form, "--out", out / name]
+           for form, name in (("coop", "coop-file"), ("head", "a.npz"), ("classifier", "a.pt"), ("hub", "hub"))},
+    }  # fmt: skip
+    for name, step in steps.items():
+        done = invoke(*step)
+        assert done.exit_code == 0, (name, done.stderr)
+        (line,) = [line for line in done.stderr.splitlines() if "Next: mergetune " in line]
+        following = shlex.split(line.split("Next: mergetune ")[1].replace("NEW_PICTURES", str(icon)))
+        assert following[0] in ("tune", "fit", "eval", "predict")
+        assert ("--backbone" in following) == (name == "export head")  # a file that does not record it
+        short = ["--epochs", 1] if following[0] in ("tune", "fit") else []
+        done = invoke(*following, *short)
+        assert done.exit_code == 0, (name, line, done.stderr)
 
 
 def test_the_recorded_backbone_and_the_given_one_do_the_same(work):
