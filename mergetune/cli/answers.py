@@ -74,6 +74,7 @@ class AnswerFiles:
         confusion, per_class, wrong, contact_sheet: values of the options.
         images: the images that the cache was made of.
         max_pixels: largest width times height of a picture.
+        background: colour under transparent pixels.
     """
 
     confusion: Path | None
@@ -82,6 +83,7 @@ class AnswerFiles:
     contact_sheet: Path | None
     images: Path | None
     max_pixels: int
+    background: str
 
     @property
     def _asked(self) -> dict[str, tuple[Path, tuple[str, ...]]]:
@@ -165,7 +167,9 @@ class AnswerFiles:
 
         root = images if images.is_dir() else open_images(images).full_train.root
         try:
-            evaluation.plot_wrong_answers(worst, root, file, title=title, max_pixels=self.max_pixels)
+            evaluation.plot_wrong_answers(
+                worst, root, file, title=title, max_pixels=self.max_pixels, background=self.background
+            )
         except ValueError as error:
             raise ValueError(
                 f"--images must hold the pictures that the cache was made of, got {images}: {error}"

@@ -39,8 +39,8 @@ def print_forecast(found: Any, as_json: bool, plan: str) -> None:
             f"{_time(found.seconds_encoding)}. Images that are cached already are counted, too."
         )
     for stage, steps in found.steps.items():
-        title = {"tune": "Stage 1", "fit": "Stage 2"}[stage]
-        tell(f"{title}: {found.classes:,} classes, {steps:,} steps, about {_time(found.seconds_training[stage])}.")
+        title = {"tune": "Stage 1", "fit": "Stage 2", "kinds": "Other kinds"}[stage]
+        tell(f"{title}: {steps:,} steps, about {_time(found.seconds_training[stage])}.")
     tell(
         f"Together about {_time(found.seconds)} on this machine, estimated from {MEASURED_IMAGES} images and "
         f"{MEASURED_STEPS} steps per stage that were measured now. Nothing was written."
@@ -65,51 +65,43 @@ def dry_run_of_tune(clip: Any, data: Any, options: dict[str, Any], plan: str, as
         plan: what would be run, one sentence.
         as_json: whether to print JSON.
     """
-    import mergetune as mt
-    from mergetune.experiments.own_forecast import nothing_to_encode, with_stages
+    from mergetune.experiments.own_forecast import Stage, nothing_to_encode, with_stages
 
-    found = with_stages(nothing_to_encode(data), clip, data, {"tune": (mt.tune, options)})
+    found = with_stages(nothing_to_encode(data), clip, data, [Stage("tune", options)])
     print_forecast(found, as_json, plan)
 
 
-def dry_run_of_fit(
-    clip: Any,
-    data: Any,
-    tuned: list[Any],
-    folder: Any,
-    as_json: bool,
-    *,
-    shots: int | None,
-    test: Any = None,
-    tune_options: dict[str, Any],
-    fit_options: dict[str, Any],
-    workers: int,
-) -> None:
-    """Prints what `mergetune fit` would do, on a cache or on images.
+def dry_run_of_fit(clip: Any, data: Any, options: dict[str, Any], plan: str, as_json: bool) -> None:
+    """Prints what `mergetune fit` would do on a cache.
 
     Args:
         clip: the backbone.
-        data: feature cache, or dataset of the classes that are trained.
-        tuned: fine-tuned solutions; without any, stage 1 is part of the forecast.
-        folder: folder for the results.
+        data: the feature cache.
+        options: keyword arguments of :func:`mergetune.fit`, with ``tuned``.
+        plan: what would be run, one sentence.
         as_json: whether to print JSON.
-        shots: training images per class.
-        test: test images; None with a feature cache.
-        tune_options, fit_options: keyword arguments of :func:`mergetune.tune` and :func:`mergetune.fit`.
-        workers: number of processes that decode images.
     """
-    import mergetune as mt
-    from mergetune.experiments.own_forecast import forecast_caches, nothing_to_encode, with_stages
+    from mergetune.experiments.own_forecast import Stage, nothing_to_encode, with_stages
 
-    if test is not None:
-        training = data.few_shot(shots, fit_options.get("seed", 1))
-        parts = {"training": (training, 1), "test": (test, 1)}
-        found = forecast_caches(clip, parts, workers=workers)
-    else:
-        training, found = data, nothing_to_encode(data)
-    stages: dict[str, Any] = {} if tuned else {"tune": (mt.tune, tune_options)}
-    stages["fit"] = (mt.fit, fit_options | ({"tuned": tuned} if tuned else {}))
-    found = with_stages(found, clip, training, stages)
-    encoding = "encode the images, " if found.images else ""
-    plan = f"Would {encoding}{'' if tuned else 'run stage 1, '}run stage 2 and write into {folder}."
+    found = with_stages(nothing_to_encode(data), clip, data, [Stage("fit", options)])
+    print_forecast(found, as_json, plan)
+
+
+def dry_run_of_images(clip: Any, data: Any, asked: dict[str, Any], folder: Any, workers: int, as_json: bool) -> None:
+    """Prints what `mergetune fit` would do on images.
+
+    Args:
+        clip: the backbone.
+        data: the dataset.
+        asked: keyword arguments of :func:`mergetune.fit_dataset`.
+        folder: folder for the results.
+        workers: number of processes that decode images.
+        as_json: whether to print JSON.
+    """
+    from mergetune.experiments.own_forecast import forecast_dataset
+
+    asked = {name: value for name, value in asked.items() if name != "ignored"}
+    found = forecast_dataset(clip, data, workers=workers, **asked)
+    stages = "stage 2" if asked["tuned"] else "stages 1 and 2"
+    plan = f"Would encode the images, run {stages} with the measuring run if there is one, and write into {folder}."
     print_forecast(found, as_json, plan)

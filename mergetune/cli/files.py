@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Precision, Pretrained
-from mergetune.cli.shared import clip_for, errors, read_names, tell
+from mergetune.cli.running import suggest
+from mergetune.cli.shared import clip_for, errors, read_names, read_solution, tell
 
 SUFFIXES = {
     "classifier": (".pt", ".pth"),
@@ -53,14 +54,13 @@ def export(
     and hub a folder for Hugging Face. The backbone is the one that the solution records, unless --backbone is given.
     """
     from mergetune import serving, solutions
-    from mergetune.solutions import open_solution
 
     with errors():
         _check_options(form, target, half=half, push=push, license=license)
         names = None if classes is None else read_names(classes)
         if form == "onnx":
             serving.require_packages(form)
-        found = open_solution(solution, classnames=names, position=position)
+        found = read_solution(solution, position=position, classnames=names)
         needs_clip = form != "hub" and not (form == "head" and found.plain_head() is not None)
         missing = []
         if needs_clip and not (backbone or found.backbone):
@@ -68,7 +68,7 @@ def export(
         if form != "hub" and names is None and solutions.known_classes(found) is None:
             missing.append("--classnames (the solution serves any classes)")
         if missing:
-            raise ValueError(f"{' and '.join(missing)} must be given to export a {found.kind} to {form}")
+            raise ValueError(f"{' and '.join(missing)} must be given to export the {found.kind} {solution} to {form}")
         if form == "onnx" or form == "torch-export":
             serving.check_supported(found)
         clip: Any = None
@@ -95,9 +95,21 @@ def export(
                 serving.to_onnx(found, target, clip=clip, classnames=names)
             else:
                 serving.to_torch_export(found, target, clip=clip, classnames=names)
+        if form != "onnx" and form != "torch-export":
+            _suggest_use(target, found.backbone if clip is None else clip.name)
     tell(f"{form}: {target}")
     if form == "onnx":
         tell(f"try: python {target.parent / serving.PREDICTOR} {target} PICTURE ...")
+
+
+def _suggest_use(target: Path, backbone: str | None) -> None:
+    """Suggests to classify pictures with an exported file; the backbone is named if the file does not record it."""
+    from mergetune.facts.backbones import recorded_parts
+
+    name = weights = None
+    if backbone and not read_solution(str(target)).backbone:
+        name, weights = recorded_parts(backbone)
+    suggest("predict", target, "NEW_PICTURES", ("--backbone", name), ("--pretrained", weights))
 
 
 def _check_options(form: str, target: Path, *, half: bool, push: str | None, license: str | None) -> None:

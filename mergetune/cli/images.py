@@ -65,5 +65,6 @@ def cache(
         for split, (listed, own) in parts.items():
             made = mt.cache_features(clip, listed, folder / split, views=own, **options)
             report[split] = {"images": len(made), "classes": len(made.classnames), "skipped": len(made.skipped)}
-    suggest("tune", "--cache", folder / "train", "--out", folder.with_name("tuned"))
+    if "train" in report:
+        suggest("tune", "--cache", folder / "train", "--out", folder.parent / "tuned")
     finish(as_json, report, f"feature caches in {folder}", report)

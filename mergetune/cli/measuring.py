@@ -30,6 +30,7 @@ from mergetune.cli.answers import (
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
+    Background,
     Cache,
     Classes,
     Device,
@@ -41,6 +42,7 @@ from mergetune.cli.options import (
     Space,
     Templates,
 )
+from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     HALVES,
     announce,
@@ -54,7 +56,7 @@ from mergetune.cli.shared import (
     read_solution,
     tell,
 )
-from mergetune.facts.function_options import MAX_PIXELS
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 
 _SOLUTION = typer.Option("--solution", help="Folder of a saved solution, for example the --out of `mergetune fit`.")
 
@@ -80,6 +82,7 @@ def evaluate(
     contact_sheet: SheetFile = None,
     images: Pictures = None,
     max_pixels: MaxPixels = MAX_PIXELS,
+    background: Background = BACKGROUND,
     temperature: FitTemperature = False,
     val: Validation = None,
     as_json: Json = False,
@@ -92,7 +95,7 @@ def evaluate(
     import mergetune as mt
 
     with errors():
-        wanted = AnswerFiles(confusion, per_class, wrong, contact_sheet, images, max_pixels)
+        wanted = AnswerFiles(confusion, per_class, wrong, contact_sheet, images, max_pixels, background)
         wanted.check(solution or [ZERO_SHOT], base_novel=base_novel)
         check_temperature(temperature, val, base_novel=base_novel)
         test = open_cache(features, "base" if base_novel else classes, split="test")
@@ -247,6 +250,8 @@ def path(
     if as_json:
         print_json(found)
         return
+    of = ("--classes", None if classes == "all" else classes)
+    suggest("eval", "--cache", features, "--solution", tuned, "--solution", solution, of)
     table = new_table("", "loss at start", "highest", "at end", "barrier")
     for name, walk in walks.items():
         table.add_row(name, *(f"{v:.4f}" for v in (walk.loss[0], max(walk.loss), walk.loss[-1], walk.barrier)))

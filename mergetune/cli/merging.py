@@ -19,6 +19,7 @@ from mergetune.cli.options import (
     Fitting,
     Json,
     Overwrite,
+    Precision,
     Pretrained,
     Seeds,
     Templates,
@@ -27,6 +28,7 @@ from mergetune.cli.options import (
     read_tuning,
     said,
 )
+from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
     clip_for,
@@ -37,6 +39,7 @@ from mergetune.cli.shared import (
     print_json,
     print_table,
     read_solution,
+    suggest_use,
     tell,
 )
 from mergetune.facts import CompareOptions
@@ -98,6 +101,7 @@ def merge(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     features: CacheIfNeeded = None,
     classes: Classes = "all",
     shots: Annotated[
@@ -155,7 +159,7 @@ def merge(
             if backbone or needed or data is not None:
                 used = dict(zip(experts, solutions, strict=True)) | ({} if start is None else {str(base): start})
                 clip = clip_for(
-                    backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
+                    backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
                     caches=[] if data is None else [data], solutions=used,
                 )  # fmt: skip
             if needed:
@@ -164,6 +168,7 @@ def merge(
                 method, solutions, base=start, clip=clip, features=data, options=options
             )
             merged.save(out_path)
+            suggest_use(out_path, features, classes)
             notes = merged.notes | {"base": base, "experts": experts}
     if as_json:
         print_json(notes | {"out": str(out_path)})
@@ -207,6 +212,7 @@ def compare(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     experts: Annotated[
         list[str],
         typer.Option(
@@ -243,11 +249,13 @@ def compare(
     from mergetune import experiments
     from mergetune.experiments import compare as run_comparison
     from mergetune.experiments import comparison, icons_task
+    from mergetune.experiments.cells import check_seeds
     from mergetune.training import run_title
 
     with errors():
-        precision = {"precision": TABLE_PRECISION}
-        tune, fit = precision | read_tuning(tuning), precision | read_fitting(fitting)
+        check_seeds(seeds)
+        exact = {"precision": TABLE_PRECISION}
+        tune, fit = exact | read_tuning(tuning), exact | read_fitting(fitting)
         trained = [":" in expert and not Path(expert).exists() for expert in experts]
         if any(trained) and not all(trained):
             raise ValueError(
@@ -256,6 +264,8 @@ def compare(
         if embedded and not caches and not backbone:
             from mergetune.experiments import icons
 
+            if precision != "float32":
+                raise ValueError(f"--precision cannot be used with --demo, got {precision}: leave it out")
             clip, tasks = icons_task(folder, report=announce(as_json))
             tune = icons.STAGE_1 | tune
         elif caches and not embedded:
@@ -265,7 +275,7 @@ def compare(
         saved = {} if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts}
         if clip is None:
             clip = clip_for(
-                backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
+                backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
                 caches=[cache for task in tasks for cache in (task.train, task.val, task.test) if cache is not None],
                 solutions=saved,
             )  # fmt: skip
@@ -284,6 +294,7 @@ def compare(
     if as_json:
         print_json(found.to_json())
         return
+    suggest("runs", folder)
     _print_comparison(found)
     said = f"Differences are relative to {found.reference}, over {len(found.cells)} cells. ± is the standard error "
     said += "over classes, brackets hold the 95 % interval over classes. Hyper-parameters were chosen on "

@@ -27,6 +27,16 @@ def _check_names(context: typer.Context, parameter: typer.CallbackParam, value: 
     return value
 
 
+def _check_device(context: typer.Context, value: str) -> str:
+    """Checks --device before images, caches or a model are opened; the default needs no check."""
+    if value != "cpu" and not context.resilient_parsing:
+        with errors():
+            from mergetune.clip.loading import check_device
+
+            check_device(value)
+    return value
+
+
 _MODEL = 'Model: a name that `mergetune models` lists, "hf-hub:org/repo" or "local-dir:path"; icon-clip is embedded.'
 _BACKBONE = typer.Option("--backbone", help=_MODEL, callback=_check_names)
 _BACKBONE_IF_NEEDED = typer.Option(
@@ -49,7 +59,10 @@ Precision = Annotated[
     str,
     typer.Option("--precision", help="Precision in which the model computes: float32, bfloat16 or float16."),
 ]
-Device = Annotated[str, typer.Option("--device", help="Device of the model, for example cpu, cuda or cuda:1.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="Device of the model, for example cpu, cuda or cuda:1.", callback=_check_device),
+]
 Cache = Annotated[Path, _CACHE]
 CacheIfNeeded = Annotated[Path | None, _CACHE]
 Classes = Annotated[
@@ -69,6 +82,10 @@ Workers = Annotated[
     typer.Option("--workers", min=0, help="Number of processes that decode images; 0 decodes in the main process."),
 ]
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Largest allowed width times height of an image.")]
+Background = Annotated[
+    str,
+    typer.Option("--background", help="Colour under transparent pixels: a name such as black, or #rrggbb."),
+]
 SkipUnreadable = Annotated[
     bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read. Same as --on-error skip.")
 ]

@@ -18,14 +18,16 @@ import typer
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
+    Background,
     Device,
     Json,
     MaxPixels,
     Position,
+    Precision,
     Pretrained,
     Workers,
 )
-from mergetune.cli.shared import clip_for, errors, read_names
+from mergetune.cli.shared import clip_for, errors, read_names, read_solution
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 
 Write = Callable[[Any], None]
@@ -75,12 +77,11 @@ def predict(
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
+    precision: Precision = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per call of the image tower.")] = 64,
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
-    background: Annotated[
-        str, typer.Option(help="Colour under transparent pixels: a name such as black, or #rrggbb.")
-    ] = (BACKGROUND),
+    background: Background = BACKGROUND,
     position: Position = "end",
 ) -> None:
     """Classify pictures: one row per picture, in the order of the input, with the most probable classes.
@@ -93,18 +94,17 @@ def predict(
     import mergetune as mt
     from mergetune.data import find_pictures
     from mergetune.evaluation import classes_of
-    from mergetune.solutions import open_solution
 
     with errors():
         if csv_file is not None and as_json:
             raise ValueError(f"--csv and --json exclude each other, got --csv {csv_file} and --json: leave one out")
         names = None if classes is None else read_names(classes)
         template = "{}" in solution
-        opened: Any = solution if template else open_solution(solution, classnames=names, position=position)
+        opened: Any = solution if template else read_solution(solution, position=position, classnames=names)
         names = classes_of(opened, names)  # what is wrong with names or pictures is said before the model is loaded
         found = list(find_pictures(pictures))
         clip = clip_for(
-            backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
+            backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
             solutions={} if template else {solution: opened},
         )  # fmt: skip
         predictor = mt.Predictor(

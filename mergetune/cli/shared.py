@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from mergetune.cli.running import first_rank, in_terms_of_options, nothing_follows
+from mergetune.cli.running import first_rank, in_terms_of_options, nothing_follows, suggest
 
 out, err = Console(), Console(stderr=True)
 HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
@@ -125,25 +125,28 @@ def _one_cache(folder: Path, split: str | None, option: str) -> Path:
         return folder
     if split is not None and is_cache(folder / split):
         return folder / split
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{option} must be a feature cache, and {folder} is no folder")
-    inside = [str(path) for path in sorted(folder.iterdir()) if is_cache(path)]
+    inside = [str(path) for path in sorted(folder.iterdir()) if is_cache(path)] if folder.is_dir() else []
     way_on = f"give {' or '.join(inside[:5])}" if inside else "`mergetune cache IMAGES --out FOLDER` writes caches"
-    raise FileNotFoundError(f"{option} must be a feature cache, and {folder} is none: {way_on}")
+    what = "is none" if folder.exists() else "does not exist"
+    raise FileNotFoundError(f"{option} must be a feature cache, got {folder}, which {what}: {way_on}")
 
 
-def read_solution(path: str, features: Any = None, position: str = "end") -> Any:
+def read_solution(
+    path: str, features: Any = None, position: str = "end", *, classnames: Sequence[str] | None = None
+) -> Any:
     """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head.
 
     Args:
         path: the folder or file.
-        features: feature cache whose class names are used if the file has none.
+        features: feature cache or dataset whose class names are used if the file has none.
         position: place of the class name in a CoOp checkpoint.
+        classnames: class names that are used if the file has none and there are no ``features``.
     """
     from mergetune.solutions import open_solution
 
     _refuse_no_solution(Path(path))
-    return open_solution(path, classnames=None if features is None else features.classnames, position=position)
+    names = classnames if features is None else features.classnames
+    return open_solution(path, classnames=names, position=position)
 
 
 def read_names(file: Path) -> list[str]:
@@ -211,16 +214,34 @@ def _refuse_no_solution(path: Path) -> None:
     """Raises FileNotFoundError, with the solutions near ``path``, if nothing there could be a solution."""
     files = [file.name for file in path.iterdir()] if path.is_dir() else []
     known = ("solution.json", "checkpoint", "prompt_learner", "prompt_mid_learner")
-    if path.is_file() or any(name in known or ".pth" in name for name in files):
+    if (path.exists() and not path.is_dir()) or any(name in known or ".pth" in name for name in files):
         return
     above = path if path.is_dir() else path.parent
     near = sorted(str(file.parent) for deep in ("*", "*/*") for file in above.glob(f"{deep}/solution.json"))
     what = "holds none of them" if path.is_dir() else "does not exist"
     way_on = f"solutions near it are {', '.join(near[:5])}" if near else "the --out of a finished run is one"
     raise FileNotFoundError(
-        "a solution must be a folder with solution.json, a checkpoint of CoOp or the file of a head, and "
-        f"{path} {what}: {way_on}"
+        f"path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head), got "
+        f"{path}, which {what}: {way_on}"
     )
+
+
+def suggest_use(solution: Path, features: Path | None = None, classes: str = "all") -> None:
+    """Suggests to test a solution, or to classify new pictures if there is no cache of test images.
+
+    Args:
+        solution: the folder of the solution.
+        features: value of --cache; test images are looked for in and beside this folder.
+        classes: value of --classes.
+    """
+    for folder in () if features is None else (features / "test", features.parent / "test"):
+        with suppress(FileNotFoundError):
+            test = _one_cache(folder, None, "--cache")
+            suggest(
+                "eval", "--cache", test, "--solution", solution, ("--classes", None if classes == "all" else classes)
+            )
+            return
+    suggest("predict", solution, "NEW_PICTURES")
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.dry_runs import DryRun, dry_run_of_fit, dry_run_of_tune
+from mergetune.cli.dry_runs import DryRun, dry_run_of_fit, dry_run_of_images, dry_run_of_tune
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
+    Background,
     Cache,
     Classes,
     Device,
@@ -40,9 +41,11 @@ from mergetune.cli.shared import (
     open_images,
     print_json,
     read_solution,
+    suggest_use,
+    warn_of_few,
 )
 from mergetune.facts import FitOptions, TuneOptions
-from mergetune.facts.function_options import MAX_PIXELS
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 
 Val = Annotated[
     Path | None,
@@ -55,7 +58,7 @@ Val = Annotated[
 @takes(TuneOptions)
 def tune(
     features: Cache,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for the solution and the training report.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the solution and the training report.")],
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
     allow_torchscript: AllowTorchscript = False,
@@ -92,14 +95,18 @@ def tune(
         )  # fmt: skip
         if dry_run:
             stage_1 = {"base": below, **keywords(TuneOptions, options)}
-            dry_run_of_tune(clip, data, stage_1, f"Would tune on {features} into {folder}.", as_json)
+            dry_run_of_tune(clip, data, stage_1, f"Would tune on {features} into {out}.", as_json)
             return
         job = tune_job(clip, data, base=below, val=chosen_on, **keywords(TuneOptions, options))
-        result, folder = _train(job, folder, overwrite)
+        result, folder = _train(job, out, overwrite)
     if base is None:
-        suggest("fit", "--cache", features, "--tuned", folder, "--out", folder.with_name("merged"))
+        drawn = (("--classes", classes, "all"), ("--shots", shots, None), ("--seed", options["seed"], TuneOptions.seed))
+        suggest(
+            "fit", "--cache", features, "--tuned", folder, "--out", out.parent / "merged",
+            *((option, None if value == usual else value) for option, value, usual in drawn),
+        )  # fmt: skip
     else:
-        suggest("eval", "--cache", features.with_name("test"), "--solution", folder)
+        suggest_use(folder, features, classes)
     _finish(as_json, result, folder)
 
 
@@ -171,6 +178,7 @@ def fit(
     root: Root = None,
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
+    background: Background = BACKGROUND,
     overwrite: Overwrite = False,
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="With images: leave out images that cannot be read.")
@@ -217,6 +225,8 @@ def fit(
         data = opened()
         retained = None if retain is None else open_retained(retain)
         learned = data.base_novel()[0] if images and classes == "base" else data
+        if images is not None:
+            warn_of_few(shots, learned.few_shot(shots, seed))
         solutions = [read_solution(path, learned, position) for path in tuned]
         zero_shot: Any = template
         known = dict(zip(tuned, solutions, strict=True))
@@ -227,17 +237,11 @@ def fit(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,
         )  # fmt: skip
-        if dry_run:
-            dry_run_of_fit(
-                clip, learned, solutions, folder, as_json, shots=shots, test=None if images is None else data.test,
-                tune_options={
-                    "method": "coop" if method == "auto" else method, "template": template[0],
-                    "epochs": given["epochs"],
-                } | stage_1,
-                fit_options=given | {"zero_shot": zero_shot}, workers=workers,
-            )  # fmt: skip
-            return
         if images is None:
+            if dry_run:
+                plan = f"Would run stage 2 on {features} and write into {folder}."
+                dry_run_of_fit(clip, data, given | {"tuned": solutions, "zero_shot": zero_shot}, plan, as_json)
+                return
             job = fit_job(clip, data, solutions, zero_shot=zero_shot, val=chosen_on, **given)
             result, folder = _train(job, folder, overwrite)
             say = partial(_finish, as_json, result, folder)
@@ -255,17 +259,22 @@ def fit(
                 ignored=left_out_files(images) if images.is_dir() else None,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
             )  # fmt: skip
-            run = run_folder(folder, **dataset_call(clip, data, **asked), overwrite=overwrite)
+            if dry_run:
+                dry_run_of_images(clip, data, asked, folder, workers, as_json)
+                return
+            call = dataset_call(clip, data, **asked, background=background)
+            run = run_folder(folder, **call, overwrite=overwrite)
             with forgotten_if_refused(run):
                 found = mt.fit_dataset(
                     clip, data, run, cache=dataset_cache(folder, run), **asked, report=announce(as_json),
                     cache_options={
-                        "workers": workers, "max_pixels": max_pixels, "on_error": on_error, "overwrite": overwrite,
+                        "workers": workers, "max_pixels": max_pixels, "background": background, "on_error": on_error,
+                        "overwrite": overwrite,
                     },
                 )  # fmt: skip
             say = partial(_finish_images, as_json, found, run, dataset_cache(folder, run), classes)
     if features is not None:
-        suggest("eval", "--cache", features.with_name("test"), "--solution", folder)
+        suggest_use(folder, features, classes)
     say()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from mergetune.data import load_image
 from mergetune.evaluation.answers import Confusion, WrongAnswer
 from mergetune.evaluation.figures import DPI, File, new_figure, shown
-from mergetune.facts.function_options import MAX_PIXELS
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 
 NUMBERED = 20  # up to so many classes, cells hold their numbers of images
 LABELLED = 60  # so many names fit along an axis; of more classes every second, third ... has its name
@@ -57,7 +57,13 @@ def plot_confusion(confusion: Confusion, file: File, *, title: str = "") -> None
 
 
 def plot_wrong_answers(
-    answers: Sequence[WrongAnswer], root: str | Path, file: File, *, title: str = "", max_pixels: int = MAX_PIXELS
+    answers: Sequence[WrongAnswer],
+    root: str | Path,
+    file: File,
+    *,
+    title: str = "",
+    max_pixels: int = MAX_PIXELS,
+    background: str = BACKGROUND,
 ) -> None:
     """Draws wrongly answered pictures in rows, with true class, predicted class and its probability below each.
 
@@ -67,6 +73,7 @@ def plot_wrong_answers(
         file: path ending in .png, .pdf or .svg, or an open file, which gets a PNG.
         title: text above the pictures.
         max_pixels: largest width times height of a picture.
+        background: colour under transparent pixels, a name or "#rrggbb".
 
     Raises:
         ValueError: there are no answers, or a picture is missing or cannot be read.
@@ -79,7 +86,7 @@ def plot_wrong_answers(
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, wrong in zip(axes.flat, answers, strict=False):
-        picture = load_image(Path(root) / wrong.file, max_pixels=max_pixels)
+        picture = load_image(Path(root) / wrong.file, max_pixels=max_pixels, background=background)
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         axis.imshow(np.asarray(picture))
         lines = (f"true: {wrong.true}", f"predicted: {wrong.predicted}", f"probability {100 * wrong.probability:.1f} %")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,20 @@ from mergetune.data import Dataset, FeatureCache, ImageList
 from mergetune.facts.brief import brief
 
 LEAST_CLASSES = 4  # that can be divided into halves: a half with one class has nothing to confuse
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Check the seeds of several runs before any work.
+
+    Raises:
+        ValueError: there is none, one is negative, or one repeats.
+    """
+    if not seeds:
+        raise ValueError("seeds must hold at least one seed, got none")
+    if (least := min(seeds)) < 0:
+        raise ValueError(f"seeds must be 0 or more, got {least}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must not repeat, got {list(seeds)}")
 
 
 def halves_of(count: int, partition: int) -> dict[str, list[int]]:

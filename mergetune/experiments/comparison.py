@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache
 from mergetune.evaluation import ImageMap, accuracy, classifier, harmonic_mean, score
-from mergetune.experiments.cells import Cell, Task
+from mergetune.experiments.cells import Cell, Task, check_seeds
 from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates, train
 from mergetune.experiments.comparison_tables import REFERENCE, Comparison, summarise
 from mergetune.experiments.engine import Record, begun, counted, finish
@@ -64,6 +64,7 @@ def compare(
         report: told in a line what is about to be done.
     """
     setup, tasks, out = setup or CompareOptions(), [tasks] if isinstance(tasks, Task) else list(tasks), Path(out)
+    check_seeds(seeds)
     by_name = {task.name: task for task in tasks}
     cells = [Cell(name, partition, seed) for name in by_name for partition in partitions for seed in seeds]
     if not cells or len(by_name) < len(tasks) or len(set(cells)) < len(cells):

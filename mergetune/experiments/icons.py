@@ -16,7 +16,7 @@ from mergetune.clip import FrozenClip, load_clip
 from mergetune.data import Dataset, ImageFolder, cache_features
 from mergetune.evaluation import BaseNovel, Row, connectivity, logit_ensemble, plot, summarise, weight_average
 from mergetune.evaluation import Path as Walk
-from mergetune.experiments.cells import Cell, Task
+from mergetune.experiments.cells import Cell, Task, check_seeds
 from mergetune.experiments.engine import Candidate, Record, Together, begun, counted, finish, reports, tested
 from mergetune.experiments.run_choice import cells_folder
 from mergetune.facts.brief import brief
@@ -105,9 +105,11 @@ def run_demo(
         overwrite: do these seeds anew.
         progress: show bars where stderr is a terminal.
         report: told in a line what is about to be done.
+
+    Raises:
+        ValueError: there is no seed, or a seed is negative or repeats.
     """
-    if not seeds:
-        raise ValueError("seeds must hold at least one seed, got none")
+    check_seeds(seeds)
     folder = Path(folder)
     clip, (task,) = icons_task(folder, progress=progress, report=report)
     cells = {Path(f"seed-{seed}"): Cell(task.name, PARTITION, seed) for seed in seeds}

@@ -20,7 +20,12 @@ MERGETUNE, TUNED, ZERO_SHOT, HEAD = "MERGETUNE", "fine-tuned", "zero-shot", "hea
 RESIDUAL, MAP_RESIDUAL, ON_MERGETUNE = "zero-shot + residual", "zero-shot + map + residual", "MERGETUNE + residual"
 KINDS = (MERGETUNE, ZERO_SHOT, TUNED, HEAD, RESIDUAL, MAP_RESIDUAL, ON_MERGETUNE)
 """The rows that method "auto" chooses from, its default first."""
-_SHARED = ("epochs", "precision", "backend")  # options of stage 1 that a head beside prompts is trained with as well
+TRAINED: Mapping[str, tuple[str, ...]] = {
+    MERGETUNE: (), ZERO_SHOT: (), TUNED: (), HEAD: ("head",), RESIDUAL: ("residual",),
+    MAP_RESIDUAL: ("map", "residual"), ON_MERGETUNE: ("residual",),
+}  # fmt: skip
+"""Kind -> methods of :func:`mergetune.tune` that :meth:`Making.kind` trains for it."""
+SHARED = ("epochs", "precision", "backend")  # options of stage 1 that a head beside prompts is trained with as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +59,7 @@ class Making:
         """Stage 1 on these images; with another ``method`` than the own one, only shared options are taken."""
         given = dict(self.tune_options)
         if method is not None and method != self.method:
-            given = {name: value for name, value in given.items() if name in _SHARED}
+            given = {name: value for name, value in given.items() if name in SHARED}
         return self._trained(
             features, folder, method=method or self.method, template=self.templates[0], **self.common, **given
         )

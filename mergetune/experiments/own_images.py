@@ -14,21 +14,20 @@ from typing import Any
 from mergetune.clip import PLAIN, FrozenClip, check_templates
 from mergetune.data import Dataset, FeatureCache, ImageList, cache_features
 from mergetune.evaluation import BaseNovel, Report, accuracy, connectivity, plot
-from mergetune.experiments.canary import Recognised, concept_names, recognised, retained_images, tell_apart
-from mergetune.experiments.cells import LEAST_CLASSES, Fold, halves_of
-from mergetune.experiments.choosing import Choice, default_setting, settings_to_try, too_few
+from mergetune.experiments.canary import Recognised, concept_names, recognised, tell_apart
+from mergetune.experiments.cells import Fold
+from mergetune.experiments.choosing import Choice, default_setting, settings_to_try
 from mergetune.experiments.engine import Candidate, Together, counted, reports, tested, usual
-from mergetune.experiments.making import HEAD, KINDS, MERGETUNE, ON_MERGETUNE, TUNED, ZERO_SHOT, Making
-from mergetune.experiments.measuring import Measured, fold_of, measure, other_images
+from mergetune.experiments.making import HEAD, MERGETUNE, TUNED, ZERO_SHOT, Making
+from mergetune.experiments.measuring import Measured, fold_of, measure
+from mergetune.experiments.own_plan import kinds_of, plan_images, stage_1_of, why_not
 from mergetune.experiments.paired import right_of
 from mergetune.experiments.verdict import verdict
 from mergetune.facts.brief import brief
-from mergetune.facts.function_options import FIT_METHODS, TUNE_METHODS
+from mergetune.facts.function_options import TUNE_METHODS
 from mergetune.io import write_json
 from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult
-
-NEED_PROMPTS = (TUNED, ON_MERGETUNE)  # kinds that auto leaves out where stage 1 trains a head
 
 
 @brief("result", "reports", "figure")
@@ -153,35 +152,34 @@ def fit_dataset(
         ValueError: an argument is out of range, or solutions, images and CLIP do not belong together.
     """
     out, clock, given = Path(out), _Clock(), dict(fit_options or {})
-    stage_1 = _stage_1(clip, tuned, method, classes)
-    pictures = None if retain is None else retained_images(retain, data.classnames)
-    halves, left_out = _halves(data, classes, seed, measuring=measuring, tuned=tuned)
-    learned = data.select(halves["base"]) if classes == "base" else data
-    training = learned.few_shot(shots, seed)
-    others = other_images(data, training, seed) if halves and choosing else None
+    stage_1 = stage_1_of(clip, tuned, method, classes)
+    images = plan_images(
+        data, tuned=tuned, classes=classes, shots=shots, seed=seed, measuring=measuring, choosing=choosing,
+        retain=retain,
+    )  # fmt: skip
+    halves, left_out = images.halves, dict(images.left_out)
     draw = f"{classes}-{'all' if shots is None else shots}-seed-{seed}"  # another draw is another cache
     with clock.part("encoding"):
-        counts = {"training": training, "validation": others, "test": data.test, "retained": pictures}
-        told = [f"{len(images)} {name}" for name, images in counts.items() if images]
-        report(f"encoding {', '.join(told)} images once")
+        report(f"encoding {', '.join(f'{len(part)} {name}' for name, part in images.parts.items())} images once")
         encode = partial(_encoded, clip, Path(cache or out / "cache"), {**(cache_options or {}), "progress": progress})
-        features, test = encode(f"train-{draw}", training), encode("test", data.test)
+        features, test = encode(f"train-{draw}", images.training), encode("test", images.test)
+        others, pictures = images.validation, images.retained
         validation = None if others is None else encode(f"val-{draw}", others, views=1)  # nothing is trained on these
         shown = None if pictures is None else encode(f"retained-{_short(pictures)}", pictures, views=1)
 
     texts = check_templates(template)
     making = Making(clip, texts, stage_1, seed, tune_options or {}, given, progress=progress)
     fold = fold_of(features, validation, halves, texts, seed, hold_out=choosing) if halves else None
-    why_not = _why_not(fold, left_out, choosing=choosing)
-    left_out |= {"choosing": why_not} if why_not else {}
+    reason = why_not(fold, left_out, choosing=choosing)
+    left_out |= {"choosing": reason} if reason else {}
     found, row, setting = None, MERGETUNE, default_setting(given)
-    if fold is not None and (classes == "all" or not why_not):
-        settings, kinds = settings_to_try(given), _kinds(method, stage_1)
-        report(_announced(fold, data, len(settings) if not why_not else 1, kinds))
+    if fold is not None and (classes == "all" or not reason):
+        settings, kinds = settings_to_try(given), kinds_of(method, stage_1)
+        report(_announced(fold, data, len(settings) if not reason else 1, kinds))
         with clock.part("measuring run"):
             found = measure(
                 making, fold, out / "measure", settings, kinds=kinds, tuned=tuned if classes == "base" else (),
-                stage_1=out / "tuned" if classes == "base" else None, choosing=not why_not,
+                stage_1=out / "tuned" if classes == "base" else None, choosing=not reason,
             )  # fmt: skip
         row, setting = found.row, found.setting
     with clock.part("training"):
@@ -225,22 +223,6 @@ def fit_dataset(
 # -- what is done ------------------------------------------------------------------------------------------------------
 
 
-def _stage_1(clip: FrozenClip, tuned: Sequence[Solution], method: str, classes: str) -> str:
-    """The method of stage 1. What does not belong to the CLIP is refused here, before any image is encoded."""
-    if classes not in ("all", "base"):
-        raise ValueError(f"classes must be all or base, got {classes!r}")
-    if method not in FIT_METHODS:
-        raise ValueError(f"method must be one of {', '.join(FIT_METHODS)}, got {method!r}")
-    for solution in tuned:
-        solution.check(clip)
-    found = method
-    if method == "auto":
-        found = "coop" if clip.takes_prompts else HEAD
-    if not tuned and found != HEAD:
-        _ = clip.text  # raises for a CLIP that takes no prompts
-    return found
-
-
 def _encoded(
     clip: FrozenClip, kept: Path, options: Mapping[str, Any], folder: str, images: ImageList, **more: Any
 ) -> FeatureCache:
@@ -250,46 +232,6 @@ def _encoded(
 def _short(images: ImageList) -> str:
     """Short name of a list of images: another folder of retained pictures is another cache."""
     return f"{zlib.crc32(repr((str(images.root.resolve()), images.files)).encode()):08x}"
-
-
-def _halves(
-    data: Dataset, classes: str, seed: int, *, measuring: bool, tuned: Sequence[Solution]
-) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """The halves of the classes that are measured, and why there are none.
-
-    The half is drawn at random, not by the alphabet: names that begin alike often mean things that look alike, and new
-    classes are to be like the others.
-    """
-    count = len(data.classnames)
-    if classes == "base":
-        position = {c: i for i, c in enumerate(data.visible or range(count))}
-        base, novel = (half.visible or () for half in data.base_novel())
-        return {"base": [position[c] for c in base], "novel": [position[c] for c in novel]}, {}
-    reason = ""
-    if not measuring:
-        reason = "measuring is switched off"
-    elif tuned:
-        reason = "the given fine-tuned solution has learned all classes, so that no new classes are left"
-    elif count < LEAST_CLASSES:
-        reason = f"measuring needs at least {LEAST_CLASSES} classes, two per half, got {count}"
-    return ({}, {"measuring": reason}) if reason else (halves_of(count, seed + 1), {})
-
-
-def _why_not(fold: Fold | None, left_out: Mapping[str, str], *, choosing: bool) -> str:
-    """Why nothing is chosen; empty if something is."""
-    if not choosing:
-        return "choosing is switched off"
-    if fold is None:
-        return f"choosing needs the measuring run: {left_out['measuring']}"
-    if any(len(images.classnames) < 2 for images in fold.val.values()):
-        return f"choosing needs at least {LEAST_CLASSES} classes, two per half"
-    return too_few({part: images.labels for part, images in fold.val.items()})
-
-
-def _kinds(method: str, stage_1: str) -> tuple[str, ...]:
-    if method != "auto":
-        return (MERGETUNE,)
-    return tuple(kind for kind in KINDS if stage_1 != HEAD or kind not in NEED_PROMPTS)
 
 
 def _announced(fold: Fold, data: Dataset, settings: int, kinds: Sequence[str]) -> str:

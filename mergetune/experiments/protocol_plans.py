@@ -10,9 +10,11 @@ from typing import Any
 
 from mergetune.clip import FrozenClip
 from mergetune.data import benchmark, check_dataset, templates_for
+from mergetune.experiments.cells import check_seeds
 from mergetune.experiments.published_schedules import schedule
+from mergetune.facts import FitOptions
 from mergetune.facts.brief import brief
-from mergetune.facts.function_options import TABLE_PRECISION, TUNE_METHODS
+from mergetune.facts.function_options import BETA, TABLE_PRECISION, TUNE_METHODS
 
 ELEVEN = (
     "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397",
@@ -110,10 +112,12 @@ class Experiment:
     def stage_2(self, run: Run) -> dict[str, Any]:
         """Settings of :func:`mergetune.fit`. After a start from random tokens it starts at the tuned prompt (tau 1).
 
-        No template has as many tokens as such a prompt, so there is no zero-shot prompt to mix in.
+        No template has as many tokens as such a prompt, so there is no zero-shot prompt to mix in. Defaults of ``lam``,
+        ``beta`` and ``tau`` are among the settings, so that they are recorded with the results.
         """
-        start = {"tau": 1.0} if self.stage_1(run).get("n_ctx") is not None else {}
-        return {"precision": TABLE_PRECISION, **start, **self.fit}
+        random_start = self.stage_1(run).get("n_ctx") is not None
+        usual = {"lam": FitOptions.lam, "beta": BETA, "tau": 1.0 if random_start else FitOptions.tau}
+        return {"precision": TABLE_PRECISION, **usual, **self.fit}
 
     def settings(self, clip: FrozenClip, run: Run) -> dict[str, Any]:
         """What the result of a run depends on."""
@@ -169,11 +173,10 @@ def plan(
         if method != "head" and protocol == "robust":
             raise ValueError(f"methods of robust must be 'head', got {method!r}: prompts are what domain is for")
     named = tuple(benchmark(name).name for name in datasets)
-    for what, values in (("datasets", named), ("methods", methods), ("seeds", seeds), ("shots", shots)):
+    for what, values in (("datasets", named), ("methods", methods), ("shots", shots)):
         if len(set(values)) != len(values):
             raise ValueError(f"{what} must not repeat, got {list(values)}")
-    if not seeds:
-        raise ValueError("seeds must hold at least one seed, got none")
+    check_seeds(seeds)
     every_shots: tuple[int | None, ...] = tuple(shots) or {"few-shot": (1, 2, 4, 8, 16), "robust": (None,)}.get(
         protocol, (16,)
     )

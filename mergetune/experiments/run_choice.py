@@ -9,9 +9,11 @@ from typing import Any
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Dataset
+from mergetune.experiments.canary import retained_images
 from mergetune.experiments.engine import begun, kept
 from mergetune.experiments.records import model_of, other_settings
 from mergetune.facts import FitOptions, TuneOptions, recorded
+from mergetune.facts.function_options import BACKGROUND
 from mergetune.io import jsonable
 from mergetune.solutions import Solution
 from mergetune.training.run_folders import (
@@ -26,7 +28,7 @@ from mergetune.training.run_folders import (
 from mergetune.training.run_settings import Difference, solution_in_words
 from mergetune.training.runs import short_digest
 
-_CACHED = ("clip", "fingerprint", "images")  # what a cache depends on
+_CACHED = ("clip", "fingerprint", "images", "background")  # what a cache depends on
 _CELL_FILES = ("cell.json", "run.json", "class-weights.safetensors", *FILES)
 
 
@@ -92,6 +94,7 @@ def dataset_call(
     choosing: bool = True,
     retain: Dataset | None = None,
     ignored: Mapping[str, int] | None = None,
+    background: str = BACKGROUND,
     **settings: Any,
 ) -> dict[str, Any]:
     """The settings and descriptions of a call of :func:`fit_dataset`, as arguments of ``run_folder``.
@@ -101,9 +104,14 @@ def dataset_call(
             that are not given and not switched off count as "chosen".
         retain: pictures of other classes, see :func:`fit_dataset`.
         ignored: not used: files that are left out change no result.
+        background: colour under transparent pixels, see :func:`mergetune.cache_features`.
         settings: its other settings that the result depends on.
+
+    Raises:
+        ValueError: ``retain`` holds classes that are trained, or a single class.
     """
     given = dict(fit_options or {})
+    pictures = None if retain is None else retained_images(retain, data.classnames)
     options = recorded(FitOptions(**given)) | {
         name: "chosen" for name in ("lam", "tau") if choosing and name not in given
     }
@@ -114,7 +122,8 @@ def dataset_call(
         **{f"tune {name}": value for name, value in stage_1.items() if name not in ("method", "zero_shot", "seed")},
         **settings,
         "choosing": choosing,
-        "retain": None if retain is None else short_digest(repr((retain.test.files, retain.test.labels))),
+        **({} if background == BACKGROUND else {"background": background}),
+        "retain": None if pictures is None else short_digest(repr((pictures.files, pictures.labels))),
         "method": method,
         "tuned": [short_digest(*solution.whole_identity) for solution in tuned] or None,
         "clip": clip.name,
@@ -126,7 +135,7 @@ def dataset_call(
         "tuned": [solution_in_words(solution) for solution in tuned],
         "fingerprint": clip.name,
         "images": f"{sum(map(len, splits)):,} of {len(data.classnames):,} classes",
-        "retain": None if retain is None else f"pictures of {len(retain.classnames):,} other classes",
+        "retain": None if pictures is None else f"{len(pictures):,} of {len(pictures.classnames):,} other classes",
     }
     return {"asked": asked, "in_words": in_words, "parts": ("tuned", "measure")}
 

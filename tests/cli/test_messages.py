@@ -23,9 +23,27 @@ def said(*arguments) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("tune --cache {gone} --out {out} --backbone {icons}", "--cache must be a feature cache, got {gone} without"),
-        ("export {gone} --to classifier --out {out}", "SOLUTION must be a checkpoint or its folder, got {gone}, which"),
-        ("merge ties {gone} {gone}-2 --out {out}", "EXPERTS must be a checkpoint or its folder, got {gone}, which"),
+        (
+            "tune --cache {gone} --out {out} --backbone {icons}",
+            "--cache must be a feature cache, got {gone}, which does not exist: `mergetune cache IMAGES",
+        ),
+        *(
+            (command, f"{option} must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of")
+            for command, option in (
+                ("export {gone} --to classifier --out {out}.pt", "SOLUTION"),
+                ("predict {gone} {cache}", "SOLUTION"),
+                ("merge ties {gone} {gone}-2 --out {out}", "EXPERTS"),
+                ("merge ties {gone} {gone}-2 --out {out} --device cpu --base {gone}-3", "EXPERTS"),
+                ("fit --cache {cache} --out {out} --backbone {icons} --tuned {gone}", "--tuned"),
+                ("eval --cache {cache} --solution {gone}", "--solution"),
+                ("path --cache {cache} --tuned {gone} --solution {gone}-2", "--solution"),
+                ("tune --cache {cache} --out {out} --method residual --base {gone}", "--base"),
+            )
+        ),
+        ("predict {gone} {cache} --device cuda:99", "--device must be a device of this machine"),
+        ("demo --seeds 1 1 --out {out}", "--seeds must not repeat, got [1, 1]"),
+        ("demo --seeds -1 --out {out}", "--seeds must be 0 or more, got -1"),
+        ("compare {gone} --seeds 1 1 --out {out}", "--seeds must not repeat, got [1, 1]"),
         ("tune --cache {gone} --out {out} --backbone {icons} --device cuda:99", "--device must be a device of this"),
         ("tune --cache {gone} --out {out} --backbone {icons} --device gpu", "--device must be a device of torch such"),
         (
@@ -39,12 +57,12 @@ def said(*arguments) -> str:
             "tune --cache {cache} --out {out} --backbone {icons} --method map --position front",
             "--position must be left out for method 'map', which does not use it, got 'front'",
         ),
-        ("fit --cache {cache} --out {out} --backbone {icons} --tuned {gone}", "--tuned must be a checkpoint or its"),
     ],
 )
 def test_an_error_names_the_option(places, tmp_path, arguments, message):
     places = places | {"gone": str(tmp_path / "gone"), "out": str(tmp_path / "out")}
     assert f"error: {message.format(**places)}" in said(*arguments.format(**places).split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

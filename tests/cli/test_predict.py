@@ -162,9 +162,10 @@ def test_wrong_arguments_exit_with_2_and_leave_no_file(work, tmp_path, arguments
 def test_a_closed_pipe_ends_the_command_in_silence(work, tmp_path, form):
     icon = next((work / "icons").iterdir())
     (tmp_path / "list.txt").write_text(f"{icon}\n" * 2000)
-    command = [sys.executable, "-m", "mergetune", "predict", work / "coop", tmp_path / "list.txt", *form]
+    solution, backbone = work / "coop", mt.load_solution(work / "coop").backbone
+    command = [sys.executable, "-m", "mergetune", "predict", solution, tmp_path / "list.txt", *form]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline()
         process.stdout.close()
-        assert process.stderr.read() == b""
+        assert process.stderr.read().decode().splitlines() == [f"backbone {backbone}, recorded by solution {solution}"]
     assert process.returncode == 1

@@ -11,7 +11,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
+import torch
 from fit_cases import QUICK
+from PIL import Image, ImageColor
 from tiny import cache, prompt
 from typer.testing import CliRunner
 
@@ -65,6 +67,34 @@ def run(*arguments):
 
 def content(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_another_background_is_another_run_with_caches_of_its_own(model, tmp_path):
+    """Also the contact sheet of `eval` lays transparent pictures on the colour that is asked for."""
+    for name, colour in zip(CLASSES, ("red", "lime", "blue", "black"), strict=True):
+        for part, size in (("train", 12), ("train", 13), ("test", 14)):
+            picture = Image.new("RGBA", (48, 48), (0, 0, 0, 0))
+            picture.paste(ImageColor.getrgb(colour), (size, size, 40, 40))
+            (tmp_path / "images" / part / name).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / "images" / part / name / f"{size}.png")
+    out, grey = tmp_path / "out", ["--background", "#708090"]
+    arguments = ["fit", tmp_path / "images", "--backbone", model, "--epochs", 1, "--out", out, "--no-measure"]
+    run(*arguments)
+    told = invoke(*arguments, *grey, "--shots", 5)
+    assert told.exit_code == 0, told.stderr
+    assert "every class has fewer than --shots 5 images: 2" in " ".join(told.stderr.split())
+    (second,) = out.glob("run-2-*")
+    assert (second / "cache" / "test").is_dir() and invoke(*arguments, *grey, "--shots", 5).exit_code == 0
+    features = [mergetune.FeatureCache.open(folder / "cache" / "test").tensor() for folder in (out, second)]
+    assert not torch.equal(*features) and not list(out.glob("run-3-*"))
+
+    sheets = []
+    for colour in ("white", "#708090"):
+        sheet = ["--images", tmp_path / "images", "--contact-sheet", tmp_path / "sheet.png", "--background", colour]
+        run("eval", "--cache", second / "cache" / "test", "--solution", second, *sheet)
+        with Image.open(tmp_path / "sheet.png") as drawn:
+            sheets.append({colour for _, colour in drawn.convert("RGB").getcolors(1 << 24)})
+    assert ((112, 128, 144) in sheets[1]) and (112, 128, 144) not in sheets[0]
 
 
 # -- where a run goes --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import zipfile
@@ -77,6 +78,39 @@ def test_the_steps_of_the_readme_need_the_backbone_once(work, tmp_path):
     assert recorded == ["icon-clip", "icon-clip"]
 
 
+def test_every_next_step_can_be_run_as_it_is_printed(work, tmp_path):
+    """Also without a cache of test images, and for a solution that knows half of the classes."""
+    train, merged, out = work / "cache" / "train", work / "merged", tmp_path / "out"
+    shutil.copytree(train, tmp_path / "alone" / "train")
+    icon = next((work / "images" / "test" / "bell").iterdir())
+    fit = ["fit", *SHORT, "--tuned", work / "coop"]
+    steps = {
+        "cache": ["cache", work / "images", "--out", out / "cache", "--backbone", "icon-clip"],
+        "tune": ["tune", "--cache", train, "--out", out / "coop", *SHORT],
+        "tune head": ["tune", "--cache", train, "--out", out / "head", *SHORT, "--method", "head", "--seed", 2],
+        "residual": ["tune", "--cache", train, "--out", out / "top", *SHORT, "--method", "residual", "--base", merged],
+        "fit": [*fit, "--cache", train, "--out", out / "merged-1"],
+        "fit, folder of caches": [*fit, "--cache", work / "cache", "--out", out / "merged-2"],
+        "fit, no test images": [*fit, "--cache", tmp_path / "alone" / "train", "--out", out / "merged-3"],
+        "path": ["path", "--cache", work / "cache", "--tuned", work / "coop", "--solution", merged, "--points", 3,
+                 "--figure", tmp_path / "paths.png", "--classes", "base"],
+        "merge": ["merge", "average", work / "coop", merged, "--out", out / "average"],
+        "merge with images": ["merge", "average", work / "coop", merged, "--out", out / "average", "--cache", train],
+        **{f"export {form}": ["export", merged, "--to", form, "--out", out / name]
+           for form, name in (("coop", "coop-file"), ("head", "a.npz"), ("classifier", "a.pt"), ("hub", "hub"))},
+    }  # fmt: skip
+    for name, step in steps.items():
+        done = invoke(*step)
+        assert done.exit_code == 0, (name, done.stderr)
+        (line,) = [line for line in done.stderr.splitlines() if "Next: mergetune " in line]
+        following = shlex.split(line.split("Next: mergetune ")[1].replace("NEW_PICTURES", str(icon)))
+        assert following[0] in ("tune", "fit", "eval", "predict")
+        assert ("--backbone" in following) == (name == "export head")  # a file that does not record it
+        short = ["--epochs", 1] if following[0] in ("tune", "fit") else []
+        done = invoke(*following, *short)
+        assert done.exit_code == 0, (name, line, done.stderr)
+
+
 def test_the_recorded_backbone_and_the_given_one_do_the_same(work):
     measured = ["eval", "--cache", work / "cache" / "test", "--solution", work / "merged", "--json"]
     assert invoke(*measured).stdout == invoke(*measured, "--backbone", "icon-clip").stdout
@@ -133,7 +167,7 @@ def test_records_that_cannot_be_followed_name_the_way_on(work, tmp_path, monkeyp
         (gone, "local-dir:/no/such/folder, which is no folder any more", "--backbone local-dir:PATH"),
         (lost, "checkpoint no/such/file.pt does not exist any more", "--backbone ViT-B-32 --pretrained PATH"),
         (memory, "my model, which cannot be loaded by this name", "give --backbone"),
-        (nobody, "no backbone is recorded by solution", "--backbone is needed"),
+        (nobody, "the solution records none", "--backbone"),
     ):
         message = refusal("export", solution, "--to", "classifier", "--out", tmp_path / "x.pt")
         assert str(solution) in message and said in message and way_on in message
@@ -213,7 +247,7 @@ def test_the_folder_of_the_caches_stands_for_the_one_that_is_meant(work, tmp_pat
     message = refusal("merge", "average", work / "coop", "--out", tmp_path / "m", "--cache", work / "cache")
     assert f"give {work / 'cache' / 'test'} or {work / 'cache' / 'train'}" in message
     message = refusal("tune", "--cache", work / "images", "--out", tmp_path / "t")
-    assert f"--cache must be a feature cache, and {work / 'images'} is none" in message
+    assert f"--cache must be a feature cache, got {work / 'images'}, which is none" in message
 
 
 def test_a_folder_without_a_solution_lists_those_near_it(work, tmp_path):
@@ -227,7 +261,7 @@ def test_a_folder_without_a_solution_lists_those_near_it(work, tmp_path):
 
 def test_seeds_are_given_alike(monkeypatch):
     asked = []
-    monkeypatch.setattr("mergetune.experiments.run_demo", lambda out, seeds, report: asked.append(seeds) or sys.exit(3))
+    monkeypatch.setattr("mergetune.experiments.run_demo", lambda out, seeds, **_: asked.append(seeds) or sys.exit(3))
     for given in (["--seeds", "4", "5"], ["--seed", "4", "--seed", "5"], ["--seeds", "4", "--seeds", "5"]):
         assert invoke("demo", *given).exit_code == 3
     assert asked == [[4, 5]] * 3
@@ -255,10 +289,14 @@ def test_a_dry_run_tells_images_size_and_time_and_writes_nothing(work, tmp_path)
     assert found["cache"]["images"] == {"train": len(images.train), "test": len(images.test)}
     assert found["cache"]["gib"] * 2**30 == (3 * len(images.train) + len(images.test)) * 128 * 4
     assert found["tune"]["steps"] == {"tune": 30} and found["fit"]["steps"] == {"fit": -(-len(few) // 3)}
-    assert found["images"]["images"] == {"training": len(few), "test": len(images.test)}
-    assert found["images"]["steps"] == {"tune": 7, "fit": 7} and found["images"]["classes"] == 2
+    encoded = found["images"]["images"]
+    assert encoded.keys() == {"training", "validation", "test"} and found["images"]["classes"] == 2
+    assert encoded["training"] == len(few) and encoded["test"] == len(images.test)
+    assert found["images"]["steps"] == {"tune": 7, "fit": 6 * 7}  # of six settings, one is chosen
     shown = invoke(*commands["images"], "--out", tmp_path / "out", "--dry-run").stdout
-    assert "Stage 2: 2 classes, 7 steps" in shown and "Nothing was written." in shown
+    assert "Stage 2: 42 steps" in shown and "Nothing was written." in shown
+    unchosen = invoke(*commands["images"], "--out", tmp_path / "out", "--dry-run", "--no-choose").stdout
+    assert "Stage 2: 7 steps" in unchosen and "validation" not in unchosen
     assert not (tmp_path / "out").exists()
 
 

@@ -24,6 +24,7 @@ import torch
 import transformers
 from backbone_cases import WORDS, as_repository, write_tokenizer
 from open_clip.coca_model import MultimodalCfg
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import TEXT, VISION
 from torch import Tensor, nn
@@ -888,7 +889,10 @@ def test_an_archive_is_run_for_who_allows_it(marker, tmp_path):
 
 def test_the_command_line_tells_how_to_allow_it(marker, tiny_name, tmp_path):
     torch.jit.save(torch.jit.script(Returns(str(marker))), tmp_path / "weights.pt")
-    call = ["eval", "--cache", tmp_path, "--backbone", tiny_name, "--pretrained", tmp_path / "weights.pt"]
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / "cat" / "a.png")
+    call = ["cache", tmp_path / "images", "--out", tmp_path / "cache"]
+    call += ["--backbone", tiny_name, "--pretrained", tmp_path / "weights.pt"]
     refused = CliRunner().invoke(app, [*map(str, call)])
     assert refused.exit_code == 2 and "--allow-torchscript" in refused.stderr and not marker.exists()
     allowed = CliRunner().invoke(app, [*map(str, call), "--allow-torchscript"])

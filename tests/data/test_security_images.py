@@ -481,7 +481,7 @@ def test_the_commands_take_the_limit(tmp_path, monkeypatch):
             (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
             picture(10 * i + len(name) * 100 + ord(name[0]), (40, 30)).save(tmp_path / "images" / name / f"{i}.png")
     monkeypatch.setattr("mergetune.load_clip", lambda *args, **kwargs: TinyClip())
-    call = ["cache", str(tmp_path / "images"), "--out", str(tmp_path / "cache"), "--backbone", "tiny"]
+    call = ["cache", str(tmp_path / "images"), "--out", str(tmp_path / "cache"), "--backbone", "icon-clip"]
     refused = CliRunner().invoke(app, [*call, "--max-pixels", "1000"])
     assert refused.exit_code == 2 and "1,200" in refused.stderr and "--max-pixels" in refused.stderr
     done = CliRunner().invoke(app, [*call, "--max-pixels", "1200", "--json"])

@@ -468,7 +468,7 @@ def command(clip, monkeypatch, tmp_path):
     monkeypatch.setattr(measuring, "read_solution", lambda name, *args: solutions[name])
 
     def run(*arguments):
-        fixed = ["path", "--cache", "c", "--tuned", "coop", "--solution", "merged", "--backbone", "tiny"]
+        fixed = ["path", "--cache", "c", "--tuned", "coop", "--solution", "merged", "--backbone", "icon-clip"]
         fixed += ["--template", "a big red {}.", "--points", "3", "--figure", tmp_path / "paths.png"]
         monkeypatch.setattr(mergetune.Prompt, "from_template", lambda *args, **kwargs: prompt(3))
         return CliRunner().invoke(app, [str(argument) for argument in [*fixed, *arguments]])

@@ -442,7 +442,7 @@ def test_merge_command_on_solutions_files_and_refusals(clip, tmp_path):
         (["ties", *solutions], "--backbone is needed: no backbone is recorded by solution"),
         (["ties", *solutions, "--base", tmp_path / "zero", "-o", "densty=1"], "it has density, scale"),
         (["fisher-average", *solutions, "--base", tmp_path / "zero"], "give --cache"),
-        (["ties", tmp_path / "p1", tmp_path / "x.safetensors"], "all solutions or all .safetensors"),
+        (["ties", tmp_path / "p1", tmp_path / "x.safetensors"], "EXPERTS must be all solutions or all weights"),
         (["average"], "a method, at least one solution or file, and --out"),
     ):
         refused = invoke("merge", *arguments, "--out", tmp_path / "no")

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from importlib.resources import as_file, files
 
@@ -12,6 +13,7 @@ import mergetune as mt
 from mergetune.experiments import measuring
 from mergetune.experiments.choosing import choose
 from mergetune.experiments.making import KINDS, Making
+from mergetune.experiments.own_forecast import forecast_dataset
 from mergetune.facts.function_options import TOP_METHODS, TUNE_SETTINGS
 
 TEMPLATE = "an icon of a {}"
@@ -91,6 +93,21 @@ def test_the_chosen_setting_is_trained_on_all_classes_and_saved(fit, tmp_path, m
     assert report["measured"]["MERGETUNE"]["hm_error"] > 0
     assert report["verdict"] and report["seconds"].keys() == {"encoding", "measuring run", "training", "testing"}
     assert report["concept_names"]["zero-shot"]["share"] == 100 and not report["left_out"]
+
+
+@pytest.mark.parametrize("given", [{"method": "auto"}, {"classes": "base"}, {"choosing": False}, {"measuring": False}])
+def test_a_forecast_counts_what_the_call_does(fit, icon_clip, data, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(measuring, "choose", planted("MERGETUNE"))
+    asked = {name: value for name, value in SHORT.items() if name != "progress"}
+    forecast, told = forecast_dataset(icon_clip, data, **asked, **given), []
+    fit(tmp_path, report=told.append, **given)
+    assert told[0] == f"encoding {', '.join(f'{n} {part}' for part, n in forecast.images.items())} images once"
+    trained = Counter()  # all images fit into one batch, so that an epoch is a step
+    for state in tmp_path.rglob("state.safetensors"):
+        settings = json.loads((state.parent / "result.json").read_text())["settings"]
+        stage = settings["stage"] if settings.get("method") in (None, "coop") else "kinds"
+        trained[stage] += settings["epochs"]
+    assert forecast.steps == trained and forecast.seconds > 0
 
 
 def test_test_images_decide_nothing(fit, data, folder, tmp_path):

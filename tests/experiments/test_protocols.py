@@ -91,6 +91,7 @@ def test_the_plans_are_the_papers() -> None:
         ({"protocol": "domain", "datasets": ["dtd"]}, "datasets of domain must be among imagenetv2, .*got dtd"),
         ({"seeds": []}, "seeds must hold at least one seed"),
         ({"seeds": [1, 1]}, "seeds must not repeat"),
+        ({"seeds": [-1]}, "seeds must be 0 or more, got -1"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments: dict, message: str) -> None:
