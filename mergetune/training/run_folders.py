@@ -13,7 +13,7 @@ import datetime
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,10 +33,14 @@ FILES = (STATE, RESULT, *SOLUTION, "report.json", "paths.png")
 """The files of a run; replacing a run deletes these and no others."""
 
 
-def _folder_names(names: tuple[str, ...]) -> tuple[str, ...]:
+PARTS = ("tuned", "measure", "mergetune")
+"""Folders below a run's folder in which its earlier stages keep their files."""
+
+
+def _known_parts(names: tuple[str, ...]) -> tuple[str, ...]:
     for i, name in enumerate(names):
-        if not re.fullmatch(r"\w[\w.-]*", name):  # files are deleted there: it must lie in the run's folder
-            raise fault((i,), "the name of a folder", name)
+        if name not in PARTS:  # files are deleted there: it must be a folder that mergetune made
+            raise fault((i,), f"one of {', '.join(PARTS)}", name)
     return names
 
 
@@ -47,14 +51,14 @@ class CallFile(Document, frozen=True, extra="ignore"):
         format: name and version of the format.
         settings: everything that tells the run from others.
         in_words: descriptions of the settings whose values are checksums.
-        parts: folders below the run's in which its earlier stages keep their files.
+        parts: those of ``PARTS`` that the run has.
         started: local time of the first call.
     """
 
     format: Literal["mergetune.call/1"]
     settings: JsonObject
     in_words: JsonObject = {}
-    parts: Annotated[Items[str], AfterValidator(_folder_names)] = ()
+    parts: Annotated[Items[str], AfterValidator(_known_parts)] = ()
     started: str
 
 
@@ -75,12 +79,12 @@ def run_folder(
         out: folder that the user gave; created if missing.
         asked: the settings of the call, JSON-able; equal settings are the same run.
         in_words: descriptions of the settings whose values are checksums, for messages and lists.
-        parts: folders below the run's folder for its earlier stages, for example "tuned".
+        parts: those of ``PARTS`` that the run has. They must not be links, and must hold no link to a folder.
         overwrite: replace the run in ``out`` by this one. ``FILES`` of that run and of its parts are deleted; caches,
             other runs and files that mergetune did not write stay.
 
     Raises:
-        ValueError: the record of the run in ``out`` is damaged, or ``out`` is a file.
+        ValueError: the record of the run in ``out`` is damaged, ``out`` is a file, or a part is a link.
         RuntimeError: with ``overwrite``, another process trains in ``out``.
     """
     out = Path(out)
@@ -90,10 +94,15 @@ def run_folder(
         return _differences(folder, asked, in_words)
 
     def begin(folder: Path) -> None:
+        refuse_links(folder, parts)
         if not (folder / CALL).exists() and not _has_state(folder):
             write_json(folder / CALL, call | {"started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"})
 
-    return choose_folder(out, other, begin, replace=_remove_run if overwrite else None)
+    def replace(folder: Path) -> None:
+        refuse_links(folder, parts)
+        _remove_run(folder)
+
+    return choose_folder(out, other, begin, replace=replace if overwrite else None)
 
 
 def choose_folder(
@@ -166,9 +175,7 @@ def forgotten_if_refused(folder: Path) -> Iterator[None]:
         if call is not None and not _has_state(folder):
             (folder / CALL).unlink()
             if _NUMBERED.fullmatch(folder.name):  # in OUT itself the corrected command goes on from earlier stages
-                places = [
-                    inner for part in call.parts if (folder / part).is_dir() for inner in walk_folders(folder / part)
-                ]
+                places = [inner for part in call.parts for inner in walk_folders(folder / part)]
                 for place in (*reversed(places), folder):
                     remove_files(place, (*FILES, LOCK))
                     with contextlib.suppress(OSError):  # a folder with other files stays
@@ -240,7 +247,7 @@ def _remove_run(out: Path) -> None:
         (out / CALL).unlink(missing_ok=True)
         remove_files(out, FILES)
         for part in parts:
-            for folder in list(walk_folders(out / part)) if (out / part).is_dir() else ():
+            for folder in list(walk_folders(out / part)):
                 remove_files(folder, FILES)
 
 
@@ -254,10 +261,37 @@ def remove_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def walk_folders(folder: Path, *, skip: Sequence[str] = ()) -> Iterator[Path]:
-    """Yields a folder and all folders below it, without hidden ones, those named in ``skip`` and those behind links."""
+    """Yields a folder and all folders below it, without hidden ones, those named in ``skip`` and those behind links.
+
+    Nothing is yielded for a link or a folder that is not there.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
     yield folder
-    with os.scandir(folder) as entries:
-        inner = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith("."))
-    for name in inner:
-        if name not in skip:
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith(".") and name not in skip:
             yield from walk_folders(folder / name, skip=skip)
+
+
+def refuse_links(folder: Path, below: Iterable[str | Path]) -> None:
+    """Refuses to write into folders behind links: what is written there, and deleted later, is not in ``folder``.
+
+    Args:
+        folder: the folder of a run, which may be a link itself.
+        below: paths from the folder; neither their folders nor the folders in them may be links.
+
+    Raises:
+        ValueError: one of them is a link.
+    """
+    for path in map(Path, below):
+        inside = (inner for place in walk_folders(folder / path) for inner in place.iterdir() if inner.is_dir())
+        for place in (*way_down(folder, path), *inside):
+            if place.is_symlink():
+                raise ValueError(
+                    f"--out must hold its own folders, and {place} is a link to another one: remove the link"
+                )
+
+
+def way_down(folder: Path, below: Path) -> list[Path]:
+    """The folders from a folder down to the path ``below`` in it, without the folder itself."""
+    return [folder.joinpath(*below.parts[:depth]) for depth in range(1, len(below.parts) + 1)]

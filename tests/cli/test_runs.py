@@ -135,6 +135,49 @@ def test_overwrite_of_a_folder_without_a_run_deletes_nothing(work, model, tmp_pa
     assert (tmp_path / "report.json").read_text() == (tmp_path / "paths.png").read_text() == "mine"
 
 
+PARTS = ("tuned", "measure", "mergetune")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("link", [*PARTS, "measure/lam-4"])
+def test_a_link_in_out_is_refused_and_what_is_behind_it_stays(tmp_path, link, overwrite):
+    out, theirs = run_folder(tmp_path / "out", {"lam": 8}, parts=PARTS), tmp_path / "theirs" / "deep"
+    theirs.mkdir(parents=True)
+    (theirs / "solution.json").write_text("theirs")
+    (out / link).parent.mkdir(exist_ok=True)
+    (out / link).symlink_to(theirs.parent)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=f"out/{link} is a link to another one: remove the link"):
+        run_folder(out, {"lam": 8}, parts=PARTS, overwrite=overwrite)
+    assert content(tmp_path) == before
+
+
+def test_overwrite_deletes_in_no_folder_that_only_a_record_names(tmp_path):
+    out = run_folder(tmp_path, {"lam": 8}, parts=PARTS)
+    record = json.loads((out / "call.json").read_text())
+    for name in ("mymodel", "tuned"):
+        (out / name / "deep").mkdir(parents=True)
+        (out / name / "deep" / "solution.json").write_text("mine")
+    (out / "call.json").write_text(json.dumps(record | {"parts": ["mymodel"]}))
+    with pytest.raises(ValueError, match=r"parts\[0\] must be one of tuned, measure, mergetune, got 'mymodel'"):
+        run_folder(out, {"lam": 8}, parts=PARTS)
+    run_folder(out, {"lam": 8}, parts=PARTS, overwrite=True)
+    assert (out / "mymodel" / "deep" / "solution.json").read_text() == "mine"
+    run_folder(out, {"lam": 8}, parts=PARTS, overwrite=True)
+    assert not (out / "tuned" / "deep" / "solution.json").exists()
+
+
+@pytest.mark.parametrize("link", ["task", "task/partition-0", "task/partition-0/seed-1"])
+def test_overwrite_of_cells_leaves_what_is_behind_links(clip, tmp_path, link):
+    out = cells_folder(tmp_path / "out", heads(clip))
+    shutil.move(out / link, tmp_path / "theirs")
+    (out / link).symlink_to(tmp_path / "theirs")
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="is a link to another one"):
+        cells_folder(out, heads(clip, shots=2), overwrite=True)
+    assert content(tmp_path) == before
+
+
 def test_what_a_killed_process_leaves_blocks_nobody(work, model, tmp_path):
     run(*fit(work, model, tmp_path))
     (tmp_path / ".run-2-lam-4.part").mkdir()
