@@ -30,7 +30,6 @@ from mergetune.cli.options import (
 from mergetune.cli.shared import (
     announce,
     clip_for,
-    err,
     errors,
     open_cache,
     out,
@@ -290,7 +289,7 @@ def compare(
     said += f"{found.choose}. More columns and the figure: {run_title(folder)}"
     tell(said)
     for method, why in found.left_out.items():
-        err.print(f"[dim]left out: {escape(method)}: {escape(why)}[/]", soft_wrap=True, highlight=False)
+        announce(as_json)(f"left out: {method}: {why}")
 
 
 def _task(caches: Path, templates: list[str]) -> Any:

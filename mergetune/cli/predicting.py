@@ -26,6 +26,7 @@ from mergetune.cli.options import (
     Workers,
 )
 from mergetune.cli.shared import clip_for, errors, read_names
+from mergetune.cli.terminal import visible
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 
 Write = Callable[[Any], None]
@@ -123,7 +124,7 @@ def predict(
         if csv_file is not None:
             _say(f"{csv_file}: {summary}")
         elif not as_json:
-            print(summary, file=sys.stderr)
+            print(visible(summary), file=sys.stderr)
     if unreadable:
         raise typer.Exit(1)
 
@@ -200,7 +201,7 @@ def _print_row(found: Any) -> None:
 
 
 def _say(line: str) -> None:
-    """Prints one line. File names may hold line breaks, codes that steer terminals, and bytes that are not UTF-8."""
-    line = line if line.isprintable() else repr(line)[1:-1]
+    """Prints one line, also if the encoding of stdout lacks a character."""
+    line = visible(line)
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from mergetune.cli.running import first_rank, in_terms_of_options, nothing_follows
+from mergetune.cli.terminal import LONGEST_CELL, PlainTable, Terminal, visible
 
-out, err = Console(), Console(stderr=True)
+out, err = Terminal(), Terminal(stderr=True)
 HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
 """Columns of a table of base and novel classes -> names in :class:`mergetune.evaluation.BaseNovel` and its row."""
 
@@ -37,7 +38,7 @@ def errors() -> Iterator[None]:
 
 
 def _exit(word: str, said: str, code: int) -> typer.Exit:
-    err.print(f"[bold red]{word}:[/] {escape(said)}", soft_wrap=True, highlight=False)
+    complain(word, said)
     return typer.Exit(code)
 
 
@@ -199,7 +200,7 @@ def clip_for(
         named_by, (name, weights) = recorded[0].owner, recorded[0].parts()
         if first_rank():
             said = f"backbone {recorded[0].backbone}, recorded by {named_by}"
-            err.print(f"[dim]{escape(said)}[/]", soft_wrap=True, highlight=False)
+            err.print(f"[dim]{escape(visible(said))}[/]", soft_wrap=True, highlight=False)
     else:
         named_by, name, weights = "--backbone", backbone, pretrained
     clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
@@ -227,13 +228,18 @@ def _refuse_no_solution(path: Path) -> None:
 
 
 def tell(line: str) -> None:
-    """Prints a line unchanged: paths are not wrapped, and brackets are not read as markup."""
-    out.print(line, highlight=False, soft_wrap=True, markup=False)
+    """Prints a line as it is: paths are not wrapped, brackets are no markup, and control characters are escaped."""
+    out.print(visible(line), highlight=False, soft_wrap=True, markup=False)
+
+
+def complain(word: str, said: str) -> None:
+    """Prints what is wrong to stderr: a word in red, and one line of at most about 2,000 characters."""
+    err.print(f"[bold red]{word}:[/] {escape(visible(said))}", soft_wrap=True, highlight=False)
 
 
 def announce(as_json: bool) -> Callable[[str], None]:
     """Returns a function that prints progress messages to stderr; with ``--json`` the function prints nothing."""
-    return (lambda line: None) if as_json else (lambda line: err.print(f"[dim]{escape(line)}[/]"))
+    return (lambda line: None) if as_json else (lambda line: err.print(f"[dim]{escape(visible(line))}[/]"))
 
 
 def finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, dict[str, Any]]) -> None:
@@ -257,10 +263,10 @@ def finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, dic
 
 def new_table(first: str, *numbers: str) -> Table:
     """Returns an empty table with one column of names and columns of numbers."""
-    table = Table(title_justify="left")
+    table = PlainTable(title_justify="left")
     table.add_column(first, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(Text(visible(name, longest=LONGEST_CELL)), justify="right")
     return table
 
 
@@ -273,7 +279,7 @@ def print_table(
         table = new_table(first, *columns)
         for name, cells, style in rows:
             if cells.keys() & set(columns):
-                table.add_row(escape(name), *(cells.get(column, "") for column in columns), style=style)
+                table.add_row(name, *(cells.get(column, "") for column in columns), style=style)
         return table
 
     columns = list(rows[0][1])

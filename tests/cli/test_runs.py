@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from fit_cases import QUICK
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import cache, prompt
 from typer.testing import CliRunner
 
@@ -391,6 +393,36 @@ def test_folders_of_version_0_1_and_several_outs_are_listed():
     assert rows["fit"].settings["stage"] == "fit" and rows["tune"].settings["stage"] == "tune"
     assert all(row.number == 1 and row.results["loss"] > 0 for row in rows.values())
     assert not any(re.search("[0-9a-f]{8}", text) for row in rows.values() for text in row.settings.values())
+
+
+@pytest.mark.parametrize("epochs", ["x", None, [3], {"a": 1}, 1.5, True])
+def test_a_run_with_settings_of_another_type_is_a_row_with_its_error(clip, tmp_path, monkeypatch, epochs):
+    trained(clip, tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    with safe_open(tmp_path / "good" / "state.safetensors", "pt") as file:
+        tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    record = json.loads(facts["run"])
+    record["settings"]["epochs"] = epochs
+    save_file(tensors, tmp_path / "bad" / "state.safetensors", facts | {"run": json.dumps(record)})
+    bad, good = list_runs(tmp_path)
+    assert good.state == "finished" and bad.state == "damaged" and bad.name == "bad"
+    assert "state.safetensors is damaged: settings.epochs must be a whole number" in str(bad.error)
+
+
+def test_a_folder_that_cannot_be_listed_is_a_row_with_its_error(tmp_path, monkeypatch):
+    run_folder(tmp_path / "good", {"lam": 8})
+    run_folder(tmp_path / "locked", {"lam": 8})
+    listed = os.listdir
+
+    def refused(folder="."):
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    good, locked = list_runs(tmp_path)
+    assert good.state == "started" and locked.state == "damaged"
+    assert "Permission denied" in str(locked.error)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
