@@ -29,6 +29,8 @@ from mergetune.cli.shared import clip_for, errors, read_names
 from mergetune.cli.terminal import visible
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 
+TABLES = (".csv", ".tsv")  # endings of --csv
+
 Write = Callable[[Any], None]
 """Function that writes one prediction."""
 
@@ -59,7 +61,9 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Number of classes to show per picture.")] = 5,
     csv_file: Annotated[
         Path | None,
-        typer.Option("--csv", help="Write a table to this file instead. It appears when all rows are written."),
+        typer.Option(
+            "--csv", help="Write a table to this .csv or .tsv file instead. It appears when all rows are written."
+        ),
     ] = None,
     as_json: Json = False,
     threshold: Annotated[
@@ -97,6 +101,8 @@ def predict(
     from mergetune.solutions import open_solution
 
     with errors():
+        if csv_file is not None and csv_file.suffix.lower() not in TABLES:
+            raise ValueError(f"--csv must end in {' or '.join(TABLES)}, got {csv_file}")
         if csv_file is not None and as_json:
             raise ValueError(f"--csv and --json exclude each other, got --csv {csv_file} and --json: leave one out")
         names = None if classes is None else read_names(classes)
@@ -151,7 +157,7 @@ def _csv_rows(file: Path, top: int) -> Iterator[Write]:
     with writing_atomically(file) as stream:
         # A name that is not UTF-8 must not make the whole table unreadable: its bytes are written as \udcXX.
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="")
-        table = csv.writer(text, lineterminator="\n")
+        table = csv.writer(text, lineterminator="\n", delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
         ranks = [column for i in range(1, top + 1) for column in (f"class_{i}", f"probability_{i}")]
         table.writerow(["file", "label", "error", *ranks])
 
