@@ -64,6 +64,15 @@ def open_images(path: Path, root: Path | None = None) -> Any:
     return listed_images(path)
 
 
+def refuse_out_inside(images: Path, out_path: Path) -> None:
+    """Raises ValueError if ``--out`` lies in the folder of the images, where its pictures would become images."""
+    if images.is_dir() and out_path.resolve().is_relative_to(images.resolve()):
+        raise ValueError(
+            f"--out must not lie in IMAGES, got {out_path} in {images}: what is written there would be read as images "
+            "by the next call; give --out a folder beside IMAGES"
+        )
+
+
 def open_cache(
     folder: Path,
     classes: str,

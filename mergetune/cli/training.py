@@ -40,6 +40,7 @@ from mergetune.cli.shared import (
     open_images,
     print_json,
     read_solution,
+    refuse_out_inside,
 )
 from mergetune.facts import FitOptions, TuneOptions
 from mergetune.facts.function_options import MAX_PIXELS
@@ -214,6 +215,8 @@ def fit(
         if images is not None and val is not None:
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
+        if images is not None and root is None:
+            refuse_out_inside(images, folder)
         data = opened()
         retained = None if retain is None else open_retained(retain)
         learned = data.base_novel()[0] if images and classes == "base" else data

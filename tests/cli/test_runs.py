@@ -271,6 +271,19 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("command", ["fit", "cache"])
+@pytest.mark.parametrize("out", ["out", ".", "train/../out", None])
+def test_an_out_inside_the_images_is_refused_before_anything_is_written(work, model, monkeypatch, command, out):
+    monkeypatch.chdir(work / "images")
+    before = content(work / "images")
+    if (command, out) == ("cache", None):
+        out = "caches"  # it has no default
+    refused = invoke(command, ".", "--backbone", model, *([] if out is None else ["--out", out]))
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "--out must not lie in IMAGES" in said and "a folder beside IMAGES" in said
+    assert content(work / "images") == before and not (work / "images" / "out").exists()
+
+
 def test_a_first_call_that_is_refused_leaves_the_folder_to_the_corrected_one(work, model, tmp_path):
     arguments = ["fit", work / "images", "--backbone", model, "--shots", 4, "--epochs", 1, "--out", tmp_path]
     assert invoke(*arguments, "--lam", -1).exit_code == 2
