@@ -24,7 +24,10 @@ from mergetune.training.run_settings import Difference, differences
 from mergetune.training.runs import LOCK, RESULT, STATE, ResultFile, read_state
 
 CALL = "call.json"
-_NUMBERED = re.compile(r"run-([0-9]{1,6})(?:-(.+))?")
+_NUMBERED = re.compile(r"run-([0-9]+)(?:-(.+))?", re.DOTALL)
+_FEW = 1_000_000  # larger numbers are hardly ours: the next run is not numbered from them
+_LEFTOVER = re.compile(r"\.run-[0-9]+-.+\.part", re.DOTALL)
+_BEGUN = (CALL, "cell.json", "run.json")  # the records of a run that has not begun to train
 _IN_NAME = 3  # most differences in the name of a folder
 _FORMAT = "mergetune.call/1"
 WAY_ON = "delete it to start the run anew"
@@ -140,20 +143,49 @@ def _choose(
         if not first:  # no run, or the wanted one
             begin(out)
             return out
-        numbers = [1]
-        for number, folder in numbered_runs(out):
-            numbers.append(number)
+        for _, folder in numbered_runs(out):
             with contextlib.suppress(ValueError):  # a damaged record is that of no run that can be continued
                 if other(folder) == []:
                     begin(folder)  # cells that are new
                     return folder
-        name = f"run-{max(numbers) + 1}-{'_'.join(found.short for found in first[:_IN_NAME])}"
-        made = out / f".{name}.part"
-        for leftover in out.glob(".run-*.part"):  # of a process that was killed here
+        _remove_leftovers(out)
+        name = f"run-{_free_number(out)}-{'_'.join(found.short for found in first[:_IN_NAME])}"
+        made = _new_folder(out, name)
+        try:
+            begin(made)
+            return made.rename(out / name)
+        except BaseException:
+            _remove_leftovers(out)
+            raise
+
+
+def _free_number(out: Path) -> int:
+    """The number after the last one that a file or folder in ``out`` has."""
+    taken = {int(match[1]) for name in os.listdir(out) if (match := _NUMBERED.fullmatch(name))}
+    number = max((n for n in taken if n < _FEW), default=1) + 1
+    while number in taken:
+        number += 1
+    return max(number, 2)
+
+
+def _new_folder(out: Path, name: str) -> Path:
+    """A new hidden folder, which becomes the folder of a run when its record stands in it."""
+    made, attempt = out / f".{name}.part", 0
+    while os.path.lexists(made):  # of this name is something that is not ours
+        attempt += 1
+        made = out / f".{name}-{attempt}.part"
+    made.mkdir()
+    return made
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes the hidden folders of processes that were killed here, which hold records of a new run and no more."""
+    for leftover in (out / name for name in os.listdir(out) if _LEFTOVER.fullmatch(name)):
+        if leftover.is_symlink() or not leftover.is_dir():
+            continue
+        inside = [path for path in leftover.rglob("*") if path.is_symlink() or not path.is_dir()]
+        if all(path.name in _BEGUN and not path.is_symlink() for path in inside):
             shutil.rmtree(leftover)
-        made.mkdir()
-        begin(made)
-        return made.rename(out / name)
 
 
 def numbered_runs(out: Path) -> list[tuple[int, Path]]:

@@ -192,6 +192,43 @@ def test_what_a_killed_process_leaves_blocks_nobody(work, model, tmp_path):
     assert run(*fit(work, model, tmp_path, "--lam", 4))["out"] == found["out"]
 
 
+def test_leftovers_are_removed_only_if_they_are_ours(tmp_path):
+    run_folder(tmp_path, {"lam": 8})
+    for name in (".run-mine.part", ".run-2-lam-4.part", ".run-5-lam-4.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("call.json" if "5" in name else "mine.txt")).write_text("mine")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "call.json").write_text("theirs")
+    (tmp_path / ".run-2-lam-4-1.part").symlink_to("theirs")
+    (tmp_path / ".run-2-lam-4-2.part").write_text("mine")
+    before = content(tmp_path)
+    assert run_folder(tmp_path, {"lam": 4}) == tmp_path / "run-2-lam-4"
+    gone = before.keys() - content(tmp_path).keys()
+    assert gone == {".run-5-lam-4.part/call.json"} and (tmp_path / ".run-2-lam-4-1.part").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "run-2-lam-4").iterdir()) == ["call.json"]
+
+
+@pytest.mark.parametrize("taken", ["run-999999", "run-1000000", f"run-{'9' * 240}", "run-7-mine"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_no_number_of_a_folder_ends_the_numbering(tmp_path, taken, kind):
+    run_folder(tmp_path, {"lam": 1})
+    if kind == "folder":
+        (tmp_path / taken).mkdir()
+    elif kind == "file":
+        (tmp_path / taken).write_text("mine")
+    else:
+        (tmp_path / taken).symlink_to("nowhere")
+    made = [run_folder(tmp_path, {"lam": lam}) for lam in (2, 3, 4)]
+    assert len({*made, tmp_path / taken}) == 4 and [run_folder(tmp_path, {"lam": lam}) for lam in (2, 3, 4)] == made
+    assert not list(tmp_path.glob(".run-*.part"))
+
+
+def test_a_file_in_the_place_of_the_next_run_is_passed(tmp_path):
+    run_folder(tmp_path, {"lam": 1})
+    (tmp_path / "run-2-lam-2").write_text("mine")
+    assert run_folder(tmp_path, {"lam": 2}) == tmp_path / "run-3-lam-2"
+
+
 def at_once(work, arguments: list[tuple]) -> list:
     """Results of calls in forked processes that start together."""
     context = multiprocessing.get_context("fork")
