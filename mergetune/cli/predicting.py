@@ -27,7 +27,7 @@ from mergetune.cli.options import (
 )
 from mergetune.cli.shared import clip_for, errors, read_names
 from mergetune.cli.terminal import visible
-from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS, POSITIONS
 
 TABLES = (".csv", ".tsv")  # endings of --csv
 
@@ -101,6 +101,8 @@ def predict(
     from mergetune.solutions import open_solution
 
     with errors():
+        if position not in POSITIONS:
+            raise ValueError(f"--position must be one of {', '.join(POSITIONS)}, got {position!r}")
         if csv_file is not None and csv_file.suffix.lower() not in TABLES:
             raise ValueError(f"--csv must end in {' or '.join(TABLES)}, got {csv_file}")
         if csv_file is not None and as_json:

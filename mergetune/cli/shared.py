@@ -207,12 +207,22 @@ def clip_for(
             reason = f": no backbone is recorded by {owners}" if owners else ""
             raise ValueError(f"--backbone is needed{reason}; `mergetune models` lists the names")
         named_by, (name, weights) = recorded[0].owner, recorded[0].parts()
+        recorded_name = str(recorded[0].backbone)
         if first_rank():
             said = f"backbone {recorded[0].backbone}, recorded by {named_by}"
             err.print(f"[dim]{escape(visible(said))}[/]", soft_wrap=True, highlight=False)
     else:
-        named_by, name, weights = "--backbone", backbone, pretrained
-    clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
+        named_by, name, weights, recorded_name = "--backbone", backbone, pretrained, ""
+    try:
+        clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
+    except (ValueError, TypeError, LookupError, OSError) as error:
+        if backbone is not None:
+            raise
+        said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+        raise ValueError(
+            f"{named_by} records the backbone {recorded_name!r}, which cannot be loaded: {said}; "
+            "--backbone names another"
+        ) from error
     check_origins(clip, named_by, caches, solutions)
     return clip
 

@@ -3,8 +3,11 @@
 import warnings
 
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+import mergetune as mt
 from mergetune.cli import app, shared
 from mergetune.training import run_folder
 
@@ -74,3 +77,18 @@ def test_a_long_message_lacks_its_middle(tmp_path):
 def test_a_long_name_in_a_table_lacks_its_middle(capsys):
     shared.print_table("solution", [("x" * 3_000_000, {"accuracy": "61.2"}, None)])
     assert "61.2" in (shown := capsys.readouterr().out) and shown.count("x") == 300
+
+
+@pytest.mark.parametrize("name", ["local-dir:/etc", "local-dir:/gone", "no-such-model/x", "local-dir:\x1b[31m"])
+def test_a_recorded_backbone_that_cannot_be_loaded_is_named_with_its_record(tmp_path, name):
+    mt.Head(torch.eye(2), ("cat", "dog"), backbone=name).save(tmp_path / "head")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    refused = CliRunner().invoke(app, ["predict", str(tmp_path / "head"), str(tmp_path / "a.png")])
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "records the backbone" in said and "--backbone" in said
+    assert "head" in said and "\x1b" not in refused.stderr
+
+
+def test_predict_refuses_an_unknown_position(tmp_path):
+    refused = CliRunner().invoke(app, ["predict", "a photo of a {}.", "a.png", "--position", "x"])
+    assert refused.exit_code == 2 and "--position must be one of end, middle, front, got 'x'" in refused.stderr
