@@ -33,4 +33,5 @@ if __name__ == "__main__":
         pixels = pixels_of(Image.open(picture).convert("RGB"), **facts["preprocess"])
         logits = np.asarray(session.run(None, {"pixels": pixels[None]})[0], np.float64)[0]
         p = np.exp(logits - logits.max())
-        print(picture, facts["classnames"][p.argmax()], f"{p.max() / p.sum():.4f}", sep="\t")
+        row = (picture, facts["classnames"][p.argmax()], f"{p.max() / p.sum():.4f}")
+        print(*(text if text.isprintable() else repr(text)[1:-1] for text in row), sep="\t")

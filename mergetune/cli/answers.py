@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from mergetune.cli.shared import new_table, open_cache, open_images, out, print_table, tell
 
@@ -205,7 +204,7 @@ def print_mistakes(name: str, confusion: Any) -> None:
     table.add_column("predicted class", overflow="fold")
     for mistake in confusion.mistakes[:SHOWN]:
         images, share = str(mistake.images), f"{mistake.share:.1f} %"
-        table.add_row(escape(mistake.true), images, share, escape(mistake.predicted))
+        table.add_row(mistake.true, images, share, mistake.predicted)
     out.print(table)
 
 
@@ -321,7 +320,7 @@ def print_temperatures(found: Mapping[str, Fitted], val: Path | None) -> None:
     for name, fit in found.items():
         numbers = (fit.before.ece, fit.after.ece), (fit.before.nll, fit.after.nll)
         cells = [f"{value:.{digits}f}" for pair, digits in zip(numbers, (2, 4), strict=True) for value in pair]
-        table.add_row(escape(name), f"{fit.after.temperature:.4g}", *cells)
+        table.add_row(name, f"{fit.after.temperature:.4g}", *cells)
     out.print(table)
     images = next(iter(found.values())).validation_images
     tell(f"Temperatures were fitted on the {images:,} images of {val}; ECE and NLL are those of the test images.")

@@ -20,7 +20,7 @@ from mergetune.cli.options import (
     takes,
 )
 from mergetune.cli.running import suggest
-from mergetune.cli.shared import errors, finish, open_images
+from mergetune.cli.shared import errors, finish, open_images, refuse_out_inside
 from mergetune.facts import CacheOptions
 
 
@@ -51,6 +51,8 @@ def cache(
 
     with errors():
         options |= {"on_error": "skip"} if skip_unreadable else {}
+        if root is None:
+            refuse_out_inside(images, folder)
         data = open_images(images, root)
         clip = mt.load_clip(
             backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript

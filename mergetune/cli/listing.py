@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from mergetune.cli.options import Json
-from mergetune.cli.shared import err, errors, new_table, out, print_json, tell
+from mergetune.cli.shared import complain, errors, new_table, out, print_json, tell
 
 
 def runs(
@@ -45,8 +44,8 @@ def runs(
         numbers = [f"{row.results[name]:.2f}" if name in row.results else "" for name in results]
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         cells = [row.state, *(row.settings.get(name, "") for name in settings), *numbers, seconds, row.when]
-        table.add_row(*map(escape, (row.name, *cells)))
+        table.add_row(row.name, *cells)
     out.print(table)
     for row in rows:
         if row.error:
-            err.print(f"[bold red]damaged:[/] {escape(row.error)}", soft_wrap=True, highlight=False)
+            complain("damaged", row.error)

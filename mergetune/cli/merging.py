@@ -32,7 +32,6 @@ from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
     clip_for,
-    err,
     errors,
     open_cache,
     out,
@@ -134,6 +133,7 @@ def merge(
     with errors():
         if not (method and experts and out_path):
             raise ValueError("give a method, at least one solution or file, and --out; --list shows the methods")
+        _refuse_input(out_path, [*experts, *([] if base is None else [base])])
         options = catalogue.parse_options(method, option)
         weights = {"missing": missing, "ema": ema, "lora": lora, "lora_rank": lora_rank}
         files = [out_path.suffix == ".safetensors" or catalogue.is_weights(path) for path in experts]
@@ -174,6 +174,17 @@ def merge(
         print_json(notes | {"out": str(out_path)})
     else:
         tell(f"{notes['merged']} of {len(experts)}: {out_path}")
+
+
+def _refuse_input(out_path: Path, inputs: list[str]) -> None:
+    """Raises ValueError if an input would be replaced: the same command could not be run again."""
+    target = out_path.resolve()
+    for given in inputs:
+        place = Path(given).resolve()
+        inside = target.exists() and target.parent == place
+        around = place.suffix == ".safetensors" and place.is_file() and target == place.parent
+        if place.exists() and (target == place or inside and target.is_file() or around):
+            raise ValueError(f"--out must not replace an input, got {out_path}, where {given} is: choose another place")
 
 
 def _print_methods(methods: list[Method], as_json: bool) -> None:
@@ -301,7 +312,7 @@ def compare(
     said += f"{found.choose}. More columns and the figure: {run_title(folder)}"
     tell(said)
     for method, why in found.left_out.items():
-        err.print(f"[dim]left out: {escape(method)}: {escape(why)}[/]", soft_wrap=True, highlight=False)
+        announce(as_json)(f"left out: {method}: {why}")
 
 
 def _task(caches: Path, templates: list[str]) -> Any:

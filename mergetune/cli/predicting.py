@@ -28,7 +28,10 @@ from mergetune.cli.options import (
     Workers,
 )
 from mergetune.cli.shared import clip_for, errors, read_names, read_solution
-from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
+from mergetune.cli.terminal import visible
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS, POSITIONS
+
+TABLES = (".csv", ".tsv")  # endings of --csv
 
 Write = Callable[[Any], None]
 """Function that writes one prediction."""
@@ -60,7 +63,9 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Number of classes to show per picture.")] = 5,
     csv_file: Annotated[
         Path | None,
-        typer.Option("--csv", help="Write a table to this file instead. It appears when all rows are written."),
+        typer.Option(
+            "--csv", help="Write a table to this .csv or .tsv file instead. It appears when all rows are written."
+        ),
     ] = None,
     as_json: Json = False,
     threshold: Annotated[
@@ -96,6 +101,10 @@ def predict(
     from mergetune.evaluation import classes_of
 
     with errors():
+        if position not in POSITIONS:
+            raise ValueError(f"--position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        if csv_file is not None and csv_file.suffix.lower() not in TABLES:
+            raise ValueError(f"--csv must end in {' or '.join(TABLES)}, got {csv_file}")
         if csv_file is not None and as_json:
             raise ValueError(f"--csv and --json exclude each other, got --csv {csv_file} and --json: leave one out")
         names = None if classes is None else read_names(classes)
@@ -123,7 +132,7 @@ def predict(
         if csv_file is not None:
             _say(f"{csv_file}: {summary}")
         elif not as_json:
-            print(summary, file=sys.stderr)
+            print(visible(summary), file=sys.stderr)
     if unreadable:
         raise typer.Exit(1)
 
@@ -150,7 +159,7 @@ def _csv_rows(file: Path, top: int) -> Iterator[Write]:
     with writing_atomically(file) as stream:
         # A name that is not UTF-8 must not make the whole table unreadable: its bytes are written as \udcXX.
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="")
-        table = csv.writer(text, lineterminator="\n")
+        table = csv.writer(text, lineterminator="\n", delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
         ranks = [column for i in range(1, top + 1) for column in (f"class_{i}", f"probability_{i}")]
         table.writerow(["file", "label", "error", *ranks])
 
@@ -200,7 +209,7 @@ def _print_row(found: Any) -> None:
 
 
 def _say(line: str) -> None:
-    """Prints one line. File names may hold line breaks, codes that steer terminals, and bytes that are not UTF-8."""
-    line = line if line.isprintable() else repr(line)[1:-1]
+    """Prints one line, also if the encoding of stdout lacks a character."""
+    line = visible(line)
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")

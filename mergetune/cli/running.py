@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from mergetune.cli.terminal import visible, visible_warnings
+
 STOPPED = "stopped; run the same command again to continue"
 WIDE = 100  # columns of a terminal in which the table of options has room
 WORTH_TELLING = 1.0  # seconds; the time of a shorter command is not shown
@@ -59,7 +61,7 @@ class Commands(TyperGroup):
         began, ending = time.perf_counter(), _Ending()
         token = _ending.set(ending)
         try:
-            with _terminable():
+            with _terminable(), visible_warnings():
                 try:
                     result = super().invoke(ctx)
                 except typer.Exit as exit:  # typer's way to end a command early
@@ -151,7 +153,7 @@ def _close(ending: _Ending, seconds: float) -> None:
     took = f"Took {duration(seconds)}." if seconds > WORTH_TELLING else ""
     following = f"Next: {ending.following}" if ending.following else ""
     if took or following:
-        typer.echo(f"{took} {following}".strip(), err=True)
+        typer.echo(visible(f"{took} {following}".strip()), err=True)
 
 
 def _stop(stop: KeyboardInterrupt) -> NoReturn:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from mergetune.cli.running import first_rank, in_terms_of_options, nothing_follows, suggest
+from mergetune.cli.terminal import LONGEST_CELL, PlainTable, Terminal, visible
 
-out, err = Console(), Console(stderr=True)
+out, err = Terminal(), Terminal(stderr=True)
 HALVES = {"base": "base", "novel": "novel", "HM": "hm", "seen": "seen", "unseen": "unseen", "joint HM": "joint_hm"}
 """Columns of a table of base and novel classes -> names in :class:`mergetune.evaluation.BaseNovel` and its row."""
 
@@ -37,7 +38,7 @@ def errors() -> Iterator[None]:
 
 
 def _exit(word: str, said: str, code: int) -> typer.Exit:
-    err.print(f"[bold red]{word}:[/] {escape(said)}", soft_wrap=True, highlight=False)
+    complain(word, said)
     return typer.Exit(code)
 
 
@@ -61,6 +62,15 @@ def open_images(path: Path, root: Path | None = None) -> Any:
     if path.is_dir():
         return mt.ImageFolder(path)
     return listed_images(path)
+
+
+def refuse_out_inside(images: Path, out_path: Path) -> None:
+    """Raises ValueError if ``--out`` lies in the folder of the images, where its pictures would become images."""
+    if images.is_dir() and out_path.resolve().is_relative_to(images.resolve()):
+        raise ValueError(
+            f"--out must not lie in IMAGES, got {out_path} in {images}: what is written there would be read as images "
+            "by the next call; give --out a folder beside IMAGES"
+        )
 
 
 def open_cache(
@@ -200,12 +210,22 @@ def clip_for(
             reason = f": no backbone is recorded by {owners}" if owners else ""
             raise ValueError(f"--backbone is needed{reason}; `mergetune models` lists the names")
         named_by, (name, weights) = recorded[0].owner, recorded[0].parts()
+        recorded_name = str(recorded[0].backbone)
         if first_rank():
             said = f"backbone {recorded[0].backbone}, recorded by {named_by}"
-            err.print(f"[dim]{escape(said)}[/]", soft_wrap=True, highlight=False)
+            err.print(f"[dim]{escape(visible(said))}[/]", soft_wrap=True, highlight=False)
     else:
-        named_by, name, weights = "--backbone", backbone, pretrained
-    clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
+        named_by, name, weights, recorded_name = "--backbone", backbone, pretrained, ""
+    try:
+        clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
+    except (ValueError, TypeError, LookupError, OSError) as error:
+        if backbone is not None:
+            raise
+        said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+        raise ValueError(
+            f"{named_by} records the backbone {recorded_name!r}, which cannot be loaded: {said}; "
+            "--backbone names another"
+        ) from error
     check_origins(clip, named_by, caches, solutions)
     return clip
 
@@ -248,13 +268,18 @@ def suggest_use(solution: Path, features: Path | None = None, classes: str = "al
 
 
 def tell(line: str) -> None:
-    """Prints a line unchanged: paths are not wrapped, and brackets are not read as markup."""
-    out.print(line, highlight=False, soft_wrap=True, markup=False)
+    """Prints a line as it is: paths are not wrapped, brackets are no markup, and control characters are escaped."""
+    out.print(visible(line), highlight=False, soft_wrap=True, markup=False)
+
+
+def complain(word: str, said: str) -> None:
+    """Prints what is wrong to stderr: a word in red, and one line of at most about 2,000 characters."""
+    err.print(f"[bold red]{word}:[/] {escape(visible(said))}", soft_wrap=True, highlight=False)
 
 
 def announce(as_json: bool) -> Callable[[str], None]:
     """Returns a function that prints progress messages to stderr; with ``--json`` the function prints nothing."""
-    return (lambda line: None) if as_json else (lambda line: err.print(f"[dim]{escape(line)}[/]"))
+    return (lambda line: None) if as_json else (lambda line: err.print(f"[dim]{escape(visible(line))}[/]"))
 
 
 def finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, dict[str, Any]]) -> None:
@@ -278,10 +303,10 @@ def finish(as_json: bool, record: dict[str, Any], done: str, rows: dict[str, dic
 
 def new_table(first: str, *numbers: str) -> Table:
     """Returns an empty table with one column of names and columns of numbers."""
-    table = Table(title_justify="left")
+    table = PlainTable(title_justify="left")
     table.add_column(first, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(Text(visible(name, longest=LONGEST_CELL)), justify="right")
     return table
 
 
@@ -294,7 +319,7 @@ def print_table(
         table = new_table(first, *columns)
         for name, cells, style in rows:
             if cells.keys() & set(columns):
-                table.add_row(escape(name), *(cells.get(column, "") for column in columns), style=style)
+                table.add_row(name, *(cells.get(column, "") for column in columns), style=style)
         return table
 
     columns = list(rows[0][1])

@@ -41,6 +41,7 @@ from mergetune.cli.shared import (
     open_images,
     print_json,
     read_solution,
+    refuse_out_inside,
     suggest_use,
     warn_of_few,
 )
@@ -222,6 +223,8 @@ def fit(
         if images is not None and val is not None:
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
         folder = folder or Path("out") / (images.resolve().stem if images else "")
+        if images is not None and root is None:
+            refuse_out_inside(images, folder)
         data = opened()
         retained = None if retain is None else open_retained(retain)
         learned = data.base_novel()[0] if images and classes == "base" else data

@@ -17,6 +17,11 @@ def prettify(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
+def leaves_root(file: str) -> bool:
+    """Whether a path in a list is absolute, or leads out of the folder that it is relative to."""
+    return posixpath.isabs(file) or (".." in file and posixpath.normpath(file).split("/", 1)[0] == "..")
+
+
 def require_files(root: Path, files: Sequence[str], table: Path) -> None:
     """Checks that listed images exist below root. Each folder is listed once, which is faster than a look-up per image.
 

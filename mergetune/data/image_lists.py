@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mergetune.data.few_shot_files import read_few_shot
+from mergetune.data.image_files import leaves_root
 from mergetune.facts.brief import brief
 
 SPLITS = ("train", "val", "test")
@@ -33,7 +34,8 @@ class ImageList:
         classnames: C names, in the form in which prompts use them.
 
     Raises:
-        ValueError: no files, different lengths, a label out of range, a repeated file, or an absolute path.
+        ValueError: no files, different lengths, a label out of range, a repeated file, or a path that leads
+            out of root.
     """
 
     root: Path
@@ -56,8 +58,8 @@ class ImageList:
             )
             raise ValueError(f"labels must lie in [0, {len(self.classnames)}), got {label} for {file!r}")
         for file in self.files:
-            if file.startswith("/"):
-                raise ValueError(f"files must be relative to root = {self.root}, got {file!r}")
+            if leaves_root(file):
+                raise ValueError(f"files must be relative to root = {self.root} and lie below it, got {file!r}")
         refuse_repeats("files", self.files)
 
     def __len__(self) -> int:

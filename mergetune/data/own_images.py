@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.data.folder_layouts import split_folders, unwrapped
-from mergetune.data.image_files import brief, folder_identity, images_below, prettify, require_files, subfolders
+from mergetune.data.image_files import (
+    brief,
+    folder_identity,
+    images_below,
+    leaves_root,
+    prettify,
+    require_files,
+    subfolders,
+)
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
 from mergetune.data.stratified_split import stratify
 from mergetune.io import MAX_LIST, read_json, read_regular_text
@@ -267,12 +275,11 @@ def _split_item(item: Any) -> tuple[str, int, str]:
 
 def _relative(file: str, root: Path, where: str) -> str:
     """A listed path relative to root, normalised so that each file has one spelling."""
-    if posixpath.isabs(file):
-        path = Path(file)
-        if not path.is_relative_to(root.absolute()):
-            raise ValueError(f"{where} must lie below root = {root.absolute()}, got {file!r}")
-        file = path.relative_to(root.absolute()).as_posix()
-    return posixpath.normpath(file)
+    above, path = posixpath.normpath(root.absolute().as_posix()), posixpath.normpath(file)
+    found = posixpath.relpath(path, above) if posixpath.isabs(path) else path
+    if leaves_root(found):
+        raise ValueError(f"{where} must lie below root = {above}, got {file!r}")
+    return found
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from mergetune.data import load_image
+from mergetune.data.image_files import leaves_root
 from mergetune.evaluation.answers import Confusion, WrongAnswer
-from mergetune.evaluation.figures import DPI, File, new_figure, shown
+from mergetune.evaluation.figures import File, new_figure, save_figure, shown
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 
 NUMBERED = 20  # up to so many classes, cells hold their numbers of images
@@ -53,7 +54,7 @@ def plot_confusion(confusion: Confusion, file: File, *, title: str = "") -> None
             colour = "white" if shares[row, column] > 40 else "black"
             number = f"{confusion.counts[row, column]}"
             axis.text(column, row, number, ha="center", va="center", fontsize=7, color=colour)
-    figure.savefig(file, dpi=DPI)
+    save_figure(figure, file)
 
 
 def plot_wrong_answers(
@@ -76,8 +77,11 @@ def plot_wrong_answers(
         background: colour under transparent pixels, a name or "#rrggbb".
 
     Raises:
-        ValueError: there are no answers, or a picture is missing or cannot be read.
+        ValueError: there are no answers, or a picture is missing, does not lie below root or cannot be read.
     """
+    for wrong in answers:
+        if leaves_root(wrong.file):
+            raise ValueError(f"files of answers must lie below root = {root}, got {wrong.file!r}")
     if not answers:
         raise ValueError("answers must hold at least one wrong answer, got none")
     rows = -(-len(answers) // COLUMNS)
@@ -93,7 +97,7 @@ def plot_wrong_answers(
         text = "\n".join(shown(line) for caption in lines for line in textwrap.wrap(caption, CAPTION)[:2])
         axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=7)
     figure.suptitle(shown(title))
-    figure.savefig(file, dpi=DPI)
+    save_figure(figure, file)
 
 
 def _nan(count: int) -> np.ndarray:

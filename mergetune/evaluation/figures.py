@@ -15,6 +15,7 @@ import numpy as np
 from mergetune.evaluation.paths import Path
 from mergetune.evaluation.planes import Plane
 from mergetune.evaluation.spectra import Spectrum
+from mergetune.io import writing_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def plot(panels: Mapping[str, Mapping[str, Path]], file: File) -> None:
     figure.legend(*names, loc="outside lower center", ncols=1 if len(panels) == 1 else len(styles), frameon=False)
     for axis in axes.flat:
         _plain_axes(axis)
-    figure.savefig(file, dpi=DPI)
+    save_figure(figure, file)
 
 
 def plot_plane(panels: Mapping[str, Plane], file: File) -> None:
@@ -65,7 +66,7 @@ def plot_plane(panels: Mapping[str, Plane], file: File) -> None:
         _contours(figure, axes[0, column], found, -np.array(found.loss), "cross-entropy", sign=-1)
         _contours(figure, axes[1, column], found, np.array(found.accuracy), "accuracy (%)", sign=1)
         axes[0, column].set_title(shown(title))
-    figure.savefig(file, dpi=DPI)
+    save_figure(figure, file)
 
 
 def plot_spectrum(panels: Mapping[str, Spectrum], file: File) -> None:
@@ -89,7 +90,7 @@ def plot_spectrum(panels: Mapping[str, Spectrum], file: File) -> None:
         for axis in (above, below):
             _plain_axes(axis)
             axis.axhline(0, color="grey", linewidth=0.8)
-    figure.savefig(file, dpi=DPI)
+    save_figure(figure, file)
 
 
 def _contours(figure: Figure, axis: Axes, found: Plane, goodness: np.ndarray, label: str, *, sign: int) -> None:
@@ -121,6 +122,17 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # without pyplot, figures need no display and share no state
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, file: File) -> None:
+    """Writes a figure, to a path atomically: a link of that name is replaced, and what it points to stays."""
+    if not isinstance(file, str | FilePath):
+        figure.savefig(file, dpi=DPI)
+        return
+    file = FilePath(file)
+    file = file if file.suffix else file.with_name(f"{file.name}.png")
+    with writing_atomically(file) as stream:
+        figure.savefig(stream, dpi=DPI, format=file.suffix[1:].lower())
 
 
 def _plain_axes(axis: Axes) -> None:

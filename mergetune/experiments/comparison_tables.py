@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mergetune.evaluation.figures import save_figure
 from mergetune.experiments.cells import Cell
 from mergetune.experiments.engine import Record
 from mergetune.experiments.tables import RESAMPLES, Interval, Line, lines_of, main_column
@@ -143,4 +144,4 @@ def plot(comparison: Comparison, file: str | Path) -> None:
     axis.set_xlabel(f"{main}, difference to {comparison.reference} (points), 95 % over classes", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mergetune.evaluation.figures import save_figure
 from mergetune.experiments.engine import HOME, Record
 from mergetune.experiments.tables import Line, lines_of
 from mergetune.facts.function_options import COOP_SETTINGS, TUNE_METHODS, FitOptions
@@ -160,7 +161,7 @@ def draw(lines: Sequence[ProtocolLine], records: Sequence[Record], file: Path) -
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 _COLORS = {"zero-shot": "#7f7f7f", "tuned": "#7570b3", "MERGETUNE": "#d95f02"}

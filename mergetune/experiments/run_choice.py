@@ -18,12 +18,15 @@ from mergetune.io import jsonable
 from mergetune.solutions import Solution
 from mergetune.training.run_folders import (
     FILES,
+    PARTS,
     choose_folder,
     numbered_runs,
     read_call,
     recorded_settings,
+    refuse_links,
     remove_files,
     walk_folders,
+    way_down,
 )
 from mergetune.training.run_settings import Difference, solution_in_words
 from mergetune.training.runs import short_digest
@@ -65,10 +68,12 @@ def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, ov
         return [] if there else None
 
     def begin(folder: Path) -> None:
+        refuse_links(folder, dict.fromkeys(file.parent for file in heads))
         for file, head in heads.items():
             begun(folder / file, head)
 
     def replace(folder: Path) -> None:
+        refuse_links(folder, dict.fromkeys(file.parent for file in heads))
         for found in dict.fromkeys(found for file in heads for found in _alike(folder, file)):
             for inner in list(walk_folders(found.parent)):
                 remove_files(inner, _CELL_FILES)
@@ -77,10 +82,14 @@ def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, ov
 
 
 def _alike(folder: Path, file: Path) -> Sequence[Path]:
-    """The records that share a table with a wanted one: all below its first folder, or beside its only folder."""
+    """The records that share a table with a wanted one: all below its first folder, or beside its only folder.
+
+    Records behind links are those of other folders.
+    """
     first, *rest = file.parent.parts
     levels = "/".join(["*"] * (len(rest) or 1))
-    return sorted((folder / first if rest else folder).glob(f"{levels}/{file.name}"))
+    found = sorted((folder / first if rest else folder).glob(f"{levels}/{file.name}"))
+    return [path for path in found if not any(map(Path.is_symlink, way_down(folder, path.parent.relative_to(folder))))]
 
 
 def dataset_call(
@@ -137,7 +146,7 @@ def dataset_call(
         "images": f"{sum(map(len, splits)):,} of {len(data.classnames):,} classes",
         "retain": None if pictures is None else f"{len(pictures):,} of {len(pictures.classnames):,} other classes",
     }
-    return {"asked": asked, "in_words": in_words, "parts": ("tuned", "measure")}
+    return {"asked": asked, "in_words": in_words, "parts": PARTS}
 
 
 def dataset_cache(out: str | Path, run: Path) -> Path:

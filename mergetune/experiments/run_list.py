@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 from mergetune.experiments.engine import kept
 from mergetune.experiments.records import HOME, CellRecord, RunRecordFile
 from mergetune.facts.brief import brief
-from mergetune.io import Document, JsonObject, Number, read_document
+from mergetune.io import Document, JsonObject, Number, damaged, read_document
 from mergetune.training.run_folders import CALL, WAY_ON, read_call, recorded_settings
 from mergetune.training.run_settings import flat, is_digest, shown
 from mergetune.training.runs import RESULT, STATE, ResultFile, read_state
@@ -90,12 +91,17 @@ def list_runs(out: str | Path, *, sort: str | None = None) -> list[RunRow]:
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     """Yields folders with the record of a run. Below one of them only its numbered runs are looked for."""
-    there = any((folder / name).exists() for name in _RECORDS)
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:  # its row says why
+        yield folder
+        return
+    there = any(name in _RECORDS for name in names)
     if there:
         yield folder
     if not depth:
         return
-    for inner in sorted(folder.iterdir()):
+    for inner in (folder / name for name in names):
         if inner.is_symlink() or not inner.is_dir() or inner.name.startswith(".") or inner.name in _NOT_RUNS:
             continue
         if not there or re.fullmatch(r"run-[0-9]+(-.*)?", inner.name):
@@ -106,13 +112,17 @@ def _row(folder: Path, out: Path) -> tuple[RunRow, dict[str, Any]]:
     """The row of a run without its settings, and the settings of the run with descriptions in place of checksums."""
     name = folder.relative_to(out).as_posix()
     match = re.fullmatch(r"run-([0-9]+)(-.*)?", folder.name)
-    row = RunRow(name, number=int(match[1]) if match else None, state="", when=_when(folder))
+    row = RunRow(name, number=int(match[1]) if match else None, state="")
     try:
+        os.listdir(folder)  # a folder that cannot be read is no run without records
+        row = replace(row, when=_when(folder))
         if (folder / CELL).exists() or (folder / RUN).exists():
             return _cell_row(row, folder)
         return _training_row(replace(row, number=row.number or 1), folder)
     except (ValueError, OSError) as error:
         return replace(row, state="damaged", error=str(error)), {}
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:  # a value of another type than ours
+        return replace(row, state="damaged", error=f"the records in {folder} are damaged: {error!r}; {WAY_ON}"), {}
 
 
 def _training_row(row: RunRow, folder: Path) -> tuple[RunRow, dict[str, Any]]:
@@ -128,6 +138,8 @@ def _training_row(row: RunRow, folder: Path) -> tuple[RunRow, dict[str, Any]]:
         own, _ = read_state(where / STATE) if (where / STATE).exists() else (None, None)
         history = own.history if own is not None else result.history if result is not None else ()
         epochs = (own.settings if own is not None else {}).get("epochs", len(history))
+        if isinstance(epochs, bool) or not isinstance(epochs, int):
+            raise damaged(where / STATE, ("settings", "epochs"), "be a whole number", epochs, way_on=WAY_ON)
         state = "finished" if len(history) >= epochs and where == folder else f"epoch {len(history)} of {epochs}"
         state = state if where == folder else f"{where.name}: {state}"
         if where == folder and history:

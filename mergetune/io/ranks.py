@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,20 @@ class Team:
         return self.each(work if self.rank == 0 else lambda: None)[0]
 
 
+def _number(name: str, default: int) -> int:
+    """A whole number in an environment variable that torchrun sets."""
+    value = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", value):
+        raise ValueError(
+            f"the environment variable {name} must be a whole number, as torchrun sets it, got {value[:60]!r}: unset it"
+        )
+    return int(value)
+
+
 @contextlib.contextmanager
 def torchrun_team() -> Iterator[Team]:
     """Context manager with the ranks of torch.distributed, which is initialised here under torchrun if necessary."""
-    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    launched = "RANK" in os.environ and _number("WORLD_SIZE", 1) > 1 and _number("RANK", 0) >= 0
     if launched and not dist.is_initialized():
         dist.init_process_group("gloo")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from mergetune.merging.weight_files import open_weights, weights_in
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+LARGEST = 1e30
+"""Largest rank and alpha: their quotients and roots are finite, in float32 as well."""
 _FACTOR = re.compile(r"(?P<layer>(?:.+\.)?)lora_(?P<kind>embedding_)?(?P<factor>[AB])(?P<rest>(?:\.[^.]+){0,2})")
 _OTHERS = re.compile(r"lora[_.](down|up)|lora_linear_layer|w_lora_[AB]|lokr_|hada_")
 _REFUSED = {  # settings with which the adapter is more than scale * B A
@@ -170,15 +173,20 @@ def _read_config(file: Path) -> dict[str, Any]:
             )
     for name, kinds in {"r": int, "lora_alpha": (int, float)}.items():
         value = config.get(name, 8)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-            raise ValueError(f"{file}: {name} must be a positive number, got {value!r}")
+        if not _is_positive(value, kinds):
+            raise ValueError(f"{file}: {name} must be a positive number of at most {LARGEST:g}, got {short(value)}")
     for name, kinds in {"rank_pattern": int, "alpha_pattern": (int, float)}.items():
         values = config.get(name) or {}
-        if not isinstance(values, dict) or not all(
-            isinstance(value, kinds) and not isinstance(value, bool) and value > 0 for value in values.values()
-        ):
-            raise ValueError(f"{file}: {name} must hold positive numbers by the names of layers, got {values!r}")
+        if not isinstance(values, dict) or not all(_is_positive(value, kinds) for value in values.values()):
+            raise ValueError(
+                f"{file}: {name} must hold positive numbers of at most {LARGEST:g} by the names of layers, got "
+                f"{short(values)}"
+            )
     return config
+
+
+def _is_positive(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
 def _scale(config: Mapping[str, Any] | None, layer: str, rank: int, title: str) -> float:

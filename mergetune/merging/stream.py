@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import save as serialize
 from tqdm.auto import tqdm
 
-from mergetune.io import STORED_NAMES, dtype_name, hidden, write_json, writing_atomically
+from mergetune.io import (
+    MAX_VOCABULARY,
+    STORED_NAMES,
+    dtype_name,
+    hidden,
+    read_json,
+    read_regular,
+    write_json,
+    writing_atomically,
+)
 from mergetune.merging.adapter_merging import merge_adapters
 from mergetune.merging.adapters import (
     CONFIG,
@@ -29,7 +38,7 @@ from mergetune.merging.matching import match
 from mergetune.merging.plans import facts_of, merged_pieces, plan_of
 from mergetune.merging.preparation import prepared
 from mergetune.merging.sources import Constant, StateDict, TensorFile, sources
-from mergetune.merging.weight_files import FOLDER_WEIGHTS, copy_settings, open_weights, weights_in
+from mergetune.merging.weight_files import FOLDER_WEIGHTS, SETTINGS, copy_settings, open_weights, weights_in
 
 UNWRITTEN = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz", ".npy", ".json")
 """Endings that promise another format than the one that is written."""
@@ -170,12 +179,39 @@ def _place(out: Path, first: Path) -> tuple[Path, Path | None]:
         weights = WEIGHTS if adapter else weights_in(folder).name
         if not weights.endswith(".safetensors"):
             weights = FOLDER_WEIGHTS[0] if (folder / "open_clip_config.json").is_file() else "model.safetensors"
+        _refuse_another_model(out, folder, weights)
         return out / weights, folder
     if out.is_dir():
         raise ValueError(f"out_file must be a .safetensors file, got the folder {out}")
     if adapter and out.name != WEIGHTS:
         raise ValueError(f"out_file must be a folder for adapters with {CONFIG}, which is written there, got {out}")
     return out, adapter
+
+
+def _refuse_another_model(out: Path, folder: Path, weights: str) -> None:
+    """Refuses an output folder with a model whose settings are not those of the inputs: it is none of our results."""
+    if not out.is_dir() or out.resolve() == folder.resolve():
+        return
+    there = [name for name in (weights, *SETTINGS) if (out / name).exists()]
+    known = [name for name in there if name in SETTINGS and _alike(out / name, folder / name)]
+    if there and [name for name in there if name in SETTINGS] != known or there == [weights]:
+        raise ValueError(
+            f"out_file must be a new folder or one with an earlier result, got {out} with {there[0]} of another model: "
+            "choose another folder"
+        )
+
+
+def _alike(one: Path, other: Path) -> bool:
+    """Whether two files of settings are equal; of adapters, whether they belong to the same model."""
+    if not other.is_file():
+        return False
+    if one.name != CONFIG:
+        return read_regular(one, limit=MAX_VOCABULARY) == read_regular(other, limit=MAX_VOCABULARY)
+    models = [
+        found.get("base_model_name_or_path") if isinstance(found, dict) else None
+        for found in map(read_json, (one, other))
+    ]
+    return models[0] == models[1]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from mergetune.clip import FrozenClip
-from mergetune.io import write_atomically
+from mergetune.io import read_regular, write_atomically
 from mergetune.serving.graphs import check_logits, facts_of, traced
 from mergetune.solutions import Solution
 
@@ -48,7 +48,8 @@ def to_onnx(
 
     Args:
         solution: a solution of any kind that takes image features.
-        file: path that ends in .onnx. An existing file is replaced, and so is ``predict_onnx.py`` in its folder.
+        file: path that ends in .onnx. An existing file is replaced, and so is mergetune's ``predict_onnx.py`` in its
+            folder.
         clip: the CLIP that the solution was made for, in float32 on the CPU.
         classnames: C names, of any classes that the solution serves; None takes the classes of the solution.
         separate_weights: write the weights into a second file, ``FILE.data``, which must stay beside the first. None
@@ -59,7 +60,8 @@ def to_onnx(
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: another file ending, missing class names, another CLIP, or one in half precision.
+        ValueError: another file ending, missing class names, another CLIP, one in half precision, or another program
+            called ``predict_onnx.py`` in the folder.
         RuntimeError: the image tower cannot be exported, or the file gives other logits; nothing is written.
 
     Example:
@@ -72,6 +74,8 @@ def to_onnx(
         ['animals.onnx', 'predict_onnx.py']
     """
     file = checked_file(file, "onnx")
+    predictor = (files("mergetune") / "assets" / PREDICTOR).read_bytes()
+    _refuse_another_program(file.parent / PREDICTOR, predictor)
     require_packages("onnx")
     program, names = traced(clip, solution, classnames)
     facts = facts_of(clip, solution, names)
@@ -91,7 +95,7 @@ def to_onnx(
             warnings.warn(
                 f"{file.name} was written but not run: `pip install onnxruntime` lets mergetune check it", stacklevel=2
             )
-    write_atomically(file.parent / PREDICTOR, (files("mergetune") / "assets" / PREDICTOR).read_bytes())
+    write_atomically(file.parent / PREDICTOR, predictor)
     return file
 
 
@@ -142,6 +146,16 @@ def checked_file(file: str | Path, form: str) -> Path:
     if file.is_dir():
         raise ValueError(f"file must be the path of a file, got the folder {file}")
     return file
+
+
+def _refuse_another_program(place: Path, ours: bytes) -> None:
+    """Refuses to replace a program of the same name that does not begin as ours does."""
+    first = ours.split(b"\n", 1)[0]
+    if os.path.lexists(place) and not (place.is_file() and read_regular(place).startswith(first)):
+        raise ValueError(
+            f"file must be in a folder without another {PREDICTOR}, which is written there, got {place}, which "
+            "mergetune did not write: rename it or choose another folder"
+        )
 
 
 def require_packages(form: str) -> None:

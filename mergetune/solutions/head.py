@@ -18,12 +18,15 @@ from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import HeadFile, read_head, read_sklearn
 from mergetune.solutions.states import State, check_finite
 
+LARGEST_SCALE = 1e12
+"""Largest factor on logits: they stay finite in float32. The smallest is its inverse."""
+
 
 class HeadDescription(Description, frozen=True):
     """A saved head."""
 
     classnames: Items[str]
-    logit_scale: Annotated[Number, Field(gt=0)]
+    logit_scale: Annotated[Number, Field(gt=0, le=LARGEST_SCALE)]
     normalize: bool = False
 
 
@@ -80,8 +83,11 @@ class Head(Solution):
                 raise ValueError(f"bias must have shape [C] = [{len(self.weight)}], got {list(self.bias.shape)}")
             if self.normalize:
                 raise ValueError("bias must be None with normalize=True, got a bias: a cosine classifier has none")
-        if not 0 < self.logit_scale < float("inf"):
-            raise ValueError(f"logit_scale must be positive and finite, got {self.logit_scale}")
+        if not 1 / LARGEST_SCALE <= self.logit_scale <= LARGEST_SCALE:
+            raise ValueError(
+                f"logit_scale must be positive and finite, from {1 / LARGEST_SCALE:g} to {LARGEST_SCALE:g}, got "
+                f"{self.logit_scale:g}"
+            )
 
     @classmethod
     def zero_shot(

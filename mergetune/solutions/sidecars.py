@@ -25,8 +25,9 @@ from mergetune.io import (
 )
 from mergetune.solutions.base import Solution
 from mergetune.solutions.checkpoints import check_same_names, checkpoint_file, read_arrays
-from mergetune.solutions.head import Head
+from mergetune.solutions.head import LARGEST_SCALE, Head
 from mergetune.solutions.prompt import Prompt
+from mergetune.solutions.temperatures import HIGHEST, LOWEST
 
 FORMAT, VERSION, ENDING = "mergetune-export", 1, ".mergetune.json"
 WAY_ON = "export the solution again, or remove this file and give class names and settings yourself"
@@ -53,8 +54,8 @@ class Sidecar(Document, frozen=True):
     form: Literal["classifier", "coop"]
     sha256: Sha256
     classnames: Annotated[Items[str], Field(min_length=1)]
-    logit_scale: Annotated[Number, Field(gt=0)] | None
-    temperature: Annotated[Number, Field(gt=0)] = 1.0
+    logit_scale: Annotated[Number, Field(gt=0, le=LARGEST_SCALE)] | None
+    temperature: Annotated[Number, Field(ge=LOWEST, le=HIGHEST)] = 1.0
     backbone: str | None
     fingerprint: Sha256 | None
     template: str | None = None

@@ -6,10 +6,13 @@ order of the classes, and therefore every accuracy, stays the same. Training, pa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from reprlib import repr as short
 
 from mergetune.solutions.base import TEMPERATURE, Solution
+
+LOWEST, HIGHEST = 1e-3, 1e3
+"""Temperatures that are accepted: logits divided by them stay finite in float32 and differ."""
 
 
 def temperature_of(solution: Solution | str | Sequence[str]) -> float:
@@ -22,7 +25,7 @@ def temperature_of(solution: Solution | str | Sequence[str]) -> float:
         The temperature in the notes of the solution; 1.0 if the notes hold none.
 
     Raises:
-        ValueError: the notes hold something that is not a finite number above 0.
+        ValueError: the notes hold something else than a number from 1e-3 to 1e3.
 
     Example:
         >>> import mergetune as mt, torch
@@ -43,7 +46,7 @@ def with_temperature(solution: Solution, t: float) -> Solution:
         t: the temperature, above 0. A larger temperature gives less certain probabilities.
 
     Raises:
-        ValueError: t is not a finite number above 0.
+        ValueError: t is not a number from 1e-3 to 1e3.
 
     Example:
         >>> import mergetune as mt, torch
@@ -54,6 +57,6 @@ def with_temperature(solution: Solution, t: float) -> Solution:
 
 
 def _checked(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not LOWEST <= value <= HIGHEST:
+        raise ValueError(f"{name} must be a finite number above 0, from {LOWEST:g} to {HIGHEST:g}, got {short(value)}")
     return float(value)

@@ -13,7 +13,7 @@ import datetime
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,10 @@ from mergetune.training.run_settings import Difference, differences
 from mergetune.training.runs import LOCK, RESULT, STATE, ResultFile, read_state
 
 CALL = "call.json"
-_NUMBERED = re.compile(r"run-([0-9]{1,6})(?:-(.+))?")
+_NUMBERED = re.compile(r"run-([0-9]+)(?:-(.+))?", re.DOTALL)
+_FEW = 1_000_000  # larger numbers are hardly ours: the next run is not numbered from them
+_LEFTOVER = re.compile(r"\.run-[0-9]+-.+\.part", re.DOTALL)
+_BEGUN = (CALL, "cell.json", "run.json")  # the records of a run that has not begun to train
 _IN_NAME = 3  # most differences in the name of a folder
 _FORMAT = "mergetune.call/1"
 WAY_ON = "delete it to start the run anew"
@@ -33,10 +36,14 @@ FILES = (STATE, RESULT, *SOLUTION, "report.json", "paths.png")
 """The files of a run; replacing a run deletes these and no others."""
 
 
-def _folder_names(names: tuple[str, ...]) -> tuple[str, ...]:
+PARTS = ("tuned", "measure", "mergetune")
+"""Folders below a run's folder in which its earlier stages keep their files."""
+
+
+def _known_parts(names: tuple[str, ...]) -> tuple[str, ...]:
     for i, name in enumerate(names):
-        if not re.fullmatch(r"\w[\w.-]*", name):  # files are deleted there: it must lie in the run's folder
-            raise fault((i,), "the name of a folder", name)
+        if name not in PARTS:  # files are deleted there: it must be a folder that mergetune made
+            raise fault((i,), f"one of {', '.join(PARTS)}", name)
     return names
 
 
@@ -47,14 +54,14 @@ class CallFile(Document, frozen=True, extra="ignore"):
         format: name and version of the format.
         settings: everything that tells the run from others.
         in_words: descriptions of the settings whose values are checksums.
-        parts: folders below the run's in which its earlier stages keep their files.
+        parts: those of ``PARTS`` that the run has.
         started: local time of the first call.
     """
 
     format: Literal["mergetune.call/1"]
     settings: JsonObject
     in_words: JsonObject = {}
-    parts: Annotated[Items[str], AfterValidator(_folder_names)] = ()
+    parts: Annotated[Items[str], AfterValidator(_known_parts)] = ()
     started: str
 
 
@@ -75,12 +82,12 @@ def run_folder(
         out: folder that the user gave; created if missing.
         asked: the settings of the call, JSON-able; equal settings are the same run.
         in_words: descriptions of the settings whose values are checksums, for messages and lists.
-        parts: folders below the run's folder for its earlier stages, for example "tuned".
+        parts: those of ``PARTS`` that the run has. They must not be links, and must hold no link to a folder.
         overwrite: replace the run in ``out`` by this one. ``FILES`` of that run and of its parts are deleted; caches,
             other runs and files that mergetune did not write stay.
 
     Raises:
-        ValueError: the record of the run in ``out`` is damaged, or ``out`` is a file.
+        ValueError: the record of the run in ``out`` is damaged, ``out`` is a file, or a part is a link.
         RuntimeError: with ``overwrite``, another process trains in ``out``.
     """
     out = Path(out)
@@ -90,10 +97,15 @@ def run_folder(
         return _differences(folder, asked, in_words)
 
     def begin(folder: Path) -> None:
+        refuse_links(folder, parts)
         if not (folder / CALL).exists() and not _has_state(folder):
             write_json(folder / CALL, call | {"started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"})
 
-    return choose_folder(out, other, begin, replace=_remove_run if overwrite else None)
+    def replace(folder: Path) -> None:
+        refuse_links(folder, parts)
+        _remove_run(folder)
+
+    return choose_folder(out, other, begin, replace=replace if overwrite else None)
 
 
 def choose_folder(
@@ -131,20 +143,49 @@ def _choose(
         if not first:  # no run, or the wanted one
             begin(out)
             return out
-        numbers = [1]
-        for number, folder in numbered_runs(out):
-            numbers.append(number)
+        for _, folder in numbered_runs(out):
             with contextlib.suppress(ValueError):  # a damaged record is that of no run that can be continued
                 if other(folder) == []:
                     begin(folder)  # cells that are new
                     return folder
-        name = f"run-{max(numbers) + 1}-{'_'.join(found.short for found in first[:_IN_NAME])}"
-        made = out / f".{name}.part"
-        for leftover in out.glob(".run-*.part"):  # of a process that was killed here
+        _remove_leftovers(out)
+        name = f"run-{_free_number(out)}-{'_'.join(found.short for found in first[:_IN_NAME])}"
+        made = _new_folder(out, name)
+        try:
+            begin(made)
+            return made.rename(out / name)
+        except BaseException:
+            _remove_leftovers(out)
+            raise
+
+
+def _free_number(out: Path) -> int:
+    """The number after the last one that a file or folder in ``out`` has."""
+    taken = {int(match[1]) for name in os.listdir(out) if (match := _NUMBERED.fullmatch(name))}
+    number = max((n for n in taken if n < _FEW), default=1) + 1
+    while number in taken:
+        number += 1
+    return max(number, 2)
+
+
+def _new_folder(out: Path, name: str) -> Path:
+    """A new hidden folder, which becomes the folder of a run when its record stands in it."""
+    made, attempt = out / f".{name}.part", 0
+    while os.path.lexists(made):  # of this name is something that is not ours
+        attempt += 1
+        made = out / f".{name}-{attempt}.part"
+    made.mkdir()
+    return made
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes the hidden folders of processes that were killed here, which hold records of a new run and no more."""
+    for leftover in (out / name for name in os.listdir(out) if _LEFTOVER.fullmatch(name)):
+        if leftover.is_symlink() or not leftover.is_dir():
+            continue
+        inside = [path for path in leftover.rglob("*") if path.is_symlink() or not path.is_dir()]
+        if all(path.name in _BEGUN and not path.is_symlink() for path in inside):
             shutil.rmtree(leftover)
-        made.mkdir()
-        begin(made)
-        return made.rename(out / name)
 
 
 def numbered_runs(out: Path) -> list[tuple[int, Path]]:
@@ -166,9 +207,7 @@ def forgotten_if_refused(folder: Path) -> Iterator[None]:
         if call is not None and not _has_state(folder):
             (folder / CALL).unlink()
             if _NUMBERED.fullmatch(folder.name):  # in OUT itself the corrected command goes on from earlier stages
-                places = [
-                    inner for part in call.parts if (folder / part).is_dir() for inner in walk_folders(folder / part)
-                ]
+                places = [inner for part in call.parts for inner in walk_folders(folder / part)]
                 for place in (*reversed(places), folder):
                     remove_files(place, (*FILES, LOCK))
                     with contextlib.suppress(OSError):  # a folder with other files stays
@@ -240,7 +279,7 @@ def _remove_run(out: Path) -> None:
         (out / CALL).unlink(missing_ok=True)
         remove_files(out, FILES)
         for part in parts:
-            for folder in list(walk_folders(out / part)) if (out / part).is_dir() else ():
+            for folder in list(walk_folders(out / part)):
                 remove_files(folder, FILES)
 
 
@@ -254,10 +293,37 @@ def remove_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def walk_folders(folder: Path, *, skip: Sequence[str] = ()) -> Iterator[Path]:
-    """Yields a folder and all folders below it, without hidden ones, those named in ``skip`` and those behind links."""
+    """Yields a folder and all folders below it, without hidden ones, those named in ``skip`` and those behind links.
+
+    Nothing is yielded for a link or a folder that is not there.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
     yield folder
-    with os.scandir(folder) as entries:
-        inner = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith("."))
-    for name in inner:
-        if name not in skip:
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith(".") and name not in skip:
             yield from walk_folders(folder / name, skip=skip)
+
+
+def refuse_links(folder: Path, below: Iterable[str | Path]) -> None:
+    """Refuses to write into folders behind links: what is written there, and deleted later, is not in ``folder``.
+
+    Args:
+        folder: the folder of a run, which may be a link itself.
+        below: paths from the folder; neither their folders nor the folders in them may be links.
+
+    Raises:
+        ValueError: one of them is a link.
+    """
+    for path in map(Path, below):
+        inside = (inner for place in walk_folders(folder / path) for inner in place.iterdir() if inner.is_dir())
+        for place in (*way_down(folder, path), *inside):
+            if place.is_symlink():
+                raise ValueError(
+                    f"--out must hold its own folders, and {place} is a link to another one: remove the link"
+                )
+
+
+def way_down(folder: Path, below: Path) -> list[Path]:
+    """The folders from a folder down to the path ``below`` in it, without the folder itself."""
+    return [folder.joinpath(*below.parts[:depth]) for depth in range(1, len(below.parts) + 1)]

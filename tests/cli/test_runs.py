@@ -14,6 +14,8 @@ import pytest
 import torch
 from fit_cases import QUICK
 from PIL import Image, ImageColor
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import cache, prompt
 from typer.testing import CliRunner
 
@@ -165,6 +167,49 @@ def test_overwrite_of_a_folder_without_a_run_deletes_nothing(work, model, tmp_pa
     assert (tmp_path / "report.json").read_text() == (tmp_path / "paths.png").read_text() == "mine"
 
 
+PARTS = ("tuned", "measure", "mergetune")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("link", [*PARTS, "measure/lam-4"])
+def test_a_link_in_out_is_refused_and_what_is_behind_it_stays(tmp_path, link, overwrite):
+    out, theirs = run_folder(tmp_path / "out", {"lam": 8}, parts=PARTS), tmp_path / "theirs" / "deep"
+    theirs.mkdir(parents=True)
+    (theirs / "solution.json").write_text("theirs")
+    (out / link).parent.mkdir(exist_ok=True)
+    (out / link).symlink_to(theirs.parent)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=f"out/{link} is a link to another one: remove the link"):
+        run_folder(out, {"lam": 8}, parts=PARTS, overwrite=overwrite)
+    assert content(tmp_path) == before
+
+
+def test_overwrite_deletes_in_no_folder_that_only_a_record_names(tmp_path):
+    out = run_folder(tmp_path, {"lam": 8}, parts=PARTS)
+    record = json.loads((out / "call.json").read_text())
+    for name in ("mymodel", "tuned"):
+        (out / name / "deep").mkdir(parents=True)
+        (out / name / "deep" / "solution.json").write_text("mine")
+    (out / "call.json").write_text(json.dumps(record | {"parts": ["mymodel"]}))
+    with pytest.raises(ValueError, match=r"parts\[0\] must be one of tuned, measure, mergetune, got 'mymodel'"):
+        run_folder(out, {"lam": 8}, parts=PARTS)
+    run_folder(out, {"lam": 8}, parts=PARTS, overwrite=True)
+    assert (out / "mymodel" / "deep" / "solution.json").read_text() == "mine"
+    run_folder(out, {"lam": 8}, parts=PARTS, overwrite=True)
+    assert not (out / "tuned" / "deep" / "solution.json").exists()
+
+
+@pytest.mark.parametrize("link", ["task", "task/partition-0", "task/partition-0/seed-1"])
+def test_overwrite_of_cells_leaves_what_is_behind_links(clip, tmp_path, link):
+    out = cells_folder(tmp_path / "out", heads(clip))
+    shutil.move(out / link, tmp_path / "theirs")
+    (out / link).symlink_to(tmp_path / "theirs")
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="is a link to another one"):
+        cells_folder(out, heads(clip, shots=2), overwrite=True)
+    assert content(tmp_path) == before
+
+
 def test_what_a_killed_process_leaves_blocks_nobody(work, model, tmp_path):
     run(*fit(work, model, tmp_path))
     (tmp_path / ".run-2-lam-4.part").mkdir()
@@ -175,6 +220,43 @@ def test_what_a_killed_process_leaves_blocks_nobody(work, model, tmp_path):
     assert found["out"] == str(tmp_path / "run-4-lam-4")
     assert not (tmp_path / ".run-2-lam-4.part").exists()
     assert run(*fit(work, model, tmp_path, "--lam", 4))["out"] == found["out"]
+
+
+def test_leftovers_are_removed_only_if_they_are_ours(tmp_path):
+    run_folder(tmp_path, {"lam": 8})
+    for name in (".run-mine.part", ".run-2-lam-4.part", ".run-5-lam-4.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("call.json" if "5" in name else "mine.txt")).write_text("mine")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "call.json").write_text("theirs")
+    (tmp_path / ".run-2-lam-4-1.part").symlink_to("theirs")
+    (tmp_path / ".run-2-lam-4-2.part").write_text("mine")
+    before = content(tmp_path)
+    assert run_folder(tmp_path, {"lam": 4}) == tmp_path / "run-2-lam-4"
+    gone = before.keys() - content(tmp_path).keys()
+    assert gone == {".run-5-lam-4.part/call.json"} and (tmp_path / ".run-2-lam-4-1.part").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "run-2-lam-4").iterdir()) == ["call.json"]
+
+
+@pytest.mark.parametrize("taken", ["run-999999", "run-1000000", f"run-{'9' * 240}", "run-7-mine"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_no_number_of_a_folder_ends_the_numbering(tmp_path, taken, kind):
+    run_folder(tmp_path, {"lam": 1})
+    if kind == "folder":
+        (tmp_path / taken).mkdir()
+    elif kind == "file":
+        (tmp_path / taken).write_text("mine")
+    else:
+        (tmp_path / taken).symlink_to("nowhere")
+    made = [run_folder(tmp_path, {"lam": lam}) for lam in (2, 3, 4)]
+    assert len({*made, tmp_path / taken}) == 4 and [run_folder(tmp_path, {"lam": lam}) for lam in (2, 3, 4)] == made
+    assert not list(tmp_path.glob(".run-*.part"))
+
+
+def test_a_file_in_the_place_of_the_next_run_is_passed(tmp_path):
+    run_folder(tmp_path, {"lam": 1})
+    (tmp_path / "run-2-lam-2").write_text("mine")
+    assert run_folder(tmp_path, {"lam": 2}) == tmp_path / "run-3-lam-2"
 
 
 def at_once(work, arguments: list[tuple]) -> list:
@@ -254,6 +336,19 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
         {"lam": "chosen", "tau": "0.5"},
         {"lam": "4", "tau": "chosen"},
     ]
+
+
+@pytest.mark.parametrize("command", ["fit", "cache"])
+@pytest.mark.parametrize("out", ["out", ".", "train/../out", None])
+def test_an_out_inside_the_images_is_refused_before_anything_is_written(work, model, monkeypatch, command, out):
+    monkeypatch.chdir(work / "images")
+    before = content(work / "images")
+    if (command, out) == ("cache", None):
+        out = "caches"  # it has no default
+    refused = invoke(command, ".", "--backbone", model, *([] if out is None else ["--out", out]))
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "--out must not lie in IMAGES" in said and "a folder beside IMAGES" in said
+    assert content(work / "images") == before and not (work / "images" / "out").exists()
 
 
 def test_a_first_call_that_is_refused_leaves_the_folder_to_the_corrected_one(work, model, tmp_path):
@@ -378,6 +473,36 @@ def test_folders_of_version_0_1_and_several_outs_are_listed():
     assert rows["fit"].settings["stage"] == "fit" and rows["tune"].settings["stage"] == "tune"
     assert all(row.number == 1 and row.results["loss"] > 0 for row in rows.values())
     assert not any(re.search("[0-9a-f]{8}", text) for row in rows.values() for text in row.settings.values())
+
+
+@pytest.mark.parametrize("epochs", ["x", None, [3], {"a": 1}, 1.5, True])
+def test_a_run_with_settings_of_another_type_is_a_row_with_its_error(clip, tmp_path, monkeypatch, epochs):
+    trained(clip, tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    with safe_open(tmp_path / "good" / "state.safetensors", "pt") as file:
+        tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    record = json.loads(facts["run"])
+    record["settings"]["epochs"] = epochs
+    save_file(tensors, tmp_path / "bad" / "state.safetensors", facts | {"run": json.dumps(record)})
+    bad, good = list_runs(tmp_path)
+    assert good.state == "finished" and bad.state == "damaged" and bad.name == "bad"
+    assert "state.safetensors is damaged: settings.epochs must be a whole number" in str(bad.error)
+
+
+def test_a_folder_that_cannot_be_listed_is_a_row_with_its_error(tmp_path, monkeypatch):
+    run_folder(tmp_path / "good", {"lam": 8})
+    run_folder(tmp_path / "locked", {"lam": 8})
+    listed = os.listdir
+
+    def refused(folder="."):
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    good, locked = list_runs(tmp_path)
+    assert good.state == "started" and locked.state == "damaged"
+    assert "Permission denied" in str(locked.error)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

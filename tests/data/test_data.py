@@ -61,6 +61,8 @@ def test_image_list_selects_and_relabels_in_the_given_order():
         (("a.png",), (-1,), r"labels must lie in \[0, 2\), got -1"),
         (("a.png", "a.png"), (0, 1), "files must not repeat, got 'a.png' twice"),
         (("/a.png",), (0,), "files must be relative to root"),
+        (("../a.png",), (0,), "files must be relative to root = .* and lie below it, got '../a.png'"),
+        (("b/../../a.png",), (0,), "files must be relative to root = .* and lie below it"),
     ],
 )
 def test_image_list_refuses(files, labels, message):
@@ -351,6 +353,9 @@ def test_table_without_splits_is_stratified(tmp_path):
         ("a.csv", "path,label\nx.png,\n", "row 1 of .* must have a path and a class name"),
         ("a.csv", "path,label\n0.png,cat\n./0.png,dog\n", "must not repeat, got '0.png' twice"),
         ("a.csv", "path,label\n/far/0.png,cat\n", "row 1 of .* must lie below root"),
+        ("a.csv", "path,label\n../far/0.png,cat\n", "row 1 of .* must lie below root"),
+        ("a.csv", "path,label\ncat/../../0.png,cat\n", "row 1 of .* must lie below root"),
+        ("a.json", '[{"path": "../0.png", "label": "cat"}]', "row 1 of .* must lie below root"),
         ("a.csv", "path,label,split\n0.png,cat,dev\n", "row 1 of .* a split .train, val or test. .* got 'dev'"),
         ("a.csv", "path,label,split\n0.png,cat,test\n", "must have training images, got only test"),
         ("a.json", "{", "must be JSON"),

@@ -300,6 +300,7 @@ def edit_text(file: str, old: str, new: str) -> Callable[[Path], None]:
         ("dtd", edit_json(lambda s: s["test"].append(["a.jpg", 1, None])), r"\[path, label, class name\]"),
         ("dtd", edit_json(lambda s: s["test"].append(["a.jpg", 1, "_"])), r"\[path, label, class name\]"),
         ("dtd", edit_json(lambda s: s["test"].append(["/a.jpg", 1, "blotchy"])), "must lie below root"),
+        ("dtd", edit_json(lambda s: s["test"].append(["../../a.jpg", 1, "blotchy"])), "must lie below root"),
         ("dtd", edit_json(lambda s: s["test"][0].__setitem__(1, 9)), "must be 0 to 5 without a gap"),
         ("dtd", edit_json(lambda s: s["test"][0].__setitem__(2, "else")), "label 0 .* must have one name"),
         ("dtd", edit_json(lambda s: s["test"].append(s["train"][0])), "must lie in one split, got .* in"),

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from mergetune import (
     summarise,
     weight_average,
 )
-from mergetune.evaluation import BaseNovel, Path, Report, accuracy, cross_entropy, score
+from mergetune.evaluation import BaseNovel, Confusion, Path, Report, accuracy, cross_entropy, plot_confusion, score
 
 OTHERS = ("red bus", "bird")
 
@@ -368,6 +369,19 @@ def test_plot_writes_a_file(walks, tmp_path, suffix, panels):
     assert file.read_bytes().startswith(head_of)
     if suffix == "svg":
         assert b"cross-entropy" in file.read_bytes() or b"<path" in file.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_a_figure_replaces_a_link_and_not_the_file_behind_it(walks, tmp_path, suffix):
+    (tmp_path / "theirs").write_text("theirs")
+    file = tmp_path / f"figure{suffix}"
+    counted = Confusion(np.array([[2, 1], [0, 3]]), ("cat", "dog"), ())
+    for draw in (lambda: plot({"panel": walks}, file), lambda: plot_confusion(counted, file)):
+        file.unlink(missing_ok=True)
+        file.symlink_to("theirs")
+        draw()
+        assert (tmp_path / "theirs").read_text() == "theirs" and not file.is_symlink() and file.stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file.name, "theirs"])
 
 
 def test_plot_draws_every_path(walks, tmp_path, monkeypatch):

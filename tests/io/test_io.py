@@ -39,6 +39,7 @@ from mergetune.io import (
     read_regular_text,
     release_locks,
     sha256_regular,
+    torchrun_team,
     write_json,
 )
 
@@ -273,3 +274,12 @@ def test_the_unpickler_makes_what_it_is_told_or_refuses():
     assert type(read([Record()], known, others=None)[0]) is Datum
     with pytest.raises(pickle.UnpicklingError, match=r"it holds collections\.Counter, and pickled code is never run"):
         read(collections.Counter("a"), known, others=None)
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "x"}])
+def test_ranks_that_are_no_numbers_are_refused_by_name(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = "variable (RANK|WORLD_SIZE) must be a whole number, .* got 'x': unset it"
+    with pytest.raises(ValueError, match=said), torchrun_team():
+        raise AssertionError

@@ -237,9 +237,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bias of B": ({"lora_bias": True}, "lora_bias must be off"),
     "another kind": ({"peft_type": "LOHA"}, "peft_type must be LORA, got 'LOHA'"),
     "rank": ({"r": 5}, "must have the rank 5 of adapter_config.json, got 2"),
-    "rank 0": ({"r": 0}, "r must be a positive number, got 0"),
-    "alpha": ({"lora_alpha": "8"}, "lora_alpha must be a positive number, got '8'"),
+    "rank 0": ({"r": 0}, "r must be a positive number of at most 1e.30, got 0"),
+    "alpha": ({"lora_alpha": "8"}, "lora_alpha must be a positive number of at most 1e.30, got '8'"),
     "alpha NaN": ({"lora_alpha": math.inf}, "lora_alpha must be a positive number"),
+    "alpha of 401 digits": ({"lora_alpha": 10**400}, "lora_alpha must be a positive number of at most 1e"),
+    "pattern of 401 digits": (
+        {"alpha_pattern": {"q": 10**400}},
+        "alpha_pattern must hold positive numbers",
+    ),
+    "rank of 401 digits": ({"r": 10**400}, "r must be a positive number of at most 1e"),
+    "ranks of 401 digits": ({"rank_pattern": {"q": 10**400}}, "rank_pattern must hold positive numbers"),
     "pattern": ({"alpha_pattern": [1]}, "alpha_pattern must hold positive numbers"),
     "slow pattern": ({"alpha_pattern": {"(a+)+$": 1}}, "must hold names of layers"),
 }

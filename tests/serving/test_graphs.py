@@ -182,6 +182,14 @@ def other_clip(kind: type, tower: type | None = None) -> FrozenClip:
     return FrozenClip(model, open_clip.SimpleTokenizer(context_length=16), "odd", preprocess_cfg={"size": 16})
 
 
+def test_another_program_of_the_predictors_name_is_not_replaced(clip, tmp_path):
+    (tmp_path / "predict_onnx.py").write_text("print('mine')")
+    with pytest.raises(ValueError, match=r"without another predict_onnx.py, .* rename it or choose another folder"):
+        mt.to_onnx(head(), tmp_path / "a.onnx", clip=clip)
+    assert [path.name for path in tmp_path.iterdir()] == ["predict_onnx.py"]
+    assert (tmp_path / "predict_onnx.py").read_text() == "print('mine')"
+
+
 @pytest.mark.parametrize(("write", "file"), [(mt.to_onnx, "a.onnx"), (mt.to_torch_export, "a.pt2")])
 def test_a_file_with_other_logits_is_not_left_behind(tmp_path, write, file):
     (tmp_path / file).write_text("before")

@@ -9,7 +9,7 @@ import torch
 from solution_cases import KINDS, TEMPLATE, assert_same, make
 from tiny import NAMES, normal, parameter, with_parameter
 
-from mergetune import Head, Prompt, interpolate, load_solution
+from mergetune import Head, Prompt, interpolate, load_solution, temperature_of, with_temperature
 
 # -- interpolation -----------------------------------------------------------------------------------------------------
 
@@ -187,3 +187,18 @@ def test_damaged_weights_are_refused(clip, tmp_path, damage):
         file.write_bytes({"truncated": file.read_bytes()[:-8], "empty": b"", "noise": bytes(range(256))}[damage])
     with pytest.raises(ValueError, match="solution.safetensors"):
         load_solution(tmp_path)
+
+
+@pytest.mark.parametrize("t", [1e-300, 1e-4, 1e4, 1e308, 10**400, float("inf"), float("nan"), 0, -1, True, "1"])
+def test_a_temperature_that_floats_cannot_follow_is_refused(t):
+    head = Head(torch.eye(2), ("cat", "dog"))
+    with pytest.raises(ValueError, match="must be a finite number above 0, from 0.001 to 1000, got"):
+        temperature_of(replace(head, notes={"temperature": t}))
+    with pytest.raises(ValueError, match="t must be a finite number above 0"):
+        with_temperature(head, t)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-31, 1e31, 1e308, float("inf"), float("nan"), 0.0, -1.0])
+def test_a_scale_that_floats_cannot_follow_is_refused(scale):
+    with pytest.raises(ValueError, match="logit_scale must be positive and finite, from 1e-12 to 1e"):
+        Head(torch.eye(2), ("cat", "dog"), logit_scale=scale)
