@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -345,7 +347,11 @@ def check_same_shapes(a: Solution, b: Solution) -> None:
 
 
 def write_solution(solution: Solution, path: str | Path) -> None:
-    """Write a solution into a folder: tensors as safetensors, everything else as JSON with their checksum."""
+    """Write a solution into a folder: tensors as safetensors, everything else as JSON with their checksum.
+
+    If the folder holds the same solution with a temperature, and this one has none, the temperature stays: it belongs
+    to the tensors. A warning says so if the solution is another one and the temperature goes.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {
@@ -360,9 +366,33 @@ def write_solution(solution: Solution, path: str | Path) -> None:
     }
     weights = serialize({name: t.detach().cpu().contiguous() for name, t in solution.saved_state().items()})
     config["sha256"] = hashlib.sha256(weights).hexdigest()  # shows a save that was cut off between the two files
+    if TEMPERATURE not in solution.notes and (kept := _kept_temperature(path, config)) is not None:
+        config["notes"] = {**solution.notes, TEMPERATURE: kept}
     text = json.dumps(config, indent=2)  # fails before anything is written if notes are not JSON
     write_atomically(path / WEIGHTS, weights)
     write_atomically(path / CONFIG, f"{text}\n".encode())
+
+
+def _kept_temperature(path: Path, config: dict[str, Any]) -> float | None:
+    """The temperature of the solution in a folder if it is the one of ``config``; None if there is none."""
+    try:
+        read_config(path)
+        there = read_json(path / CONFIG)
+    except (ValueError, OSError):  # a damaged file is written again
+        return None
+    found = there["notes"].get(TEMPERATURE) if isinstance(there.get("notes"), dict) else None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not (math.isfinite(found) and found > 0):
+        return None
+    about = ("notes", "backbone", "fingerprint")  # what does not change the answers
+    was, now = ({k: v for k, v in c.items() if k not in about} for c in (there, json.loads(json.dumps(config))))
+    if was == now:
+        return found
+    warnings.warn(
+        f"the temperature {found:.4g} is removed from {path}: it was fitted for another solution, which is replaced; "
+        "`mergetune eval --temperature` fits one for the new solution",
+        stacklevel=4,
+    )
+    return None
 
 
 def write_notes(path: str | Path, notes: dict[str, Any]) -> None:
