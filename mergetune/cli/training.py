@@ -191,7 +191,7 @@ def fit(
     of stage 1.
     """
     import mergetune as mt
-    from mergetune.experiments import dataset_cache, dataset_call
+    from mergetune.experiments import checked_making, dataset_cache, dataset_call
     from mergetune.training import fit_job, forgotten_if_refused, run_folder
 
     with errors():
@@ -255,6 +255,7 @@ def fit(
                 ignored=left_out_files(images) if images.is_dir() else None,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
             )  # fmt: skip
+            checked_making(clip, data, **asked)  # a refused call makes no folder
             run = run_folder(folder, **dataset_call(clip, data, **asked), overwrite=overwrite)
             with forgotten_if_refused(run):
                 found = mt.fit_dataset(

@@ -153,7 +153,11 @@ def fit_dataset(
         ValueError: an argument is out of range, or solutions, images and CLIP do not belong together.
     """
     out, clock, given = Path(out), _Clock(), dict(fit_options or {})
-    stage_1 = _stage_1(clip, tuned, method, classes)
+    making = checked_making(
+        clip, data, tuned=tuned, method=method, classes=classes, template=template, seed=seed,
+        tune_options=tune_options, fit_options=given, progress=progress,
+    )  # fmt: skip
+    stage_1, texts = making.method, making.templates
     pictures = None if retain is None else retained_images(retain, data.classnames)
     halves, left_out = _halves(data, classes, seed, measuring=measuring, tuned=tuned)
     learned = data.select(halves["base"]) if classes == "base" else data
@@ -169,8 +173,6 @@ def fit_dataset(
         validation = None if others is None else encode(f"val-{draw}", others, views=1)  # nothing is trained on these
         shown = None if pictures is None else encode(f"retained-{_short(pictures)}", pictures, views=1)
 
-    texts = check_templates(template)
-    making = Making(clip, texts, stage_1, seed, tune_options or {}, given, progress=progress)
     fold = fold_of(features, validation, halves, texts, seed, hold_out=choosing) if halves else None
     why_not = _why_not(fold, left_out, choosing=choosing)
     left_out |= {"choosing": why_not} if why_not else {}
@@ -223,6 +225,35 @@ def fit_dataset(
 
 
 # -- what is done ------------------------------------------------------------------------------------------------------
+
+
+def checked_making(
+    clip: FrozenClip,
+    data: Dataset,
+    *,
+    tuned: Sequence[Solution] = (),
+    method: str = "coop",
+    classes: str = "all",
+    template: str | Sequence[str] = PLAIN,
+    seed: int = 1,
+    tune_options: Mapping[str, Any] | None = None,
+    fit_options: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    **_: Any,
+) -> Making:
+    """What the trainings of a call of :func:`fit_dataset` share. All values are checked; nothing is encoded or written.
+
+    Args:
+        clip, data: see :func:`fit_dataset`, and so are the other arguments. Those that change no training are ignored.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or solutions, classes and CLIP do not belong together.
+    """
+    stage_1 = _stage_1(clip, tuned, method, classes)
+    texts = check_templates(template)
+    making = Making(clip, texts, stage_1, seed, tune_options or {}, fit_options or {}, progress=progress)
+    making.check((data.base_novel()[0] if classes == "base" else data).classnames, tuned)
+    return making
 
 
 def _stage_1(clip: FrozenClip, tuned: Sequence[Solution], method: str, classes: str) -> str:
