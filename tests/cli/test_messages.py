@@ -39,6 +39,10 @@ def said(*arguments) -> str:
             "tune --cache {cache} --out {out} --backbone {icons} --method map --position front",
             "--position must be left out for method 'map', which does not use it, got 'front'",
         ),
+        (
+            "fit {cache} --out {out} --backbone {icons}",
+            "IMAGES must hold one folder per class, got {cache}: it holds no",
+        ),
         ("fit --cache {cache} --out {out} --backbone {icons} --tuned {gone}", "--tuned must be a checkpoint or its"),
     ],
 )
