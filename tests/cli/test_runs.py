@@ -16,7 +16,7 @@ from tiny import cache, prompt
 from typer.testing import CliRunner
 
 import mergetune
-from mergetune.cli import app
+from mergetune.cli import app, listing
 from mergetune.experiments import Task, cells_folder, comparison, list_runs
 from mergetune.facts import CompareOptions
 from mergetune.training import run_folder
@@ -194,6 +194,30 @@ def test_under_torchrun_the_first_rank_decides(tmp_path, one_thread):
 # -- images and experiments --------------------------------------------------------------------------------------------
 
 
+def test_the_list_shows_the_saved_solution_in_columns_that_fit(work, model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(*fit(work, model, out))
+    run(*fit(work, model, out, "--lam", 4))
+    parts = {"base": {"accuracy": 81.0}, "novel": {"accuracy": 55.0}, "hm": 65.5, "hm_error": 1.0}
+    scores = {name: {"accuracy": value} for name, value in (("zero-shot", 50), ("MERGETUNE", 60), ("head", 70))}
+    report = {"reports": {"all": scores}, "row": "head", "measured": {"head": parts, "MERGETUNE": parts | {"hm": 1.0}}}
+    (out / "report.json").write_text(json.dumps(report))
+    (row, other) = list_runs(out)
+    expected = {"accuracy": 70.0, "your classes": 81.0, "new classes": 55.0, "HM": 65.5}
+    assert row.results == expected | {"loss": row.results["loss"]} and other.results.keys() == {"loss"}
+    (out / "report.json").write_text(json.dumps({"reports": {"all": scores}}))  # as version 0.1 wrote it
+    assert list_runs(out)[0].results["accuracy"] == 60
+    (out / "report.json").write_text(json.dumps(report))
+    monkeypatch.setenv("COLUMNS", "60")
+    piped = invoke("runs", out).stdout
+    (line,) = [line for line in piped.splitlines() if "run-2-lam-4" in line]
+    assert "finished" in line and "your classes" in piped and other.when in line
+    monkeypatch.setattr(listing, "is_terminal", lambda: True)
+    blocks = invoke("runs", out).stdout
+    assert "  your classes: 81.00" in blocks.splitlines() and "run-2-lam-4" in blocks.splitlines()
+    assert max(map(len, blocks.splitlines())) <= 60
+
+
 def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     arguments = ["fit", work / "images", "--backbone", model, "--shots", 4, "--epochs", 1, "--out", tmp_path]
     run(*arguments)
@@ -204,7 +228,12 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     assert (tmp_path / "run-2-lam-4" / "report.json").is_file() and (tmp_path / "run-2-lam-4" / "tuned").is_dir()
     rows = run("runs", tmp_path)
     assert [row["name"] for row in rows] == [".", "run-2-lam-4"]
-    assert [row["settings"]["lam"] for row in rows] == ["chosen", "4"] and {"all"} <= rows[0]["results"].keys()
+    assert [row["settings"]["lam"] for row in rows] == ["chosen", "4"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert rows[0]["results"]["accuracy"] == report["reports"]["all"]["MERGETUNE"]["accuracy"]
+    assert rows[0]["seconds"] >= sum(report["seconds"].values()) > 0
+    run(*arguments)  # a finished run, which takes little time
+    assert run("runs", tmp_path)[0]["seconds"] >= run("runs", tmp_path)[1]["seconds"] / 10
     names = sorted(name for name in os.listdir(tmp_path / "cache"))
     refused = invoke(*arguments, "--lam", -1)
     assert refused.exit_code == 2 and "lam must be" in refused.stderr
