@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip, prepare_images
+from mergetune.clip.backbone import check_clip
 from mergetune.data import FoundPicture, decode_pictures, find_pictures, is_one_picture
 from mergetune.evaluation.classifiers import classifier
 from mergetune.facts.brief import brief
@@ -127,6 +128,7 @@ class Predictor:
         max_pixels: int = MAX_PIXELS,
         background: str = BACKGROUND,
     ) -> None:
+        check_clip(clip)
         background_colour(background)  # refuses a colour that does not exist
         for name, value, least in (
             ("top", top, 1), ("batch_size", batch_size, 1), ("workers", workers, 0), ("max_pixels", max_pixels, 1),

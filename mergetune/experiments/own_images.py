@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.clip import PLAIN, FrozenClip, check_templates
+from mergetune.clip.backbone import check_clip
 from mergetune.data import Dataset, FeatureCache, ImageList, cache_features
 from mergetune.evaluation import BaseNovel, Report, accuracy, connectivity, plot
 from mergetune.experiments.canary import Recognised, concept_names, recognised, retained_images, tell_apart
@@ -249,6 +250,10 @@ def checked_making(
     Raises:
         TypeError, ValueError: an argument is out of range, or solutions, classes and CLIP do not belong together.
     """
+    check_clip(clip)
+    if not isinstance(data, Dataset):
+        got = repr(data) if isinstance(data, str) else f"a {type(data).__name__}"
+        raise TypeError(f"data must be a Dataset, got {got}: mergetune.ImageFolder(FOLDER) reads one")
     stage_1 = _stage_1(clip, tuned, method, classes)
     texts = check_templates(template)
     making = Making(clip, texts, stage_1, seed, tune_options or {}, fit_options or {}, progress=progress)

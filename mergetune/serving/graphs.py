@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from mergetune.clip import FrozenClip
+from mergetune.clip.backbone import check_clip
 from mergetune.clip.edited_towers import privately
 from mergetune.clip.text_tower import pooled
 from mergetune.evaluation import classifier, temperature_of
@@ -103,6 +104,7 @@ def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | Non
             an image than its features.
         RuntimeError: torch.export cannot follow the image tower.
     """
+    check_clip(clip)
     check_supported(solution)
     names = list(classnames_of(solution, classnames))
     solution.check(clip)

@@ -5,11 +5,10 @@ Shapes: M settings (states that are computed together), C classes, D embedding w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import math
-import warnings
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -35,6 +34,7 @@ from mergetune.io import (
     write_atomically,
     write_json,
 )
+from mergetune.solutions.resaving import TEMPERATURE, kept_temperature
 from mergetune.solutions.states import State, mix, stacked, weighted_sums
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
 FORMAT, VERSION = "mergetune-solution", 1
 WAY_ON = "save the solution again, or take another copy of the folder"
-#: Name of the note with the number that the logits of this state are divided by before probabilities are computed.
-TEMPERATURE = "temperature"
 
 
 class Description(Document, frozen=True):
@@ -366,33 +364,13 @@ def write_solution(solution: Solution, path: str | Path) -> None:
     }
     weights = serialize({name: t.detach().cpu().contiguous() for name, t in solution.saved_state().items()})
     config["sha256"] = hashlib.sha256(weights).hexdigest()  # shows a save that was cut off between the two files
-    if TEMPERATURE not in solution.notes and (kept := _kept_temperature(path, config)) is not None:
-        config["notes"] = {**solution.notes, TEMPERATURE: kept}
+    if TEMPERATURE not in solution.notes and (path / CONFIG).is_file():
+        with contextlib.suppress(ValueError, OSError):  # a damaged file is written again
+            read_config(path)
+            config["notes"] = solution.notes | kept_temperature(read_json(path / CONFIG), config, path)
     text = json.dumps(config, indent=2)  # fails before anything is written if notes are not JSON
     write_atomically(path / WEIGHTS, weights)
     write_atomically(path / CONFIG, f"{text}\n".encode())
-
-
-def _kept_temperature(path: Path, config: dict[str, Any]) -> float | None:
-    """The temperature of the solution in a folder if it is the one of ``config``; None if there is none."""
-    try:
-        read_config(path)
-        there = read_json(path / CONFIG)
-    except (ValueError, OSError):  # a damaged file is written again
-        return None
-    found = there["notes"].get(TEMPERATURE) if isinstance(there.get("notes"), dict) else None
-    if isinstance(found, bool) or not isinstance(found, int | float) or not (math.isfinite(found) and found > 0):
-        return None
-    about = ("notes", "backbone", "fingerprint")  # what does not change the answers
-    was, now = ({k: v for k, v in c.items() if k not in about} for c in (there, json.loads(json.dumps(config))))
-    if was == now:
-        return found
-    warnings.warn(
-        f"the temperature {found:.4g} is removed from {path}: it was fitted for another solution, which is replaced; "
-        "`mergetune eval --temperature` fits one for the new solution",
-        stacklevel=4,
-    )
-    return None
 
 
 def write_notes(path: str | Path, notes: dict[str, Any]) -> None:
