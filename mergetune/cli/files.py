@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Precision, Pretrained
-from mergetune.cli.shared import clip_for, errors, read_names, tell
+from mergetune.cli.shared import clip_for, errors, read_names, read_solution, tell
 from mergetune.facts.function_options import BACKGROUND
 
 SUFFIXES = {
@@ -59,14 +59,13 @@ def export(
     and hub a folder for Hugging Face. The backbone is the one that the solution records, unless --backbone is given.
     """
     from mergetune import serving, solutions
-    from mergetune.solutions import open_solution
 
     with errors():
         _check_options(form, target, half=half, push=push, license=license, background=background)
         names = None if classes is None else read_names(classes)
         if form == "onnx":
             serving.require_packages(form)
-        found = open_solution(solution, classnames=names, position=position)
+        found = read_solution(solution, position=position, classnames=names)
         needs_clip = form != "hub" and not (form == "head" and found.plain_head() is not None)
         missing = []
         if needs_clip and not (backbone or found.backbone):

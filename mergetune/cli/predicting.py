@@ -25,7 +25,7 @@ from mergetune.cli.options import (
     Pretrained,
     Workers,
 )
-from mergetune.cli.shared import clip_for, errors, read_names
+from mergetune.cli.shared import clip_for, errors, read_names, read_solution
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 
 Write = Callable[[Any], None]
@@ -88,19 +88,19 @@ def predict(
     mergetune predict out/photos new-photos/ --csv predictions.csv
 
     A picture that cannot be read gets a row with the error. Exit code: 0 if all pictures were read, 1 if some could not
-    be read (all rows are written), 2 for a wrong argument.
+    be read (all rows are written), 2 for a wrong argument. The orientation in a photo's EXIF record is not applied, as
+    in training: a photo that lies on its side there is classified as it lies.
     """
     import mergetune as mt
     from mergetune.data import find_pictures
     from mergetune.evaluation import classes_of
-    from mergetune.solutions import open_solution
 
     with errors():
         if csv_file is not None and as_json:
             raise ValueError(f"--csv and --json exclude each other, got --csv {csv_file} and --json: leave one out")
         names = None if classes is None else read_names(classes)
         template = "{}" in solution
-        opened: Any = solution if template else open_solution(solution, classnames=names, position=position)
+        opened: Any = solution if template else read_solution(solution, position=position, classnames=names)
         names = classes_of(opened, names)  # what is wrong with names or pictures is said before the model is loaded
         found = list(find_pictures(pictures))
         clip = clip_for(

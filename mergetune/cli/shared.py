@@ -132,18 +132,22 @@ def _one_cache(folder: Path, split: str | None, option: str) -> Path:
     raise FileNotFoundError(f"{option} must be a feature cache, and {folder} is none: {way_on}")
 
 
-def read_solution(path: str, features: Any = None, position: str = "end") -> Any:
+def read_solution(
+    path: str, features: Any = None, position: str = "end", *, classnames: Sequence[str] | None = None
+) -> Any:
     """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head.
 
     Args:
         path: the folder or file.
         features: feature cache whose class names are used if the file has none.
         position: place of the class name in a CoOp checkpoint.
+        classnames: these names in place of those of ``features``.
     """
     from mergetune.solutions import open_solution
 
     _refuse_no_solution(Path(path))
-    return open_solution(path, classnames=None if features is None else features.classnames, position=position)
+    names = classnames if features is None else features.classnames
+    return open_solution(path, classnames=names, position=position)
 
 
 def read_names(file: Path) -> list[str]:

@@ -43,11 +43,14 @@ def said(*arguments) -> str:
             "fit {cache} --out {out} --backbone {icons}",
             "IMAGES must hold one folder per class, got {cache}: it holds no",
         ),
+        ("predict {icons_folder} {icons_folder}", "a solution must be a folder with solution.json"),
+        ("export {icons_folder} --to onnx --out {out}.onnx", "a solution must be a folder with solution.json"),
         ("fit --cache {cache} --out {out} --backbone {icons} --tuned {gone}", "--tuned must be a checkpoint or its"),
     ],
 )
 def test_an_error_names_the_option(places, tmp_path, arguments, message):
-    places = places | {"gone": str(tmp_path / "gone"), "out": str(tmp_path / "out")}
+    places = places | {"icons_folder": places["icons"].removeprefix("local-dir:")}
+    places |= {"gone": str(tmp_path / "gone"), "out": str(tmp_path / "out")}
     assert f"error: {message.format(**places)}" in said(*arguments.format(**places).split())
 
 

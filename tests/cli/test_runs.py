@@ -82,6 +82,7 @@ def test_other_settings_go_to_a_named_folder_and_equal_ones_to_their_own(work, m
     for arguments, made in (((), first), (("--lam", 4), second)):  # also after another run was made
         again = invoke(*fit(work, model, out, *arguments))
         assert Path(made["out"]).name in again.stdout and content(out) == before
+        assert "this run was finished before: nothing is trained" in again.stderr
     shown = invoke(*fit(work, model, out, "--lam", 4, "--tau", 0.6, "--lr", 1e-5, "--seed", 3)).stdout
     assert f"run 3 (lam 4, tau 0.6, lr 1e-05) in {third['out']}" in shown
     assert json.loads((out / "run-2-lam-4" / "result.json").read_text())["settings"]["lam"] == 4
@@ -232,7 +233,8 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert rows[0]["results"]["accuracy"] == report["reports"]["all"]["MERGETUNE"]["accuracy"]
     assert rows[0]["seconds"] >= sum(report["seconds"].values()) > 0
-    run(*arguments)  # a finished run, which takes little time
+    again = invoke(*arguments)  # a finished run, which takes little time
+    assert "this run was finished before: nothing is trained, only tested again" in again.stderr
     assert run("runs", tmp_path)[0]["seconds"] >= run("runs", tmp_path)[1]["seconds"] / 10
     names = sorted(name for name in os.listdir(tmp_path / "cache"))
     refused = invoke(*arguments, "--lam", -1)
