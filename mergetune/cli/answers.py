@@ -326,6 +326,11 @@ def print_temperatures(found: Mapping[str, Fitted], val: Path | None) -> None:
     tell(f"Temperatures were fitted on the {images:,} images of {val}; ECE and NLL are those of the test images.")
     tell("A temperature changes probabilities only: accuracies, paths and merges stay as they are.")
     for name, fit in found.items():
+        pairs = {"ECE": (fit.before.ece, fit.after.ece), "NLL": (fit.before.nll, fit.after.nll)}
+        if worse := [measure for measure, (before, after) in pairs.items() if after > before]:
+            reason = "the validation images are few, or unlike the test images"
+            tell(f"{name}: {' and '.join(worse)} on the test images got worse: {reason}")
+    for name, fit in found.items():
         if fit.saved:
             tell(f"Saved: {Path(name) / 'solution.json'}")
         elif name != ZERO_SHOT:

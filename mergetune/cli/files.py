@@ -10,6 +10,7 @@ import typer
 from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Precision, Pretrained
 from mergetune.cli.running import suggest
 from mergetune.cli.shared import clip_for, errors, read_names, read_solution, tell
+from mergetune.facts.function_options import BACKGROUND
 
 SUFFIXES = {
     "classifier": (".pt", ".pth"),
@@ -20,6 +21,7 @@ SUFFIXES = {
     "hub": (),
 }
 """Forms of an export -> endings of the file to write; none for a folder."""
+GRAPHS = ("onnx", "torch-export")
 
 
 def export(
@@ -46,17 +48,21 @@ def export(
     ] = None,
     license: Annotated[str | None, typer.Option(help="hub: license named on the model card, for example mit.")] = None,
     position: Position = "end",
+    background: Annotated[
+        str | None,
+        typer.Option(help="onnx, torch-export: colour under transparent pixels, as in `mergetune predict`; white."),
+    ] = None,
 ) -> None:
     """Write a solution for other programs.
 
     onnx and torch-export are one graph from images to logits, without mergetune and open_clip; beside an ONNX file
-    stands a predictor of 30 lines. classifier is open_clip's matrix, head a linear layer, coop a checkpoint of CoOp,
+    stands a small predictor. classifier is open_clip's matrix, head a linear layer, coop a checkpoint of CoOp,
     and hub a folder for Hugging Face. The backbone is the one that the solution records, unless --backbone is given.
     """
     from mergetune import serving, solutions
 
     with errors():
-        _check_options(form, target, half=half, push=push, license=license)
+        _check_options(form, target, half=half, push=push, license=license, background=background)
         names = None if classes is None else read_names(classes)
         if form == "onnx":
             serving.require_packages(form)
@@ -69,7 +75,7 @@ def export(
             missing.append("--classnames (the solution serves any classes)")
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given to export the {found.kind} {solution} to {form}")
-        if form == "onnx" or form == "torch-export":
+        if form in GRAPHS:
             serving.check_supported(found)
         clip: Any = None
         if needs_clip or backbone:
@@ -91,11 +97,10 @@ def export(
                 solutions.to_coop(found, target, clip=clip, classnames=names, dtype=dtype)
             elif form == "classifier":
                 solutions.zero_shot_classifier(found, clip, names, file=target)
-            elif form == "onnx":
-                serving.to_onnx(found, target, clip=clip, classnames=names)
             else:
-                serving.to_torch_export(found, target, clip=clip, classnames=names)
-        if form != "onnx" and form != "torch-export":
+                write = serving.to_onnx if form == "onnx" else serving.to_torch_export
+                write(found, target, clip=clip, classnames=names, background=background or BACKGROUND)
+        if form not in GRAPHS:
             _suggest_use(target, found.backbone if clip is None else clip.name)
     tell(f"{form}: {target}")
     if form == "onnx":
@@ -112,13 +117,18 @@ def _suggest_use(target: Path, backbone: str | None) -> None:
     suggest("predict", target, "NEW_PICTURES", ("--backbone", name), ("--pretrained", weights))
 
 
-def _check_options(form: str, target: Path, *, half: bool, push: str | None, license: str | None) -> None:
+def _check_options(
+    form: str, target: Path, *, half: bool, push: str | None, license: str | None, background: str | None
+) -> None:
     """Raises ValueError for what the options alone show to be wrong."""
     if form not in SUFFIXES:
         raise ValueError(f"--to must be {', '.join(list(SUFFIXES)[:-1])} or {list(SUFFIXES)[-1]}, got {form!r}")
     for option, given, owner in (("--half", half, "coop"), ("--push", push, "hub"), ("--license", license, "hub")):
         if given and form != owner:
             raise ValueError(f"{option} is an option of --to {owner}, got it with --to {form}: leave it out")
+    if background is not None and form not in GRAPHS:
+        owners = " or ".join(GRAPHS)
+        raise ValueError(f"--background is an option of --to {owners}, got it with --to {form}: leave it out")
     suffixes = SUFFIXES[form]
     if suffixes and (target.suffix not in suffixes or target.is_dir()):
         what = "a folder" if target.is_dir() else f"{target.name!r}"

@@ -25,7 +25,7 @@ def models(
     """List the backbones: the embedded icon-clip, then open_clip's models, with the tags of their weights below.
 
     Beside a name stand the width of its image features and the height of the images that it takes. In models without
-    prompts, heads, residuals and maps can be trained. Nothing is downloaded.
+    prompts, heads, residuals and maps can be trained. Names that begin with WORD come first. Nothing is downloaded.
     """
     with errors():
         listed = [EMBEDDED] + [
@@ -33,6 +33,8 @@ def models(
             for model in known_models().values()
         ]
         found = [model for model in listed if _has(model, word)]
+        if word:  # names that begin with the word come first
+            found.sort(key=lambda model: not model["name"].lower().startswith(word.lower()))
         if not found:
             raise ValueError(f"WORD must be part of a name or of a tag, got {word!r}: `mergetune models` lists all")
     if as_json:

@@ -50,6 +50,8 @@ def print_result(found: FolderResult, run: Path, caches: Path, *, classes: str) 
             )
     tell("± is the standard error from the number of test images; in the next line it is half a 95 % interval.")
     tell(found.verdict)
+    if found.kinds is not None and found.result.solution.kind == "head":
+        tell("The saved solution is a head: it knows these classes only, and takes no new class names.")
     if found.ignored:
         tell("Files left out: " + ", ".join(f"{number} {kind}" for kind, number in found.ignored.items()))
     tell("Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items()))

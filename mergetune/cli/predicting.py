@@ -94,7 +94,8 @@ def predict(
     mergetune predict out/photos new-photos/ --csv predictions.csv
 
     A picture that cannot be read gets a row with the error. Exit code: 0 if all pictures were read, 1 if some could not
-    be read (all rows are written), 2 for a wrong argument.
+    be read (all rows are written), 2 for a wrong argument. The orientation in a photo's EXIF record is not applied, as
+    in training: a photo that lies on its side there is classified as it lies.
     """
     import mergetune as mt
     from mergetune.data import find_pictures

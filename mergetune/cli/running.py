@@ -98,23 +98,27 @@ def nothing_follows() -> None:
 def in_terms_of_options(message: str) -> str:
     """Returns the message of an error with the option of the running command in place of the function's argument.
 
-    "tau must lie in [0, 1], got 2" becomes "--tau must ...". If the command has no option of this name, it is the
-    option whose value the message shows: "path must be a checkpoint, got out/coop" becomes "--tuned must ...".
+    "tau must lie in [0, 1], got 2" becomes "--tau must ...". If the command has no option of this name, or the option
+    was not given, it is the option whose value the message shows: "path must be a checkpoint, got out/coop" becomes
+    "--tuned must ...".
     """
     found, context = re.match(r"([a-z]\w*) (?:must|cannot) ", message), _context()
     if found is None or context is None:
         return message
     name = found[1]
     parameters = {p: _shown_name(p) for p in context.command.params}
+    named = None
     for parameter, shown in parameters.items():
         if f"--{name.replace('_', '-')}" in parameter.opts or name == parameter.name:
-            return shown + message.removeprefix(name)
+            named = shown + message.removeprefix(name)
+            if context.params.get(parameter.name) is not None:
+                return named
     for parameter, shown in parameters.items():
         given = context.params.get(parameter.name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and re.search(rf"got '?{re.escape(str(value))}'?(?![\w/.-])", message):
                 return shown + message.removeprefix(name)
-    return message
+    return named or message
 
 
 def _shown_name(parameter: Any) -> str:

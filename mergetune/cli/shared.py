@@ -150,7 +150,7 @@ def read_solution(
         path: the folder or file.
         features: feature cache or dataset whose class names are used if the file has none.
         position: place of the class name in a CoOp checkpoint.
-        classnames: class names that are used if the file has none and there are no ``features``.
+        classnames: these names in place of those of ``features``.
     """
     from mergetune.solutions import open_solution
 

@@ -34,6 +34,7 @@ from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
     clip_for,
+    err,
     errors,
     finish,
     first_rank,
@@ -200,7 +201,7 @@ def fit(
     of stage 1.
     """
     import mergetune as mt
-    from mergetune.experiments import dataset_cache, dataset_call
+    from mergetune.experiments import checked_making, dataset_cache, dataset_call
     from mergetune.training import fit_job, forgotten_if_refused, run_folder
 
     with errors():
@@ -265,8 +266,13 @@ def fit(
             if dry_run:
                 dry_run_of_images(clip, data, asked, folder, workers, as_json)
                 return
+            checked_making(clip, data, **asked)  # a refused call makes no folder
             call = dataset_call(clip, data, **asked, background=background)
             run = run_folder(folder, **call, overwrite=overwrite)
+            if (run / "report.json").is_file():
+                announce(as_json)("this run was finished before: nothing is trained, only tested again")
+            elif any(run.glob("**/state.safetensors")):
+                announce(as_json)(f"continuing the run in {run} after its last finished epoch")
             with forgotten_if_refused(run):
                 found = mt.fit_dataset(
                     clip, data, run, cache=dataset_cache(folder, run), **asked, report=announce(as_json),
@@ -286,9 +292,20 @@ def _train(job: Any, out: Path, overwrite: bool) -> tuple[Any, Path]:
     from mergetune.training import in_words_of, run_folder, settings_of, train_together
 
     folder = run_folder(out, settings_of(job), in_words=in_words_of(job), overwrite=overwrite)
+    _say_where(folder, job.training.epochs)
     (result,) = train_together([replace(job, resume=folder)])
     result.save(folder)
     return result, folder
+
+
+def _say_where(folder: Path, epochs: int) -> None:
+    """Says in a line on stderr that a run was finished before, or after which epoch it continues."""
+    from mergetune.training import finished_epochs
+
+    if (done := finished_epochs(folder)) and first_rank():
+        finished = "this run was finished before: nothing is trained"
+        said = finished if done >= epochs else f"continuing after epoch {done} of {epochs}"
+        err.print(f"[dim]{said}[/]", highlight=False)
 
 
 def _finish(as_json: bool, result: Any, folder: Path) -> None:

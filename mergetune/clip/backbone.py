@@ -361,3 +361,10 @@ def weights_fingerprint(model: nn.Module, part: str) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
     return digest.hexdigest()
+
+
+def check_clip(clip: Any) -> None:
+    """Raise TypeError unless the argument ``clip`` of a function is a CLIP."""
+    if not isinstance(clip, FrozenClip):
+        got = repr(clip) if isinstance(clip, str) else f"a {type(clip).__name__}"
+        raise TypeError(f"clip must be a FrozenClip, got {got}: mergetune.load_clip(NAME, WEIGHTS) loads one")

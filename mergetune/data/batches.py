@@ -6,6 +6,7 @@ Shapes: N images, B images asked for, V views of each image.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -115,3 +116,18 @@ class TensorBatches:
         known, theirs = {row.contiguous().numpy().tobytes() for row in self.inputs[0]}, other.inputs[0]
         shared = [i for i, row in enumerate(theirs) if row.contiguous().numpy().tobytes() in known]
         return torch.tensor(shared, dtype=torch.int64)
+
+
+def check_batches(features: Any, name: str = "features") -> None:
+    """Raise TypeError unless an argument is :class:`Batches`.
+
+    Args:
+        features: the argument.
+        name: its name.
+    """
+    if not (hasattr(features, "rows") and hasattr(features, "batches")):
+        path = isinstance(features, str | os.PathLike)
+        got = repr(os.fspath(features)) if path else f"a {type(features).__name__}"
+        opens = "mergetune.FeatureCache.open(FOLDER) opens them"
+        way_on = opens if path else f"{opens}, mergetune.cache_features(clip, IMAGES, FOLDER) makes them of images"
+        raise TypeError(f"{name} must be cached features, got {got}: {way_on}")

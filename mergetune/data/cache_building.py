@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mergetune.clip import PRECISIONS
+from mergetune.clip.backbone import check_clip
 from mergetune.data.cache import FeatureCache
 from mergetune.data.cache_documents import FORMAT, Identity, Manifest, Plan, Shard, ShardRecord
 from mergetune.data.cache_files import (
@@ -106,6 +107,12 @@ def cache_features(
         RuntimeError: another process is building the cache, or another rank failed.
         OSError: the disk is full, for example. Finished shards are kept.
     """
+    check_clip(clip)
+    if not isinstance(images, ImageList):
+        got = repr(images) if isinstance(images, str) else f"a {type(images).__name__}"
+        split = hasattr(images, "full_train")
+        way_on = "take its train, val or test" if split else "mergetune.ImageFolder reads a folder"
+        raise TypeError(f"images must be an ImageList, got {got}: {way_on}")
     if shard_size is None:
         shard_size = max(SHARD_SIZE, -(-len(images) // MAX_SHARDS))
     for name, value, least in (

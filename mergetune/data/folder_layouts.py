@@ -30,7 +30,8 @@ def unwrapped(root: Path) -> Path:
             break
         inner = below
     if not subfolders(inner):
-        raise ValueError(f"root must hold one folder per class, got no folders in {inner}")
+        where = "it" if inner == root else str(inner)
+        raise ValueError(f"root must hold one folder per class, got {root}: {where} holds no folders")
     return inner
 
 

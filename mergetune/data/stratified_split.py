@@ -51,7 +51,8 @@ def stratify(
         if not all(got.values()):
             raise ValueError(
                 f"class {name!r} in {root} must have at least {len(got)} different images to be split into "
-                f"{', '.join(splits)}, got {len(twins)}: make the splits yourself, or set val=0"
+                f"{', '.join(splits)}, got {len(twins)}: add images, or make folders train and test "
+                "yourself; in Python val=0 of mergetune.ImageFolder needs one image less"
             )
         for split in splits:
             splits[split][name] = [file for file in files if side[bytes_of[file]] == split]

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
+from mergetune.clip.backbone import check_clip
 from mergetune.data import Batches
+from mergetune.data.batches import check_batches
 from mergetune.data.cache_identity import check_image_tower
 from mergetune.evaluation.scores import Classifier, Report, accuracy
 from mergetune.solutions import Solution, image_features, span, stacked
@@ -35,6 +37,7 @@ def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Cl
         >>> classify(["cat", "dog", "car"]).shape  # [C, D]
         torch.Size([3, 128])
     """
+    check_clip(clip)
     if not isinstance(solution, Solution):
         return Classifier(lambda names: clip.logit_scale * clip.class_embeddings(names, solution), directions=True)
 
@@ -144,11 +147,13 @@ def evaluate(clip: FrozenClip, solution: Solution | str | Sequence[str], feature
         >>> mt.evaluate(clip, "an icon of a {}", features).accuracy
         100.0
     """
-    _check_clip(clip, features)
+    check_clip(clip)
+    check_batches(features)
+    _check_fit(clip, features)
     return accuracy(classifier(clip, solution), features)
 
 
-def _check_clip(clip: FrozenClip, features: Batches) -> None:
+def _check_fit(clip: FrozenClip, features: Batches) -> None:
     width = getattr(features, "dim", clip.embed_dim)
     if width != clip.embed_dim:
         raise ValueError(f"features must have the embedding's width {clip.embed_dim}, got {width}")

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
+from mergetune.clip.backbone import check_clip
 from mergetune.data import Batches
+from mergetune.data.batches import check_batches
 from mergetune.facts.brief import brief
 from mergetune.solutions import Solution, inputs, measure, span
 
@@ -79,6 +81,8 @@ def path(
         >>> walk.alphas, walk.accuracy
         ((0.0, 0.5, 1.0), (100.0, 100.0, 100.0))
     """
+    check_clip(clip)
+    check_batches(features)
     if points < 2:
         raise ValueError(f"points must be at least 2, for both ends, got {points}")
     at = span(clip, (a, b), features.classnames, space=space)

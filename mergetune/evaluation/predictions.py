@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mergetune.data import Batches
+from mergetune.data.batches import check_batches
 from mergetune.evaluation.scores import Classifier, Hits, Report
 from mergetune.facts.brief import brief
 from mergetune.solutions import inputs
@@ -157,6 +158,7 @@ def predict_features(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    check_batches(features)
     weights = classify(features.classnames)
     classes, probabilities, true = [], [], []
     for x, labels, _ in features.batches(batch_size):

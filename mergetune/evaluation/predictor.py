@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mergetune.clip import FrozenClip, check_classnames, prepare_images
+from mergetune.clip import FrozenClip, prepare_images
+from mergetune.clip.backbone import check_clip
 from mergetune.data import FoundPicture, decode_pictures, find_pictures, is_one_picture
 from mergetune.evaluation.classifiers import classifier
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import ACTIVATIONS, BACKGROUND, MAX_PIXELS
 from mergetune.io import background_colour, hidden
 from mergetune.solutions import Solution, Stack, inputs, known_classes, open_solution, stacked, temperature_of
+from mergetune.solutions.kinds import given_names
 
 NONE = "none"
 
@@ -126,6 +128,7 @@ class Predictor:
         max_pixels: int = MAX_PIXELS,
         background: str = BACKGROUND,
     ) -> None:
+        check_clip(clip)
         background_colour(background)  # refuses a colour that does not exist
         for name, value, least in (
             ("top", top, 1), ("batch_size", batch_size, 1), ("workers", workers, 0), ("max_pixels", max_pixels, 1),
@@ -292,7 +295,7 @@ def classes_of(solution: Solution | str | Sequence[str], classnames: Sequence[st
                 "got None"
             )
         return found
-    names, fixed = check_classnames(classnames), _fixed_classes(solution)
+    names, fixed = given_names(solution, classnames), _fixed_classes(solution)
     unknown = [name for name in names if name not in fixed] if fixed is not None else []
     if fixed is not None and unknown:
         base = solution.parts[0] if isinstance(solution, Stack) else solution

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mergetune.experiments.cells import Task
     from mergetune.experiments.comparison import compare
     from mergetune.experiments.icons import icons_task, run_demo
-    from mergetune.experiments.own_images import FolderResult, fit_dataset
+    from mergetune.experiments.own_images import FolderResult, checked_making, fit_dataset
     from mergetune.experiments.protocol_forecast import forecast
     from mergetune.experiments.protocol_plans import Experiment, check_data, plan
     from mergetune.experiments.protocol_tables import caption, save_table
@@ -25,6 +25,7 @@ __all__ = [
     "caption",
     "cells_folder",
     "check_data",
+    "checked_making",
     "dataset_cache",
     "dataset_call",
     "compare",
@@ -45,7 +46,7 @@ make_lazy(
         "mergetune.experiments.cells": "Task",
         "mergetune.experiments.comparison": "compare",
         "mergetune.experiments.icons": "icons_task run_demo",
-        "mergetune.experiments.own_images": "FolderResult fit_dataset",
+        "mergetune.experiments.own_images": "FolderResult checked_making fit_dataset",
         "mergetune.experiments.protocol_forecast": "forecast",
         "mergetune.experiments.protocol_plans": "Experiment check_data plan",
         "mergetune.experiments.protocol_tables": "caption save_table",

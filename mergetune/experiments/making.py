@@ -55,6 +55,27 @@ class Making:
     def common(self) -> dict[str, Any]:
         return {"zero_shot": self.templates, "seed": self.seed, "progress": self.progress}
 
+    def check(self, classnames: Sequence[str], tuned: Sequence[Solution]) -> None:
+        """Check all options on made-up features of these classes, before images are encoded. Nothing is trained.
+
+        Args:
+            classnames: the training classes.
+            tuned: the fine-tuned solutions; none: stage 1 trains one.
+
+        Raises:
+            TypeError, ValueError: see :func:`mergetune.tune` and :func:`mergetune.fit`.
+        """
+        count = len(classnames)
+        x = F.normalize(torch.randn(count, self.clip.embed_dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+        features = FeatureCache.from_tensors(x, torch.arange(count), classnames)
+        anchors = list(tuned)
+        if not anchors:
+            job = tune_job(
+                self.clip, features, method=self.method, template=self.templates[0], **self.common, **self.tune_options
+            )
+            anchors = [job.start]
+        fit_job(self.clip, features, anchors, **{**self.common, **self.fit_options})
+
     def tuned(self, features: FeatureCache, folder: Path, *, method: str | None = None) -> FitResult:
         """Stage 1 on these images; with another ``method`` than the own one, only shared options are taken."""
         given = dict(self.tune_options)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.clip import PLAIN, FrozenClip, check_templates
+from mergetune.clip.backbone import check_clip
 from mergetune.data import Dataset, FeatureCache, ImageList, cache_features
 from mergetune.evaluation import BaseNovel, Report, accuracy, connectivity, plot
 from mergetune.experiments.canary import Recognised, concept_names, recognised, tell_apart
@@ -152,7 +153,11 @@ def fit_dataset(
         ValueError: an argument is out of range, or solutions, images and CLIP do not belong together.
     """
     out, clock, given = Path(out), _Clock(), dict(fit_options or {})
-    stage_1 = stage_1_of(clip, tuned, method, classes)
+    making = checked_making(
+        clip, data, tuned=tuned, method=method, classes=classes, template=template, seed=seed,
+        tune_options=tune_options, fit_options=given, progress=progress,
+    )  # fmt: skip
+    stage_1, texts = making.method, making.templates
     images = plan_images(
         data, tuned=tuned, classes=classes, shots=shots, seed=seed, measuring=measuring, choosing=choosing,
         retain=retain,
@@ -167,8 +172,6 @@ def fit_dataset(
         validation = None if others is None else encode(f"val-{draw}", others, views=1)  # nothing is trained on these
         shown = None if pictures is None else encode(f"retained-{_short(pictures)}", pictures, views=1)
 
-    texts = check_templates(template)
-    making = Making(clip, texts, stage_1, seed, tune_options or {}, given, progress=progress)
     fold = fold_of(features, validation, halves, texts, seed, hold_out=choosing) if halves else None
     reason = why_not(fold, left_out, choosing=choosing)
     left_out |= {"choosing": reason} if reason else {}
@@ -221,6 +224,39 @@ def fit_dataset(
 
 
 # -- what is done ------------------------------------------------------------------------------------------------------
+
+
+def checked_making(
+    clip: FrozenClip,
+    data: Dataset,
+    *,
+    tuned: Sequence[Solution] = (),
+    method: str = "coop",
+    classes: str = "all",
+    template: str | Sequence[str] = PLAIN,
+    seed: int = 1,
+    tune_options: Mapping[str, Any] | None = None,
+    fit_options: Mapping[str, Any] | None = None,
+    progress: bool = False,
+    **_: Any,
+) -> Making:
+    """What the trainings of a call of :func:`fit_dataset` share. All values are checked; nothing is encoded or written.
+
+    Args:
+        clip, data: see :func:`fit_dataset`, and so are the other arguments. Those that change no training are ignored.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or solutions, classes and CLIP do not belong together.
+    """
+    check_clip(clip)
+    if not isinstance(data, Dataset):
+        got = repr(data) if isinstance(data, str) else f"a {type(data).__name__}"
+        raise TypeError(f"data must be a Dataset, got {got}: mergetune.ImageFolder(FOLDER) reads one")
+    stage_1 = stage_1_of(clip, tuned, method, classes)
+    texts = check_templates(template)
+    making = Making(clip, texts, stage_1, seed, tune_options or {}, fit_options or {}, progress=progress)
+    making.check((data.base_novel()[0] if classes == "base" else data).classnames, tuned)
+    return making
 
 
 def _encoded(

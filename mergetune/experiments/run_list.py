@@ -14,7 +14,7 @@ from mergetune.experiments.engine import kept
 from mergetune.experiments.records import HOME, CellRecord, RunRecordFile
 from mergetune.facts.brief import brief
 from mergetune.io import Document, JsonObject, Number, damaged, read_document
-from mergetune.training.run_folders import CALL, WAY_ON, read_call, recorded_settings
+from mergetune.training.run_folders import CALL, WAY_ON, read_call, recorded_settings, walk_folders
 from mergetune.training.run_settings import flat, is_digest, shown
 from mergetune.training.runs import RESULT, STATE, ResultFile, read_state
 
@@ -29,10 +29,26 @@ class _ReportEntry(Document, frozen=True, extra="ignore"):
     accuracy: Number
 
 
+class _Measured(Document, frozen=True, extra="ignore"):
+    base: _ReportEntry
+    novel: _ReportEntry
+    hm: Number
+
+
 class _ReportFile(Document, frozen=True, extra="ignore"):
-    """``report.json`` of fit on images: part of the test images -> solution -> accuracy, and more."""
+    """``report.json`` of fit on images.
+
+    Attributes:
+        reports: part of the test images -> row -> accuracy, and more.
+        row: row of the saved solution; version 0.1 wrote none.
+        measured: row -> the accuracies of the measuring run; None without this run.
+        seconds: part of the work -> seconds of the last call.
+    """
 
     reports: dict[str, dict[str, JsonObject]] = {}
+    row: str | None = None
+    measured: dict[str, _Measured] | None = None
+    seconds: dict[str, Number] = {}
 
 
 @brief()
@@ -47,7 +63,7 @@ class RunRow:
         settings: the settings that differ between the runs of the list.
         results: accuracies and losses by column, in percent and nats.
         when: local time of the last change.
-        seconds: seconds of training; None if they are not recorded.
+        seconds: seconds of the whole run; of its training alone where nothing else is recorded; None without a record.
         error: what is wrong with a damaged run.
     """
 
@@ -149,9 +165,30 @@ def _training_row(row: RunRow, folder: Path) -> tuple[RunRow, dict[str, Any]]:
         break
     if (folder / REPORT).exists():
         report = read_document(folder / REPORT, _ReportFile, way_on="delete it and run the command again")
-        results = _accuracies({part: _report_rows(found, folder) for part, found in report.reports.items()}) | results
+        found = {part: _report_rows(found, folder) for part, found in report.reports.items()}
+        results = _accuracies(found, report.row) | _measured(report) | results
+    else:
+        report = _ReportFile()
     seconds = None if result is None else result.timings.get("seconds")
+    if seconds is not None and report.seconds:  # a call of a finished run takes little time and trains nothing
+        seconds = max(sum(report.seconds.values()), _seconds_of_training(parts))
     return replace(row, state=state, results=results, seconds=seconds), _in_words(settings, words)
+
+
+def _measured(report: _ReportFile) -> dict[str, float]:
+    """Accuracies of the saved row in the measuring run, where the saved solution itself knows all classes."""
+    found = (report.measured or {}).get(report.row or "")
+    if found is None or "all" not in report.reports:
+        return {}
+    return {"your classes": found.base.accuracy, "new classes": found.novel.accuracy, "HM": found.hm}
+
+
+def _seconds_of_training(parts: Sequence[Path]) -> float:
+    """Seconds of all trainings that are recorded in the folder of a run and in those of its parts."""
+    below = [folder for part in parts[1:] if part.is_dir() for folder in walk_folders(part)]
+    files = [folder / RESULT for folder in (parts[0], *below) if (folder / RESULT).is_file()]
+    read = [read_document(file, ResultFile, way_on=WAY_ON) for file in files]
+    return sum(record.timings.get("seconds", 0.0) for record in read)
 
 
 def _report_rows(found: Mapping[str, Any], folder: Path) -> dict[str, float]:
@@ -182,13 +219,18 @@ def _cell_row(row: RunRow, folder: Path) -> tuple[RunRow, dict[str, Any]]:
     return replace(row, state=state, results=_accuracies(found), seconds=record.get("seconds")), settings
 
 
-def _accuracies(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Accuracy of MERGETUNE on each part, or of the last solution, and the harmonic mean of base and novel classes."""
+def _accuracies(parts: Mapping[str, Mapping[str, float]], row: str | None = None) -> dict[str, float]:
+    """Accuracy on each part of the test images, and the harmonic mean of base and novel classes.
+
+    Args:
+        parts: part -> row -> accuracy.
+        row: the wanted row; None, or a row that a part lacks, takes MERGETUNE, or else the last row.
+    """
     found = {}
     for part, rows in parts.items():
         if rows and part not in HOME:
-            name = next((name for name in rows if name.startswith("MERGETUNE")), list(rows)[-1])
-            found[part] = rows[name]
+            usual = next((name for name in rows if name.startswith("MERGETUNE")), list(rows)[-1])
+            found["accuracy" if part == "all" else part] = rows.get(row or "", rows[usual])
     if found.keys() >= {"base", "novel"}:
         total = found["base"] + found["novel"]
         found["HM"] = 2 * found["base"] * found["novel"] / total if total else 0.0

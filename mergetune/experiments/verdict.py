@@ -27,7 +27,7 @@ def verdict(
        surely below the fine-tuned one there: zero-shot is poor, a head is advised.
     2. The solution is surely below the fine-tuned one in the harmonic mean: it is not to be used.
     3. The solution is surely below zero-shot CLIP in the harmonic mean: it is not to be used.
-    4. No difference to the fine-tuned solution is sure: that is said.
+    4. No difference to the fine-tuned solution is sure: that is said; the simpler one, the fine-tuned, may be kept.
     5. Otherwise the differences are told.
 
     Args:
@@ -58,7 +58,8 @@ def verdict(
     if row == tuned:
         return f"The {tuned} solution is the best choice here: {beside}."
     if not any(gain.above or gain.below for gain in to_tuned.values()):
-        return f"{row} and {title} cannot be told apart here: {_told(to_tuned, whole, title)}; {beside}."
+        same = f"{row} and {title} cannot be told apart here: {_told(to_tuned, whole, title)}"
+        return f"{same}; {beside}; keep the simpler one, {title}."
     return f"{row}: {_told(to_tuned, whole, title)}; {beside}."
 
 

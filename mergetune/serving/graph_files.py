@@ -19,7 +19,8 @@ import torch
 from torch.export import ExportedProgram
 
 from mergetune.clip import FrozenClip
-from mergetune.io import read_regular, write_atomically
+from mergetune.facts.function_options import BACKGROUND
+from mergetune.io import background_colour, read_regular, write_atomically
 from mergetune.serving.graphs import check_logits, facts_of, traced
 from mergetune.solutions import Solution
 
@@ -36,6 +37,7 @@ def to_onnx(
     clip: FrozenClip,
     classnames: Sequence[str] | None = None,
     separate_weights: bool | None = None,
+    background: str = BACKGROUND,
 ) -> Path:
     """Write a solution as one ONNX graph from images to logits, and ``predict_onnx.py`` beside it.
 
@@ -43,7 +45,8 @@ def to_onnx(
     image maps are constants of the graph; the text tower is left out. The logits contain logit scale, bias and
     temperature: their softmax gives the probabilities of ``mergetune predict``, and so does their sigmoid for
     ``--activation sigmoid``, which SigLIP models allow. The file's metadata holds, as JSON, the class names, the scale
-    and the preprocessing; ``predict_onnx.py`` reads them with numpy, Pillow and onnxruntime alone. Before the file
+    and the preprocessing; ``predict_onnx.py`` reads them with numpy, Pillow and onnxruntime alone, and decodes pictures
+    as ``mergetune predict`` does. Before the file
     takes its place, onnxruntime runs it on random pixels, and the logits must be those of the solution to 1e-3.
 
     Args:
@@ -54,6 +57,7 @@ def to_onnx(
         classnames: C names, of any classes that the solution serves; None takes the classes of the solution.
         separate_weights: write the weights into a second file, ``FILE.data``, which must stay beside the first. None
             does so from 1 GiB of weights on, because one ONNX file holds at most 2 GB.
+        background: colour under transparent pixels, a name or "#rrggbb": the one that the features were cached with.
 
     Returns:
         The path of the file.
@@ -77,8 +81,9 @@ def to_onnx(
     predictor = (files("mergetune") / "assets" / PREDICTOR).read_bytes()
     _refuse_another_program(file.parent / PREDICTOR, predictor)
     require_packages("onnx")
+    background_colour(background)  # refuses a colour that does not exist
     program, names = traced(clip, solution, classnames)
-    facts = facts_of(clip, solution, names)
+    facts = facts_of(clip, solution, names, background)
     made = _onnx_program(program, clip.name)
     for node in made.model.graph:
         node.metadata_props.clear()  # names the files of this machine
@@ -100,7 +105,12 @@ def to_onnx(
 
 
 def to_torch_export(
-    solution: Solution, file: str | Path, *, clip: FrozenClip, classnames: Sequence[str] | None = None
+    solution: Solution,
+    file: str | Path,
+    *,
+    clip: FrozenClip,
+    classnames: Sequence[str] | None = None,
+    background: str = BACKGROUND,
 ) -> Path:
     """Write a solution as one program of torch.export from images to logits, for torch without mergetune and open_clip.
 
@@ -113,6 +123,7 @@ def to_torch_export(
         file: path that ends in .pt2. An existing file is replaced.
         clip: the CLIP that the solution was made for, in float32 on the CPU.
         classnames: C names, of any classes that the solution serves; None takes the classes of the solution.
+        background: colour under transparent pixels, for the facts.
 
     Returns:
         The path of the file.
@@ -130,8 +141,9 @@ def to_torch_export(
         torch.Size([5, 2])
     """
     file = checked_file(file, "torch-export")
+    background_colour(background)  # refuses a colour that does not exist
     program, names = traced(clip, solution, classnames)
-    facts = facts_of(clip, solution, names)
+    facts = facts_of(clip, solution, names, background)
     with _staged(file) as part:
         torch.export.save(program, part, extra_files={FACTS: json.dumps(facts)})
         check_logits(torch.export.load(part).module(), clip, solution, names, "program")

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from mergetune.clip import FrozenClip
+from mergetune.clip.backbone import check_clip
 from mergetune.clip.edited_towers import privately
 from mergetune.clip.text_tower import pooled
 from mergetune.evaluation import classifier, temperature_of
+from mergetune.facts.function_options import BACKGROUND
 from mergetune.io import installed_version
 from mergetune.solutions import Solution, image_features, inputs
 from mergetune.solutions.exports import classnames_of
@@ -66,8 +68,10 @@ def image_size(clip: FrozenClip) -> tuple[int, int]:
     return height, width
 
 
-def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) -> dict[str, Any]:
-    """What a program must know of the graph, JSON-able: its classes, its logits and its pixels."""
+def facts_of(
+    clip: FrozenClip, solution: Solution, classnames: Sequence[str], background: str = BACKGROUND
+) -> dict[str, Any]:
+    """What a program must know of the graph, JSON-able: its classes, its logits, its pixels and the background."""
     cfg = clip.preprocess_cfg
     size = image_size(clip)
     bicubic = cfg["interpolation"] != "bilinear" or (cfg["resize_mode"] == "shortest" and size[0] != size[1])
@@ -85,6 +89,7 @@ def facts_of(clip: FrozenClip, solution: Solution, classnames: Sequence[str]) ->
             "resize": cfg["resize_mode"],
             "fill": cfg["fill_color"],
         },
+        "background": background,  # under transparent pixels
         "solution": solution.kind,
         "backbone": public_backbone(solution.backbone or clip.name),
         "mergetune": installed_version("mergetune"),
@@ -99,6 +104,7 @@ def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | Non
             an image than its features.
         RuntimeError: torch.export cannot follow the image tower.
     """
+    check_clip(clip)
     check_supported(solution)
     names = list(classnames_of(solution, classnames))
     solution.check(clip)

@@ -5,6 +5,7 @@ Shapes: M settings (states that are computed together), C classes, D embedding w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -33,6 +34,7 @@ from mergetune.io import (
     write_atomically,
     write_json,
 )
+from mergetune.solutions.resaving import TEMPERATURE, kept_temperature
 from mergetune.solutions.states import State, mix, stacked, weighted_sums
 
 if TYPE_CHECKING:
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "solution.safetensors", "solution.json"
 FORMAT, VERSION = "mergetune-solution", 1
 WAY_ON = "save the solution again, or take another copy of the folder"
-#: Name of the note with the number that the logits of this state are divided by before probabilities are computed.
-TEMPERATURE = "temperature"
 
 
 class Description(Document, frozen=True):
@@ -345,7 +345,11 @@ def check_same_shapes(a: Solution, b: Solution) -> None:
 
 
 def write_solution(solution: Solution, path: str | Path) -> None:
-    """Write a solution into a folder: tensors as safetensors, everything else as JSON with their checksum."""
+    """Write a solution into a folder: tensors as safetensors, everything else as JSON with their checksum.
+
+    If the folder holds the same solution with a temperature, and this one has none, the temperature stays: it belongs
+    to the tensors. A warning says so if the solution is another one and the temperature goes.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     config = {
@@ -360,6 +364,10 @@ def write_solution(solution: Solution, path: str | Path) -> None:
     }
     weights = serialize({name: t.detach().cpu().contiguous() for name, t in solution.saved_state().items()})
     config["sha256"] = hashlib.sha256(weights).hexdigest()  # shows a save that was cut off between the two files
+    if TEMPERATURE not in solution.notes and (path / CONFIG).is_file():
+        with contextlib.suppress(ValueError, OSError):  # a damaged file is written again
+            read_config(path)
+            config["notes"] = solution.notes | kept_temperature(read_json(path / CONFIG), config, path)
     text = json.dumps(config, indent=2)  # fails before anything is written if notes are not JSON
     write_atomically(path / WEIGHTS, weights)
     write_atomically(path / CONFIG, f"{text}\n".encode())

@@ -21,7 +21,7 @@ from mergetune.clip import FrozenClip
 from mergetune.io import write_atomically
 from mergetune.solutions.base import Solution
 from mergetune.solutions.head import Head
-from mergetune.solutions.kinds import known_classes
+from mergetune.solutions.kinds import given_names, known_classes
 from mergetune.solutions.published import public_backbone
 from mergetune.solutions.sidecars import write_sidecar
 from mergetune.solutions.space import image_features, span
@@ -150,7 +150,9 @@ def checked_suffix(file: str | Path, suffixes: Sequence[str]) -> Path:
 
 def classnames_of(solution: Solution, classnames: Sequence[str] | None) -> tuple[str, ...]:
     """The given class names, or those of the solution, or those that it was trained on."""
-    names = known_classes(solution) if classnames is None else classnames
+    if classnames is not None:
+        return given_names(solution, classnames)
+    names = known_classes(solution)
     if names is None:
         raise ValueError(f"classnames must be given for a {solution.kind} that serves any classes, got None")
     return tuple(names)
@@ -168,6 +170,8 @@ def _as_head(
         whole: whether ``classnames`` must be all classes of a solution that has classes.
     """
     own = solution.classnames
+    if classnames is not None:
+        given_names(solution, classnames)
     if whole and own is not None and classnames is not None and tuple(classnames) != own:
         raise ValueError(
             f"classnames must be the {len(own)} classes of the {solution.kind} or None, got {len(classnames)} names"

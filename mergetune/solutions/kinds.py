@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mergetune.clip import PLAIN, FrozenClip, check_templates
+from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
 from mergetune.io import damaged
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.head import Head
@@ -141,6 +141,31 @@ def known_classes(solution: Solution) -> tuple[str, ...] | None:
         return noted
     parts = solution.parts if isinstance(solution, Stack) else ()
     return next((names for part in reversed(parts) if (names := known_classes(part))), None)
+
+
+def given_names(solution: Any, classnames: Sequence[str]) -> tuple[str, ...]:
+    """Class names that a user gives for a prediction or a file, as a tuple. Each name stands there once.
+
+    The names that a solution knows are taken as they are: those of ImageNet repeat some.
+
+    Args:
+        solution: the solution, or zero-shot templates.
+        classnames: the names.
+
+    Raises:
+        TypeError: a single text instead of a list.
+        ValueError: no name, an empty one, or the same one twice.
+    """
+    names = check_classnames(classnames)
+    if isinstance(solution, Solution) and names == known_classes(solution):
+        return names
+    first: dict[str, int] = {}
+    for place, name in enumerate(names, start=1):
+        if first.setdefault(name, place) != place:
+            raise ValueError(
+                f"classnames must not repeat, got {name!r} at positions {first[name]} and {place}: leave one out"
+            )
+    return names
 
 
 def _noted_classes(notes: Any) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mergetune.training.curvature import fisher_diagonal
     from mergetune.training.jobs import Job
     from mergetune.training.loop import train_together
-    from mergetune.training.run_folders import forgotten_if_refused, run_folder, run_title
+    from mergetune.training.run_folders import finished_epochs, forgotten_if_refused, run_folder, run_title
     from mergetune.training.runs import FitResult, in_words_of, settings_of
     from mergetune.training.stage_one import tune, tune_job
     from mergetune.training.stage_two import fit, fit_job
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FitResult",
     "Job",
+    "finished_epochs",
     "fisher_diagonal",
     "fit",
     "fit_job",
@@ -35,7 +36,7 @@ make_lazy(
         "mergetune.training.curvature": "fisher_diagonal",
         "mergetune.training.jobs": "Job",
         "mergetune.training.loop": "train_together",
-        "mergetune.training.run_folders": "forgotten_if_refused run_folder run_title",
+        "mergetune.training.run_folders": "finished_epochs forgotten_if_refused run_folder run_title",
         "mergetune.training.runs": "FitResult in_words_of settings_of",
         "mergetune.training.stage_one": "tune tune_job",
         "mergetune.training.stage_two": "fit fit_job",

@@ -220,6 +220,17 @@ def _has_state(folder: Path) -> bool:
     return (folder / STATE).exists() or (folder / RESULT).exists()
 
 
+def finished_epochs(folder: Path) -> int:
+    """How many epochs the run that trains in this folder has finished; 0 if none, or if its state is damaged."""
+    if not (folder / STATE).exists():
+        return 0
+    try:
+        record, _ = read_state(folder / STATE)
+    except ValueError:  # reading it for training says what is wrong
+        return 0
+    return len(record.history)
+
+
 def run_title(folder: Path) -> str:
     """Number and settings of a run, for people: "run 2 (lam 4) in out/run-2-lam-4"."""
     match = _NUMBERED.fullmatch(folder.name)

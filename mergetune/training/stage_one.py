@@ -10,7 +10,9 @@ from typing import Any
 
 from mergetune import ops
 from mergetune.clip import PRECISIONS, FrozenClip, check_templates
+from mergetune.clip.backbone import check_clip
 from mergetune.data import Batches
+from mergetune.data.batches import check_batches
 from mergetune.facts import TuneOptions, recorded
 from mergetune.facts.function_options import TOP_METHODS, TUNE_SETTINGS, check_method, check_types
 from mergetune.solutions import Head, LinearMap, Prompt, Residual, Solution, Stack, Templates, space_of, stacked
@@ -131,6 +133,10 @@ def tune_job(
         clip, features, base, val, resume, progress: see :func:`tune`.
         given: the other options of :func:`tune`, see :class:`mergetune.facts.TuneOptions`.
     """
+    check_clip(clip)
+    check_batches(features)
+    if val is not None:
+        check_batches(val, "val")
     options = TuneOptions(**given)
     if options.method not in TUNE_SETTINGS:
         raise ValueError(f"method must be one of {', '.join(TUNE_SETTINGS)}, got {options.method!r}")

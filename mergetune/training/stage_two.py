@@ -13,7 +13,9 @@ from torch import Tensor
 
 from mergetune import ops
 from mergetune.clip import PLAIN, PRECISIONS, FrozenClip, check_templates
+from mergetune.clip.backbone import check_clip
 from mergetune.data import Batches
+from mergetune.data.batches import check_batches
 from mergetune.facts import FitOptions, recorded
 from mergetune.facts.function_options import SPACES, SURROGATES, check_types
 from mergetune.solutions import (
@@ -142,6 +144,10 @@ def fit_job(
         clip, features, tuned, val, resume, progress: see :func:`fit`.
         given: the other options of :func:`fit`, see :class:`mergetune.facts.FitOptions`.
     """
+    check_clip(clip)
+    check_batches(features)
+    if val is not None:
+        check_batches(val, "val")
     options = FitOptions(**given)
     check_types(options)
     training = training_of(options)

@@ -4,13 +4,23 @@ import csv
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from importlib.resources import as_file, files
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Head, classifier, load_clip, load_solution, predict_features, temperature_of
+from mergetune import (
+    FeatureCache,
+    Head,
+    classifier,
+    load_clip,
+    load_solution,
+    predict_features,
+    temperature_of,
+    with_temperature,
+)
 from mergetune.cli import app
 
 CLASSES = ("anchor", "bell", "camera", "heart")
@@ -146,6 +156,31 @@ def test_a_saved_temperature_does_not_stop_a_run_from_resuming(work, tmp_path):
     again = invoke(*fit)
     assert again.exit_code == 0, again.stderr
     assert (tmp_path / "out" / "solution.safetensors").read_bytes() == tensors
+
+
+def test_a_finished_run_keeps_its_temperature_when_it_runs_again(work, tmp_path):
+    out, caches = tmp_path / "out", ["--cache", work / "train", "--backbone", model(), "--epochs", 1]
+    for command in (["fit", *caches, "--tuned", work / "head"], ["tune", *caches, "--method", "head", "--overwrite"]):
+        assert invoke(*command, "--out", out).exit_code == 0
+        assert evaluate(work, "--solution", out, "--temperature", "--val", work / "val").exit_code == 0
+        fitted = temperature_of(load_solution(out))
+        again = invoke(*[word for word in command if word != "--overwrite"], "--out", out)
+        assert again.exit_code == 0 and fitted != 1 and temperature_of(load_solution(out)) == fitted
+
+
+def test_saving_keeps_the_temperature_of_the_same_solution_alone(work, tmp_path):
+    head = load_solution(work / "head")
+    with_temperature(head, 1.5).save(tmp_path)
+    head.save(tmp_path)
+    replace(head, notes={"settings": {"epochs": 2}}).save(tmp_path)
+    assert load_solution(tmp_path).notes == {"settings": {"epochs": 2}, "temperature": 1.5}
+    with_temperature(head, 1.0).save(tmp_path)
+    assert temperature_of(load_solution(tmp_path)) == 1
+    for other in (replace(head, weight=head.weight + 1), replace(head, logit_scale=2.0)):
+        with_temperature(head, 1.5).save(tmp_path)
+        with pytest.warns(UserWarning, match="the temperature 1.5 is removed from .* fitted for another solution"):
+            other.save(tmp_path)
+        assert temperature_of(load_solution(tmp_path)) == 1
 
 
 def test_what_cannot_be_answered_is_refused(work, tmp_path):

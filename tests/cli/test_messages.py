@@ -57,10 +57,15 @@ def said(*arguments) -> str:
             "tune --cache {cache} --out {out} --backbone {icons} --method map --position front",
             "--position must be left out for method 'map', which does not use it, got 'front'",
         ),
+        (
+            "fit {cache} --out {out} --backbone {icons}",
+            "IMAGES must hold one folder per class, got {cache}: it holds no",
+        ),
     ],
 )
 def test_an_error_names_the_option(places, tmp_path, arguments, message):
-    places = places | {"gone": str(tmp_path / "gone"), "out": str(tmp_path / "out")}
+    places = places | {"icons_folder": places["icons"].removeprefix("local-dir:")}
+    places |= {"gone": str(tmp_path / "gone"), "out": str(tmp_path / "out")}
     assert f"error: {message.format(**places)}" in said(*arguments.format(**places).split())
     assert not (tmp_path / "out").exists()
 

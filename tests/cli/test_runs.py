@@ -20,7 +20,7 @@ from tiny import cache, prompt
 from typer.testing import CliRunner
 
 import mergetune
-from mergetune.cli import app
+from mergetune.cli import app, listing
 from mergetune.experiments import Task, cells_folder, comparison, list_runs
 from mergetune.facts import CompareOptions
 from mergetune.training import run_folder
@@ -114,6 +114,7 @@ def test_other_settings_go_to_a_named_folder_and_equal_ones_to_their_own(work, m
     for arguments, made in (((), first), (("--lam", 4), second)):  # also after another run was made
         again = invoke(*fit(work, model, out, *arguments))
         assert Path(made["out"]).name in again.stdout and content(out) == before
+        assert "this run was finished before: nothing is trained" in again.stderr
     shown = invoke(*fit(work, model, out, "--lam", 4, "--tau", 0.6, "--lr", 1e-5, "--seed", 3)).stdout
     assert f"run 3 (lam 4, tau 0.6, lr 1e-05) in {third['out']}" in shown
     assert json.loads((out / "run-2-lam-4" / "result.json").read_text())["settings"]["lam"] == 4
@@ -306,6 +307,30 @@ def test_under_torchrun_the_first_rank_decides(tmp_path, one_thread):
 # -- images and experiments --------------------------------------------------------------------------------------------
 
 
+def test_the_list_shows_the_saved_solution_in_columns_that_fit(work, model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(*fit(work, model, out))
+    run(*fit(work, model, out, "--lam", 4))
+    parts = {"base": {"accuracy": 81.0}, "novel": {"accuracy": 55.0}, "hm": 65.5, "hm_error": 1.0}
+    scores = {name: {"accuracy": value} for name, value in (("zero-shot", 50), ("MERGETUNE", 60), ("head", 70))}
+    report = {"reports": {"all": scores}, "row": "head", "measured": {"head": parts, "MERGETUNE": parts | {"hm": 1.0}}}
+    (out / "report.json").write_text(json.dumps(report))
+    (row, other) = list_runs(out)
+    expected = {"accuracy": 70.0, "your classes": 81.0, "new classes": 55.0, "HM": 65.5}
+    assert row.results == expected | {"loss": row.results["loss"]} and other.results.keys() == {"loss"}
+    (out / "report.json").write_text(json.dumps({"reports": {"all": scores}}))  # as version 0.1 wrote it
+    assert list_runs(out)[0].results["accuracy"] == 60
+    (out / "report.json").write_text(json.dumps(report))
+    monkeypatch.setenv("COLUMNS", "60")
+    piped = invoke("runs", out).stdout
+    (line,) = [line for line in piped.splitlines() if "run-2-lam-4" in line]
+    assert "finished" in line and "your classes" in piped and other.when in line
+    monkeypatch.setattr(listing, "is_terminal", lambda: True)
+    blocks = invoke("runs", out).stdout
+    assert "  your classes: 81.00" in blocks.splitlines() and "run-2-lam-4" in blocks.splitlines()
+    assert max(map(len, blocks.splitlines())) <= 60
+
+
 def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     arguments = ["fit", work / "images", "--backbone", model, "--shots", 4, "--epochs", 1, "--out", tmp_path]
     run(*arguments)
@@ -316,7 +341,13 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     assert (tmp_path / "run-2-lam-4" / "report.json").is_file() and (tmp_path / "run-2-lam-4" / "tuned").is_dir()
     rows = run("runs", tmp_path)
     assert [row["name"] for row in rows] == [".", "run-2-lam-4"]
-    assert [row["settings"]["lam"] for row in rows] == ["chosen", "4"] and {"all"} <= rows[0]["results"].keys()
+    assert [row["settings"]["lam"] for row in rows] == ["chosen", "4"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert rows[0]["results"]["accuracy"] == report["reports"]["all"]["MERGETUNE"]["accuracy"]
+    assert rows[0]["seconds"] >= sum(report["seconds"].values()) > 0
+    again = invoke(*arguments)  # a finished run, which takes little time
+    assert "this run was finished before: nothing is trained, only tested again" in again.stderr
+    assert run("runs", tmp_path)[0]["seconds"] >= run("runs", tmp_path)[1]["seconds"] / 10
     names = sorted(name for name in os.listdir(tmp_path / "cache"))
     refused = invoke(*arguments, "--lam", -1)
     assert refused.exit_code == 2 and "lam must be" in refused.stderr

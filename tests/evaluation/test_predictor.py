@@ -409,3 +409,21 @@ def test_another_clip_is_refused(icon_clip, solutions):
     with pytest.raises(ValueError, match="must be the one|must have the"):
         mt.Predictor(tiny_clip(), solutions["prompt"])
     assert len(cache().classnames) == 3
+
+
+def test_a_class_name_that_is_given_twice_is_refused_with_both_positions(clip, tmp_path):
+    """The names that a solution brings may repeat, as ImageNet's do."""
+    twice, said = ["cat", "dog", "cat"], "classnames must not repeat, got 'cat' at positions 1 and 3"
+    solution, own = mt.Templates(("a photo of a {}.",)), mt.Head(torch.eye(8)[:3], ("crane", "dog", "crane"))
+    for call in (
+        lambda: mt.Predictor(clip, solution, twice),
+        lambda: mt.Predictor(clip, "a photo of a {}.", twice),
+        lambda: mt.to_head(solution, tmp_path / "a.npz", clip=clip, classnames=twice),
+        lambda: mt.zero_shot_classifier(solution, clip, twice),
+        lambda: mt.to_onnx(solution, tmp_path / "a.onnx", clip=clip, classnames=twice),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+    assert not list(tmp_path.iterdir())
+    assert mt.Predictor(clip, own).classnames == mt.Predictor(clip, own, own.classnames).classnames == own.classnames
+    assert mt.to_head(own, tmp_path / "a.npz").classnames == own.classnames

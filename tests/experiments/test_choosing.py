@@ -124,6 +124,7 @@ def test_a_loss_is_called_a_loss():
 
 def test_no_difference_is_called_none():
     assert said((300, 300), (301, 300), (300, 301)).startswith("MERGETUNE and CoOp cannot be told apart here")
+    assert said((300, 300), (301, 300), (300, 301)).endswith("; keep the simpler one, CoOp.")
 
 
 def test_a_chosen_zero_shot_or_fine_tuned_solution_is_named():

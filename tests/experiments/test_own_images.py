@@ -229,3 +229,29 @@ def test_a_chosen_kind_is_saved_in_place_of_mergetune(fit, data, folder, tmp_pat
 def test_other_methods_are_refused_with_those_there_are(fit, tmp_path):
     with pytest.raises(ValueError, match="method must be one of coop, kgcoop, head, auto, got 'wise'"):
         fit(tmp_path, method="wise")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fit_options": {"lam": -3}}, "lam must be finite and not negative, got -3"),
+        ({"fit_options": {"tau": 3}}, r"tau must lie in \[0, 1\], got 3"),
+        ({"fit_options": {"epochs": 0}}, "epochs must be a whole number of at least 1, got 0"),
+        ({"fit_options": {"surrogate": "hessian"}}, "surrogate must be one of"),
+        ({"fit_options": {"grid": [2.0]}}, "grid|points"),
+        ({"tune_options": {"lr": -1.0}}, "lr must be finite and positive"),
+        ({"tune_options": {"n_ctx": 0}}, "n_ctx"),
+        ({"tune_options": {"template": "a photo"}, "template": "a photo"}, "template"),
+        ({"method": "head", "tune_options": {"momentum": -1.0}}, "momentum must be finite"),
+        ({"method": "auto", "fit_options": {"beta": -1.0}}, "beta must be finite"),
+        ({"classes": "base", "fit_options": {"points": 0}}, "points must be"),
+    ],
+)
+def test_values_are_checked_before_any_image_is_encoded(icon_clip, data, tmp_path, monkeypatch, given, message):
+    def encode(*_, **__):
+        raise AssertionError("an image is encoded")
+
+    monkeypatch.setattr(mt.FrozenClip, "encode_image", encode)
+    with pytest.raises((ValueError, TypeError), match=message):
+        mt.fit_dataset(icon_clip, data, tmp_path / "out", **{"template": TEMPLATE, "progress": False, **given})
+    assert not list(tmp_path.iterdir())

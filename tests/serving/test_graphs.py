@@ -20,6 +20,7 @@ from tiny import NAMES, TEXT, head, normal, prompt, tiny_clip, tiny_model
 
 import mergetune as mt
 from mergetune import FrozenClip, LinearMap, Residual, Stack, Templates
+from mergetune.data import load_image
 from mergetune.serving import facts_of
 
 ASSETS = Path(str(files("mergetune") / "assets"))
@@ -138,6 +139,62 @@ def test_the_predictors_pixels_are_those_of_the_clip(cfg):
         assert np.array_equal(pixels_of(picture, **settings), clip.preprocess(picture).numpy()), (width, height)
 
 
+def odd_pictures() -> dict[str, Image.Image]:
+    """Pictures that Pillow's own conversion to RGB destroys: transparency, and greys of more than 8 bits."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 4), np.uint8)
+    rgba, grey = Image.fromarray(noise), noise[..., 0].astype(np.uint16)
+    palette = Image.fromarray(noise[..., 0] % 4, "P")
+    palette.putpalette(list(range(12)))
+    palette.info["transparency"] = 2
+    return {
+        "rgba.png": rgba,
+        "la.png": rgba.convert("LA"),
+        "palette.png": palette,
+        "deep.png": Image.fromarray(grey * 257),
+        "bits12.tif": Image.fromarray(grey * 16),
+        "int.tif": Image.fromarray(grey.astype(np.int32) * 1000 - 70_000),
+        "unit.tif": Image.fromarray(grey.astype(np.float32) / 255),
+        "float.tif": Image.fromarray(grey.astype(np.float32) * 3 - 100),
+    }
+
+
+def test_the_predictor_decodes_every_kind_of_pixel_as_mergetune_does(tmp_path, clip):
+    predictor = runpy.run_path(str(ASSETS / "predict_onnx.py"))
+    settings = json.loads(json.dumps(facts_of(clip, Templates(), NAMES)["preprocess"]))
+    for name, picture in odd_pictures().items():
+        picture.save(tmp_path / name, **{k: v for k, v in picture.info.items() if k == "transparency"})
+        with Image.open(tmp_path / name) as image:
+            for background in ("white", "#204060"):
+                got = predictor["pixels_of"](predictor["as_rgb"](image, background), **settings)
+                expected = clip.preprocess(load_image(tmp_path / name, background=background)).numpy()
+                assert np.array_equal(got, expected), (name, background)
+    white = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    white.putpixel((0, 0), (255, 255, 255, 255))
+    for picture in (white, Image.fromarray(np.full((4, 4), np.nan, np.float32))):
+        with pytest.raises(ValueError, match="one colour on a white background|finite values, got NaN"):
+            predictor["as_rgb"](picture, "white")
+
+
+def test_the_predictor_answers_the_other_pictures_and_says_what_cannot_be_read(tmp_path, clip):
+    """The background of the export reaches the script."""
+    file = mt.to_onnx(Templates(), tmp_path / "a.onnx", clip=clip, classnames=NAMES, background="black")
+    for name, picture in odd_pictures().items():
+        picture.save(tmp_path / name, **{k: v for k, v in picture.info.items() if k == "transparency"})
+    (tmp_path / "broken.png").write_text("no picture")
+    pictures = [str(tmp_path / name) for name in ("missing.png", "rgba.png", "broken.png", "palette.png", "la.png")]
+    script = [sys.executable, str(tmp_path / "predict_onnx.py")]
+    done = subprocess.run([*script, str(file), *pictures], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == [pictures[0], pictures[2]]
+    answers = [line.split("\t") for line in done.stdout.splitlines()]
+    expected = mt.Predictor(clip, Templates(), NAMES, background="black")(*(p for p in pictures if p[-7:] != "ing.png"))
+    expected = [found for found in expected if found.error is None]
+    assert [answer[:2] for answer in answers] == [[found.file, found.label] for found in expected]
+    np.testing.assert_allclose([float(p) for *_, p in answers], [found.probability for found in expected], atol=1e-3)
+    usage = subprocess.run(script, capture_output=True, text=True)
+    assert usage.returncode == 1 and usage.stderr.startswith("usage: python predict_onnx.py MODEL.onnx PICTURE")
+
+
 # -- torch.export -----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +271,8 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, clip, 
     half = FrozenClip(tiny_model().bfloat16(), clip.tokenizer, "half")
     with pytest.raises(ValueError, match="clip must be a float32 model on the CPU, got torch.bfloat16 on cpu"):
         write(head(), file, clip=half)
+    with pytest.raises(ValueError, match="background must be a colour .* got 'whitish'"):
+        write(head(), file, clip=clip, background="whitish")
     assert not list(tmp_path.iterdir())
 
 
