@@ -23,7 +23,7 @@ def as_rgb(image, background):
         return image.convert("RGB")
     picture = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
-    if all(low == high for low, high in flat.getextrema()) and any(low < high for low, high in picture.getextrema()):
+    if not np.ptp(np.asarray(flat), axis=(0, 1)).any() and np.ptp(np.asarray(picture), axis=(0, 1)).any():
         raise ValueError(f"the picture becomes one colour on a {background} background: export with another background")
     return flat
 
