@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from rich.measure import Measurement
 
 from mergetune.cli.options import Json
