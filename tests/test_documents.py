@@ -398,13 +398,15 @@ def test_a_record_whose_numbers_do_not_fit_is_refused(cases, tmp_path, name, pla
     assert message in str(caught.value) and str(caught.value).endswith("; delete it to run it again")
 
 
-@pytest.mark.parametrize("part", ["../mine", "/mine", "a/b", "..", ""])
+@pytest.mark.parametrize("part", ["../mine", "/mine", "a/b", "..", "", "mymodel"])
 def test_the_parts_of_a_run_lie_in_its_folder(cases, tmp_path, part):
     """Replacing a run deletes files there."""
     case = cases["call"]
     document = json.loads(case.read(case.folder)) | {"parts": ["tuned", part]}
     case.write(tmp_path, json.dumps(document).encode())
-    with pytest.raises(ValueError, match=r"call.json is damaged: parts\[1\] must be the name of a folder, got "):
+    with pytest.raises(
+        ValueError, match=r"call.json is damaged: parts\[1\] must be one of tuned, measure, mergetune, got "
+    ):
         read_call(tmp_path)
 
 

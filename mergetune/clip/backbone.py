@@ -364,7 +364,7 @@ def weights_fingerprint(model: nn.Module, part: str) -> str:
 
 
 def check_clip(clip: Any) -> None:
-    """Raise TypeError unless the argument ``clip`` of a function is a CLIP."""
-    if not isinstance(clip, FrozenClip):
+    """Raise TypeError unless the argument ``clip`` of a function is a CLIP, or has the attributes of one."""
+    if not (isinstance(clip, FrozenClip) or all(hasattr(clip, name) for name in ("encode_image", "image_fingerprint"))):
         got = repr(clip) if isinstance(clip, str) else f"a {type(clip).__name__}"
         raise TypeError(f"clip must be a FrozenClip, got {got}: mergetune.load_clip(NAME, WEIGHTS) loads one")

@@ -108,7 +108,7 @@ def cache_features(
         OSError: the disk is full, for example. Finished shards are kept.
     """
     check_clip(clip)
-    if not isinstance(images, ImageList):
+    if isinstance(images, str | Path) or hasattr(images, "full_train"):
         got = repr(images) if isinstance(images, str) else f"a {type(images).__name__}"
         split = hasattr(images, "full_train")
         way_on = "take its train, val or test" if split else "mergetune.ImageFolder reads a folder"

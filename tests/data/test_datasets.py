@@ -345,7 +345,7 @@ def test_class_folders_without_images_are_refused(copy, name, place):
     (folder / place).mkdir(parents=True)
     (folder / "images/val").mkdir(parents=True, exist_ok=True)
     (folder / "classnames.txt").write_text("n01440764 tench\n")
-    with pytest.raises(ValueError, match="must hold one folder per class, got .*: .* holds no folders"):
+    with pytest.raises(ValueError, match="must hold one folder per class, got no folders"):
         CoOpDataset(name, folder.parent)
 
 

@@ -139,7 +139,7 @@ def test_temperature_divides_the_logits(icon_clip, icons, features, solutions):
     torch.testing.assert_close(probabilities(predictor(icons), CLASSES), (logits / 2.5).softmax(-1), atol=1e-5, rtol=0)
     assert predictor.temperature == temperature_of(solution) == 2.5 and "temperature 2.5" in repr(predictor)
     assert temperature_of(solutions["prompt"]) == 1
-    with pytest.raises(ValueError, match="temperature .* above 0, got -1"):
+    with pytest.raises(ValueError, match="temperature .* above 0, from 0.001 to 1000, got -1"):
         mt.Predictor(icon_clip, replace(solution, notes={"temperature": -1}), CLASSES)
 
 

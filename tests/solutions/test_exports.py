@@ -258,7 +258,8 @@ def test_a_temperature_is_part_of_a_heads_scale(clip, tmp_path):
     solutions.to_head(solution, tmp_path / "head.npz")
     torch.testing.assert_close(logits(open_solution(tmp_path / "head.npz"), clip), logits(solution, clip) / 2)
     with pytest.raises(
-        ValueError, match="the temperature in the solution's notes must be a finite number above 0, got 0"
+        ValueError,
+        match="the temperature in the solution's notes must be a finite number above 0, from 0.001 to 1000, got 0",
     ):
         solutions.to_head(replace(solution, notes={"temperature": 0}), tmp_path / "head.npz")
 
