@@ -133,7 +133,8 @@ def open_retained(path: Path) -> Any:
 def left_out_files(folder: Path) -> dict[str, int]:
     """Files in a folder that are no images, by type: ".txt" -> number. Hidden folders are not entered.
 
-    A file is an image if its extension says so. Hidden files, and what is no regular file, have types of their own.
+    A file is an image if its extension says so. Hidden files are counted as hidden, and devices and
+    FIFOs as not regular.
     """
     from mergetune.data import image_extensions
 
@@ -148,7 +149,7 @@ def left_out_files(folder: Path) -> dict[str, int]:
 
 
 def _kind(path: Path, images: Collection[str]) -> str:
-    """Type of a file that is left out; empty for an image."""
+    """Returns the type of a file that is no image; empty text for an image."""
     if path.name.startswith("."):
         return "hidden"
     extension = path.suffix.lower()

@@ -173,7 +173,7 @@ def _csv_rows(file: Path, top: int) -> Iterator[Write]:
         try:
             yield write
         finally:
-            text.detach()  # writes what is left, and leaves the stream open
+            text.detach()  # writes the remaining text and leaves the stream open
 
 
 @contextmanager

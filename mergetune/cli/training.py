@@ -202,7 +202,7 @@ def fit(
     """
     import mergetune as mt
     from mergetune.experiments import checked_making, dataset_cache, dataset_call
-    from mergetune.training import fit_job, forgotten_if_refused, run_folder
+    from mergetune.training import fit_job, forgotten_if_refused, has_begun, run_folder
 
     with errors():
         given, seed = keywords(FitOptions, options), options["seed"]
@@ -271,7 +271,7 @@ def fit(
             run = run_folder(folder, **call, overwrite=overwrite)
             if (run / "report.json").is_file():
                 announce(as_json)("this run was finished before: nothing is trained, only tested again")
-            elif any(run.glob("**/state.safetensors")):
+            elif has_begun(run):
                 announce(as_json)(f"continuing the run in {run} after its last finished epoch")
             with forgotten_if_refused(run):
                 found = mt.fit_dataset(

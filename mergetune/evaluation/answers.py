@@ -216,7 +216,7 @@ def _write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[
         writer = csv.writer(text)
         writer.writerow(header)
         writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
-        text.detach()  # writes what is left; the stream is closed by writing_atomically
+        text.detach()  # writes the remaining text; writing_atomically closes the stream
 
 
 def _percent(share: float) -> float | None:

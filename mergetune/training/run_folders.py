@@ -220,6 +220,11 @@ def _has_state(folder: Path) -> bool:
     return (folder / STATE).exists() or (folder / RESULT).exists()
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run has trained in its folder or in one of its parts. Other runs below the folder do not count."""
+    return _has_state(folder) or any(any((folder / part).glob(f"**/{STATE}")) for part in PARTS)
+
+
 def finished_epochs(folder: Path) -> int:
     """How many epochs the run that trains in this folder has finished; 0 if none, or if its state is damaged."""
     if not (folder / STATE).exists():

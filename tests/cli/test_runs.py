@@ -362,7 +362,8 @@ def test_fit_on_images_shares_the_cache_between_runs(work, model, tmp_path):
     assert more.exit_code == 0 and "run 3 (other images)" in more.stdout, more.stderr
     assert sorted(os.listdir(tmp_path / "cache")) == names and (tmp_path / "run-3-other-images" / "cache").is_dir()
     shutil.rmtree(tmp_path / "run-3-other-images")
-    run(*arguments, "--tau", 0.5, "--overwrite")
+    replaced = invoke(*arguments, "--tau", 0.5, "--overwrite")
+    assert replaced.exit_code == 0 and "continuing" not in replaced.stderr, "the run beside it does not count"
     assert [row["settings"] for row in run("runs", tmp_path)] == [
         {"lam": "chosen", "tau": "0.5"},
         {"lam": "4", "tau": "chosen"},
