@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -263,7 +264,7 @@ def compare(
     from mergetune.experiments.cells import check_seeds
     from mergetune.training import run_title
 
-    with errors():
+    with errors(), ExitStack() as held:
         check_seeds(seeds)
         exact = {"precision": TABLE_PRECISION}
         tune, fit = exact | read_tuning(tuning), exact | read_fitting(fitting)
@@ -296,7 +297,7 @@ def compare(
         )  # fmt: skip
         wanted = (None,) if all_classes else tuple(partitions)
         heads = comparison.heads(clip, tasks, setup, wanted, seeds)
-        folder = experiments.cells_folder(folder, heads, overwrite=overwrite)
+        folder = experiments.cells_folder(folder, heads, overwrite=overwrite, held=held)
         found = run_comparison(
             clip, tasks, folder, setup=setup, partitions=wanted,
             seeds=tuple(seeds), reference=reference, report=announce(as_json),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -113,7 +114,7 @@ def reproduce(
     from mergetune.experiments import protocols
     from mergetune.training import run_title
 
-    with errors():
+    with errors(), ExitStack() as held:
         runs = experiments.plan(protocol, datasets=datasets, methods=methods, seeds=seeds, shots=shots)
         both = {"precision": precision} | ({} if epochs is None else {"epochs": epochs})
         start = {} if tau is None else {"tau": tau}
@@ -130,7 +131,7 @@ def reproduce(
             return
         clip = load()
         heads = {run.folder / protocols.RECORD: protocols.head_of(run, experiment, clip) for run in runs}
-        folder = experiments.cells_folder(folder, heads, overwrite=overwrite)
+        folder = experiments.cells_folder(folder, heads, overwrite=overwrite, held=held)
         experiment = replace(experiment, runs=folder)
         records = experiments.reproduce(runs, experiment, load, clip=clip, processes=processes)
         if not first_rank():

@@ -151,13 +151,13 @@ def _csv_rows(file: Path, top: int) -> Iterator[Write]:
 
     The file is written row by row under another name and renamed at the end, so it never holds a part of the rows.
     """
-    from mergetune.io import writing_atomically
+    from mergetune.io import writing_atomically, writing_to
 
     if not file.parent.is_dir():
         raise FileNotFoundError(f"--csv must be a file in an existing folder, got {file}: create {file.parent} first")
     if file.exists() and not file.is_file():
         raise ValueError(f"--csv must be a file that can be replaced, got {file}, which is no regular file")
-    with writing_atomically(file) as stream:
+    with writing_to(file), writing_atomically(file) as stream:
         # A name that is not UTF-8 must not make the whole table unreadable: its bytes are written as \udcXX.
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="")
         table = csv.writer(text, lineterminator="\n", delimiter="\t" if file.suffix.lower() == ".tsv" else ",")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -204,7 +205,7 @@ def fit(
     from mergetune.experiments import checked_making, dataset_cache, dataset_call
     from mergetune.training import fit_job, forgotten_if_refused, has_begun, run_folder
 
-    with errors():
+    with errors(), ExitStack() as held:
         given, seed = keywords(FitOptions, options), options["seed"]
         stage_1 = read_tuning(tuning, but=("method", "template", "zero_shot", "seed"))
         if images is not None and features is None:
@@ -268,7 +269,7 @@ def fit(
                 return
             checked_making(clip, data, **asked)  # a refused call makes no folder
             call = dataset_call(clip, data, **asked, background=background)
-            run = run_folder(folder, **call, overwrite=overwrite)
+            run = run_folder(folder, **call, overwrite=overwrite, held=held)
             if (run / "report.json").is_file():
                 announce(as_json)("this run was finished before: nothing is trained, only tested again")
             elif has_begun(run):
@@ -291,10 +292,11 @@ def _train(job: Any, out: Path, overwrite: bool) -> tuple[Any, Path]:
     """Trains a job in the folder of its run, saves the result there, and returns both."""
     from mergetune.training import in_words_of, run_folder, settings_of, train_together
 
-    folder = run_folder(out, settings_of(job), in_words=in_words_of(job), overwrite=overwrite)
-    _say_where(folder, job.training.epochs)
-    (result,) = train_together([replace(job, resume=folder)])
-    result.save(folder)
+    with ExitStack() as held:
+        folder = run_folder(out, settings_of(job), in_words=in_words_of(job), overwrite=overwrite, held=held)
+        _say_where(folder, job.training.epochs)
+        (result,) = train_together([replace(job, resume=folder)])
+        result.save(folder)
     return result, folder
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +37,14 @@ from mergetune.clip.tokenizer_files import (
     read_json,
     word_set,
 )
-from mergetune.io import is_torchscript, load_tensors_only, open_regular, read_torchscript, require_regular
+from mergetune.io import (
+    is_torchscript,
+    load_tensors_only,
+    open_regular,
+    read_torchscript,
+    require_regular,
+    scratch_folder,
+)
 from mergetune.io.network import CACHED, not_reached
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
@@ -137,8 +143,7 @@ def checked_backbone(name: str, *, cache_dir: str | Path | None = None) -> Itera
         ValueError: a file is damaged or asks for more than a network and a vocabulary; the message names file and key.
         RuntimeError: the backbone has no weights, or a download failed.
     """
-    with tempfile.TemporaryDirectory(prefix="mergetune-") as made:
-        folder = Path(made)
+    with scratch_folder() as folder:
         if name.startswith(FOLDER):
             source = Path(name.removeprefix(FOLDER))
             if not source.is_dir():
@@ -188,8 +193,8 @@ def described_text_model(named: str, model: str, *, cache_dir: str | Path | None
         raise RuntimeError(
             f"the text model of {model!r} needs the configuration of {named!r} from the Hub: {error}"
         ) from error
-    with tempfile.TemporaryDirectory(prefix="mergetune-") as folder:
-        yield copy_text_model(file, Path(folder))[0]
+    with scratch_folder() as folder:
+        yield copy_text_model(file, folder)[0]
 
 
 def copy_text_model(file: Path, folder: Path) -> tuple[dict[str, Any], int]:

@@ -23,7 +23,6 @@ from mergetune.data.cache_files import (
     OURS,
     PLAN,
     REBUILD,
-    cache_lock,
     finished_shards,
     read_plan,
     record_name,
@@ -35,7 +34,16 @@ from mergetune.data.cache_identity import KEY, image_identity, is_complete, refu
 from mergetune.data.decoding import decode_in_workers
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
-from mergetune.io import compact_json, decoding_rules, hidden, jsonable, read_picture, torchrun_team, write_atomically
+from mergetune.io import (
+    compact_json,
+    decoding_rules,
+    hidden,
+    jsonable,
+    read_picture,
+    torchrun_team,
+    write_atomically,
+    writing_in,
+)
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
@@ -186,8 +194,7 @@ def _begin(
         raise ValueError(
             f"path must be a new folder or hold only a feature cache, got {path} with {foreign[0]!r} in it"
         )
-    path.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(cache_lock(path))
+    stack.enter_context(writing_in(path))
     if not overwrite and is_complete(path, wanted, images):  # another process has finished the cache meanwhile
         return None
     plan, done = None, {}
@@ -202,8 +209,6 @@ def _begin(
     if plan is None:
         remove_cache_files(path)
         plan = wanted
-    for leftover in path.glob(".*.part"):
-        leftover.unlink()
     write_atomically(path / PLAN, compact_json(plan.model_dump()))
     return plan, [number for number in range(plan.shard_count) if number not in done]
 

@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import safetensors
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from mergetune.clip import PRECISIONS
 from mergetune.data.cache_documents import Identity, Manifest, Plan, Shard, ShardImages, ShardRecord
-from mergetune.io import MAX_TABLE, STORED_NAMES, damaged, locked, parse_document, read_document, read_regular
+from mergetune.io import MAX_TABLE, STORED_NAMES, damaged, parse_document, read_document, read_regular
 
-MANIFEST, PLAN, LOCK = "manifest.json", "building.json", ".lock"
+MANIFEST, PLAN = "manifest.json", "building.json"
 OURS = re.compile(r"manifest\.json|building\.json|shard-\d+\.(safetensors|json)|\..*")  # and hidden files
 REBUILD = "overwrite=True (--overwrite) rebuilds the cache, another path keeps it"
 
@@ -34,12 +33,6 @@ def file_state(path: str | Path) -> tuple[int | None, int | None]:
     except OSError:
         return None, None
     return stat.st_size, stat.st_mtime_ns
-
-
-def cache_lock(path: Path) -> AbstractContextManager[None]:
-    """Context manager that holds the lock of a cache's folder, so that only one process builds the cache."""
-    busy = f"feature cache {path} is being built by another process: wait for it, or use another path"
-    return locked(path / LOCK, busy=busy)
 
 
 def shard_name(number: int) -> str:

@@ -13,7 +13,6 @@ from mergetune.data.cache_files import (
     MANIFEST,
     PLAN,
     REBUILD,
-    cache_lock,
     file_state,
     image_identities,
     read_manifest,
@@ -27,6 +26,7 @@ from mergetune.io import (
     decoding_differs,
     sha256_regular,
     write_atomically,
+    writing_in,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
         fresh = relabelled(manifest, wanted)
     if moved or fresh != recorded or (path / PLAN).exists():
         # The update is optional: it is left out if the folder is read-only or another process builds the cache.
-        with contextlib.suppress(OSError, RuntimeError), cache_lock(path):
+        with contextlib.suppress(OSError, RuntimeError), writing_in(path):
             if read_manifest(path) == recorded:
                 shards = [
                     manifest.shards[number].model_copy(update={"images": moved.get(number, known)})

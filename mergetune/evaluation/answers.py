@@ -20,7 +20,7 @@ import numpy as np
 from mergetune.evaluation.predictions import Predictions
 from mergetune.evaluation.scores import distinct_names
 from mergetune.facts.brief import brief
-from mergetune.io import writing_atomically
+from mergetune.io import writing_atomically, writing_to
 
 ROWS = 4096  # images whose values are taken from tensors at once
 
@@ -211,7 +211,7 @@ def most_confident(predictions: Predictions, count: int) -> list[WrongAnswer]:
 
 def _write_csv(file: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a table in UTF-8, atomically: numbers with six digits, None as an empty cell."""
-    with writing_atomically(Path(file)) as stream:
+    with writing_to(file), writing_atomically(Path(file)) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
         writer = csv.writer(text)
         writer.writerow(header)

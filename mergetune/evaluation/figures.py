@@ -15,7 +15,7 @@ import numpy as np
 from mergetune.evaluation.paths import Path
 from mergetune.evaluation.planes import Plane
 from mergetune.evaluation.spectra import Spectrum
-from mergetune.io import writing_atomically
+from mergetune.io import writing_atomically, writing_to
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +131,7 @@ def save_figure(figure: Figure, file: File) -> None:
         return
     file = FilePath(file)
     file = file if file.suffix else file.with_name(f"{file.name}.png")
-    with writing_atomically(file) as stream:
+    with writing_to(file), writing_atomically(file) as stream:
         figure.savefig(stream, dpi=DPI, format=file.suffix[1:].lower())
 
 

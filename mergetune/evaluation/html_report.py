@@ -18,7 +18,7 @@ from mergetune.evaluation.figures import DPI, plot, plot_plane, plot_spectrum
 from mergetune.evaluation.paths import Path
 from mergetune.evaluation.planes import Corner, Plane
 from mergetune.evaluation.spectra import Spectrum
-from mergetune.io import installed_version, write_atomically
+from mergetune.io import installed_version, write_atomically, writing_to
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -84,7 +84,8 @@ def report(
 </html>
 """
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, text.encode())
+    with writing_to(file):
+        write_atomically(file, text.encode())
 
 
 def _paths(panels: Mapping[str, Mapping[str, Path]]) -> str:

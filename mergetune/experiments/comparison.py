@@ -30,7 +30,7 @@ from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates,
 from mergetune.experiments.comparison_tables import REFERENCE, Comparison, summarise
 from mergetune.experiments.engine import Record, begun, counted, finish
 from mergetune.facts import CompareOptions
-from mergetune.io import MAX_WEIGHTS, hidden, read_regular, write_atomically
+from mergetune.io import MAX_WEIGHTS, hidden, read_regular, write_atomically, writing_in
 from mergetune.solutions import Solution, load_solution
 from mergetune.training.run_settings import images_in_words, solution_in_words
 
@@ -62,6 +62,10 @@ def compare(
         reference: the line that the others' differences are to.
         progress: show bars where stderr is a terminal.
         report: told in a line what is about to be done.
+
+    Raises:
+        ValueError: an argument is out of range, or ``out`` holds cells with other settings.
+        RuntimeError: another process works in ``out``.
     """
     setup, tasks, out = setup or CompareOptions(), [tasks] if isinstance(tasks, Task) else list(tasks), Path(out)
     check_seeds(seeds)
@@ -75,26 +79,32 @@ def compare(
         raise ValueError(f"experts that are given belong to one cell, got {len(cells)} cells")
     if setup.choose == "others" and len(by_name) < 2:
         raise ValueError("choose='others' needs at least two datasets, got one")
-    prepared = []
-    with tqdm(total=len(cells), desc="compare", unit="cell", disable=hidden(progress)) as bar:
-        for name, partition in itertools.product(by_name, partitions):
-            task, alike = by_name[name], [cell for cell in cells if (cell.task, cell.partition) == (name, partition)]
-            folds = {}
-            for cell in alike:
-                if "candidates" not in begin(clip, task, cell, setup, out / cell.folder):
-                    report(f"{cell.folder}: experts, MERGETUNE")
-                    folds[out / cell.folder] = task.fold(partition, setup.shots, cell.seed)
-            train(clip, folds, setup, progress=progress)
-            for cell in alike:
-                report(f"{cell.folder}: merges, validation")
-                prepared.append(prepare(clip, task, cell, setup, out / cell.folder, progress=progress))
-                bar.update()
-    seen = [{key: record[key] for key in ("cell", "candidates")} for record in prepared]  # no results of earlier calls
-    chosen = choose(seen, setup.choose)
-    records = [
-        measure(clip, by_name[cell.task], record, best, out / cell.folder)
-        for cell, record, best in zip(cells, prepared, chosen, strict=True)
-    ]
+    with writing_in(out):
+        prepared = []
+        with tqdm(total=len(cells), desc="compare", unit="cell", disable=hidden(progress)) as bar:
+            for name, partition in itertools.product(by_name, partitions):
+                task, alike = (
+                    by_name[name],
+                    [cell for cell in cells if (cell.task, cell.partition) == (name, partition)],
+                )
+                folds = {}
+                for cell in alike:
+                    if "candidates" not in begin(clip, task, cell, setup, out / cell.folder):
+                        report(f"{cell.folder}: experts, MERGETUNE")
+                        folds[out / cell.folder] = task.fold(partition, setup.shots, cell.seed)
+                train(clip, folds, setup, progress=progress)
+                for cell in alike:
+                    report(f"{cell.folder}: merges, validation")
+                    prepared.append(prepare(clip, task, cell, setup, out / cell.folder, progress=progress))
+                    bar.update()
+        seen = [
+            {key: record[key] for key in ("cell", "candidates")} for record in prepared
+        ]  # no results of earlier calls
+        chosen = choose(seen, setup.choose)
+        records = [
+            measure(clip, by_name[cell.task], record, best, out / cell.folder)
+            for cell, record, best in zip(cells, prepared, chosen, strict=True)
+        ]
     return summarise(records, reference=reference, choose=setup.choose)
 
 

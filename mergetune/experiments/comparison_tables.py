@@ -14,7 +14,7 @@ from mergetune.experiments.cells import Cell
 from mergetune.experiments.engine import Record
 from mergetune.experiments.tables import RESAMPLES, Interval, Line, lines_of, main_column
 from mergetune.facts.brief import brief
-from mergetune.io import jsonable, write_atomically, write_json
+from mergetune.io import jsonable, write_atomically, write_json, writing_in
 
 REFERENCE = "MERGETUNE, chosen [1]"
 
@@ -87,10 +87,10 @@ class Comparison:
     def save(self, folder: str | Path) -> None:
         """Writes ``comparison.json``, ``comparison.md`` and ``comparison.png`` into a folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "comparison.json", self.to_json())
-        write_atomically(folder / "comparison.md", self.markdown().encode())
-        plot(self, folder / "comparison.png")
+        with writing_in(folder):
+            write_json(folder / "comparison.json", self.to_json())
+            write_atomically(folder / "comparison.md", self.markdown().encode())
+            plot(self, folder / "comparison.png")
 
 
 def _interval(ends: Interval | None) -> str:

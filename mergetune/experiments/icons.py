@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -21,7 +22,7 @@ from mergetune.experiments.engine import Candidate, Record, Together, begun, cou
 from mergetune.experiments.run_choice import cells_folder
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import TABLE_PRECISION
-from mergetune.io import write_json
+from mergetune.io import LOCK, locked, write_json
 from mergetune.solutions import Prompt, Solution, interpolate
 from mergetune.training import fit, tune
 from mergetune.training.run_settings import images_in_words
@@ -40,9 +41,18 @@ def load_icons(folder: Path) -> tuple[FrozenClip, Dataset]:
     clip = load_clip("icon-clip")
     images = folder / "images"
     with as_file(assets / "tilted-icons.zip") as archive, zipfile.ZipFile(archive) as content:
-        if not images.is_dir() or sum(1 for _ in images.rglob("*.png")) != len(content.namelist()):
-            content.extractall(images)
+        if not _unpacked(content, images):
+            images.mkdir(parents=True, exist_ok=True)
+            with locked(images / LOCK, busy="", wait=True):
+                if not _unpacked(content, images):
+                    content.extractall(images)
     return clip, ImageFolder(images)
+
+
+def _unpacked(content: zipfile.ZipFile, images: Path) -> bool:
+    """Whether all images are there and whole; a process that is killed while it unpacks leaves a part of the last."""
+    places = ((images / entry.filename, entry.file_size) for entry in content.infolist())
+    return all(place.is_file() and place.stat().st_size == size for place, size in places)
 
 
 def icons_task(
@@ -108,31 +118,35 @@ def run_demo(
 
     Raises:
         ValueError: there is no seed, or a seed is negative or repeats.
+        RuntimeError: another process works in the folder.
     """
     check_seeds(seeds)
     folder = Path(folder)
     clip, (task,) = icons_task(folder, progress=progress, report=report)
     cells = {Path(f"seed-{seed}"): Cell(task.name, PARTITION, seed) for seed in seeds}
     heads = {own / RECORD: _head(clip, task, cell) for own, cell in cells.items()}
-    folder = cells_folder(folder, heads, overwrite=overwrite)
-    records = [_seed(clip, task, cell, folder / own, progress=progress, report=report) for own, cell in cells.items()]
-    names = {part: [task.train.classnames[c] for c in own] for part, own in task.halves(PARTITION).items()}
-    found = [reports(record, names) for record in records]
-    runs = {row: tuple(BaseNovel(**parts[row]) for parts in found) for row in found[0]}
-    times = {name: [record["milliseconds"][name] for record in records] for name in records[0]["milliseconds"]}
-    walks = {
-        part: {name: Walk.from_json(walk) for name, walk in paths.items()}
-        for part, paths in records[0]["paths"].items()
-    }
-    result = DemoResult(
-        rows=tuple(summarise(row, own) for row, own in runs.items()),
-        runs=runs,
-        paths=walks,
-        figure=folder / "paths.png",
-        milliseconds={name: sum(own) / len(own) for name, own in times.items()},
-    )
-    plot({f"{part} classes, test images": walks for part, walks in result.paths.items()}, result.figure)
-    write_json(folder / "results.json", result.to_json(), indent=2)
+    with ExitStack() as held:
+        folder = cells_folder(folder, heads, overwrite=overwrite, held=held)
+        records = [
+            _seed(clip, task, cell, folder / own, progress=progress, report=report) for own, cell in cells.items()
+        ]
+        names = {part: [task.train.classnames[c] for c in own] for part, own in task.halves(PARTITION).items()}
+        found = [reports(record, names) for record in records]
+        runs = {row: tuple(BaseNovel(**parts[row]) for parts in found) for row in found[0]}
+        times = {name: [record["milliseconds"][name] for record in records] for name in records[0]["milliseconds"]}
+        walks = {
+            part: {name: Walk.from_json(walk) for name, walk in paths.items()}
+            for part, paths in records[0]["paths"].items()
+        }
+        result = DemoResult(
+            rows=tuple(summarise(row, own) for row, own in runs.items()),
+            runs=runs,
+            paths=walks,
+            figure=folder / "paths.png",
+            milliseconds={name: sum(own) / len(own) for name, own in times.items()},
+        )
+        plot({f"{part} classes, test images": walks for part, walks in result.paths.items()}, result.figure)
+        write_json(folder / "results.json", result.to_json(), indent=2)
     return result
 
 

@@ -26,7 +26,7 @@ from mergetune.experiments.paired import right_of
 from mergetune.experiments.verdict import verdict
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import TUNE_METHODS
-from mergetune.io import write_json
+from mergetune.io import write_json, writing_in
 from mergetune.solutions import Solution, zero_shot_like
 from mergetune.training import FitResult
 
@@ -151,6 +151,7 @@ def fit_dataset(
 
     Raises:
         ValueError: an argument is out of range, or solutions, images and CLIP do not belong together.
+        RuntimeError: another process works in ``out``.
     """
     out, clock, given = Path(out), _Clock(), dict(fit_options or {})
     making = checked_making(
@@ -164,62 +165,67 @@ def fit_dataset(
     )  # fmt: skip
     halves, left_out = images.halves, dict(images.left_out)
     draw = f"{classes}-{'all' if shots is None else shots}-seed-{seed}"  # another draw is another cache
-    with clock.part("encoding"):
-        report(f"encoding {', '.join(f'{len(part)} {name}' for name, part in images.parts.items())} images once")
-        encode = partial(_encoded, clip, Path(cache or out / "cache"), {**(cache_options or {}), "progress": progress})
-        features, test = encode(f"train-{draw}", images.training), encode("test", images.test)
-        others, pictures = images.validation, images.retained
-        validation = None if others is None else encode(f"val-{draw}", others, views=1)  # nothing is trained on these
-        shown = None if pictures is None else encode(f"retained-{_short(pictures)}", pictures, views=1)
+    with writing_in(out):
+        with clock.part("encoding"):
+            report(f"encoding {', '.join(f'{len(part)} {name}' for name, part in images.parts.items())} images once")
+            encode = partial(
+                _encoded, clip, Path(cache or out / "cache"), {**(cache_options or {}), "progress": progress}
+            )
+            features, test = encode(f"train-{draw}", images.training), encode("test", images.test)
+            others, pictures = images.validation, images.retained
+            validation = (
+                None if others is None else encode(f"val-{draw}", others, views=1)
+            )  # nothing is trained on these
+            shown = None if pictures is None else encode(f"retained-{_short(pictures)}", pictures, views=1)
 
-    fold = fold_of(features, validation, halves, texts, seed, hold_out=choosing) if halves else None
-    reason = why_not(fold, left_out, choosing=choosing)
-    left_out |= {"choosing": reason} if reason else {}
-    found, row, setting = None, MERGETUNE, default_setting(given)
-    if fold is not None and (classes == "all" or not reason):
-        settings, kinds = settings_to_try(given), kinds_of(method, stage_1)
-        report(_announced(fold, data, len(settings) if not reason else 1, kinds))
-        with clock.part("measuring run"):
-            found = measure(
-                making, fold, out / "measure", settings, kinds=kinds, tuned=tuned if classes == "base" else (),
-                stage_1=out / "tuned" if classes == "base" else None, choosing=not reason,
-            )  # fmt: skip
-        row, setting = found.row, found.setting
-    with clock.part("training"):
-        if found and classes == "base":
-            final = found
-            found.made.save(out)
-        else:
-            report(f"{row} on {len(features)} images of {len(features.classnames)} classes")
-            final = _trained(making, features, tuned, row, setting, out)
+        fold = fold_of(features, validation, halves, texts, seed, hold_out=choosing) if halves else None
+        reason = why_not(fold, left_out, choosing=choosing)
+        left_out |= {"choosing": reason} if reason else {}
+        found, row, setting = None, MERGETUNE, default_setting(given)
+        if fold is not None and (classes == "all" or not reason):
+            settings, kinds = settings_to_try(given), kinds_of(method, stage_1)
+            report(_announced(fold, data, len(settings) if not reason else 1, kinds))
+            with clock.part("measuring run"):
+                found = measure(
+                    making, fold, out / "measure", settings, kinds=kinds, tuned=tuned if classes == "base" else (),
+                    stage_1=out / "tuned" if classes == "base" else None, choosing=not reason,
+                )  # fmt: skip
+            row, setting = found.row, found.setting
+        with clock.part("training"):
+            if found and classes == "base":
+                final = found
+                found.made.save(out)
+            else:
+                report(f"{row} on {len(features)} images of {len(features.classnames)} classes")
+                final = _trained(making, features, tuned, row, setting, out)
 
-    with clock.part("testing"):
-        half_tests = {part: test.select_classes(own) for part, own in halves.items()}
-        tests = half_tests if classes == "base" else {"all": test}
-        table = _table(making, template, final)
-        by_row = _scores(table, tests)
-        by_part = {part: {line: parts[part] for line, parts in by_row.items()} for part in by_row[ZERO_SHOT]}
-        judged = _table(making, template, found) if found and classes == "all" else table
-        figure = _figure(making, template, final, tests, out)
-        open_rows = [line for line in table if line.row not in _closed(final)]
-        canary = tell_apart(clip, concept_names(data.classnames), texts)
-        made = FolderResult(
-            final.made,
-            by_part,
-            figure,
-            row,
-            {line: BaseNovel(**parts) for line, parts in _scores(judged, half_tests).items()} if halves else None,
-            {part: images.classnames for part, images in half_tests.items()},
-            found and found.settings,
-            found and found.kinds,
-            left_out,
-            {line.row: recognised(clip, line.classify, canary, texts) for line in open_rows},
-            {line.row: accuracy(line.classify, shown) for line in open_rows} if shown else {},
-            _verdict(judged, half_tests or tests, row, tuned, stage_1),
-            clock.seconds,
-            dict(ignored or {}),
-        )
-    write_json(out / "report.json", made.to_json())
+        with clock.part("testing"):
+            half_tests = {part: test.select_classes(own) for part, own in halves.items()}
+            tests = half_tests if classes == "base" else {"all": test}
+            table = _table(making, template, final)
+            by_row = _scores(table, tests)
+            by_part = {part: {line: parts[part] for line, parts in by_row.items()} for part in by_row[ZERO_SHOT]}
+            judged = _table(making, template, found) if found and classes == "all" else table
+            figure = _figure(making, template, final, tests, out)
+            open_rows = [line for line in table if line.row not in _closed(final)]
+            canary = tell_apart(clip, concept_names(data.classnames), texts)
+            made = FolderResult(
+                final.made,
+                by_part,
+                figure,
+                row,
+                {line: BaseNovel(**parts) for line, parts in _scores(judged, half_tests).items()} if halves else None,
+                {part: images.classnames for part, images in half_tests.items()},
+                found and found.settings,
+                found and found.kinds,
+                left_out,
+                {line.row: recognised(clip, line.classify, canary, texts) for line in open_rows},
+                {line.row: accuracy(line.classify, shown) for line in open_rows} if shown else {},
+                _verdict(judged, half_tests or tests, row, tuned, stage_1),
+                clock.seconds,
+                dict(ignored or {}),
+            )
+        write_json(out / "report.json", made.to_json())
     return made
 
 

@@ -12,7 +12,7 @@ from mergetune.evaluation.figures import save_figure
 from mergetune.experiments.engine import HOME, Record
 from mergetune.experiments.tables import Line, lines_of
 from mergetune.facts.function_options import COOP_SETTINGS, TUNE_METHODS, FitOptions
-from mergetune.io import write_atomically, write_json
+from mergetune.io import write_atomically, write_json, writing_in
 
 # MERGETUNE (arXiv 2601.10497), ViT-B/16, means over the eleven datasets: (protocol, method, solution) -> column -> %.
 PUBLISHED: dict[tuple[str, str, str], dict[str, float]] = {
@@ -108,10 +108,10 @@ def _of_version_0_1(record: Record) -> Record:
 def save_table(records: Sequence[Record], folder: Path) -> list[ProtocolLine]:
     """Write ``table.json``, ``caption.txt`` and ``figure.png`` of a protocol's records; returns the table."""
     lines = tabulate(records)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(lines, records, folder / "figure.png")
-    write_json(folder / "table.json", [line.to_json() for line in lines])
-    write_atomically(folder / "caption.txt", (caption(records) + "\n").encode())
+    with writing_in(folder):
+        draw(lines, records, folder / "figure.png")
+        write_json(folder / "table.json", [line.to_json() for line in lines])
+        write_atomically(folder / "caption.txt", (caption(records) + "\n").encode())
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from multiprocessing import get_context
@@ -22,7 +23,7 @@ from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_
 from mergetune.evaluation import Hits, count_hits, logit_ensemble, weight_average
 from mergetune.experiments.engine import Record, Together, begun, counted, finish, tested, usual
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
-from mergetune.io import end_workers, hidden, torchrun_team, unaware_of_interrupts
+from mergetune.io import end_workers, hidden, torchrun_team, unaware_of_interrupts, writing_in
 from mergetune.solutions import open_solution
 from mergetune.training import fit, tune
 
@@ -170,6 +171,10 @@ def reproduce(
         clip: the CLIP that ``load`` returns, if it was loaded already.
         processes: number of runs that are executed at the same time.
         progress: show bars on a terminal.
+
+    Raises:
+        ValueError: an argument is out of range, data are missing, or the folder holds runs with other settings.
+        RuntimeError: another process works in the folder of results.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
@@ -177,11 +182,14 @@ def reproduce(
     caches = Caches(load() if clip is None else clip, experiment)
     if any(run.method != "head" for run in runs):
         _ = caches.clip.text  # a CLIP that takes no prompts is refused here, before any image is encoded
-    for key in caches.needed(runs):
-        caches.build(*key)
-    with torchrun_team() as team:
-        team.each(lambda: _share(runs[team.rank :: team.world], caches, load, processes, progress))
-    return [execute(run, caches) for run in runs]  # every result is on disk here
+    with ExitStack() as held:
+        with torchrun_team() as team:
+            team.lead(lambda: held.enter_context(writing_in(experiment.results)))
+        for key in caches.needed(runs):
+            caches.build(*key)
+        with torchrun_team() as team:
+            team.each(lambda: _share(runs[team.rank :: team.world], caches, load, processes, progress))
+        return [execute(run, caches) for run in runs]  # every result is on disk here
 
 
 def _share(runs: Sequence[Run], caches: Caches, load: Callable[[], FrozenClip], processes: int, progress: bool) -> None:

@@ -14,7 +14,7 @@ from mergetune.experiments.engine import begun, kept
 from mergetune.experiments.records import model_of, other_settings
 from mergetune.facts import FitOptions, TuneOptions, recorded
 from mergetune.facts.function_options import BACKGROUND
-from mergetune.io import jsonable
+from mergetune.io import jsonable, writing_in
 from mergetune.solutions import Solution
 from mergetune.training.run_folders import (
     FILES,
@@ -35,7 +35,13 @@ _CACHED = ("clip", "fingerprint", "images", "background")  # what a cache depend
 _CELL_FILES = ("cell.json", "run.json", "class-weights.safetensors", *FILES)
 
 
-def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, overwrite: bool = False) -> Path:
+def cells_folder(
+    out: str | Path,
+    heads: Mapping[Path, Mapping[str, Any]],
+    *,
+    overwrite: bool = False,
+    held: contextlib.ExitStack | None = None,
+) -> Path:
     """Returns the folder for the records of cells or runs: ``out``, or a numbered folder in it.
 
     All records are begun there before the folder is given to another process. More cells with equal settings go to the
@@ -47,9 +53,11 @@ def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, ov
             :func:`mergetune.experiments.engine.begun`.
         overwrite: replace the results in ``out`` that share a table with these cells: their records, solutions and
             class weights are deleted. Caches, other runs and files that mergetune did not write stay.
+        held: receives the lock of the folder, before another process can choose the folder.
 
     Raises:
         ValueError: a record in ``out`` is damaged, or ``out`` is a file.
+        RuntimeError: another process works in the folder.
     """
     out, heads = Path(out), {file: jsonable(head) for file, head in heads.items()}
 
@@ -74,11 +82,12 @@ def cells_folder(out: str | Path, heads: Mapping[Path, Mapping[str, Any]], *, ov
 
     def replace(folder: Path) -> None:
         refuse_links(folder, dict.fromkeys(file.parent for file in heads))
-        for found in dict.fromkeys(found for file in heads for found in _alike(folder, file)):
-            for inner in list(walk_folders(found.parent)):
-                remove_files(inner, _CELL_FILES)
+        with writing_in(folder):
+            for found in dict.fromkeys(found for file in heads for found in _alike(folder, file)):
+                for inner in list(walk_folders(found.parent)):
+                    remove_files(inner, _CELL_FILES)
 
-    return choose_folder(out, other, begin, replace=replace if overwrite else None)
+    return choose_folder(out, other, begin, replace=replace if overwrite else None, held=held)
 
 
 def _alike(folder: Path, file: Path) -> Sequence[Path]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
+    from mergetune.io.atomic_files import remove_parts, scratch_folder, write_atomically, writing_atomically
     from mergetune.io.documents import (
         Count,
         Document,
@@ -35,13 +36,10 @@ if TYPE_CHECKING:
         read_at,
         read_regular,
         read_regular_text,
-        remove_parts,
         require_file,
         require_output_folder,
         require_regular,
         sha256_regular,
-        write_atomically,
-        writing_atomically,
     )
     from mergetune.io.images import (
         IMAGE_FORMATS,
@@ -52,7 +50,7 @@ if TYPE_CHECKING:
         load_image,
         read_picture,
     )
-    from mergetune.io.locks import locked, release_locks
+    from mergetune.io.locks import LOCK, locked, release_locks, writing_in, writing_to
     from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
     from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
@@ -68,6 +66,7 @@ __all__ = [
     "FIRST_DECODING",
     "FLOAT_DTYPES",
     "IMAGE_FORMATS",
+    "LOCK",
     "MAX_IMAGE",
     "MAX_LIST",
     "MAX_SETTINGS",
@@ -127,6 +126,7 @@ __all__ = [
     "require_file",
     "require_output_folder",
     "require_regular",
+    "scratch_folder",
     "sha256_regular",
     "torchrun_team",
     "unaware_of_interrupts",
@@ -134,11 +134,14 @@ __all__ = [
     "write_atomically",
     "write_json",
     "writing_atomically",
+    "writing_in",
+    "writing_to",
 ]
 
 make_lazy(
     __name__,
     {
+        "mergetune.io.atomic_files": "remove_parts scratch_folder write_atomically writing_atomically",
         "mergetune.io.documents": (
             "Count Document Items JsonObject Number Sha256 Size check_document compact_json damaged fault jsonable "
             "parse_document read_document read_json write_json"
@@ -146,13 +149,12 @@ make_lazy(
         "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
         "mergetune.io.files": (
             "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "
-            "read_regular_text remove_parts require_file require_output_folder require_regular sha256_regular "
-            "write_atomically writing_atomically"
+            "read_regular_text require_file require_output_folder require_regular sha256_regular"
         ),
         "mergetune.io.images": (
             "IMAGE_FORMATS Picture check_picture decoding_differs image_extensions load_image read_picture"
         ),
-        "mergetune.io.locks": "locked release_locks",
+        "mergetune.io.locks": "LOCK locked release_locks writing_in writing_to",
         "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
         "mergetune.io.picture_colours": "FIRST_DECODING as_rgb background_colour decoding_rules",
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",

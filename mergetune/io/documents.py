@@ -16,7 +16,8 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, WrapValidator, field_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from mergetune.io.files import MAX_SETTINGS, read_regular, write_atomically
+from mergetune.io.atomic_files import write_atomically
+from mergetune.io.files import MAX_SETTINGS, read_regular
 
 MAX_DEPTH = (
     256  # levels of lists and objects in a field that may hold any JSON: notes gain one level per training stage

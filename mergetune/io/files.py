@@ -1,102 +1,11 @@
-"""Atomic writing of files, and reading that accepts regular files only."""
+"""Reading that accepts regular files only, and checks of paths before the work."""
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import re
-import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-
-
-@contextmanager
-def writing_atomically(file: Path) -> Iterator[BinaryIO]:
-    """Context manager with a stream whose content becomes the file at the end; the file is never partly written.
-
-    The content grows in a hidden part file beside the file, which is locked while its process lives. Part files of
-    killed processes in the same folder are removed first.
-
-    Raises:
-        IsADirectoryError: the file is a folder.
-        OSError: the folder does not exist or cannot be written.
-    """
-    if file.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "must be a file that can be written, got a folder", str(file))
-    _remove_dead(file.parent, file.name)
-    part, stream = _new_part(file)
-    try:
-        with stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.replace(part, file)  # before the stream is closed, which frees the lock
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Writes a file atomically: after a crash or power failure, either the old or the whole new file exists."""
-    with writing_atomically(file) as stream:
-        stream.write(content)
-
-
-def remove_parts(folder: Path, name: str) -> None:
-    """Removes the partial copies of a file that killed processes left in the folder; living processes keep theirs."""
-    _remove_dead(folder, name)
-
-
-_PART = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?P<token>-[0-9a-f]{8})?\.part", re.DOTALL)
-
-
-def _new_part(file: Path) -> tuple[Path, BinaryIO]:
-    """A new part file and its stream, locked where the file system has locks."""
-    beginning = os.fsdecode(os.fsencode(file.name)[:200])  # a name of 255 bytes leaves no room for more
-    while True:
-        part = file.with_name(f".{beginning}.{os.getpid()}-{secrets.token_hex(4)}.part")
-        stream = part.open("xb")
-        try:
-            with contextlib.suppress(OSError):  # without locks the part file is never removed by others
-                fcntl.flock(stream.fileno(), fcntl.LOCK_EX)
-            if part.exists():  # otherwise another process took the file for a dead one before it was locked
-                return part, stream
-        except BaseException:
-            stream.close()
-            part.unlink(missing_ok=True)
-            raise
-        stream.close()
-
-
-def _remove_dead(folder: Path, name: str) -> None:
-    """Removes part files whose processes have ended: all with a token, and those of a file that have none.
-
-    Version 0.1 wrote names without a token. Such a name could be another program's unless it is that of the file.
-    """
-    try:
-        entries = [entry.name for entry in os.scandir(folder) if entry.name.endswith(".part")]
-    except OSError:  # no folder, or none that can be listed: writing says what is wrong
-        return
-    for found in filter(None, map(_PART.fullmatch, entries)):
-        if found["token"] or found["name"] == name:
-            with contextlib.suppress(OSError):
-                _remove_unlocked(folder / found[0])
-
-
-def _remove_unlocked(part: Path) -> None:
-    """Removes a part file if no process holds its lock; raises OSError otherwise."""
-    with open_regular(part) as stream:
-        fcntl.flock(stream.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)  # LOCK_EX needs a writable file on NFS
-        part.unlink(missing_ok=True)
-
 
 # Largest sizes in bytes of files that are read into memory. Each limit is far above usual sizes, which follow.
 MAX_SETTINGS = 1 << 26  # a JSON document with settings, of a backbone or a solution: 0.1 MB

@@ -1,56 +1,198 @@
-"""Locks that let one process at a time work in a folder; the system frees a lock when its process ends."""
+"""Locks that let one process at a time write a folder or a file; the system frees a lock when its process ends."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
+import socket
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from warnings import warn
 
-_held: set[int] = set()  # descriptors of the locks that this process holds
+LOCK = ".mergetune.lock"
+"""The file of a folder's lock, which stands in the folder while a process writes there."""
+
+_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_OWNER = re.compile(rb"(\d{1,19}) ([\w.-]{1,255})\n")
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A lock of this process: its open file, and the process and thread that hold it."""
+
+    descriptor: int
+    owner: tuple[int, int]
+
+
+_held: dict[str, _Held] = {}  # path of the lock's file -> lock
+
+
+@contextlib.contextmanager
+def writing_in(folder: str | Path) -> Iterator[None]:
+    """Context manager in which no other process writes a folder. The folder is made if it is missing.
+
+    A function that is called in this context may lock the same folder again. Under torchrun rank 0 alone holds the
+    lock, for all ranks.
+
+    Raises:
+        RuntimeError: another process or thread writes the folder.
+        OSError: the folder cannot be made.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if _follows():
+        yield
+        return
+    with locked(folder / LOCK, busy=f"{{}} works in {_plain(folder)}: {_way_on('folder')}"):
+        yield
+
+
+@contextlib.contextmanager
+def writing_to(file: str | Path) -> Iterator[None]:
+    """Context manager in which no other process writes a file; the folder of the file must exist.
+
+    Nothing more is locked if this thread has locked the folder with :func:`writing_in`.
+
+    Raises:
+        RuntimeError: another process or thread writes the file.
+        FileNotFoundError: the folder does not exist.
+    """
+    file = Path(file)
+    if _follows() or _mine(_held.get(_key(file.parent / LOCK))):
+        yield
+        return
+    beginning = os.fsdecode(os.fsencode(file.name)[:200])  # a name of 255 bytes leaves no room for more
+    busy = f"{{}} writes {_plain(file)}: {_way_on('file')}"
+    with locked(file.with_name(f".{beginning}.lock"), busy=busy):
+        yield
 
 
 @contextlib.contextmanager
 def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
     """Context manager that holds the lock of a file; the system frees the lock when the process ends.
 
-    If the file system has no locks, the function warns and continues without a lock.
+    The file holds the number of the process and the name of its machine. It is removed at the end; that of a killed
+    process stays until the lock is taken again. A thread may take a lock again that it holds.
+
+    Where nothing can be written, on a read-only file system for example, there is nothing to protect: the function
+    continues without a lock. If the file system has no locks, the function warns and continues.
 
     Args:
-        file: an empty file for this lock only; created if missing, and not removed.
-        busy: message of the error if another process holds the lock.
+        file: a file for this lock only; created if missing.
+        busy: message of the error if the lock is held; ``{}`` stands for "another process" and its number.
         wait: wait until the other process frees the lock; no error is raised then.
 
     Raises:
-        RuntimeError: another process holds the lock.
+        RuntimeError: another process or thread holds the lock.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    _held.add(descriptor)
+    key = _key(file)
+    descriptor = None if _mine(_held.get(key)) else _acquired(file, busy, wait)
+    if descriptor is None:
+        yield
+        return
+    _held[key] = lock = _Held(descriptor, _self())
     try:
-        _lock(descriptor, file, busy, wait)
         yield
     finally:
-        if descriptor in _held:  # otherwise release_locks has closed the descriptor
-            _held.discard(descriptor)
+        if _held.get(key) is lock:  # otherwise release_locks has closed the descriptor
+            del _held[key]
+            with contextlib.suppress(OSError):
+                file.unlink()  # before the lock is freed: nobody else can have taken the file
             os.close(descriptor)
-
-
-def _lock(descriptor: int, file: Path, busy: str, wait: bool) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise RuntimeError(busy) from None
-    except OSError as error:
-        warn(
-            f"{file.parent} is on a file system without locks ({error}): do not let two processes work in this folder "
-            "at once",
-            stacklevel=2,
-        )
 
 
 def release_locks() -> None:
     """Closes inherited locks in a forked process, so that they do not stay held after the parent is killed."""
     while _held:
-        os.close(_held.pop())
+        os.close(_held.popitem()[1].descriptor)
+
+
+def _self() -> tuple[int, int]:
+    return os.getpid(), threading.get_ident()
+
+
+def _mine(lock: _Held | None) -> bool:
+    """Whether a lock is held by this thread; a forked process does not hold the locks of its parent."""
+    return lock is not None and lock.owner == _self()
+
+
+def _key(file: Path) -> str:
+    return os.path.join(os.path.realpath(file.parent), file.name)
+
+
+def _follows() -> bool:
+    """Whether this process is a rank of torchrun that works with rank 0."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def _way_on(kind: str) -> str:
+    return f"wait until it ends, then run the same command again, or choose another {kind}"
+
+
+def _plain(path: Path) -> str:
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _acquired(file: Path, busy: str, wait: bool) -> int | None:
+    """The descriptor of a lock's file with its lock; None where nothing can be written."""
+    while (descriptor := _opened(file)) is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _stands(file, descriptor):
+                with contextlib.suppress(OSError):  # the number is for messages alone
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                return descriptor
+        except BlockingIOError:
+            owner = _owner(descriptor)
+            os.close(descriptor)
+            raise RuntimeError(busy.format(owner)) from None
+        except OSError as error:
+            warn(
+                f"{file.parent} is on a file system without locks ({error}): do not let two processes work in this "
+                "folder at once",
+                stacklevel=2,
+            )
+            return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the process that held the lock has removed the file
+    return None
+
+
+def _opened(file: Path) -> int | None:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | _OPEN, 0o644)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+    try:
+        return os.open(file, os.O_RDONLY | _OPEN)  # the file of another user
+    except OSError:
+        return None
+
+
+def _stands(file: Path, descriptor: int) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.stat(file, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(descriptor: int) -> str:
+    """The process that a lock's file names, for a message: with its number, if the file tells."""
+    found = _OWNER.fullmatch(os.pread(descriptor, 300, 0))
+    if found is None:
+        return "another process"
+    number, host = found[1].decode(), found[2].decode(errors="replace")
+    if host != socket.gethostname():
+        return f"another process (pid {number} on {host})"
+    return "another thread of this process" if int(number) == os.getpid() else f"another process (pid {number})"

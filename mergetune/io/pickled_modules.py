@@ -26,7 +26,9 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular, require_file, require_regular, write_atomically
+from mergetune.io.atomic_files import write_atomically
+from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular, require_file, require_regular
+from mergetune.io.locks import writing_to
 from mergetune.io.tensor_budgets import require_budget, tensor_views
 from mergetune.io.unpickling import Inert, Unpickler
 
@@ -151,7 +153,8 @@ def convert_module(file: str | Path, out: str | Path, *, only: str | None = None
     if out.suffix != ".safetensors":
         raise ValueError(f"out must be a .safetensors file, got {out}")
     tensors, flags = _read(Path(file), only)
-    write_atomically(out, serialize(tensors, metadata={name: json.dumps(flag) for name, flag in flags.items()}))
+    with writing_to(out):
+        write_atomically(out, serialize(tensors, metadata={name: json.dumps(flag) for name, flag in flags.items()}))
     return list(tensors)
 
 

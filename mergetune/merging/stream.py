@@ -21,6 +21,8 @@ from mergetune.io import (
     read_regular,
     write_json,
     writing_atomically,
+    writing_in,
+    writing_to,
 )
 from mergetune.merging.adapter_merging import merge_adapters
 from mergetune.merging.adapters import (
@@ -99,11 +101,11 @@ def merge_files(
         check(facts, Constant(original) if facts.base else None, experts)
         adapters = [open_adapter(file, state) for file, state in zip(expert_files, experts, strict=True)]
         given = {"form": lora, "rank": lora_rank, "missing": missing}
-        with _writing(out, None) as stream:
+        with _writing(out, settings, copied=False) as stream:
             merged, config = merge_adapters(method, adapters, **given, **options)
             stream.write(serialize(merged, metadata={"format": "pt"}))
-        if config is not None:
-            write_json(out.parent / CONFIG, config, indent=2)
+            if config is not None:
+                write_json(out.parent / CONFIG, config, indent=2)
         return
     if lora is not None or lora_rank is not None:
         raise ValueError("lora and lora_rank must be None for files without LoRA factors")
@@ -142,14 +144,14 @@ def write_merged(
         options = {"scales": [one_scale(adapter) for adapter in adapters]} | dict(options)
     elif facts_of(method).base is not False:
         base, experts = match(base, experts, missing=missing)
-    with _writing(out, None if adapters else settings) as stream:
+    with _writing(out, settings, copied=not adapters) as stream:
         merged = method(base, experts, **options)
         if adapters:
             ranks = {layer: len(merged[found.a]) for layer, found in adapters[0].layers.items()}
             config = merged_config(adapters, ranks, ())
         stream.write(serialize({name: tensor.contiguous() for name, tensor in merged.items()}))
-    if config is not None:
-        write_json(out.parent / CONFIG, config, indent=2)
+        if config is not None:
+            write_json(out.parent / CONFIG, config, indent=2)
 
 
 def _opened(
@@ -215,20 +217,29 @@ def _alike(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def _writing(out: Path, settings: Path | None) -> Iterator[BinaryIO]:
-    """Context with the stream of the output. It opens before the work, so a place that cannot be written is known."""
+def _writing(out: Path, settings: Path | None, *, copied: bool = True) -> Iterator[BinaryIO]:
+    """Context with the stream of the output and the lock of its folder, or of the file if nothing goes beside it.
+
+    The stream opens before the work, so a place that cannot be written is known. The weights take their place last: a
+    folder with weights alone would be that of another model.
+
+    Args:
+        out: the file to write.
+        settings: folder whose settings belong beside the output; None if none do.
+        copied: whether the settings are copied at the end; otherwise they are written in the context.
+    """
     made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with writing_atomically(out) as stream:
+        with writing_to(out) if settings is None else writing_in(out.parent), writing_atomically(out) as stream:
             yield stream
+            if settings is not None and copied:
+                copy_settings(settings, out.parent)
     except BaseException:
         with suppress(OSError):  # not empty: another process writes there
             for folder in made:
                 folder.rmdir()
         raise
-    if settings is not None:
-        copy_settings(settings, out.parent)
 
 
 def _header(state: StateDict, original: StateDict) -> bytes:

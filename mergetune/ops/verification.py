@@ -8,7 +8,6 @@ device, driver and versions.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import queue
@@ -20,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from mergetune.io import dtype_name, hidden
+from mergetune.io import dtype_name, hidden, locked, scratch_folder
 from mergetune.ops.backends import OPS, SHAPE_CLASSES, missing
 from mergetune.ops.selection import VARIABLE, goes_by_verdict, has_verdicts, indexed, take_verdicts
 from mergetune.ops.trials import Case
@@ -186,8 +185,9 @@ class _Child:
         reading, writing = os.pipe()
         self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.reported = False  # whether the report has ended
-        self.place = tempfile.TemporaryDirectory(prefix="mergetune-", ignore_cleanup_errors=True)
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
+        self.places = ExitStack()  # closed with the process
+        place = self.places.enter_context(scratch_folder())
+        self.errors = self.places.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         # The child imports mergetune from the paths of this process, and starts in an empty folder: in the root of a
         # source tree it would import the sources.
         environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
@@ -198,13 +198,12 @@ class _Child:
         try:
             self.process = subprocess.Popen(
                 [*command, json.dumps([asdict(case) for case in cases])],
-                stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors, cwd=self.place.name,
+                stdin=subprocess.DEVNULL, stdout=self.errors, stderr=self.errors, cwd=place,
                 env=environment, start_new_session=True, pass_fds=(writing,),
             )  # fmt: skip
         except BaseException:
             os.close(reading)
-            self.errors.close()
-            self.place.cleanup()
+            self.places.close()
             raise
         finally:
             os.close(writing)
@@ -223,8 +222,7 @@ class _Child:
             os.killpg(self.process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver cannot be awaited
             self.process.wait(10)
-        self.errors.close()
-        self.place.cleanup()
+        self.places.close()
 
     def wait_until_ready(self, seconds: float) -> None:
         """Waits for the process's first report; raises RuntimeError if none comes within this time."""
@@ -298,15 +296,8 @@ def kept_verdicts(device: torch.device) -> VerdictFile | None:
 @contextmanager
 def _alone() -> Iterator[None]:
     """Lets one process of a user verify at a time; if the folder cannot be locked, processes do not wait."""
-    try:
-        folder().mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder() / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError:
-        yield
-        return
-    try:
+    with ExitStack() as stack:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            folder().mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder() / ".lock", busy="", wait=True))
         yield
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -20,7 +19,7 @@ from torch.export import ExportedProgram
 
 from mergetune.clip import FrozenClip
 from mergetune.facts.function_options import BACKGROUND
-from mergetune.io import background_colour, read_regular, write_atomically
+from mergetune.io import background_colour, read_regular, scratch_folder, write_atomically, writing_to
 from mergetune.serving.graphs import check_logits, facts_of, traced
 from mergetune.solutions import Solution
 
@@ -100,7 +99,7 @@ def to_onnx(
             warnings.warn(
                 f"{file.name} was written but not run: `pip install onnxruntime` lets mergetune check it", stacklevel=2
             )
-    write_atomically(file.parent / PREDICTOR, predictor)
+        write_atomically(file.parent / PREDICTOR, predictor)
     return file
 
 
@@ -188,10 +187,10 @@ def _installed(package: str) -> bool:
 def _staged(file: Path) -> Iterator[Path]:
     """A path in an empty folder beside the file; what is written there takes its place at the end, if nothing fails."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=file.parent) as folder:
-        part = Path(folder) / file.name
+    with writing_to(file), scratch_folder(file) as folder:
+        part = folder / file.name
         yield part
-        for made in sorted(Path(folder).iterdir(), key=lambda path: path == part):  # the graph last, after its weights
+        for made in sorted(folder.iterdir(), key=lambda path: path == part):  # the graph last, after its weights
             os.replace(made, file.parent / made.name)
 
 

@@ -33,6 +33,7 @@ from mergetune.io import (
     read_regular,
     write_atomically,
     write_json,
+    writing_in,
 )
 from mergetune.solutions.resaving import TEMPERATURE, kept_temperature
 from mergetune.solutions.states import State, mix, stacked, weighted_sums
@@ -369,8 +370,9 @@ def write_solution(solution: Solution, path: str | Path) -> None:
             read_config(path)
             config["notes"] = solution.notes | kept_temperature(read_json(path / CONFIG), config, path)
     text = json.dumps(config, indent=2)  # fails before anything is written if notes are not JSON
-    write_atomically(path / WEIGHTS, weights)
-    write_atomically(path / CONFIG, f"{text}\n".encode())
+    with writing_in(path):
+        write_atomically(path / WEIGHTS, weights)
+        write_atomically(path / CONFIG, f"{text}\n".encode())
 
 
 def write_notes(path: str | Path, notes: dict[str, Any]) -> None:
@@ -386,7 +388,8 @@ def write_notes(path: str | Path, notes: dict[str, Any]) -> None:
     """
     read_config(Path(path))
     file = Path(path) / CONFIG
-    write_json(file, {**read_json(file), "notes": notes}, indent=2)
+    with writing_in(path):
+        write_json(file, {**read_json(file), "notes": notes}, indent=2)
 
 
 def read_config(path: Path) -> SolutionFile:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergetune.clip import PRECISIONS, FrozenClip, fill
-from mergetune.io import write_atomically
+from mergetune.io import write_atomically, writing_in
 from mergetune.solutions.base import Solution
 from mergetune.solutions.exports import classnames_of, plain_tensor, torch_bytes
 from mergetune.solutions.prompt import Prompt
@@ -89,21 +89,21 @@ def to_coop(
         "val_result": None,
     }
     folder = Path(folder) / "prompt_learner"
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"model.pth.tar-{epoch}"
     bytes_of_file = torch_bytes(content)
-    write_atomically(file, bytes_of_file)
-    write_sidecar(
-        file,
-        bytes_of_file,
-        form="coop",
-        classnames=classnames,
-        logit_scale=solution.logit_scale,
-        temperature=temperature_of(solution),
-        backbone=public_backbone(solution.backbone or clip.name),
-        fingerprint=clip.text_fingerprint,
-        template=solution.template,
-        position=solution.position,
-    )
-    write_atomically(folder / "checkpoint", f"{file.name}\n".encode())
+    with writing_in(folder):
+        write_atomically(file, bytes_of_file)
+        write_sidecar(
+            file,
+            bytes_of_file,
+            form="coop",
+            classnames=classnames,
+            logit_scale=solution.logit_scale,
+            temperature=temperature_of(solution),
+            backbone=public_backbone(solution.backbone or clip.name),
+            fingerprint=clip.text_fingerprint,
+            template=solution.template,
+            position=solution.position,
+        )
+        write_atomically(folder / "checkpoint", f"{file.name}\n".encode())
     return file

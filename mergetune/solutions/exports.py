@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.clip import FrozenClip
-from mergetune.io import write_atomically
+from mergetune.io import write_atomically, writing_to
 from mergetune.solutions.base import Solution
 from mergetune.solutions.head import Head
 from mergetune.solutions.kinds import given_names, known_classes
@@ -87,7 +87,8 @@ def to_head(
         content = stream.getvalue()
     else:
         content = torch_bytes({**tensors, **extras})
-    write_atomically(file, content)
+    with writing_to(file):
+        write_atomically(file, content)
     return head
 
 
@@ -125,16 +126,17 @@ def zero_shot_classifier(
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = torch_bytes(plain_tensor(classifier))
-        write_atomically(file, content)
-        write_sidecar(
-            file,
-            content,
-            form="classifier",
-            classnames=head.classnames,
-            logit_scale=clip.logit_scale / temperature_of(solution),
-            backbone=public_backbone(clip.name),
-            fingerprint=clip.image_fingerprint,
-        )
+        with writing_to(file):
+            write_atomically(file, content)
+            write_sidecar(
+                file,
+                content,
+                form="classifier",
+                classnames=head.classnames,
+                logit_scale=clip.logit_scale / temperature_of(solution),
+                backbone=public_backbone(clip.name),
+                fingerprint=clip.image_fingerprint,
+            )
     return classifier
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,15 @@ from typing import Any
 import open_clip
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
-from mergetune.io import not_reached, quiet_retries, read_json, unreachable, write_atomically
+from mergetune.io import (
+    not_reached,
+    quiet_retries,
+    read_json,
+    scratch_folder,
+    unreachable,
+    write_atomically,
+    writing_in,
+)
 from mergetune.solutions.base import Solution
 from mergetune.solutions.kinds import known_classes
 from mergetune.solutions.published import HUB, architecture, published
@@ -51,8 +58,9 @@ def to_hub(
     """
     folder = Path(folder)
     card = _card(solution, license, repo_id, metrics or {})
-    published(solution).save(folder)
-    write_atomically(folder / "README.md", card.encode())
+    with writing_in(folder):
+        published(solution).save(folder)
+        write_atomically(folder / "README.md", card.encode())
 
 
 def push_to_hub(
@@ -80,7 +88,7 @@ def push_to_hub(
         URL of the repository.
     """
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         to_hub(solution, folder, license=license, repo_id=repo_id, metrics=metrics)
         try:
             with quiet_retries():

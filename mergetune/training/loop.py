@@ -36,7 +36,7 @@ def train_together(jobs: Sequence[Job]) -> list[FitResult]:
 
     Raises:
         ValueError: two jobs have the same ``resume`` folder, or a folder holds another run.
-        RuntimeError: another process trains in a ``resume`` folder.
+        RuntimeError: another process works in a ``resume`` folder.
         FloatingPointError: a loss became NaN or infinite, see :func:`fit`; the message names the run.
     """
     folders = [Path(job.resume).resolve() for job in jobs if job.resume is not None]

@@ -19,9 +19,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from mergetune.io import Document, Items, JsonObject, fault, jsonable, locked, read_document, torchrun_team, write_json
+from mergetune.io import (
+    Document,
+    Items,
+    JsonObject,
+    fault,
+    jsonable,
+    locked,
+    read_document,
+    torchrun_team,
+    write_json,
+    writing_in,
+)
 from mergetune.training.run_settings import Difference, differences
-from mergetune.training.runs import LOCK, RESULT, STATE, ResultFile, read_state
+from mergetune.training.runs import RESULT, STATE, ResultFile, read_state
 
 CALL = "call.json"
 _NUMBERED = re.compile(r"run-([0-9]+)(?:-(.+))?", re.DOTALL)
@@ -72,11 +83,12 @@ def run_folder(
     in_words: Mapping[str, Any] = {},
     parts: Sequence[str] = (),
     overwrite: bool = False,
+    held: contextlib.ExitStack | None = None,
 ) -> Path:
     """Returns the folder of the run with these settings: ``out``, or a numbered folder in it.
 
-    Processes that call at once are served one after the other, so different settings never share a folder; the training
-    itself lets one process work in a folder. Under torchrun rank 0 decides for all ranks.
+    Processes that call at once are served one after the other, so different settings never share a folder. Under
+    torchrun rank 0 decides for all ranks.
 
     Args:
         out: folder that the user gave; created if missing.
@@ -85,10 +97,11 @@ def run_folder(
         parts: those of ``PARTS`` that the run has. They must not be links, and must hold no link to a folder.
         overwrite: replace the run in ``out`` by this one. ``FILES`` of that run and of its parts are deleted; caches,
             other runs and files that mergetune did not write stay.
+        held: receives the lock of the folder, before another process can choose the folder.
 
     Raises:
         ValueError: the record of the run in ``out`` is damaged, ``out`` is a file, or a part is a link.
-        RuntimeError: with ``overwrite``, another process trains in ``out``.
+        RuntimeError: another process works in the folder, or with ``overwrite`` in ``out``.
     """
     out = Path(out)
     call = {"format": _FORMAT, "settings": jsonable(asked), "in_words": jsonable(in_words), "parts": list(parts)}
@@ -105,7 +118,7 @@ def run_folder(
         refuse_links(folder, parts)
         _remove_run(folder)
 
-    return choose_folder(out, other, begin, replace=replace if overwrite else None)
+    return choose_folder(out, other, begin, replace=replace if overwrite else None, held=held)
 
 
 def choose_folder(
@@ -114,6 +127,7 @@ def choose_folder(
     begin: Callable[[Path], None],
     *,
     replace: Callable[[Path], None] | None = None,
+    held: contextlib.ExitStack | None = None,
 ) -> Path:
     """Returns the first folder of a run that fits, or a new one, under a lock and on rank 0 for all ranks.
 
@@ -122,9 +136,10 @@ def choose_folder(
         other: how the run in a folder differs: an empty list if it is the wanted one, None if there is no run.
         begin: records the wanted run in its folder, so that no other process takes the folder.
         replace: removes the run in ``out``, which is then free; None keeps it.
+        held: receives the lock of the folder, which is taken before ``begin``.
     """
     with torchrun_team() as team:
-        return team.lead(lambda: _choose(out, other, begin, replace))
+        return team.lead(lambda: _choose(out, other, begin, replace, held))
 
 
 def _choose(
@@ -132,7 +147,12 @@ def _choose(
     other: Callable[[Path], list[Difference] | None],
     begin: Callable[[Path], None],
     replace: Callable[[Path], None] | None,
+    held: contextlib.ExitStack | None,
 ) -> Path:
+    def take(folder: Path) -> None:
+        if held is not None:
+            held.enter_context(writing_in(folder))
+
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)
@@ -141,11 +161,13 @@ def _choose(
             replace(out)
         first = other(out)
         if not first:  # no run, or the wanted one
+            take(out)
             begin(out)
             return out
         for _, folder in numbered_runs(out):
             with contextlib.suppress(ValueError):  # a damaged record is that of no run that can be continued
                 if other(folder) == []:
+                    take(folder)
                     begin(folder)  # cells that are new
                     return folder
         _remove_leftovers(out)
@@ -153,7 +175,9 @@ def _choose(
         made = _new_folder(out, name)
         try:
             begin(made)
-            return made.rename(out / name)
+            made.rename(out / name)
+            take(out / name)
+            return out / name
         except BaseException:
             _remove_leftovers(out)
             raise
@@ -209,7 +233,7 @@ def forgotten_if_refused(folder: Path) -> Iterator[None]:
             if _NUMBERED.fullmatch(folder.name):  # in OUT itself the corrected command goes on from earlier stages
                 places = [inner for part in call.parts for inner in walk_folders(folder / part)]
                 for place in (*reversed(places), folder):
-                    remove_files(place, (*FILES, LOCK))
+                    remove_files(place, FILES)
                     with contextlib.suppress(OSError):  # a folder with other files stays
                         place.rmdir()
         raise
@@ -290,8 +314,7 @@ def _remove_run(out: Path) -> None:
     except ValueError:  # a run whose record is damaged can be replaced
         call = None
     parts = ("tuned",) if call is None and (out / "report.json").is_file() else call.parts if call else ()
-    busy = f"another process trains in {out}: wait for it before the run there is replaced"
-    with locked(out / LOCK, busy=busy):
+    with writing_in(out):
         (out / CALL).unlink(missing_ok=True)
         remove_files(out, FILES)
         for part in parts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,13 +29,13 @@ from mergetune.io import (
     fault,
     installed_version,
     jsonable,
-    locked,
     parse_document,
     read_document,
     remove_parts,
     require_regular,
     write_atomically,
     write_json,
+    writing_in,
 )
 from mergetune.solutions import Solution, State, load_solution
 from mergetune.training.jobs import Job
@@ -46,7 +45,7 @@ from mergetune.training.run_settings import differences, images_in_words
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-RESULT, STATE, LOCK = "result.json", "state.safetensors", ".run.lock"
+RESULT, STATE = "result.json", "state.safetensors"
 ANEW = "delete it to start anew"
 NAMED = 3  # most differences in a message
 
@@ -357,11 +356,9 @@ def read_state(path: Path, *, tensors: bool = False) -> tuple[RunRecord, State]:
 def training_in(folder: Path) -> Iterator[None]:
     """Context manager that makes the folder of a run and lets one process train in it.
 
-    The ranks of one torchrun job may train the same run, so rank 0 alone holds the lock.
-
     Raises:
         ValueError: the path is a file, or the folder cannot be made.
-        RuntimeError: another process trains in the folder.
+        RuntimeError: another process works in the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"resume must be a folder, got the file {folder}")
@@ -369,11 +366,7 @@ def training_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"resume must be a folder that can be written, got {folder}: {error}") from error
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    busy = f"another process trains in {folder}: wait for it, then run the same command again, or give another folder"
-    with locked(folder / LOCK, busy=busy):
+    with writing_in(folder):
         yield
 
 

@@ -301,7 +301,7 @@ def test_under_torchrun_the_first_rank_decides(tmp_path, one_thread):
 
     found = at_once(rank, [(0,), (1,)])
     assert found == [[tmp_path / "out", tmp_path / "out" / "run-2-lam-2"]] * 2
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [".runs.lock", "call.json", "run-2-lam-2"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["call.json", "run-2-lam-2"]
 
 
 # -- images and experiments --------------------------------------------------------------------------------------------
