@@ -290,10 +290,13 @@ def fit(
 
 def _train(job: Any, out: Path, overwrite: bool) -> tuple[Any, Path]:
     """Trains a job in the folder of its run, saves the result there, and returns both."""
-    from mergetune.training import in_words_of, run_folder, settings_of, train_together
+    from mergetune.training import in_words_of, older_settings_of, run_folder, settings_of, train_together
 
     with ExitStack() as held:
-        folder = run_folder(out, settings_of(job), in_words=in_words_of(job), overwrite=overwrite, held=held)
+        folder = run_folder(
+            out, settings_of(job), in_words=in_words_of(job), older=older_settings_of(job), overwrite=overwrite,
+            held=held,
+        )  # fmt: skip
         _say_where(folder, job.training.epochs)
         (result,) = train_together([replace(job, resume=folder)])
         result.save(folder)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mergetune.training.jobs import Job
     from mergetune.training.loop import train_together
     from mergetune.training.run_folders import finished_epochs, forgotten_if_refused, has_begun, run_folder, run_title
-    from mergetune.training.runs import FitResult, in_words_of, settings_of
+    from mergetune.training.runs import FitResult, in_words_of, older_settings_of, settings_of
     from mergetune.training.stage_one import tune, tune_job
     from mergetune.training.stage_two import fit, fit_job
 
@@ -23,6 +23,7 @@ __all__ = [
     "forgotten_if_refused",
     "has_begun",
     "in_words_of",
+    "older_settings_of",
     "run_folder",
     "run_title",
     "settings_of",
@@ -38,7 +39,7 @@ make_lazy(
         "mergetune.training.jobs": "Job",
         "mergetune.training.loop": "train_together",
         "mergetune.training.run_folders": "finished_epochs forgotten_if_refused has_begun run_folder run_title",
-        "mergetune.training.runs": "FitResult in_words_of settings_of",
+        "mergetune.training.runs": "FitResult in_words_of older_settings_of settings_of",
         "mergetune.training.stage_one": "tune tune_job",
         "mergetune.training.stage_two": "fit fit_job",
     },

@@ -87,6 +87,9 @@ class Job:
         settings: all other arguments that the result depends on, JSON-able.
         cuda_graph, val, resume, progress: see :func:`fit`.
         in_words: descriptions of the settings whose values are checksums.
+        begins_from: texts that determine ``start``, beside the settings. Its numbers may be computed, and another
+            processor rounds them differently, so that their checksum would not be that of the same run there.
+        older_settings: the settings that earlier versions recorded with other values: checksums of computed numbers.
     """
 
     clip: FrozenClip
@@ -100,6 +103,8 @@ class Job:
     resume: str | Path | None
     progress: bool
     in_words: dict[str, Any] = field(default_factory=dict)
+    begins_from: tuple[str, ...] = ()
+    older_settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def batches(self) -> int:

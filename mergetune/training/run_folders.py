@@ -81,6 +81,7 @@ def run_folder(
     asked: Mapping[str, Any],
     *,
     in_words: Mapping[str, Any] = {},
+    older: Mapping[str, Any] | None = None,
     parts: Sequence[str] = (),
     overwrite: bool = False,
     held: contextlib.ExitStack | None = None,
@@ -94,6 +95,7 @@ def run_folder(
         out: folder that the user gave; created if missing.
         asked: the settings of the call, JSON-able; equal settings are the same run.
         in_words: descriptions of the settings whose values are checksums, for messages and lists.
+        older: the settings as earlier versions recorded them, if these are others; such a run is the same run.
         parts: those of ``PARTS`` that the run has. They must not be links, and must hold no link to a folder.
         overwrite: replace the run in ``out`` by this one. ``FILES`` of that run and of its parts are deleted; caches,
             other runs and files that mergetune did not write stay.
@@ -107,7 +109,8 @@ def run_folder(
     call = {"format": _FORMAT, "settings": jsonable(asked), "in_words": jsonable(in_words), "parts": list(parts)}
 
     def other(folder: Path) -> list[Difference] | None:
-        return _differences(folder, asked, in_words)
+        found = _differences(folder, asked, in_words)
+        return [] if found and older is not None and _differences(folder, older, in_words) == [] else found
 
     def begin(folder: Path) -> None:
         refuse_links(folder, parts)

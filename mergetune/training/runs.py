@@ -275,10 +275,9 @@ class TrainingRun:
         if not path.exists():
             return
         record, tensors = self._read_state(path)
-        other = differences(
-            record.settings, self.settings, there_in_words=record.in_words, here_in_words=in_words_of(self.job)
-        )
-        if other:
+        said = {"there_in_words": record.in_words, "here_in_words": in_words_of(self.job)}
+        other = differences(record.settings, self.settings, **said)
+        if other and differences(record.settings, older_settings_of(self.job)):
             raise ValueError(
                 f"resume: {folder} holds another run: {'; '.join(found.words for found in other[:NAMED])}; give "
                 "another folder, or delete its files to train anew"
@@ -314,15 +313,23 @@ class TrainingRun:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """Every argument that the result of a run depends on; two runs with equal settings are one run."""
+    """Every argument that the result of a run depends on; two runs with equal settings are one run.
+
+    No value depends on the processor: what a run computes before its first step is recorded by what determines it.
+    """
     return {
         **job.settings,
-        "start": short_digest(*job.start.state().values()),
+        "start": short_digest(*job.begins_from),
         "features": job.features.digest,
         "val": None if job.val is None else job.val.digest,
         "clip": job.clip.name,
         "classnames": list(job.features.classnames),
     }
+
+
+def older_settings_of(job: Job) -> dict[str, Any]:
+    """:func:`settings_of` as version 0.1 recorded them, with checksums of the start and the zero-shot classes."""
+    return settings_of(job) | {"start": short_digest(*job.start.state().values())} | job.older_settings
 
 
 def in_words_of(job: Job) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -180,6 +181,7 @@ def tune_job(
     return Job(
         clip, objective, start, features, training, record, cuda_graph=options.cuda_graph, val=val, resume=resume,
         progress=progress, in_words={} if base is None else {"base": solution_in_words(base)},
+        begins_from=(clip.text_fingerprint, json.dumps(texts)),
     )  # fmt: skip
 
 

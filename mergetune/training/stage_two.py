@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -175,7 +176,7 @@ def fit_job(
         ops.ensure_verified(clip.device, progress=progress)
 
     space = space_of(clip, solution, classnames, precision=PRECISIONS[precision])
-    near, w1, start_at = _zero_shot(clip, features, options, solution, space)
+    near, w1, older_w1, start_at = _zero_shot(clip, features, options, solution, space)
     states = stack_states([anchor.state() for anchor in anchors], clip.device)
     start = solution.mean_of(states)
     if start_at is not None:
@@ -205,6 +206,8 @@ def fit_job(
             "tuned": [solution_in_words(anchor) for anchor in anchors],
             "zero_shot": _zero_shot_in_words(options.zero_shot),
         },
+        begins_from=(clip.text_fingerprint, w1, *settings["tuned"]),
+        older_settings={"zero_shot": older_w1},
     )  # fmt: skip
 
 
@@ -237,8 +240,11 @@ def _betas(options: FitOptions, count: int) -> list[float]:
 
 def _zero_shot(
     clip: FrozenClip, features: Batches, options: FitOptions, tuned: Solution, space: Space
-) -> tuple[Near, str, Solution | None]:
-    """The surrogate around the zero-shot solution w1, a digest of w1, and the w1 that the start mixes in, or None."""
+) -> tuple[Near, str, str, Solution | None]:
+    """The surrogate around the zero-shot solution w1, digests of w1, and the w1 that the start mixes in, or None.
+
+    The first digest is that of what determines w1; the second, of its computed numbers, is what version 0.1 recorded.
+    """
     zero_shot, classnames = options.zero_shot, features.classnames
     given, templates = None, ()
     if isinstance(zero_shot, Solution):
@@ -257,7 +263,9 @@ def _zero_shot(
                 f"lam must be 0 and tau 1 for a {tuned.kind}, which has no zero-shot solution, got {options.lam} and "
                 f"{options.tau}"
             )
-        return Near(0.0, distance=lambda states: tuned.distance(states, states)), "none", None
+        return Near(0.0, distance=lambda states: tuned.distance(states, states)), "none", "none", None
+    given_as = zero_shot.whole_identity if isinstance(zero_shot, Solution) else ()
+    digest = short_digest(*given_as or (clip.text_fingerprint, json.dumps(templates)))
     start = _start_at(points, tuned) if options.tau < 1 or tuned.surrogate_on == "state" else None
     if tuned.surrogate_on == "state":
         assert start is not None
@@ -265,7 +273,7 @@ def _zero_shot(
             raise ValueError(f"surrogate must be identity for a {tuned.kind}, got {options.surrogate!r}")
         w1 = stacked(start.state(), clip.device)
         near = Near(options.lam, distance=lambda states: tuned.distance(states, w1))
-        return near, short_digest(*start.identity), start if options.tau < 1 else None
+        return near, digest, short_digest(*start.identity), start if options.tau < 1 else None
     if given is None:
         classes = tuned.zero_shot_classes(clip, classnames, templates)
     else:
@@ -274,7 +282,7 @@ def _zero_shot(
     curvature = None
     if options.surrogate == "fisher":
         curvature = fisher_diagonal(features, classes, scale=space.scale, normalize=space.normalize)
-    return Near(options.lam, options.surrogate, classes, curvature), short_digest(classes), start
+    return Near(options.lam, options.surrogate, classes, curvature), digest, short_digest(classes), start
 
 
 def _start_at(points: Sequence[Solution], tuned: Solution) -> Solution:

@@ -140,8 +140,8 @@ def contents(folder: Path) -> dict[str, Any]:
 def content(path: Path) -> Any:
     if path.suffix == ".json":
         return without_times(json.loads(path.read_text()))
-    if path.suffix == ".md":  # the third column from the right holds seconds
-        return [line.split("|")[:-4] + line.split("|")[-3:] for line in path.read_text().splitlines()]
+    if path.suffix == ".md":  # the last column but one holds seconds
+        return [line.split("|")[:-3] + line.split("|")[-2:] for line in path.read_text().splitlines()]
     return path.read_bytes()
 
 

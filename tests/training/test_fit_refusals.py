@@ -10,6 +10,7 @@ from fit_cases import QUICK, fit_random, tune_kgcoop
 from tiny import NAMES, cache, head, normal, prompt
 
 from mergetune import FeatureCache, Head, fit, tune
+from mergetune.training import fit_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,10 +76,10 @@ BAD_TUNE = [
 
 @pytest.mark.parametrize("template", ["{} texture.", "a centered satellite photo of {}."])
 def test_a_template_of_another_length_is_the_reference_and_the_plain_words_the_start(clip, template):
-    run = functools.partial(fit, clip, cache(), prompt(), epochs=1, batch_size=30, precision="float32")
-    start = run(zero_shot=template, tau=0.0).settings["start"]
-    assert start == run(tau=0.0).settings["start"]  # "a photo of a"
-    assert run(zero_shot=template).settings["zero_shot"] != run().settings["zero_shot"]
+    job = functools.partial(fit_job, clip, cache(), prompt(), epochs=1, batch_size=30, precision="float32")
+    start = job(zero_shot=template, tau=0.0).start
+    assert torch.equal(start.ctx, job(tau=0.0).start.ctx)  # "a photo of a"
+    assert job(zero_shot=template).settings["zero_shot"] != job().settings["zero_shot"]
 
 
 def gap() -> FeatureCache:

@@ -8,16 +8,18 @@ import re
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from fit_cases import QUICK, STATE, assert_same_run, epochs_on_disk, fit_random, tune_kgcoop
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import NAMES, cache, parameter, prompt, tiny_clip
+from tiny import NAMES, cache, head, parameter, prompt, tiny_clip
 
-from mergetune import FitResult, fit, tune
+from mergetune import FitResult, FrozenClip, fit, tune
 from mergetune.io import write_atomically
+from mergetune.training import fit_job, older_settings_of, run_folder, settings_of, train_together, tune_job
 from mergetune.training.runs import short_digest, training_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,3 +260,47 @@ def test_a_flipped_bit_in_the_state_is_refused(clip, finished, tmp_path):
     (tmp_path / STATE).write_bytes(content)
     with pytest.raises(ValueError, match="digest must be that of its tensors"):
         fit(clip, cache(), prompt(), resume=tmp_path, **QUICK)
+
+
+# -- other processors --------------------------------------------------------------------------------------------------
+
+JOBS = {
+    "prompt": lambda clip: fit_job(clip, cache(), prompt(), **QUICK),
+    "head": lambda clip: fit_job(clip, cache(), head(), **QUICK),
+    "several templates": lambda clip: fit_job(
+        clip, cache(), prompt(), zero_shot=["a photo of a {}.", "a sketch of a {}."], **QUICK
+    ),
+    "stage 1, head": lambda clip: tune_job(clip, cache(), method="head", **QUICK),
+    "stage 1, kgcoop": lambda clip: tune_job(clip, cache(), method="kgcoop", **QUICK),
+}
+
+
+def rounded_otherwise(monkeypatch) -> None:
+    """Class embeddings get the last bits of another processor."""
+    compute = FrozenClip.class_embeddings
+    monkeypatch.setattr(FrozenClip, "class_embeddings", lambda *given, **more: (1 + 2**-22) * compute(*given, **more))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_run_is_the_same_where_another_processor_rounds_what_it_starts_from(monkeypatch, name):
+    here = JOBS[name](tiny_clip())
+    rounded_otherwise(monkeypatch)
+    there = JOBS[name](tiny_clip())
+    computed = [older_settings_of(job) for job in (here, there)]
+    assert settings_of(here) == settings_of(there)
+    assert computed[0] != computed[1] or name == "stage 1, kgcoop"  # whose start is made of words, not computed
+    assert settings_of(JOBS[name](tiny_clip(1))) != settings_of(here)  # other weights are another run
+
+
+@pytest.mark.parametrize("name", ["prompt", "head", "stage 1, head"])
+def test_runs_that_recorded_computed_numbers_are_taken_up(tmp_path, name):
+    job = replace(JOBS[name](tiny_clip()), resume=tmp_path)
+    (first,) = train_together([job])
+    with safe_open(tmp_path / STATE, "pt") as file:
+        tensors, record = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["run"])  # noqa: SIM118
+    record["settings"] = older_settings_of(job)
+    save_file(tensors, tmp_path / STATE, metadata={"run": json.dumps(record)})
+    (again,) = train_together([job])
+    assert again.timings["steps"] == 0 and torch.equal(parameter(again.solution), parameter(first.solution))
+    called = run_folder(tmp_path / "out", record["settings"])
+    assert run_folder(tmp_path / "out", settings_of(job), older=older_settings_of(job)) == called
