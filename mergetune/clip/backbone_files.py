@@ -37,14 +37,8 @@ from mergetune.clip.tokenizer_files import (
     read_json,
     word_set,
 )
-from mergetune.io import (
-    is_torchscript,
-    load_tensors_only,
-    open_regular,
-    read_torchscript,
-    require_regular,
-    scratch_folder,
-)
+from mergetune.io import is_torchscript, load_tensors_only, open_regular, read_torchscript, require_regular
+from mergetune.io.atomic_files import scratch_folder
 from mergetune.io.network import CACHED, not_reached
 
 HUB, FOLDER = "hf-hub:", "local-dir:"

@@ -54,8 +54,8 @@ def load_clip(
 
     Raises:
         ValueError: an unknown precision, device, name or tag (the message suggests near ones); missing or doubly given
-            weights; a file that asks for more than a network, a vocabulary and tensors (the message names file and
-            key); settings that describe no valid network.
+            weights, or weights that change while they are loaded; a file that asks for more than a network, a
+            vocabulary and tensors (the message names file and key); settings that describe no valid network.
         RuntimeError: the weights belong to another model; a download failed; a package for the tokenizer or the text
             model is missing.
 
@@ -86,7 +86,7 @@ def load_clip(
         warn_quickgelu(name, weights)
         published = _published_preprocess(name, weights)
         opened = _built_in(name, weights, config, cache_dir)
-    with quiet_retries(), opened as source:
+    with quiet_retries(), opened as source, _unchanged(source.weights):
         tensors = None if source.weights is None else check_weights(source.weights, allow_torchscript=allow_torchscript)
         try:
             model = open_clip.create_model(
@@ -161,6 +161,28 @@ def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: 
             require_regular(pretrained)
         huggingface = bool(text.get("hf_tokenizer_name"))
         yield Backbone(name, Path(weights) if weights else None, huggingface, settings=settings)
+
+
+@contextmanager
+def _unchanged(file: Path | None) -> Iterator[None]:
+    """Context manager in which a file is first checked and then loaded; None for no file.
+
+    Raises:
+        ValueError: the file was changed or replaced meanwhile, or a link to it leads elsewhere: what was loaded may not
+            be what was checked.
+    """
+    before = None if file is None else _identity(file)
+    yield
+    if file is not None and _identity(file) != before:
+        raise ValueError(f"{file} must not change while it is loaded, and it was changed or replaced: load it again")
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:

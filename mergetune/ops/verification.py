@@ -21,13 +21,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from mergetune.io import dtype_name, hidden, locked, scratch_folder
+from mergetune.io import Document, dtype_name, hidden, locked, parse_document, scratch_folder
 from mergetune.ops.backends import OPS, SHAPE_CLASSES, missing
 from mergetune.ops.selection import VARIABLE, goes_by_verdict, has_verdicts, indexed, take_verdicts
 from mergetune.ops.trials import Case
@@ -43,7 +41,35 @@ from mergetune.ops.verdicts import (
 
 LIMIT, CASE_LIMIT, START_LIMIT = 240.0, 60.0, 120.0  # seconds: in total, per trial, until the child is ready
 END_LIMIT = 10.0  # seconds from the end of the child's report until it is killed
+MAX_LINE = 1 << 20  # bytes of a line of the report: usual ones have 500
 Progress = Callable[[int, int, str], None]
+
+
+class CaseReport(Document, frozen=True):
+    """A case in the child's report, see :class:`mergetune.ops.trials.Case`."""
+
+    op: str
+    backend: str
+    dtype: str
+    shape_class: str
+
+
+class Report(Document, frozen=True):
+    """A line of the child's report.
+
+    Attributes:
+        ready: the child has started.
+        begin: the case that it begins.
+        end: the case that it has ended, with its ``trial``.
+        trial: outcome of the case.
+        fatal: the device is broken, and the child ends.
+    """
+
+    ready: bool = False
+    begin: CaseReport | None = None
+    end: CaseReport | None = None
+    trial: Trial | None = None
+    fatal: bool = False
 
 
 def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
@@ -183,8 +209,10 @@ class _Child:
         if not sys.executable:
             raise RuntimeError("sys.executable must name the Python program, got none: no process can be started")
         reading, writing = os.pipe()
-        self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.lines: queue.Queue[Report | None] = queue.Queue()
+        self.cases = set(cases)
         self.reported = False  # whether the report has ended
+        self.damaged = ""  # what is wrong with the report
         self.places = ExitStack()  # closed with the process
         place = self.places.enter_context(scratch_folder())
         self.errors = self.places.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
@@ -227,21 +255,25 @@ class _Child:
     def wait_until_ready(self, seconds: float) -> None:
         """Waits for the process's first report; raises RuntimeError if none comes within this time."""
         line = self._next(seconds)
-        if line is None or "ready" not in line:
+        if line is None or not line.ready:
             raise RuntimeError(f"the process that tries the kernels does not start: {self._last_error()}")
 
     def next_case(self) -> Case | None:
         """The case that the process begins; None if the process has ended."""
         line = self._next(START_LIMIT)
-        return None if line is None or "begin" not in line else Case(**line["begin"])
+        if line is None or line.begin is None:
+            return None
+        case = Case(**line.begin.model_dump())
+        return case if case in self.cases else None
 
     def wait_for_trial(self, case: Case, seconds: float) -> Trial:
         """The trial of the case that has begun; "hung" after ``seconds``, "crashed" if the process ends early."""
         began = time.monotonic()
         line = self._next(seconds)
-        if line is not None and line.get("end") == asdict(case):
-            with suppress(ValidationError, TypeError):
-                return Trial(**line["trial"])
+        if line is not None and line.end == CaseReport(**asdict(case)) and line.trial is not None:
+            if line.trial.backend == case.backend:
+                return line.trial
+            self.damaged = f"its report on {case.backend} is about {line.trial.backend}"
         if line is None and time.monotonic() - began >= seconds:
             detail = f"killed after {seconds:.0f} s: the implementation hangs or is too slow"
             return Trial(backend=case.backend, status="hung", detail=detail)
@@ -249,16 +281,17 @@ class _Child:
 
     def _read(self, reading: int) -> None:
         """Puts the lines of the report in the queue, then None; a line that is not a report ends the reading."""
-        with suppress(ValueError), os.fdopen(reading, encoding="utf-8") as stream:
-            for line in stream:
-                found = json.loads(line)
-                if not isinstance(found, dict):
-                    break
-                self.lines.put(found)
-        self.reported = True
-        self.lines.put(None)
+        try:
+            with os.fdopen(reading, "rb") as stream:
+                while line := stream.readline(MAX_LINE):
+                    self.lines.put(parse_document(line, Report, name="its report", way_on="it is killed"))
+            self.reported = True
+        except (ValueError, RecursionError) as error:
+            self.damaged = str(error)
+        finally:
+            self.lines.put(None)
 
-    def _next(self, seconds: float) -> dict[str, Any] | None:
+    def _next(self, seconds: float) -> Report | None:
         """The next line of the report; None if the process has ended or the time is over."""
         try:
             return self.lines.get(timeout=seconds)
@@ -272,7 +305,8 @@ class _Child:
         self.errors.seek(0)
         said = self.errors.read().decode(errors="replace").strip().splitlines()
         state = "is still running" if code is None else f"ended with code {code}"
-        return f"the process {state}; last line: {said[-1][:300] if said else 'none'}"
+        damaged = f"; {self.damaged[:300]}" if self.damaged else ""
+        return f"the process {state}{damaged}; last line: {said[-1][:300] if said else 'none'}"
 
 
 def _known(device: torch.device) -> bool:

@@ -916,3 +916,35 @@ def test_damaged_archives_are_named(tmp_path, damage):
                     target.writestr(name, content)
     with pytest.raises(ValueError, match=r"a\.pt cannot be read as a TorchScript archive without running it"):
         read_torchscript(file)
+
+
+@pytest.mark.parametrize("change", ["another file", "another target of a link", "other bytes"])
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_weights_that_are_exchanged_after_they_were_checked_are_refused(tmp_path, monkeypatch, given, change):
+    names = ("first", "second")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": {**CONFIG["model_cfg"], "text_cfg": TEXT}})
+        )
+        save_file(model().state_dict(), tmp_path / name / "open_clip_model.safetensors")
+    file, other = (tmp_path / name / "open_clip_model.safetensors" for name in names)
+    if change == "another target of a link":
+        file.rename(tmp_path / "target.safetensors")
+        file.symlink_to(tmp_path / "target.safetensors")
+
+    def check_and_exchange(path, **more):
+        found = check_weights(path, **more)
+        if change == "other bytes":
+            file.write_bytes(file.read_bytes())
+        else:
+            file.unlink()
+            file.symlink_to(other) if "link" in change else other.rename(file)
+        return found
+
+    monkeypatch.setattr("mergetune.clip.loading.check_weights", check_and_exchange)
+    wanted = (f"local-dir:{tmp_path / 'first'}",) if given == "folder" else ("ViT-B-32", str(file))
+    if given == "file":
+        monkeypatch.setattr("open_clip.create_model", lambda *_, **__: model())
+    with pytest.raises(ValueError, match="open_clip_model.safetensors must not change while it is loaded"):
+        load_clip(*wanted)

@@ -194,6 +194,39 @@ def test_a_child_that_does_not_start_is_an_error():
         ops.verify(CPU, **ONE_KIND, modules=("there_is_no_such_module",))
 
 
+READY, CASE = {"ready": True}, {"op": "lmc_loss", "backend": "torch", "dtype": "float32", "shape_class": "small"}
+AGREED = {"backend": "torch", "status": "agreed", "seconds": 1e-6}
+REPORTS = {
+    "the content must be JSON": [READY, {"begin": CASE}, "agreed"],
+    "must be an object": [READY, {"begin": CASE}, ["agreed"]],
+    "trial.status must be": [READY, {"begin": CASE}, {"end": CASE, "trial": AGREED | {"status": "splendid"}}],
+    "trial.seconds must be": [READY, {"begin": CASE}, {"end": CASE, "trial": AGREED | {"seconds": "none"}}],
+    "also_chosen must": [READY, {"begin": CASE}, {"end": CASE, "trial": AGREED, "also_chosen": True}],
+    "its report on torch is about cpp": [READY, {"begin": CASE}, {"end": CASE, "trial": AGREED | {"backend": "cpp"}}],
+    "report is damaged": [READY, {"begin": CASE}, "[" * 100_000],
+    "report is damaged: ": [READY, {"begin": CASE}, "9" * (3 << 20)],
+    "last line: none": [READY, {"begin": CASE}, {"end": CASE | {"backend": "cpp"}, "trial": AGREED}],
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell writes to the report by way of /proc")
+@pytest.mark.parametrize("said", REPORTS)
+def test_a_child_that_reports_something_else_is_believed_nothing(said, tmp_path, monkeypatch):
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in REPORTS[said]]
+    (tmp_path / "report").write_text("\n".join(lines) + "\n")
+    child = tmp_path / "child"
+    child.write_text(
+        "#!/bin/sh\nfor word; do case $word in --report=*) to=${word#--report=};; esac; done\n"
+        f"cat {tmp_path / 'report'} > /proc/self/fd/$to\n"
+    )
+    child.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(child))
+    for name in set(ops.OPS["lmc_loss"].implementations) - {"torch"}:
+        monkeypatch.delitem(ops.OPS["lmc_loss"].implementations, name)
+    ((trial,),) = (verdict.trials for verdict in ops.verify(CPU, **ONE_KIND).verdicts)
+    assert trial.status == "crashed" and said in trial.detail
+
+
 # -- the choice -------------------------------------------------------------------------------------------------------
 
 
