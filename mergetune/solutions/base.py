@@ -35,7 +35,7 @@ from mergetune.io import (
     write_json,
     writing_in,
 )
-from mergetune.solutions.resaving import TEMPERATURE, kept_temperature
+from mergetune.solutions.resaving import TEMPERATURE, bounded, kept_temperature
 from mergetune.solutions.states import State, mix, stacked, weighted_sums
 
 if TYPE_CHECKING:
@@ -369,7 +369,7 @@ def write_solution(solution: Solution, path: str | Path) -> None:
         with contextlib.suppress(ValueError, OSError):  # a damaged file is written again
             read_config(path)
             config["notes"] = solution.notes | kept_temperature(read_json(path / CONFIG), config, path)
-    text = json.dumps(config, indent=2)  # fails before anything is written if notes are not JSON
+    text = json.dumps(bounded(config), indent=2)  # fails before anything is written if notes are not JSON
     with writing_in(path):
         write_atomically(path / WEIGHTS, weights)
         write_atomically(path / CONFIG, f"{text}\n".encode())
@@ -389,7 +389,7 @@ def write_notes(path: str | Path, notes: dict[str, Any]) -> None:
     read_config(Path(path))
     file = Path(path) / CONFIG
     with writing_in(path):
-        write_json(file, {**read_json(file), "notes": notes}, indent=2)
+        write_json(file, bounded({**read_json(file), "notes": notes}), indent=2)
 
 
 def read_config(path: Path) -> SolutionFile:

@@ -1,4 +1,4 @@
-"""Saving over a saved solution: its temperature belongs to its tensors, and stays while they stay."""
+"""What is written with a solution: its temperature stays while its tensors stay; notes of many stages are bounded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,24 @@ from typing import Any
 #: Name of the note with the number that the logits of this state are divided by before probabilities are computed.
 TEMPERATURE = "temperature"
 _ABOUT = ("notes", "backbone", "fingerprint")  # fields of solution.json that do not change the answers
+
+
+LEVELS = 100  # of objects and lists inside each other that are written; readers allow 256
+LEFT_OUT = "left out: earlier stages"
+
+
+def bounded(value: Any, levels: int = LEVELS) -> Any:
+    """A JSON-able value in which everything below so many levels is replaced by a text.
+
+    Every stage of training keeps the notes of the stage before in its own, one level deeper.
+    """
+    if not isinstance(value, dict | list | tuple) or not value:
+        return value
+    if not levels:
+        return LEFT_OUT
+    if isinstance(value, dict):
+        return {name: bounded(inner, levels - 1) for name, inner in value.items()}
+    return [bounded(inner, levels - 1) for inner in value]
 
 
 def kept_temperature(there: dict[str, Any], here: dict[str, Any], path: Path) -> dict[str, float]:

@@ -10,6 +10,7 @@ from solution_cases import KINDS, TEMPLATE, assert_same, make
 from tiny import NAMES, normal, parameter, with_parameter
 
 from mergetune import Head, Prompt, interpolate, load_solution, temperature_of, with_temperature
+from mergetune.solutions import write_notes
 
 # -- interpolation -----------------------------------------------------------------------------------------------------
 
@@ -73,6 +74,22 @@ def test_round_trip_bit_for_bit(clip, tmp_path, kind):
     assert_same(loaded, solution)
     files = sorted(file.name for file in (tmp_path / "new" / "folder").iterdir())
     assert files == ["solution.json", "solution.safetensors"]
+
+
+@pytest.mark.parametrize("stages", [1, 90, 255, 300, 3000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_notes_of_many_stages_leave_a_solution_readable(clip, tmp_path, kind, stages):
+    notes = {"settings": {"stage": "tune"}}
+    for stage in range(stages):
+        notes = {"settings": {"stage": "fit", "number": stage}, "start": notes}
+    solution = replace(make(clip, kind), notes=notes)
+    solution.save(tmp_path)
+    read = load_solution(tmp_path)
+    assert_same(replace(read, notes={}), replace(solution, notes={}))
+    assert read.notes["settings"]["number"] == stages - 1  # the last stages stay
+    assert read.notes == notes or stages > 90
+    write_notes(tmp_path, notes)
+    assert load_solution(tmp_path).notes == read.notes
 
 
 def test_saving_writes_nothing_if_the_notes_are_not_json(clip, tmp_path):
