@@ -103,7 +103,8 @@ def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
         if _held.get(key) is lock:  # otherwise release_locks has closed the descriptor
             del _held[key]
             with contextlib.suppress(OSError):
-                file.unlink()  # before the lock is freed: nobody else can have taken the file
+                if _stands(file, descriptor):  # otherwise the file is gone, or another process has made a new one
+                    file.unlink()  # before the lock is freed: nobody else can take it
             os.close(descriptor)
 
 

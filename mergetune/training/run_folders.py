@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 
 from mergetune.io import (
+    LOCK,
     Document,
     Items,
     JsonObject,
@@ -27,6 +27,7 @@ from mergetune.io import (
     jsonable,
     locked,
     read_document,
+    scratch_folder,
     torchrun_team,
     write_json,
     writing_in,
@@ -37,8 +38,6 @@ from mergetune.training.runs import RESULT, STATE, ResultFile, read_state
 CALL = "call.json"
 _NUMBERED = re.compile(r"run-([0-9]+)(?:-(.+))?", re.DOTALL)
 _FEW = 1_000_000  # larger numbers are hardly ours: the next run is not numbered from them
-_LEFTOVER = re.compile(r"\.run-[0-9]+-.+\.part", re.DOTALL)
-_BEGUN = (CALL, "cell.json", "run.json")  # the records of a run that has not begun to train
 _IN_NAME = 3  # most differences in the name of a folder
 _FORMAT = "mergetune.call/1"
 WAY_ON = "delete it to start the run anew"
@@ -173,17 +172,14 @@ def _choose(
                     take(folder)
                     begin(folder)  # cells that are new
                     return folder
-        _remove_leftovers(out)
         name = f"run-{_free_number(out)}-{'_'.join(found.short for found in first[:_IN_NAME])}"
-        made = _new_folder(out, name)
-        try:
+        with scratch_folder(out / name) as place:  # the folder appears with its record
+            made = place / name
+            made.mkdir()
             begin(made)
             made.rename(out / name)
-            take(out / name)
-            return out / name
-        except BaseException:
-            _remove_leftovers(out)
-            raise
+        take(out / name)
+        return out / name
 
 
 def _free_number(out: Path) -> int:
@@ -193,26 +189,6 @@ def _free_number(out: Path) -> int:
     while number in taken:
         number += 1
     return max(number, 2)
-
-
-def _new_folder(out: Path, name: str) -> Path:
-    """A new hidden folder, which becomes the folder of a run when its record stands in it."""
-    made, attempt = out / f".{name}.part", 0
-    while os.path.lexists(made):  # of this name is something that is not ours
-        attempt += 1
-        made = out / f".{name}-{attempt}.part"
-    made.mkdir()
-    return made
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Removes the hidden folders of processes that were killed here, which hold records of a new run and no more."""
-    for leftover in (out / name for name in os.listdir(out) if _LEFTOVER.fullmatch(name)):
-        if leftover.is_symlink() or not leftover.is_dir():
-            continue
-        inside = [path for path in leftover.rglob("*") if path.is_symlink() or not path.is_dir()]
-        if all(path.name in _BEGUN and not path.is_symlink() for path in inside):
-            shutil.rmtree(leftover)
 
 
 def numbered_runs(out: Path) -> list[tuple[int, Path]]:
@@ -236,7 +212,7 @@ def forgotten_if_refused(folder: Path) -> Iterator[None]:
             if _NUMBERED.fullmatch(folder.name):  # in OUT itself the corrected command goes on from earlier stages
                 places = [inner for part in call.parts for inner in walk_folders(folder / part)]
                 for place in (*reversed(places), folder):
-                    remove_files(place, FILES)
+                    remove_files(place, (*FILES, LOCK))
                     with contextlib.suppress(OSError):  # a folder with other files stays
                         place.rmdir()
         raise

@@ -277,7 +277,10 @@ class TrainingRun:
         record, tensors = self._read_state(path)
         said = {"there_in_words": record.in_words, "here_in_words": in_words_of(self.job)}
         other = differences(record.settings, self.settings, **said)
-        if other and differences(record.settings, older_settings_of(self.job)):
+        older = older_settings_of(self.job)
+        if other and not differences(record.settings, older):
+            self.settings = older  # the run goes on as it was begun
+        elif other:
             raise ValueError(
                 f"resume: {folder} holds another run: {'; '.join(found.words for found in other[:NAMED])}; give "
                 "another folder, or delete its files to train anew"

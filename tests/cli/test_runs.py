@@ -213,29 +213,30 @@ def test_overwrite_of_cells_leaves_what_is_behind_links(clip, tmp_path, link):
 
 def test_what_a_killed_process_leaves_blocks_nobody(work, model, tmp_path):
     run(*fit(work, model, tmp_path))
-    (tmp_path / ".run-2-lam-4.part").mkdir()
+    (tmp_path / ".run-2-lam-4.123-0123abcd.part").mkdir(0o700)
     (tmp_path / "run-2-lam-4").mkdir()  # without a record
     (tmp_path / "run-3-lam-4").mkdir()
     (tmp_path / "run-3-lam-4" / "call.json").write_text("{")
     found = run(*fit(work, model, tmp_path, "--lam", 4))
     assert found["out"] == str(tmp_path / "run-4-lam-4")
-    assert not (tmp_path / ".run-2-lam-4.part").exists()
+    assert not list(tmp_path.glob(".*.part"))
     assert run(*fit(work, model, tmp_path, "--lam", 4))["out"] == found["out"]
 
 
 def test_leftovers_are_removed_only_if_they_are_ours(tmp_path):
     run_folder(tmp_path, {"lam": 8})
-    for name in (".run-mine.part", ".run-2-lam-4.part", ".run-5-lam-4.part"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / ("call.json" if "5" in name else "mine.txt")).write_text("mine")
+    ours = ".run-5-lam-4.123-0123abcd.part"
+    for name in (".run-mine.part", ".run-2-lam-4.part", ours):
+        (tmp_path / name).mkdir(0o700)
+        (tmp_path / name / "call.json").write_text("mine")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "call.json").write_text("theirs")
-    (tmp_path / ".run-2-lam-4-1.part").symlink_to("theirs")
+    (tmp_path / ".run-2-lam-4.123-0123abcd.part").symlink_to("theirs")
     (tmp_path / ".run-2-lam-4-2.part").write_text("mine")
     before = content(tmp_path)
     assert run_folder(tmp_path, {"lam": 4}) == tmp_path / "run-2-lam-4"
     gone = before.keys() - content(tmp_path).keys()
-    assert gone == {".run-5-lam-4.part/call.json"} and (tmp_path / ".run-2-lam-4-1.part").is_symlink()
+    assert gone == {f"{ours}/call.json"} and (tmp_path / ".run-2-lam-4.123-0123abcd.part").is_symlink()
     assert sorted(path.name for path in (tmp_path / "run-2-lam-4").iterdir()) == ["call.json"]
 
 
@@ -251,7 +252,7 @@ def test_no_number_of_a_folder_ends_the_numbering(tmp_path, taken, kind):
         (tmp_path / taken).symlink_to("nowhere")
     made = [run_folder(tmp_path, {"lam": lam}) for lam in (2, 3, 4)]
     assert len({*made, tmp_path / taken}) == 4 and [run_folder(tmp_path, {"lam": lam}) for lam in (2, 3, 4)] == made
-    assert not list(tmp_path.glob(".run-*.part"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_a_file_in_the_place_of_the_next_run_is_passed(tmp_path):

@@ -302,5 +302,6 @@ def test_runs_that_recorded_computed_numbers_are_taken_up(tmp_path, name):
     save_file(tensors, tmp_path / STATE, metadata={"run": json.dumps(record)})
     (again,) = train_together([job])
     assert again.timings["steps"] == 0 and torch.equal(parameter(again.solution), parameter(first.solution))
+    assert again.settings == record["settings"]  # the run goes on as it was begun
     called = run_folder(tmp_path / "out", record["settings"])
     assert run_folder(tmp_path / "out", settings_of(job), older=older_settings_of(job)) == called
