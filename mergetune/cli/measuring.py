@@ -100,6 +100,9 @@ def evaluate(
         check_temperature(temperature, val, base_novel=base_novel)
         test = open_cache(features, "base" if base_novel else classes, split="test")
         opened = {name: read_solution(name, test, position) for name in solution}
+        if not base_novel:  # what the names decide is said before the model is loaded
+            for found in opened.values():
+                found.check_classes(test.classnames)
         clip = clip_for(
             backbone,
             pretrained,

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mergetune.data.image_files import images_below
+from mergetune.data.image_files import describe_ignored, ignored_files, images_below
 from mergetune.data.image_lists import Dataset, ImageList
+from mergetune.data.list_files import with_slashes
 from mergetune.facts.brief import brief
-from mergetune.io import MAX_TABLE, check_picture, image_extensions, read_regular, require_file
+from mergetune.io import MAX_TABLE, check_picture, decode_text, image_extensions, read_regular, require_file
 
 LISTS = (".txt", ".csv", ".json")
 
@@ -123,10 +123,7 @@ def _files(path: str) -> list[str]:
 def _images_of(folder: str) -> list[str]:
     found = sorted(path.as_posix() for path in images_below(folder))
     if not found:
-        kinds = Counter(
-            os.path.splitext(name)[1].lower() or "no extension" for _, _, names in os.walk(folder) for name in names
-        )
-        got = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common(5)) or "no files"
+        got = describe_ignored(ignored_files(folder)) or "no files"
         raise ValueError(
             f"folder {folder} must hold at least one image ({', '.join(sorted(image_extensions()))}), got {got}"
         )
@@ -136,12 +133,13 @@ def _images_of(folder: str) -> list[str]:
 def _listed(path: str) -> list[str]:
     """The paths in a list, relative to the folder of the list."""
     require_file(path, f"a list of pictures must exist, and there is no file {path}")
-    text = read_regular(path, limit=MAX_TABLE).decode("utf-8-sig", errors="surrogateescape")  # names may be any bytes
+    content = read_regular(path, limit=MAX_TABLE)
+    text = decode_text(path, content, errors="surrogateescape")  # names of files may be any bytes
     entries = {".txt": _lines, ".csv": _column, ".json": _entries}[os.path.splitext(path)[1].lower()](path, text)
     if not entries:
         raise ValueError(f"list {path} must name at least one picture, got none")
     folder = Path(path).parent
-    return [str(folder / entry) for entry in entries]
+    return [str(folder / with_slashes(entry, folder)) for entry in entries]
 
 
 def _lines(path: str, text: str) -> list[str]:

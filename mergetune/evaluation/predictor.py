@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip, prepare_images
 from mergetune.clip.backbone import check_clip
+from mergetune.clip.class_texts import check_texts
 from mergetune.data import FoundPicture, decode_pictures, find_pictures, is_one_picture
 from mergetune.evaluation.classifiers import classifier
 from mergetune.facts.brief import brief
@@ -155,6 +156,8 @@ class Predictor:
         self.logit_scale: float = clip.logit_scale if scale is None else scale
         classify = classifier(clip, solution)
         fixed = _fixed_classes(solution)
+        if fixed is None:
+            check_texts(clip, self.classnames)
         with torch.no_grad():
             self._weights = classify(self.classnames if fixed is None else fixed)
         if fixed is not None and fixed != self.classnames:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
+from mergetune.clip.class_texts import check_texts
 from mergetune.data import FeatureCache
 from mergetune.evaluation import ImageMap, accuracy, classifier, harmonic_mean, score
 from mergetune.experiments.cells import Cell, Task, check_seeds
@@ -75,6 +76,9 @@ def compare(
         raise ValueError(f"experts that are given belong to one cell, got {len(cells)} cells")
     if setup.choose == "others" and len(by_name) < 2:
         raise ValueError("choose='others' needs at least two datasets, got one")
+    for task, partition in itertools.product(tasks, partitions):
+        check_texts(clip, task.train.classnames, task.templates)  # novel classes, too, before anything is trained
+        task.halves(partition)
     prepared = []
     with tqdm(total=len(cells), desc="compare", unit="cell", disable=hidden(progress)) as bar:
         for name, partition in itertools.product(by_name, partitions):

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, WrapVali
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from mergetune.io.files import MAX_SETTINGS, read_regular, write_atomically
+from mergetune.io.text_files import decode_text
 
 MAX_DEPTH = (
     256  # levels of lists and objects in a field that may hold any JSON: notes gain one level per training stage
@@ -197,7 +198,7 @@ def read_json(file: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
         OSError: the file does not exist or cannot be read.
         ValueError: the file is not a regular file, is too large or is not JSON; the message names the file.
     """
-    content = read_regular(file, limit=limit)
+    content = decode_text(file, read_regular(file, limit=limit))
     try:
         return _parse(content)
     except ValueError as error:
