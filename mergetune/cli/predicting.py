@@ -116,7 +116,8 @@ def predict(
         if template:
             check_templates(solution)
         opened: Any = solution if template else read_solution(solution, position=position, classnames=names)
-        names = classes_of(opened, names)  # what is wrong with names or pictures is said before the model is loaded
+        # What is wrong with names or pictures is said before the model is loaded.
+        names = classes_of(opened, names, activation=activation)
         found = list(find_pictures(pictures))
         for folder in filter(os.path.isdir, pictures):
             if ignored := describe_ignored(ignored_files(folder)):
