@@ -124,7 +124,7 @@ def open_cache(
     data = mt.Dataset(name=folder.name, full_train=listed)
     if classes != "all":
         data = data.base_novel()[classes == "novel"]
-    if len(data.classnames) < 2:
+    if len(data.classnames) == 1:
         of = "" if classes == "all" else f" in the {classes} half, for --classes {classes} and --base-novel"
         raise ValueError(f"{option} must hold at least two classes{of}, got only {data.classnames[0]!r} in {folder}")
     if split in ("val", "test") and shots is None:

@@ -328,7 +328,7 @@ class FrozenClip:
         return self._embedded[key].clone()
 
     @cached_property
-    def checked_texts(self) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
+    def _checked_texts(self) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
         """Class names and templates that :func:`mergetune.clip.class_texts.check_texts` has checked."""
         return set()
 

@@ -24,11 +24,11 @@ def check_texts(clip: Any, classnames: Sequence[str], templates: str | Sequence[
         ValueError: no name, an empty name, a template without exactly one ``{}``, or a text with too many tokens.
     """
     names, templates = check_classnames(classnames), check_templates(templates)
-    if not isinstance(clip, FrozenClip) or (names, templates) in clip.checked_texts:
+    if not isinstance(clip, FrozenClip) or (names, templates) in clip._checked_texts:
         return
     longest = max(templates, key=len)  # the others are checked when they are encoded
     tokens = clip.tokenize([fill(longest, name) for name in names]).cpu()
-    clip.checked_texts.add((names, templates))
+    clip._checked_texts.add((names, templates))
     first: dict[bytes, str] = {}
     alike = [
         (other, name)

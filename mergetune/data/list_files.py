@@ -45,7 +45,7 @@ def table_rows(path: Path) -> list[dict[str, Any]]:
     kind = path.suffix.lower()
     if kind not in TABLES:
         raise ValueError(f"path must end in {', '.join(TABLES[:-1])} or {TABLES[-1]}, got {path}")
-    rows = _records(path, kind) if kind.startswith(".json") else _cells(path)
+    rows = _records(path, kind) if kind.startswith(".json") else cells(path, read_text(path))
     if not rows:
         raise ValueError(f"{path} must list at least one image, got none")
     for number, row in enumerate(rows, start=1):
@@ -79,30 +79,39 @@ def _records(path: Path, kind: str) -> list[dict[str, Any]]:
         raise ValueError(f"{path} must be a list of objects with path and label, got {brief(rows)}")
     if not rows:
         return []
-    columns = _columns(list(rows[0])) or {name: name for name in ("path", "label")}
+    columns = columns_of(list(rows[0])) or {name: name for name in ("path", "label")}
     return [{name: row[key] for name, key in columns.items() if key in row} for row in rows]
 
 
-def _cells(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table with separators, with a header or without."""
-    text = read_text(path)
+def cells(path: Path, text: str, needed: Sequence[str] = ("path", "label")) -> list[dict[str, Any]]:
+    """The rows of a table with separators, with a header or without.
+
+    Args:
+        path: the file, for messages.
+        text: its content.
+        needed: columns that must be there.
+
+    Raises:
+        ValueError: no such table; the message names the file and, where one is wrong, the row.
+    """
     if found := re.match(r"sep=(.)\s*\n", text):  # Excel's hint
         text = text[found.end() :]
     first = next((line for line in lines_of(text) if line.strip()), "")
     headers = {sign: next(_split([first], sign, path), []) for sign in SEPARATORS}
     for sign, header in headers.items():
         header = [cell.strip() for cell in header]
-        if columns := _columns(header):
+        if columns := columns_of(header, needed):
             places, skipped = {name: header.index(column) for name, column in columns.items()}, 1
-        elif len(header) in (2, 3) and header[0].lower().endswith(tuple(image_extensions())):
-            places, skipped = {name: place for place, name in enumerate(("path", "label", "split")[: len(header)])}, 0
+        elif len(needed) <= len(header) <= len(COLUMNS) and header[0].lower().endswith(tuple(image_extensions())):
+            places, skipped = {name: place for place, name in enumerate([*COLUMNS][: len(header)])}, 0
         else:
             continue
         rows = [row for row in _split(io.StringIO(text, newline=""), sign, path) if any(map(str.strip, row))]
         return [_row(path, number, row, places, len(header)) for number, row in enumerate(rows[skipped:], start=1)]
+    wanted = "the header path,label[,split]" if len(needed) > 1 else f"a header with the column {needed[0]}"
     raise ValueError(
-        f"{path} must have the header path,label[,split], got {headers[','] or 'nothing'}: columns may be separated "
-        f"by {', '.join(SEPARATORS.values())}"
+        f"{path} must have {wanted}, got {headers[','] or 'nothing'}: columns may be separated by "
+        f"{', '.join(SEPARATORS.values())}"
     )
 
 
@@ -122,15 +131,15 @@ def _row(path: Path, number: int, cells: list[str], places: Mapping[str, int], w
     return {name: cells[place] if place < len(cells) else None for name, place in places.items()}
 
 
-def _columns(names: Sequence[Any]) -> dict[str, Any] | None:
-    """Column -> its name in a file; None unless path and label are among the names."""
+def columns_of(names: Sequence[Any], needed: Sequence[str] = ("path", "label")) -> dict[str, Any] | None:
+    """Column -> its name in a file; None unless the needed ones are among the names."""
     plain = {re.sub(r"[\W_]", "", str(name).lower()): name for name in reversed(names)}
-    if {"path", "label"} <= plain.keys():  # mergetune's own names
-        found = {name: plain[name] for name in ("path", "label", "split") if name in plain}
+    if set(needed) <= plain.keys():  # mergetune's own names
+        found = {name: plain[name] for name in COLUMNS if name in plain}
     else:
         usual = {name: next((spelt for spelt in known if spelt in plain), None) for name, known in COLUMNS.items()}
         found = {name: plain[spelt] for name, spelt in usual.items() if spelt is not None}
-    return found if {"path", "label"} <= found.keys() else None
+    return found if set(needed) <= found.keys() else None
 
 
 # -- paths in lists ---------------------------------------------------------------------------------------------------

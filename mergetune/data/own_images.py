@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def ImageFolder(
     val: float | None = None,
     test: float | None = None,
     seed: int = 0,
-    classnames: GivenNames = None,
+    classnames: Mapping[str, str] | Sequence[str] | str | Path | None = None,
 ) -> Dataset:
     """Reads a dataset from a folder with one subfolder per class.
 
@@ -80,7 +80,7 @@ def image_table(
     val: float | None = None,
     test: float | None = None,
     seed: int = 0,
-    classnames: GivenNames = None,
+    classnames: Mapping[str, str] | Sequence[str] | str | Path | None = None,
 ) -> Dataset:
     """Reads a dataset from a table of images: a CSV file, a JSON list of objects, or JSON lines.
 
@@ -130,7 +130,7 @@ def listed_images(
     val: float | None = None,
     test: float | None = None,
     seed: int = 0,
-    classnames: GivenNames = None,
+    classnames: Mapping[str, str] | Sequence[str] | str | Path | None = None,
 ) -> Dataset:
     """Reads a dataset from a list file: a table of :func:`image_table`, or a split file of :func:`coop_split`.
 

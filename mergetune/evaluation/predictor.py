@@ -298,7 +298,7 @@ def classes_of(
             single name for softmax.
     """
     found = _classes_of(solution, classnames)
-    if activation == "softmax" and len(found) < 2:
+    if activation == "softmax" and len(found) == 1:
         raise ValueError(
             "classnames must hold at least two names for softmax, whose probabilities sum to 1, got only "
             f"{found[0]!r}: add what else the pictures may show"

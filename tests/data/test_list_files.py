@@ -116,11 +116,17 @@ def test_other_encodings_are_named_with_the_way_on(tmp_path, reader, encoding, m
 def test_lists_of_pictures_obey_the_same_rules(tmp_path, suffix):
     draw(tmp_path)
     paths = [file.replace("/", "\\") for file in FILES]
-    text = {".txt": "\r\n".join(paths), ".csv": "path\n" + "\n".join(paths), ".json": json.dumps(paths)}[suffix]
+    forms = {
+        ".txt": ["\r\n".join(paths), "\r".join(paths)],
+        ".csv": ["\n".join([header, *paths]) for header in ("path", "File_Name", "")]
+        + [lines(";", header="image class")],
+        ".json": [json.dumps(paths), json.dumps([{"image": path} for path in paths])],
+    }
     file = tmp_path / f"a{suffix}"
-    file.write_text("\ufeff" + text, encoding="utf-8", newline="")
-    assert [found.file for found in find_pictures([file])] == [str(tmp_path / name) for name in FILES]
-    file.write_text(text, encoding="utf-16")
+    for text in forms[suffix]:
+        file.write_text("\ufeff" + text, encoding="utf-8", newline="")
+        assert [found.file for found in find_pictures([file])] == [str(tmp_path / name) for name in FILES]
+    file.write_text(forms[suffix][0], encoding="utf-16")
     with pytest.raises(ValueError, match=f"a{suffix} must be text in UTF-8, got UTF-16"):
         list(find_pictures([file]))
 
