@@ -101,9 +101,12 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 def _has_deep_colours(image: Image.Image) -> bool:
     """Whether a file that is not decoded yet stores its colours in 16 bits each; greys are another mode."""
-    tiles = getattr(image, "tile", None) or []
-    forms = [tile[3] if isinstance(tile[3], str) else str(tile[3]) for tile in tiles]
-    return image.mode in ("RGB", "RGBA", "RGBX") and any(";16" in form for form in forms)
+    if image.mode not in ("RGB", "RGBA", "RGBX"):
+        return False
+    for codec, _, _, form in getattr(image, "tile", None) or []:  # how a decoder reads; for PPM with the largest value
+        if ";16" in str(form) or (codec == "ppm" and isinstance(form, tuple) and form[-1] > 255):
+            return True
+    return False
 
 
 def _uniform(picture: Image.Image) -> bool:
