@@ -116,9 +116,10 @@ def _whole_rows(found: FolderResult) -> list[tuple[str, dict[str, str], str | No
 def open_retained(path: Path) -> Any:
     """The dataset of ``--retain``. A folder of class folders is not split: a class may have a single picture."""
     import mergetune as mt
+    from mergetune.data.folder_layouts import split_folders, unwrapped
 
     if not path.exists():
         raise FileNotFoundError(f"--retain must be a folder of class folders or an image list, {path} does not exist")
-    if path.is_dir() and not (path / "train").is_dir():
+    if path.is_dir() and not split_folders(unwrapped(path)):
         return mt.ImageFolder(path, val=0, test=0)
     return open_images(path)

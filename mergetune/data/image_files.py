@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mergetune.io import image_extensions
+from mergetune.io.images import HEIC, HEIC_HINT
 
 # Folders that systems and storages make beside images: copies of metadata, thumbnails, and what was deleted.
 SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__")
 )
-HEIC = (".heic", ".heif")
 
 
 def leaves_root(file: str) -> bool:
@@ -153,7 +153,7 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
     kinds = sorted(ignored.items(), key=lambda pair: (-pair[1], pair[0]))
     line = f"ignored {sum(ignored.values()):,}: {', '.join(f'{kind} ({number:,})' for kind, number in kinds)}"
     if any(kind in HEIC for kind in ignored):
-        line += "; convert HEIC photos to .jpg, for example with the package pillow-heif (pip install pillow-heif)"
+        line += f"; {HEIC_HINT}"
     return line
 
 

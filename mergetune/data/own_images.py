@@ -210,6 +210,8 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
         for split, items in splits.items()
     }
     lists["train"].require_every_class()
+    for split, images in lists.items():
+        _warn_of_lacking([name for name, n in zip(classnames, images.counts, strict=True) if not n], split, json_file)
     return Dataset(json_file.stem.removeprefix("split_zhou_"), lists.get("train"), lists.get("val"), lists.get("test"))
 
 
@@ -226,8 +228,7 @@ def _dataset(
     for split, classes in splits.items():
         if not classes.keys() <= set(keys):
             raise ValueError(f"{split} must have the classes of train in {root}, but {difference(keys, classes)}")
-        if lacking := [key for key in keys if key not in classes]:
-            warn(f"{split} in {root} has no images of {some_of(lacking)}: it is left out there", stacklevel=3)
+        _warn_of_lacking([key for key in keys if key not in classes], split, root)
     names = class_names(keys, given, what=what)
     hint_at_names(names)
     lists = {}
@@ -265,6 +266,12 @@ def _split_item(item: Any) -> tuple[str, int, str]:
     if not (isinstance(item, list) and isinstance(file, str) and isinstance(name, str) and file and prettify(name)):
         raise TypeError
     return file, int(label) if isinstance(label, str) else operator.index(label), prettify(name)
+
+
+def _warn_of_lacking(classes: Sequence[str], split: str, where: Path) -> None:
+    """Warn about classes without images in val or test; accuracies are computed without them."""
+    if classes:
+        warn(f"{split} in {where} has no images of {some_of(classes)}: left out there", stacklevel=4)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     draw(work / "one", "cat")
     draw(work / "three", "ant", "bee", "cat")
+    draw(work / "kept", "Training/cat", "Training/dog", images=1)
     draw(work / "case", "Apple", "apple")
     draw(work / "empty", "_", "cat")
     draw(work / "ids", "n01440764", "n01443537", "n01484850")
@@ -80,6 +81,7 @@ def work(tmp_path_factory):
             "--classes must be 'all' for fewer than 4 classes, .* got 'base' for 3",
         ),
         (["fit", "three", "--retain", "three"], "--retain must hold classes that are not trained"),
+        (["fit", "three", "--retain", "kept"], "--retain must hold classes that are not trained, got 'cat'"),
         (["predict", "head", "three", "--classnames", "names.txt"], "among the 3 classes of the head, got 'tench'"),
         (["export", "head", "--to", "onnx", "--out", "a.onnx", "--classnames", "names.txt"], "among the 3 classes of"),
         (["fit", "ids", "--classnames", "one.txt"], "one name for each of the 3 classes"),

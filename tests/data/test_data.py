@@ -461,6 +461,9 @@ def test_load_image_names_what_it_cannot_read(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"cannot read image .*{re.escape(name)}"):
             load_image(tmp_path / name)
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match="cannot read image .*a.HEIC: its content must be .*pip install pillow-heif"):
+        load_image(tmp_path / "a.HEIC")
     with pytest.raises(ValueError, match="cannot read image .*gone.png"):
         load_image(tmp_path / "gone.png")
 

@@ -179,12 +179,20 @@ def test_folders_of_systems_are_no_classes_and_hold_no_images(tmp_path, folder):
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_class_may_lack_in_val_and_test_but_not_in_train(tmp_path, split):
     touch(tmp_path, "train/cat", "train/dog", f"{split}/cat")
-    with pytest.warns(UserWarning, match=f"{split} in .* has no images of 'dog': it is left out there"):
+    with pytest.warns(UserWarning, match=f"{split} in .* has no images of 'dog': left out there"):
         data = ImageFolder(tmp_path)
     assert getattr(data, split).counts == (4, 0) and data.classnames == ("cat", "dog")
     touch(tmp_path, f"{split}/fox")
     with pytest.raises(ValueError, match="must have the classes of train .* has 'fox' in addition"):
         ImageFolder(tmp_path)
+
+
+def test_split_files_name_classes_that_lack_in_test(tmp_path):
+    touch(tmp_path, "cat", "dog")
+    rows = [[f"{animal}/{i}.png", label, animal] for label, animal in enumerate(("cat", "dog")) for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps({"train": rows[:2] + rows[4:], "test": rows[2:4]}))
+    with pytest.warns(UserWarning, match="test in .*a.json has no images of 'dog': left out there"):
+        assert listed_images(tmp_path / "a.json").test.counts == (2, 0)
 
 
 def test_ignored_files_are_counted_in_one_line(tmp_path):
