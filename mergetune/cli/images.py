@@ -23,7 +23,7 @@ from mergetune.cli.options import (
     ValShare,
     takes,
 )
-from mergetune.cli.running import suggest
+from mergetune.cli.running import first_rank, suggest
 from mergetune.cli.shared import announce, errors, finish, ignored_in, open_images, refuse_out_inside
 from mergetune.facts import CacheOptions
 
@@ -44,7 +44,7 @@ def cache(
     classnames: ClassNames = None,
     val_share: ValShare = None,
     test_share: TestShare = None,
-    split_seed: SplitSeed = 0,
+    split_seed: SplitSeed = None,
     skip_unreadable: SkipUnreadable = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -66,8 +66,9 @@ def cache(
             refuse_out_inside(images, folder)
         data = open_images(images, root, classnames=classnames, val=val_share, test=test_share, seed=split_seed)
         require_classes(data.classnames)
-        if ignored := describe_ignored(ignored_in(images, data) if root is None else {}):
-            announce(as_json)(ignored)
+        ignored = ignored_in(images, data) if root is None else {}
+        if ignored and first_rank():
+            announce(as_json)(describe_ignored(ignored))
         clip = mt.load_clip(
             backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript
         )

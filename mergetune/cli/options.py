@@ -107,7 +107,7 @@ TestShare = Annotated[
     float | None,
     typer.Option("--test-share", min=0, max=1, help="Share of each class for testing if not split. Default: 0.3."),
 ]
-SplitSeed = Annotated[int, typer.Option("--split-seed", min=0, help="Seed of this split.")]
+SplitSeed = Annotated[int | None, typer.Option("--split-seed", min=0, help="Seed of this split. Default: 0.")]
 Workers = Annotated[
     int,
     typer.Option("--workers", min=0, help="Number of processes that decode images; 0 decodes in the main process."),

@@ -120,8 +120,8 @@ def predict(
         names = classes_of(opened, names, activation=activation)
         found = list(find_pictures(pictures))
         for folder in filter(os.path.isdir, pictures):
-            if ignored := describe_ignored(ignored_files(folder)):
-                announce(as_json)(f"{folder}: {ignored}")
+            if ignored := ignored_files(folder):
+                announce(as_json)(f"{folder}: {describe_ignored(ignored)}")
         clip = clip_for(
             backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
             solutions={} if template else {solution: opened},

@@ -63,7 +63,9 @@ def open_images(path: Path, root: Path | None = None, **reading: Any) -> Any:
 
     given = {name: value for name, value in reading.items() if value is not None}
     if root is not None and not path.is_file():
-        options = {"classnames": "--classnames", "val": "--val-share", "test": "--test-share"}
+        options = {
+            "classnames": "--classnames", "val": "--val-share", "test": "--test-share", "seed": "--split-seed",
+        }  # fmt: skip
         if taken := [option for name, option in options.items() if name in given]:
             raise ValueError(f"{taken[0]} cannot be used with a benchmark of --root, which has its own: leave it out")
         return mt.CoOpDataset(str(path), root)

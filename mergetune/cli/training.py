@@ -188,7 +188,7 @@ def fit(
     classnames: ClassNames = None,
     val_share: ValShare = None,
     test_share: TestShare = None,
-    split_seed: SplitSeed = 0,
+    split_seed: SplitSeed = None,
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     background: Background = BACKGROUND,
@@ -236,6 +236,7 @@ def fit(
         for option, value in (
             ("--no-measure", no_measure), ("--no-choose", no_choose), ("--retain", retain),
             ("--classnames", classnames), ("--val-share", val_share), ("--test-share", test_share),
+            ("--split-seed", split_seed),
         ):  # fmt: skip
             if images is None and value is not None and value is not False:
                 raise ValueError(f"{option} needs images and cannot be used with --cache: leave it out")
@@ -260,7 +261,7 @@ def fit(
             check_names(data, tuned=solutions, classes=classes, template=template, retain=retained)
         elif zero_shot is template:
             check_templates(template)
-        if ignored:
+        if ignored and first_rank():
             announce(as_json)(describe_ignored(ignored))
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,

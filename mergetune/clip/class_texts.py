@@ -29,14 +29,14 @@ def check_texts(clip: Any, classnames: Sequence[str], templates: str | Sequence[
     longest = max(templates, key=len)  # the others are checked when they are encoded
     tokens = clip.tokenize([fill(longest, name) for name in names]).cpu()
     clip._checked_texts.add((names, templates))
-    first: dict[bytes, str] = {}
+    first: dict[bytes, int] = {}
     alike = [
-        (other, name)
-        for name, row in zip(names, tokens.numpy(), strict=True)
-        if (other := first.setdefault(row.tobytes(), name)) is not name
+        (other, place)
+        for place, row in enumerate(tokens.numpy())
+        if (other := first.setdefault(row.tobytes(), place)) != place
     ]
     if alike:
-        a, b = alike[0]
+        a, b = (names[place] for place in alike[0])
         more = f" and {len(alike) - 1} more pairs" if len(alike) > 1 else ""
         warn(
             f"class names should differ for the text tower of {clip.name}, which reads {a!r} and {b!r}{more} alike: "

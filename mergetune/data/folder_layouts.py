@@ -81,8 +81,7 @@ def split_folders(parent: Path) -> dict[str, str]:
     if len(named) == 1 and others:  # one name such as "train" among others is a class, unless the others hold nothing
         others = [name for name in others if has_images(parent / name)]
     if not named or (len(named) == 1 and others):
-        _refuse_repeated(parent, folders)
-        _warn_of_deeper(parent, folders)
+        _check_depth(parent, folders)
         return {}
     if others := [name for name in others if has_images(parent / name)]:
         raise ValueError(
@@ -146,29 +145,26 @@ def _with_images_alone(parent: Path, folders: Sequence[str]) -> list[str]:
     return held if all(any(files for _, _, files in os.walk(folder)) for folder in others) else []
 
 
-def _refuse_repeated(parent: Path, folders: Sequence[str]) -> None:
-    """Refuse folders that all hold the same two or more subfolders and no images: these are splits or folds."""
-    if len(folders) < 2:
-        return
+def _check_depth(parent: Path, folders: Sequence[str]) -> None:
+    """Check that classes do not lie one level deeper, in folders that all hold two or more folders and no images.
+
+    Equal names inside are splits or folds, and are refused. With other names a warning says what the classes are, as
+    for SUN397's folders a/abbey.
+    """
     inside = [subfolders(parent / name) for name in folders]
-    repeated = len(inside[0]) > 1 and all(names == inside[0] for names in inside)
-    if repeated and not any(image_names(parent / name) for name in folders):
+    if not all(len(names) > 1 for names in inside) or any(image_names(parent / name) for name in folders):
+        return
+    if len(folders) > 1 and all(names == inside[0] for names in inside):
         raise ValueError(
             f"{parent} must hold one folder per class, but {some_of(folders)} hold the same folders "
             f"{some_of(inside[0])}, which look like the classes: rename them to train, val and test, or give a .csv "
             "list with the columns path and label"
         )
-
-
-def _warn_of_deeper(parent: Path, folders: Sequence[str]) -> None:
-    """Warn if no class folder holds an image itself: then the folders below may be meant, as in SUN397's a/abbey."""
-    inside = [subfolders(parent / name) for name in folders]
-    if all(len(names) > 1 for names in inside) and not any(image_names(parent / name) for name in folders):
-        warn(
-            f"the classes are the {len(folders)} folders in {parent}, such as {folders[0]!r}; the folders in them, "
-            f"such as {inside[0][0]!r}, are no classes: give a list with the columns path and label if they should be",
-            stacklevel=4,
-        )
+    warn(
+        f"the classes are the {len(folders)} folders in {parent}, such as {folders[0]!r}; the folders in them, such as "
+        f"{inside[0][0]!r}, are no classes: give a list with the columns path and label if they should be",
+        stacklevel=4,
+    )
 
 
 # -- benchmark datasets and lists beside the folders -------------------------------------------------------------------

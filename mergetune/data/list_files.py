@@ -79,7 +79,8 @@ def _records(path: Path, kind: str) -> list[dict[str, Any]]:
         raise ValueError(f"{path} must be a list of objects with path and label, got {brief(rows)}")
     if not rows:
         return []
-    columns = columns_of(list(rows[0])) or {name: name for name in ("path", "label")}
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    columns = columns_of(keys) or {name: name for name in ("path", "label")}
     return [{name: row[key] for name, key in columns.items() if key in row} for row in rows]
 
 

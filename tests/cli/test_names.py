@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_cases import TinyClip
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -49,6 +50,7 @@ def work(tmp_path_factory):
         ("two-head", ("a", "b")),
     ):
         mt.Head(torch.ones(len(classes), 128), classes).save(work / name)
+    mt.cache_features(TinyClip(), mt.ImageFolder(work / "three", val=0).test, work / "features", progress=False)
     (work / "one.txt").write_text("cat\n")
     (work / "names.txt").write_text("tench\ngold_fish\nshark\n")
     (work / "twice.txt").write_text("tench\nTench\nshark\n")
@@ -83,6 +85,10 @@ def work(tmp_path_factory):
         (["fit", "three", "--retain", "three"], "--retain must hold classes that are not trained"),
         (["fit", "three", "--retain", "kept"], "--retain must hold classes that are not trained, got 'cat'"),
         (["predict", "head", "three", "--classnames", "names.txt"], "among the 3 classes of the head, got 'tench'"),
+        (
+            ["eval", "--cache", "features", "--solution", "head"],
+            "must hold the classes of head: .* class 2 must be 'fox'",
+        ),
         (["export", "head", "--to", "onnx", "--out", "a.onnx", "--classnames", "names.txt"], "among the 3 classes of"),
         (["fit", "ids", "--classnames", "one.txt"], "one name for each of the 3 classes"),
         (["fit", "ids", "--classnames", "twice.txt"], "class names must differ, got 'tench' and 'Tench'"),
