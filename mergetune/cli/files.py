@@ -60,6 +60,7 @@ def export(
     and hub a folder for Hugging Face. The backbone is the one that the solution records, unless --backbone is given.
     """
     from mergetune import serving, solutions
+    from mergetune.evaluation import classes_of
 
     with errors():
         _check_options(form, target, half=half, push=push, license=license, background=background)
@@ -67,6 +68,8 @@ def export(
         if form == "onnx":
             serving.require_packages(form)
         found = read_solution(solution, position=position, classnames=names)
+        if names is not None:
+            classes_of(found, names)  # refuses names that a head does not know, before the model is loaded
         needs_clip = form != "hub" and not (form == "head" and found.plain_head() is not None)
         missing = []
         if needs_clip and not (backbone or found.backbone):

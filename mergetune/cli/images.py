@@ -11,16 +11,20 @@ from mergetune.cli.dry_runs import DryRun, print_forecast
 from mergetune.cli.options import (
     AllowTorchscript,
     Backbone,
+    ClassNames,
     Device,
     Json,
     Precision,
     Pretrained,
     Root,
     SkipUnreadable,
+    SplitSeed,
+    TestShare,
+    ValShare,
     takes,
 )
-from mergetune.cli.running import suggest
-from mergetune.cli.shared import errors, finish, open_images, refuse_out_inside
+from mergetune.cli.running import first_rank, suggest
+from mergetune.cli.shared import announce, errors, finish, ignored_in, open_images, refuse_out_inside
 from mergetune.facts import CacheOptions
 
 
@@ -37,6 +41,10 @@ def cache(
     device: Device = "cpu",
     precision: Precision = "float32",
     root: Root = None,
+    classnames: ClassNames = None,
+    val_share: ValShare = None,
+    test_share: TestShare = None,
+    split_seed: SplitSeed = None,
     skip_unreadable: SkipUnreadable = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -47,16 +55,24 @@ def cache(
     If the command is interrupted, run it again: it continues where it stopped. Under torchrun the ranks share the work.
     """
     import mergetune as mt
+    from mergetune.clip.class_texts import check_texts
+    from mergetune.data.image_files import describe_ignored
     from mergetune.experiments.own_forecast import forecast_caches
+    from mergetune.experiments.own_plan import require_classes
 
     with errors():
         options |= {"on_error": "skip"} if skip_unreadable else {}
         if root is None:
             refuse_out_inside(images, folder)
-        data = open_images(images, root)
+        data = open_images(images, root, classnames=classnames, val=val_share, test=test_share, seed=split_seed)
+        require_classes(data.classnames)
+        ignored = ignored_in(images, data) if root is None else {}
+        if ignored and first_rank():
+            announce(as_json)(describe_ignored(ignored))
         clip = mt.load_clip(
             backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript
         )
+        check_texts(clip, data.classnames)
         report, views = {}, options.pop("views")
         splits = [split for split in ("train", "val", "test") if getattr(data, f"full_{split}") is not None]
         parts = {split: (getattr(data, split), views if split == "train" else 1) for split in splits}

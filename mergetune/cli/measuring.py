@@ -100,6 +100,12 @@ def evaluate(
         check_temperature(temperature, val, base_novel=base_novel)
         test = open_cache(features, "base" if base_novel else classes, split="test")
         opened = {name: read_solution(name, test, position) for name in solution}
+        if not base_novel:  # what the names decide is said before the model is loaded
+            for name, found in opened.items():
+                try:
+                    found.check_classes(test.classnames)
+                except ValueError as error:
+                    raise ValueError(f"--cache must hold the classes of {name}: {error}") from None
         clip = clip_for(
             backbone,
             pretrained,

@@ -37,6 +37,16 @@ def _check_device(context: typer.Context, value: str) -> str:
     return value
 
 
+def _check_templates(context: typer.Context, value: list[str]) -> list[str]:
+    """Checks --template before anything is opened."""
+    if not context.resilient_parsing:
+        with errors():
+            from mergetune.clip import check_templates
+
+            check_templates(value)
+    return value
+
+
 _MODEL = 'Model: a name that `mergetune models` lists, "hf-hub:org/repo" or "local-dir:path"; icon-clip is embedded.'
 _BACKBONE = typer.Option("--backbone", help=_MODEL, callback=_check_names)
 _BACKBONE_IF_NEEDED = typer.Option(
@@ -74,9 +84,30 @@ Shots = Annotated[
 Root = Annotated[
     Path | None,
     typer.Option(
-        "--root", help="Folder of benchmark datasets in CoOp's layout; IMAGES is then a dataset name such as dtd."
+        "--root",
+        help="Folder of benchmark datasets in CoOp's layout; IMAGES is then a dataset name such as dtd. "
+        "For a list: the folder of its images.",
     ),
 ]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(
+        "--classnames",
+        help="Names of the classes: a text file with one name per line in the order of the classes, or with a folder "
+        "(or label) and its name per line; or .json {folder: name}. Default: the names of the folders.",
+    ),
+]
+ValShare = Annotated[
+    float | None,
+    typer.Option(
+        "--val-share", min=0, max=1, help="Share of each class for validation if IMAGES is not split. Default: 0.2."
+    ),
+]
+TestShare = Annotated[
+    float | None,
+    typer.Option("--test-share", min=0, max=1, help="Share of each class for testing if not split. Default: 0.3."),
+]
+SplitSeed = Annotated[int | None, typer.Option("--split-seed", min=0, help="Seed of this split. Default: 0.")]
 Workers = Annotated[
     int,
     typer.Option("--workers", min=0, help="Number of processes that decode images; 0 decodes in the main process."),
@@ -99,7 +130,11 @@ AllowTorchscript = Annotated[
 ]
 Templates = Annotated[
     list[str],
-    typer.Option("--template", help="Zero-shot template; {} stands for the class name. Several are averaged."),
+    typer.Option(
+        "--template",
+        help="Zero-shot template; {} stands for the class name. Several are averaged.",
+        callback=_check_templates,
+    ),
 ]
 Position = Annotated[
     str,

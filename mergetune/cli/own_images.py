@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +48,6 @@ def print_result(found: FolderResult, run: Path, caches: Path, *, classes: str) 
     tell(found.verdict)
     if found.kinds is not None and found.result.solution.kind == "head":
         tell("The saved solution is a head: it knows these classes only, and takes no new class names.")
-    if found.ignored:
-        tell("Files left out: " + ", ".join(f"{number} {kind}" for kind, number in found.ignored.items()))
     tell("Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in found.seconds.items()))
     tell(f"Solution ({found.row}), report.json, paths.png: {run_title(run)}")
     tell("Next:")
@@ -122,41 +116,10 @@ def _whole_rows(found: FolderResult) -> list[tuple[str, dict[str, str], str | No
 def open_retained(path: Path) -> Any:
     """The dataset of ``--retain``. A folder of class folders is not split: a class may have a single picture."""
     import mergetune as mt
+    from mergetune.data.folder_layouts import split_folders, unwrapped
 
     if not path.exists():
         raise FileNotFoundError(f"--retain must be a folder of class folders or an image list, {path} does not exist")
-    if path.is_dir() and not (path / "train").is_dir():
+    if path.is_dir() and not split_folders(unwrapped(path)):
         return mt.ImageFolder(path, val=0, test=0)
     return open_images(path)
-
-
-def left_out_files(folder: Path) -> dict[str, int]:
-    """Files in a folder that are no images, by type: ".txt" -> number. Hidden folders are not entered.
-
-    A file is an image if its extension says so. Hidden files are counted as hidden, and devices and
-    FIFOs as not regular.
-    """
-    from mergetune.data import image_extensions
-
-    found: Counter[str] = Counter()
-    for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            kind = _kind(Path(here, name), image_extensions())
-            if kind:
-                found[kind] += 1
-    return dict(sorted(found.items()))
-
-
-def _kind(path: Path, images: Collection[str]) -> str:
-    """Returns the type of a file that is no image; empty text for an image."""
-    if path.name.startswith("."):
-        return "hidden"
-    extension = path.suffix.lower()
-    try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        regular = True  # a broken link: where its name says that it is an image, reading it reports the error
-    if not regular:
-        return "not a regular file"
-    return "" if extension in images else extension or "without extension"

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from mergetune.cli.options import (
     Pretrained,
     Workers,
 )
-from mergetune.cli.shared import clip_for, errors, read_names, read_solution
+from mergetune.cli.shared import announce, clip_for, errors, read_names, read_solution
 from mergetune.cli.terminal import visible
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS, POSITIONS
 
@@ -98,7 +99,9 @@ def predict(
     in training: a photo that lies on its side there is classified as it lies.
     """
     import mergetune as mt
+    from mergetune.clip import check_templates
     from mergetune.data import find_pictures
+    from mergetune.data.image_files import describe_ignored, ignored_files
     from mergetune.evaluation import classes_of
 
     with errors():
@@ -110,9 +113,15 @@ def predict(
             raise ValueError(f"--csv and --json exclude each other, got --csv {csv_file} and --json: leave one out")
         names = None if classes is None else read_names(classes)
         template = "{}" in solution
+        if template:
+            check_templates(solution)
         opened: Any = solution if template else read_solution(solution, position=position, classnames=names)
-        names = classes_of(opened, names)  # what is wrong with names or pictures is said before the model is loaded
+        # What is wrong with names or pictures is said before the model is loaded.
+        names = classes_of(opened, names, activation=activation)
         found = list(find_pictures(pictures))
+        for folder in filter(os.path.isdir, pictures):
+            if ignored := ignored_files(folder):
+                announce(as_json)(f"{folder}: {describe_ignored(ignored)}")
         clip = clip_for(
             backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
             solutions={} if template else {solution: opened},

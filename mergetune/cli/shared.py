@@ -45,23 +45,44 @@ def _exit(word: str, said: str, code: int) -> typer.Exit:
 # -- opening ----------------------------------------------------------------------------------------------------------
 
 
-def open_images(path: Path, root: Path | None = None) -> Any:
+def open_images(path: Path, root: Path | None = None, **reading: Any) -> Any:
     """Returns the dataset at ``path``.
 
     Args:
-        path: folder of class folders, .csv or .json list, or split file of CoOp; with ``root`` the name of a benchmark.
-        root: folder of the benchmark datasets.
+        path: folder of class folders, list of images, or split file of CoOp; with ``root`` the name of a benchmark, or
+            a list.
+        root: folder of the benchmark datasets, or of the images in the list.
+        reading: ``classnames``, ``val``, ``test`` and ``seed`` of :func:`mergetune.ImageFolder`; None where not given.
+
+    Raises:
+        FileNotFoundError: nothing is at ``path``.
+        ValueError: the images cannot be read, see :func:`mergetune.ImageFolder`, or options do not go with them.
     """
     import mergetune as mt
     from mergetune.data import listed_images
 
-    if root is not None:
+    given = {name: value for name, value in reading.items() if value is not None}
+    if root is not None and not path.is_file():
+        options = {
+            "classnames": "--classnames", "val": "--val-share", "test": "--test-share", "seed": "--split-seed",
+        }  # fmt: skip
+        if taken := [option for name, option in options.items() if name in given]:
+            raise ValueError(f"{taken[0]} cannot be used with a benchmark of --root, which has its own: leave it out")
         return mt.CoOpDataset(str(path), root)
     if not path.exists():
         raise FileNotFoundError(f"images must be a folder, a .csv or a .json list, and {path} does not exist")
     if path.is_dir():
-        return mt.ImageFolder(path)
-    return listed_images(path)
+        return mt.ImageFolder(path, **given)
+    return listed_images(path, root=root, **given)
+
+
+def ignored_in(folder: Path, data: Any) -> dict[str, int]:
+    """Files in a folder of images that are no images of ``data``: type -> number; empty if ``folder`` is a list."""
+    from mergetune.data.image_files import ignored_files
+
+    lists = (data.full_train, data.full_val, data.full_test)
+    used = {file for images in lists if images is not None for file in images.files}
+    return ignored_files(folder, used) if folder.is_dir() else {}
 
 
 def refuse_out_inside(images: Path, out_path: Path) -> None:
@@ -89,7 +110,8 @@ def open_cache(
         classes: "all", or "base" or "novel" for the first or second half of the classes, as in CoOp.
         shots: images per class, drawn as CoOp draws them; None keeps all images.
         seed: seed of the draw.
-        split: the cache that is taken from a folder with caches train, val and test; None takes none.
+        split: the cache that is taken from a folder with caches train, val and test; None takes none. Images for
+            training must be of every class; in val and test a class without images is left out, with a warning.
         option: name of the option that gives the folder, for errors.
     """
     import mergetune as mt
@@ -104,6 +126,13 @@ def open_cache(
     data = mt.Dataset(name=folder.name, full_train=listed)
     if classes != "all":
         data = data.base_novel()[classes == "novel"]
+    if len(data.classnames) == 1:
+        of = "" if classes == "all" else f" in the {classes} half, for --classes {classes} and --base-novel"
+        raise ValueError(f"{option} must hold at least two classes{of}, got only {data.classnames[0]!r} in {folder}")
+    if split in ("val", "test") and shots is None:
+        if empty := [name for name, count in zip(data.classnames, data.train.counts, strict=True) if not count]:
+            _warn(f"{option} has no images of {', '.join(map(repr, empty))}: left out of means over classes")
+        return cache.select(data.train)
     few = data.few_shot(shots, seed)
     warn_of_few(shots, few)
     return cache.select(few)
@@ -118,10 +147,15 @@ def warn_of_few(shots: int | None, drawn: Any) -> None:
     """
     counts = Counter(drawn.labels)
     few = [count for count in counts.values() if shots is not None and count < shots]
-    if few and first_rank():
+    if few:
         there = str(min(few)) if min(few) == max(few) else f"{min(few)} to {max(few)}"
         which = "every class has" if len(few) == len(counts) else f"{len(few)} of {len(counts)} classes have"
-        err.print(f"[yellow]warning:[/] {which} fewer than --shots {shots} images: {there}", highlight=False)
+        _warn(f"{which} fewer than --shots {shots} images: {there}")
+
+
+def _warn(line: str) -> None:
+    if first_rank():
+        err.print(f"[yellow]warning:[/] {escape(visible(line))}", soft_wrap=True, highlight=False)
 
 
 def _one_cache(folder: Path, split: str | None, option: str) -> Path:
@@ -161,16 +195,9 @@ def read_solution(
 
 def read_names(file: Path) -> list[str]:
     """Returns the class names in a text file with one name per line."""
-    from mergetune.io import read_regular_text, require_file
+    from mergetune.data.class_names import read_names as read
 
-    require_file(file, f"--classnames must be a text file with one class name per line, and {file} does not exist")
-    try:
-        names = [line.strip() for line in read_regular_text(file).split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--classnames must be a text file in UTF-8, got {file}: {error}") from error
-    if not names:
-        raise ValueError(f"--classnames must be a text file with one class name per line, got {file} without a name")
-    return names
+    return read(file)
 
 
 def clip_for(

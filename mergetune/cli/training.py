@@ -17,6 +17,7 @@ from mergetune.cli.options import (
     Background,
     Cache,
     Classes,
+    ClassNames,
     Device,
     Json,
     MaxPixels,
@@ -25,12 +26,15 @@ from mergetune.cli.options import (
     Pretrained,
     Root,
     Shots,
+    SplitSeed,
+    TestShare,
+    ValShare,
     Workers,
     keywords,
     read_tuning,
     takes,
 )
-from mergetune.cli.own_images import left_out_files, open_retained, print_result
+from mergetune.cli.own_images import open_retained, print_result
 from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
@@ -39,6 +43,7 @@ from mergetune.cli.shared import (
     errors,
     finish,
     first_rank,
+    ignored_in,
     open_cache,
     open_images,
     print_json,
@@ -85,9 +90,11 @@ def tune(
     If the command is interrupted, run it again: it continues from the last finished epoch. With other settings and the
     same --out it works in a new folder, such as OUT/run-2-lam-4; `mergetune runs OUT` lists the runs.
     """
+    from mergetune.clip import check_templates
     from mergetune.training import tune_job
 
     with errors():
+        check_templates([options["template"], *(options["zero_shot"] or ())])
         data = open_cache(features, classes, shots=shots, seed=options["seed"], split="train")
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         below = None if base is None else read_solution(str(base), data)
@@ -179,6 +186,10 @@ def fit(
     ] = [],
     val: Val = None,
     root: Root = None,
+    classnames: ClassNames = None,
+    val_share: ValShare = None,
+    test_share: TestShare = None,
+    split_seed: SplitSeed = None,
     workers: Workers = 0,
     max_pixels: MaxPixels = MAX_PIXELS,
     background: Background = BACKGROUND,
@@ -202,14 +213,18 @@ def fit(
     of stage 1.
     """
     import mergetune as mt
+    from mergetune.clip import check_templates
+    from mergetune.data.image_files import describe_ignored
     from mergetune.experiments import checked_making, dataset_cache, dataset_call
+    from mergetune.experiments.own_plan import check_names
     from mergetune.training import fit_job, forgotten_if_refused, has_begun, run_folder
 
     with errors(), ExitStack() as held:
         given, seed = keywords(FitOptions, options), options["seed"]
         stage_1 = read_tuning(tuning, but=("method", "template", "zero_shot", "seed"))
         if images is not None and features is None:
-            opened = partial(open_images, images, root)
+            reading = {"classnames": classnames, "val": val_share, "test": test_share, "seed": split_seed}
+            opened = partial(open_images, images, root, **reading)
         elif features is not None and images is None:
             opened = partial(open_cache, features, classes, shots=shots, seed=seed, split="train")
         else:
@@ -219,8 +234,12 @@ def fit(
             raise ValueError("--tuned and --out are needed with --cache")
         if images is None and tuning:
             raise ValueError(f"--tune is for stage 1 on images and cannot be used with --cache, got {tuning[0]!r}")
-        for option, value in (("--no-measure", no_measure), ("--no-choose", no_choose), ("--retain", retain)):
-            if images is None and value:
+        for option, value in (
+            ("--no-measure", no_measure), ("--no-choose", no_choose), ("--retain", retain),
+            ("--classnames", classnames), ("--val-share", val_share), ("--test-share", test_share),
+            ("--split-seed", split_seed),
+        ):  # fmt: skip
+            if images is None and value is not None and value is not False:
                 raise ValueError(f"{option} needs images and cannot be used with --cache: leave it out")
         if images is not None and val is not None:
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
@@ -238,6 +257,13 @@ def fit(
         if images is None and len(template) == 1 and "{}" not in template[0] and Path(template[0]).exists():
             zero_shot = known[template[0]] = read_solution(template[0], learned, position)
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
+        ignored = {} if images is None or root is not None else ignored_in(images, data)
+        if images is not None:  # what names and labels decide is said before the model is loaded
+            check_names(data, tuned=solutions, classes=classes, template=template, retain=retained)
+        elif zero_shot is template:
+            check_templates(template)
+        if ignored and first_rank():
+            announce(as_json)(describe_ignored(ignored))
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,
@@ -261,7 +287,7 @@ def fit(
                 tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,
                 measuring=not no_measure, choosing=not no_choose, retain=retained,
-                ignored=left_out_files(images) if images.is_dir() else None,
+                ignored=ignored,
                 tune_options={"epochs": given["epochs"]} | stage_1, fit_options=given,
             )  # fmt: skip
             if dry_run:

@@ -36,6 +36,7 @@ from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 from mergetune.io import Picture, jsonable, read_picture
 
 EMBEDDED = 16  # number of class-embedding results that are cached
+SHOWN_TEXT = 200  # characters of a text in a message
 COOP_CROP_SCALE = (0.08, 1.0)  # area share of CoOp's random resized crops
 
 
@@ -274,7 +275,11 @@ class FrozenClip:
         too_long = (roomy != padding).sum(-1) > (tokens != padding).sum(-1)
         if too_long.any():
             text = texts[int(too_long.int().argmax())]
-            raise ValueError(f"texts must fit the text tower's {length} tokens, got {text!r}")
+            shown = text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
+            raise ValueError(
+                f"texts must fit the text tower's {length} tokens, got {shown!r}: take a shorter class name "
+                "(classnames, on the command line --classnames FILE) or template"
+            )
         return tokens.to(self.device)
 
     @torch.no_grad()
@@ -321,6 +326,11 @@ class FrozenClip:
                 total += F.normalize(self._packed_features([fill(template, name) for name in names]), dim=-1)
             self._embedded[key] = F.normalize(total / len(templates), dim=-1)
         return self._embedded[key].clone()
+
+    @cached_property
+    def _checked_texts(self) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Class names and templates that :func:`mergetune.clip.class_texts.check_texts` has checked."""
+        return set()
 
     @cached_property
     def _embedded(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from mergetune.data.image_files import image_names, prettify, require_files, subfolders
+from mergetune.data.class_names import prettify
+from mergetune.data.image_files import image_names, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference
 from mergetune.data.own_images import coop_split
 from mergetune.facts.brief import brief
-from mergetune.io import hidden, read_regular_text
+from mergetune.io import hidden, lines_of, read_text
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 VARIANTS = ("variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS))
@@ -315,7 +316,4 @@ def _variants(name: str, folder: Path, images: Path) -> Dataset:
 
 def _lines(file: Path) -> list[str]:
     """The stripped lines of a text file, without blank ones."""
-    try:
-        return [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be text in UTF-8: {error}") from error
+    return [line.strip() for line in lines_of(read_text(file)) if line.strip()]

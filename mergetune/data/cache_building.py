@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mergetune.clip import PRECISIONS
 from mergetune.clip.backbone import check_clip
+from mergetune.clip.class_texts import check_texts
 from mergetune.data.cache import FeatureCache
 from mergetune.data.cache_documents import FORMAT, Identity, Manifest, Plan, Shard, ShardRecord
 from mergetune.data.cache_files import (
@@ -136,6 +137,7 @@ def cache_features(
         raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    check_texts(clip, images.classnames)
     path = Path(path)
     fields = {
         "format": FORMAT,

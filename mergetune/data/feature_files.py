@@ -17,12 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mergetune.data.cache import FeatureCache
+from mergetune.data.class_names import class_names, in_order, prettify
 from mergetune.io import (
     hidden,
+    lines_of,
     load_torch,
     read_npz,
-    read_regular_text,
     read_safetensors,
+    read_text,
     require_file,
     require_regular,
 )
@@ -60,7 +62,9 @@ def read_features(
         path: the file or folder.
         labels: N class numbers or names, or a file with them (.npy, .npz, .pt, .safetensors, or .txt with one label per
             line), or the name of a column in clip-retrieval's metadata. None takes the labels named in the table.
-        classnames: C names in the order of the class numbers. If the labels are names, None takes the sorted labels.
+        classnames: C names in the order of the class numbers. If the labels are names, None takes the sorted labels,
+            whole numbers by number, in the spelling of :class:`mergetune.ImageFolder`: "shopping cart" for
+            ``shopping_cart``.
         normalize: scale the rows to unit norm, in a copy; features of lpclip need this. With False, rows that are not
             of unit norm are refused.
         fingerprint: ``clip.image_fingerprint`` of the model that made the features. "" means unknown; the model is then
@@ -143,11 +147,14 @@ def _numbers(labels: Any, classnames: Sequence[str] | None) -> tuple[Tensor, tup
     if labels.ndim != 1 or labels.dtype.kind not in "iuU":
         raise ValueError(f"labels must be N whole numbers or names, got {labels.dtype} {list(labels.shape)}")
     if labels.dtype.kind == "U":
-        names = tuple(sorted(set(labels.tolist()))) if classnames is None else tuple(classnames)
-        number = {name: i for i, name in enumerate(names)}
-        if unknown := [name for name in labels.tolist() if name not in number]:
-            raise ValueError(f"labels must be among the {len(names)} classnames, got {unknown[0]!r}")
-        return torch.tensor([number[name] for name in labels.tolist()]), names
+        keys = in_order(set(labels.tolist())) if classnames is None else list(classnames)
+        names = class_names(keys, None, what="label") if classnames is None else tuple(classnames)
+        number = {name: i for keys in (map(prettify, names), keys) for i, name in enumerate(keys)}
+        found = [number.get(label, number.get(prettify(label))) for label in labels.tolist()]
+        if None in found:
+            unknown = labels.tolist()[found.index(None)]
+            raise ValueError(f"labels must be among the {len(names)} classnames, got {unknown!r}")
+        return torch.tensor(found), names
     if classnames is None:
         raise ValueError("classnames must be given, got None: the labels are numbers")
     return torch.from_numpy(labels.astype(np.int64)), tuple(classnames)
@@ -158,7 +165,7 @@ def _read_labels(file: Path) -> Any:
     if file.suffix == ".npy":
         return _map_npy(file)
     if file.suffix == ".txt":
-        lines = [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]
+        lines = [line.strip() for line in lines_of(read_text(file)) if line.strip()]
         return [int(line) for line in lines] if all(re.fullmatch(r"\d{1,9}", line) for line in lines) else lines
     return _pick(file, _content(file), LABELS)
 

@@ -34,8 +34,8 @@ class ImageList:
         classnames: C names, in the form in which prompts use them.
 
     Raises:
-        ValueError: no files, different lengths, a label out of range, a repeated file, or a path that leads
-            out of root.
+        ValueError: no files, an empty class name, different lengths, a label out of range, a repeated file, or a path
+            that leads out of root.
     """
 
     root: Path
@@ -50,6 +50,9 @@ class ImageList:
         object.__setattr__(self, "classnames", tuple(self.classnames))
         if not self.files:
             raise ValueError("files must hold at least one image, got none")
+        for number, name in enumerate(self.classnames):
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"classnames must be non-empty texts, got {name!r} for class {number}")
         if len(self.labels) != len(self.files):
             raise ValueError(f"labels must have one entry per file = {len(self.files)}, got {len(self.labels)}")
         if min(self.labels) < 0 or max(self.labels) >= len(self.classnames):

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import operator
-import posixpath
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
-from mergetune.data.folder_layouts import split_folders, unwrapped
-from mergetune.data.image_files import (
-    brief,
-    folder_identity,
-    images_below,
-    leaves_root,
-    prettify,
-    require_files,
-    subfolders,
-)
+from mergetune.data.class_names import GivenNames, class_names, hint_at_names, in_order, prettify
+from mergetune.data.folder_layouts import class_parent, split_folders, unwrapped
+from mergetune.data.image_files import brief, folder_identity, images_below, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
+from mergetune.data.list_files import paths_below, table_rows
 from mergetune.data.stratified_split import stratify
-from mergetune.io import MAX_LIST, read_json, read_regular_text
+from mergetune.io import MAX_LIST, read_json
 
 
 def ImageFolder(
@@ -31,15 +24,20 @@ def ImageFolder(
     val: float | None = None,
     test: float | None = None,
     seed: int = 0,
-    classnames: Mapping[str, str] | None = None,
+    classnames: Mapping[str, str] | Sequence[str] | str | Path | None = None,
 ) -> Dataset:
     """Reads a dataset from a folder with one subfolder per class.
 
     Two layouts are possible: ``root/{train,val,test}/<class>/**/image``, where val and test may be missing, or
     ``root/<class>/**/image``, which is split here. Usual spellings of the three names count (``Training``, ``valid``,
-    ``test_set``). If ``root`` holds one folder and nothing else, the folder below counts. Images are recognised by
-    extension, see :func:`image_extensions`. Hidden files and folders, FIFOs, devices and sockets are left out. Links
-    are followed, except for loops.
+    ``test_set``, ``seg_train``). If ``root`` holds one folder and nothing else, or images in the folders of one of its
+    folders only, that folder counts. Images are recognised by extension, see :func:`image_extensions`. Hidden files and
+    folders, folders that systems make (``__MACOSX``), FIFOs, devices and sockets are left out. Links are followed,
+    except for loops.
+
+    Classes are sorted by folder; folders that all have whole numbers as names are sorted by number. A class may lack
+    images in val or test, with a warning. Folders whose names a text tower cannot tell apart (``Apple`` and ``apple``)
+    are refused. Names that are identifiers (WordNet ids, numbers) lead to a warning.
 
     The split is drawn per class with a seed: the images are ordered by a hash of their content and cut at the shares.
     Adding or removing an image moves at most one other image across each cut; renaming moves none, and classes do not
@@ -51,13 +49,16 @@ def ImageFolder(
         val: share of each class for validation, only in the layout without splits. Default: 0.2; 0 for no validation.
         test: share of each class for testing, only in the layout without splits. Default: 0.3.
         seed: seed of the split.
-        classnames: {folder name: class name}. Without an entry, ``shopping_cart`` becomes "shopping cart".
+        classnames: {folder name: class name}, or one name per class in their order, or a file with either (.json; .txt
+            with a name, or a folder and its name, per line). Without an entry, ``shopping_cart`` becomes "shopping
+            cart".
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: no class folders, a class without images, different classes between splits, two folders with the
-            same class name, other folders beside train, val and test, folders that repeat the names of their
-            subfolders, too few images to split, or val or test given for data that is already split.
+        ValueError: no class folders, a class without images, a split with classes that train lacks, two folders with
+            the same class name, an empty class name, other folders with images beside train, val and test, folders that
+            repeat the names of their subfolders, folders that are parts of a dataset (images, annotations), too few
+            images to split, or val or test given for data that is already split.
     """
     root = Path(root)
     if not root.is_dir():
@@ -66,10 +67,10 @@ def ImageFolder(
     folders = split_folders(inner)
     if folders:
         _refuse_shares(val, test, f"{inner} holds the folders {', '.join(folders.values())}")
-        splits = {split: _class_files(root, inner / name) for split, name in folders.items()}
+        splits = {split: _class_files(root, class_parent(inner / name)) for split, name in folders.items()}
     else:
         splits = stratify(root, _class_files(root, inner), val=val, test=test, seed=seed)
-    return _dataset(root.resolve().name, root, splits, classnames)
+    return _dataset(root.resolve().name, root, splits, classnames, what="class folder")
 
 
 def image_table(
@@ -79,21 +80,24 @@ def image_table(
     val: float | None = None,
     test: float | None = None,
     seed: int = 0,
-    classnames: Mapping[str, str] | None = None,
+    classnames: Mapping[str, str] | Sequence[str] | str | Path | None = None,
 ) -> Dataset:
-    """Reads a dataset from a table of images: a CSV file with a header, or a JSON list of objects.
+    """Reads a dataset from a table of images: a CSV file, a JSON list of objects, or JSON lines.
 
-    Columns or keys are ``path`` (relative to ``root``, or absolute and below ``root``), ``label`` (a class name), and
-    optionally ``split`` (train, val or test). Without ``split`` the images are split as in :func:`ImageFolder`. Classes
-    are sorted by label.
+    Columns or keys are ``path`` (relative to ``root``, or absolute and below ``root``), ``label`` (a class name or
+    number), and optionally ``split`` (train, val or test, in a usual spelling). Other usual names of columns, such as
+    ``file_name`` and ``category``, count as well. A CSV file may have commas, semicolons or tabs, and no header if its
+    columns are path, label and perhaps split. Without ``split`` the images are split as in :func:`ImageFolder`, whose
+    rules for class names and their order hold here, too.
 
     Args:
-        path: the ``.csv`` or ``.json`` file.
+        path: the ``.csv``, ``.tsv``, ``.json`` or ``.jsonl`` file, in UTF-8.
         root: folder of the images. Default: the folder of the table.
         val: share of each class for validation, only for a table without splits. Default: 0.2; 0 for no validation.
         test: share of each class for testing, only for a table without splits. Default: 0.3.
         seed: seed of the split.
-        classnames: {label: class name}. Without an entry, ``shopping_cart`` becomes "shopping cart".
+        classnames: {label: class name}, or another form of :func:`ImageFolder`. Without an entry, ``shopping_cart``
+            becomes "shopping cart".
 
     Raises:
         FileNotFoundError: the table does not exist, or listed images are missing (the message names the first).
@@ -102,47 +106,60 @@ def image_table(
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
-    rows = _table_rows(path)
+    rows, below = table_rows(path), paths_below(root)
     splits: dict[str, dict[str, list[str]]] = {}
     has_splits = "split" in rows[0]
     for number, row in enumerate(rows, start=1):
-        file, label, split = (row.get(key) for key in ("path", "label", "split"))
-        where = f"row {number} of {path}"
-        if not (isinstance(file, str) and file and isinstance(label, str) and label):
-            raise ValueError(f"{where} must have a path and a class name as label, got path={file!r}, label={label!r}")
-        if has_splits != (split is not None) or (has_splits and split not in SPLITS):
-            raise ValueError(f"{where} must have a split (train, val or test) if any row has one, got {split!r}")
-        files = splits.setdefault(split or "all", {}).setdefault(label, [])
-        files.append(_relative(file, root, where))
+        files = splits.setdefault(row.get("split", "all"), {}).setdefault(row["label"], [])
+        files.append(below(row["path"], f"row {number} of {path}"))
     listed = [file for classes in splits.values() for files in classes.values() for file in files]
     refuse_repeats(f"path in {path}", listed)
     require_files(root, listed, path)
     if has_splits:
         _refuse_shares(val, test, f"{path} has a split column")
     else:
-        splits = stratify(root, dict(sorted(splits["all"].items())), val=val, test=test, seed=seed)
-    return _dataset(path.stem, root, splits, classnames)
+        by_label = {label: splits["all"][label] for label in in_order(splits["all"])}
+        splits = stratify(root, by_label, val=val, test=test, seed=seed)
+    return _dataset(path.stem, root, splits, classnames, what="label")
 
 
-def listed_images(path: str | Path) -> Dataset:
+def listed_images(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    val: float | None = None,
+    test: float | None = None,
+    seed: int = 0,
+    classnames: Mapping[str, str] | Sequence[str] | str | Path | None = None,
+) -> Dataset:
     """Reads a dataset from a list file: a table of :func:`image_table`, or a split file of :func:`coop_split`.
 
     A split file is recognised by its content. Its images lie relative to its folder, or to a folder beside it, such as
     ``images/``.
 
+    Args:
+        path: the list file.
+        root: folder of the images. Default: the folder of the list, for a split file also one beside it.
+        val, test, seed: shares and seed of the split of a table without splits, see :func:`image_table`.
+        classnames: names in place of those in the list, see :func:`ImageFolder`.
+
     Raises:
         FileNotFoundError: the file does not exist, or listed images are missing (the message names the first).
-        ValueError: the file is no such list.
+        ValueError: the file is no such list, or shares are given for a list that is already split.
     """
     path = Path(path)
     content = read_json(path, limit=MAX_LIST) if path.suffix.lower() == ".json" else None
     if not (isinstance(content, dict) and isinstance(content.get("train"), list)):
-        return image_table(path)
+        return image_table(path, root=root, val=val, test=test, seed=seed, classnames=classnames)
+    _refuse_shares(val, test, f"{path} holds train, val and test")
     folder = path.absolute().parent
+    if root is not None:
+        return _renamed(coop_split(folder, path.name, Path(root).absolute()), classnames)
     places = ["", "images", *(name for name in subfolders(folder) if name != "images")]
-    first = content["train"][0][0] if content["train"] and isinstance(content["train"][0], list) else None
+    item = content["train"][0] if content["train"] else None
+    first = item[0].replace("\\", "/") if isinstance(item, list) and item and isinstance(item[0], str) else None
     found = (place for place in places if isinstance(first, str) and (folder / place / first).is_file())
-    return coop_split(folder, path.name, next(found, ""))
+    return _renamed(coop_split(folder, path.name, next(found, "")), classnames)
 
 
 def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = "") -> Dataset:
@@ -166,6 +183,7 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
         raise ValueError(f"{json_file} must be an object with a list under 'train', got {brief(content)}")
     names: dict[int, str] = {}
     splits: dict[str, list[tuple[str, int]]] = {}
+    below = paths_below(images)
     for split in SPLITS:
         items = content.get(split) or []
         if not isinstance(items, list):
@@ -177,7 +195,7 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
                 raise ValueError(
                     f"item {number} of {split!r} in {json_file} must be [path, label, class name], got {brief(item)}"
                 ) from error
-            file = _relative(file, images, f"item {number} of {split!r} in {json_file}")
+            file = below(file, f"item {number} of {split!r} in {json_file}")
             if names.setdefault(label, name) != name:
                 raise ValueError(f"label {label} in {json_file} must have one name, got {names[label]!r} and {name!r}")
             splits.setdefault(split, []).append((file, label))
@@ -192,6 +210,8 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
         for split, items in splits.items()
     }
     lists["train"].require_every_class()
+    for split, images in lists.items():
+        _warn_of_lacking([name for name, n in zip(classnames, images.counts, strict=True) if not n], split, json_file)
     return Dataset(json_file.stem.removeprefix("split_zhou_"), lists.get("train"), lists.get("val"), lists.get("test"))
 
 
@@ -199,35 +219,31 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
 
 
 def _dataset(
-    name: str, root: Path, splits: Mapping[str, Mapping[str, list[str]]], classnames: Mapping[str, str] | None
+    name: str, root: Path, splits: Mapping[str, Mapping[str, list[str]]], given: GivenNames, *, what: str
 ) -> Dataset:
-    """The dataset of {split: {folder or label: files}}; classes are sorted by folder or label."""
+    """The dataset of {split: {folder or label: files}}; ``what`` says which of both, for messages."""
     if "train" not in splits:
         raise ValueError(f"{root} must have training images, got only {', '.join(splits)}")
-    keys = sorted(splits["train"])
+    keys = in_order(splits["train"])
     for split, classes in splits.items():
-        if sorted(classes) != keys:
+        if not classes.keys() <= set(keys):
             raise ValueError(f"{split} must have the classes of train in {root}, but {difference(keys, classes)}")
-    names = _class_names(keys, classnames or {})
+        _warn_of_lacking([key for key in keys if key not in classes], split, root)
+    names = class_names(keys, given, what=what)
+    hint_at_names(names)
     lists = {}
     for split, classes in splits.items():
-        pairs = [(file, label) for label, key in enumerate(keys) for file in classes[key]]
+        pairs = [(file, label) for label, key in enumerate(keys) for file in classes.get(key, ())]
         lists[split] = ImageList(root, tuple(file for file, _ in pairs), tuple(label for _, label in pairs), names)
     return Dataset(name, *(lists.get(split) for split in SPLITS))
 
 
-def _class_names(keys: Sequence[str], given: Mapping[str, str]) -> tuple[str, ...]:
-    """Class names of folders or labels.
-
-    Two names may be equal only if ``given`` sets both (some usual names of ImageNet's classes are equal).
-    """
-    owner: dict[str, str] = {}
-    for key in keys:
-        name = given.get(key, prettify(key))
-        other = owner.setdefault(name, key)
-        if other != key and not (key in given and other in given):
-            raise ValueError(f"class names must differ, got {name!r} for {other!r} and {key!r}: rename with classnames")
-    return tuple(given.get(key, prettify(key)) for key in keys)
+def _renamed(data: Dataset, given: GivenNames) -> Dataset:
+    """The dataset with other class names; {key: name} has the names before as keys."""
+    names = class_names(data.classnames, given, what="class")
+    hint_at_names(names)
+    lists = {f"full_{split}": getattr(data, f"full_{split}") for split in SPLITS}
+    return replace(data, **{split: images and replace(images, classnames=names) for split, images in lists.items()})
 
 
 def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
@@ -244,27 +260,6 @@ def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
     return classes
 
 
-def _table_rows(path: Path) -> list[dict[str, Any]]:
-    if path.suffix.lower() == ".json":
-        rows = read_json(path, limit=MAX_LIST)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} must be a list of objects with path and label, got {brief(rows)}")
-    elif path.suffix.lower() == ".csv":
-        try:
-            reader = csv.DictReader(io.StringIO(read_regular_text(path), newline=""), skipinitialspace=True)
-            rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} must be CSV in UTF-8: {error}") from error
-        missing = {"path", "label"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} must have the header path,label[,split], got {reader.fieldnames}")
-    else:
-        raise ValueError(f"path must end in .csv or .json, got {path}")
-    if not rows:
-        raise ValueError(f"{path} must list at least one image, got none")
-    return rows
-
-
 def _split_item(item: Any) -> tuple[str, int, str]:
     """(path, label, class name) of an entry in CoOp's split file; TypeError or ValueError for other values."""
     file, label, name = item
@@ -273,13 +268,10 @@ def _split_item(item: Any) -> tuple[str, int, str]:
     return file, int(label) if isinstance(label, str) else operator.index(label), prettify(name)
 
 
-def _relative(file: str, root: Path, where: str) -> str:
-    """A listed path relative to root, normalised so that each file has one spelling."""
-    above, path = posixpath.normpath(root.absolute().as_posix()), posixpath.normpath(file)
-    found = posixpath.relpath(path, above) if posixpath.isabs(path) else path
-    if leaves_root(found):
-        raise ValueError(f"{where} must lie below root = {above}, got {file!r}")
-    return found
+def _warn_of_lacking(classes: Sequence[str], split: str, where: Path) -> None:
+    """Warn about classes without images in val or test; accuracies are computed without them."""
+    if classes:
+        warn(f"{split} in {where} has no images of {some_of(classes)}: left out there", stacklevel=4)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

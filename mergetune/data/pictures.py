@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +13,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mergetune.data.image_files import images_below
+from mergetune.data.image_files import describe_ignored, ignored_files, images_below
 from mergetune.data.image_lists import Dataset, ImageList
+from mergetune.data.list_files import cells, columns_of, with_slashes
 from mergetune.facts.brief import brief
-from mergetune.io import MAX_TABLE, check_picture, image_extensions, read_regular, require_file
+from mergetune.io import MAX_TABLE, check_picture, decode_text, image_extensions, lines_of, read_regular, require_file
 
 LISTS = (".txt", ".csv", ".json")
 
@@ -46,8 +44,9 @@ def find_pictures(inputs: Iterable[Any]) -> Iterator[FoundPicture]:
     - the path of a file: one picture;
     - the path of a folder: all images in it and in its subfolders, sorted by path, recognised by extension; hidden
       files and folders, FIFOs, devices and sockets are left out, links are followed, except for loops;
-    - the path of a list: a ``.txt`` file with one path per line; a ``.csv`` file with a column ``path``; a ``.json``
-      file with a list of paths, or of objects with ``path``. Paths are relative to the folder of the list;
+    - the path of a list: a ``.txt`` file with one path per line; a ``.csv`` file with a column ``path`` (or ``file``,
+      ``image``), or paths alone; a ``.json`` file with a list of paths, or of objects with ``path``. Paths are relative
+      to the folder of the list; backslashes count as separators;
     - a PIL image, or an array of uint8, [H, W, 3] or [H, W];
     - a floating-point tensor of preprocessed pixels, [3, H, W], or [B, 3, H, W] for B pictures;
     - an :class:`ImageList`;
@@ -123,10 +122,7 @@ def _files(path: str) -> list[str]:
 def _images_of(folder: str) -> list[str]:
     found = sorted(path.as_posix() for path in images_below(folder))
     if not found:
-        kinds = Counter(
-            os.path.splitext(name)[1].lower() or "no extension" for _, _, names in os.walk(folder) for name in names
-        )
-        got = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common(5)) or "no files"
+        got = describe_ignored(ignored_files(folder)) or "no files"
         raise ValueError(
             f"folder {folder} must hold at least one image ({', '.join(sorted(image_extensions()))}), got {got}"
         )
@@ -136,27 +132,21 @@ def _images_of(folder: str) -> list[str]:
 def _listed(path: str) -> list[str]:
     """The paths in a list, relative to the folder of the list."""
     require_file(path, f"a list of pictures must exist, and there is no file {path}")
-    text = read_regular(path, limit=MAX_TABLE).decode("utf-8-sig", errors="surrogateescape")  # names may be any bytes
+    content = read_regular(path, limit=MAX_TABLE)
+    text = decode_text(path, content, errors="surrogateescape")  # names of files may be any bytes
     entries = {".txt": _lines, ".csv": _column, ".json": _entries}[os.path.splitext(path)[1].lower()](path, text)
     if not entries:
         raise ValueError(f"list {path} must name at least one picture, got none")
     folder = Path(path).parent
-    return [str(folder / entry) for entry in entries]
+    return [str(folder / with_slashes(entry, folder)) for entry in entries]
 
 
 def _lines(path: str, text: str) -> list[str]:
-    return [name for line in text.split("\n") if (name := line.removesuffix("\r")).strip()]
+    return [line for line in lines_of(text) if line.strip()]
 
 
 def _column(path: str, text: str) -> list[str]:
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"{path} must be CSV: {error}") from error
-    if "path" not in (reader.fieldnames or ()):
-        raise ValueError(f"{path} must have a header with the column path, got {reader.fieldnames}")
-    return _texts(path, [row["path"] for row in rows])
+    return _texts(path, [row["path"] for row in cells(Path(path), text, ("path",))])
 
 
 def _entries(path: str, text: str) -> list[str]:
@@ -166,7 +156,13 @@ def _entries(path: str, text: str) -> list[str]:
         raise ValueError(f"{path} must be JSON: {error}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} must be a list of paths, or of objects with path, got {type(rows).__name__}")
-    return _texts(path, [row.get("path") if isinstance(row, dict) else row for row in rows])
+    return _texts(path, [_path_of(row) if isinstance(row, dict) else row for row in rows])
+
+
+def _path_of(row: dict[str, Any]) -> Any:
+    """The path in an object, by any of its usual names."""
+    columns = columns_of(list(row), ("path",))
+    return None if columns is None else row[columns["path"]]
 
 
 def _texts(path: str, entries: list[Any]) -> list[str]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip, prepare_images
 from mergetune.clip.backbone import check_clip
+from mergetune.clip.class_texts import check_texts
 from mergetune.data import FoundPicture, decode_pictures, find_pictures, is_one_picture
 from mergetune.evaluation.classifiers import classifier
 from mergetune.facts.brief import brief
@@ -146,7 +147,8 @@ class Predictor:
             )
         if isinstance(solution, os.PathLike) or (isinstance(solution, str) and "{}" not in solution):
             solution = open_solution(os.fspath(solution), classnames=classnames)
-        self.clip, self.solution, self.classnames = clip, solution, classes_of(solution, classnames)
+        self.clip, self.solution = clip, solution
+        self.classnames = classes_of(solution, classnames, activation=activation)
         self.top, self.threshold, self.activation = top, threshold, activation
         self.batch_size, self.workers, self.max_pixels = batch_size, workers, max_pixels
         self.background = background
@@ -155,6 +157,8 @@ class Predictor:
         self.logit_scale: float = clip.logit_scale if scale is None else scale
         classify = classifier(clip, solution)
         fixed = _fixed_classes(solution)
+        if fixed is None:
+            check_texts(clip, self.classnames)
         with torch.no_grad():
             self._weights = classify(self.classnames if fixed is None else fixed)
         if fixed is not None and fixed != self.classnames:
@@ -276,16 +280,33 @@ class Predictor:
         return f"Predictor({self.clip.name}, {kind}: {self.describe()})"
 
 
-def classes_of(solution: Solution | str | Sequence[str], classnames: Sequence[str] | None = None) -> tuple[str, ...]:
+def classes_of(
+    solution: Solution | str | Sequence[str],
+    classnames: Sequence[str] | None = None,
+    *,
+    activation: str | None = None,
+) -> tuple[str, ...]:
     """The classes that a predictor of this solution answers: the named ones, or those that the solution knows.
 
     Args:
         solution: a solution, or zero-shot templates.
         classnames: the wanted class names, or None.
+        activation: how the predictor makes probabilities; "softmax" needs at least two classes.
 
     Raises:
-        ValueError: no class names are given and the solution knows none; or it has no text for one of the names.
+        ValueError: no class names are given and the solution knows none; it has no text for one of the names; or a
+            single name for softmax.
     """
+    found = _classes_of(solution, classnames)
+    if activation == "softmax" and len(found) == 1:
+        raise ValueError(
+            "classnames must hold at least two names for softmax, whose probabilities sum to 1, got only "
+            f"{found[0]!r}: add what else the pictures may show"
+        )
+    return found
+
+
+def _classes_of(solution: Solution | str | Sequence[str], classnames: Sequence[str] | None) -> tuple[str, ...]:
     if classnames is None:
         found = known_classes(solution) if isinstance(solution, Solution) else None
         if found is None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Dataset, ImageList
+from mergetune.data.class_names import meaning
 from mergetune.evaluation import Classifier
 
 CONCEPTS = "concepts.txt"
@@ -89,8 +90,8 @@ def retained_images(data: Dataset, own: Sequence[str]) -> ImageList:
     Raises:
         ValueError: a class has the name of one of the user's classes, or there are fewer than two classes.
     """
-    taken = {name.casefold() for name in own}
-    if both := [name for name in data.classnames if name.casefold() in taken]:
+    taken = set(map(meaning, own))
+    if both := [name for name in data.classnames if meaning(name) in taken]:
         raise ValueError(f"retain must hold classes that are not trained, got {both[0]!r}, which is trained")
     if len(data.classnames) < 2:
         raise ValueError(f"retain must hold at least two classes, got {', '.join(data.classnames)}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
+from mergetune.clip.class_texts import check_texts
 from mergetune.data import FeatureCache
 from mergetune.evaluation import ImageMap, accuracy, classifier, harmonic_mean, score
 from mergetune.experiments.cells import Cell, Task, check_seeds
@@ -79,14 +80,15 @@ def compare(
         raise ValueError(f"experts that are given belong to one cell, got {len(cells)} cells")
     if setup.choose == "others" and len(by_name) < 2:
         raise ValueError("choose='others' needs at least two datasets, got one")
+    for task, partition in itertools.product(tasks, partitions):
+        check_texts(clip, task.train.classnames, task.templates)  # novel classes, too, before anything is trained
+        task.halves(partition)
     with writing_in(out):
         prepared = []
         with tqdm(total=len(cells), desc="compare", unit="cell", disable=hidden(progress)) as bar:
             for name, partition in itertools.product(by_name, partitions):
-                task, alike = (
-                    by_name[name],
-                    [cell for cell in cells if (cell.task, cell.partition) == (name, partition)],
-                )
+                task = by_name[name]
+                alike = [cell for cell in cells if (cell.task, cell.partition) == (name, partition)]
                 folds = {}
                 for cell in alike:
                     if "candidates" not in begin(clip, task, cell, setup, out / cell.folder):
@@ -97,9 +99,8 @@ def compare(
                     report(f"{cell.folder}: merges, validation")
                     prepared.append(prepare(clip, task, cell, setup, out / cell.folder, progress=progress))
                     bar.update()
-        seen = [
-            {key: record[key] for key in ("cell", "candidates")} for record in prepared
-        ]  # no results of earlier calls
+        # no results of earlier calls
+        seen = [{key: record[key] for key in ("cell", "candidates")} for record in prepared]
         chosen = choose(seen, setup.choose)
         records = [
             measure(clip, by_name[cell.task], record, best, out / cell.folder)

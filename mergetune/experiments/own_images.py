@@ -13,6 +13,7 @@ from typing import Any
 
 from mergetune.clip import PLAIN, FrozenClip, check_templates
 from mergetune.clip.backbone import check_clip
+from mergetune.clip.class_texts import check_texts
 from mergetune.data import Dataset, FeatureCache, ImageList, cache_features
 from mergetune.evaluation import BaseNovel, Report, accuracy, connectivity, plot
 from mergetune.experiments.canary import Recognised, concept_names, recognised, tell_apart
@@ -21,7 +22,7 @@ from mergetune.experiments.choosing import Choice, default_setting, settings_to_
 from mergetune.experiments.engine import Candidate, Together, counted, reports, tested, usual
 from mergetune.experiments.making import HEAD, MERGETUNE, TUNED, ZERO_SHOT, Making
 from mergetune.experiments.measuring import Measured, fold_of, measure
-from mergetune.experiments.own_plan import kinds_of, plan_images, stage_1_of, why_not
+from mergetune.experiments.own_plan import check_names, kinds_of, plan_images, stage_1_of, why_not
 from mergetune.experiments.paired import right_of
 from mergetune.experiments.verdict import verdict
 from mergetune.facts.brief import brief
@@ -156,7 +157,7 @@ def fit_dataset(
     out, clock, given = Path(out), _Clock(), dict(fit_options or {})
     making = checked_making(
         clip, data, tuned=tuned, method=method, classes=classes, template=template, seed=seed,
-        tune_options=tune_options, fit_options=given, progress=progress,
+        retain=retain, tune_options=tune_options, fit_options=given, progress=progress,
     )  # fmt: skip
     stage_1, texts = making.method, making.templates
     images = plan_images(
@@ -241,6 +242,7 @@ def checked_making(
     classes: str = "all",
     template: str | Sequence[str] = PLAIN,
     seed: int = 1,
+    retain: Dataset | None = None,
     tune_options: Mapping[str, Any] | None = None,
     fit_options: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -261,7 +263,9 @@ def checked_making(
     stage_1 = stage_1_of(clip, tuned, method, classes)
     texts = check_templates(template)
     making = Making(clip, texts, stage_1, seed, tune_options or {}, fit_options or {}, progress=progress)
-    making.check((data.base_novel()[0] if classes == "base" else data).classnames, tuned)
+    learned = check_names(data, tuned=tuned, classes=classes, template=texts, retain=retain)
+    check_texts(clip, [*data.classnames, *(retain.classnames if retain else ())], texts)  # also those only tested on
+    making.check(learned, tuned)
     return making
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergetune.clip import FrozenClip
+from mergetune.clip import FrozenClip, check_templates
 from mergetune.data import Dataset, ImageList
 from mergetune.experiments.canary import retained_images
 from mergetune.experiments.cells import LEAST_CLASSES, Fold, halves_of
@@ -13,7 +13,7 @@ from mergetune.experiments.choosing import too_few
 from mergetune.experiments.making import HEAD, KINDS, MERGETUNE, ON_MERGETUNE, TUNED
 from mergetune.experiments.measuring import other_images
 from mergetune.facts.function_options import FIT_METHODS
-from mergetune.solutions import Solution
+from mergetune.solutions import Solution, check_same_shapes
 
 NEED_PROMPTS = (TUNED, ON_MERGETUNE)  # kinds that auto leaves out where stage 1 trains a head
 
@@ -45,6 +45,56 @@ class OwnImages:
             "training": self.training, "validation": self.validation, "test": self.test, "retained": self.retained,
         }  # fmt: skip
         return {name: images for name, images in parts.items() if images}
+
+
+def require_classes(classnames: Sequence[str], what: str = "images") -> None:
+    """Raise ValueError unless there are at least two classes, which an accuracy needs to mean something."""
+    if len(classnames) < 2:
+        raise ValueError(
+            f"{what} must hold at least two classes, got only {', '.join(map(repr, classnames)) or 'none'}"
+        )
+
+
+def check_names(
+    data: Dataset,
+    *,
+    tuned: Sequence[Solution] = (),
+    classes: str = "all",
+    template: str | Sequence[str],
+    retain: Dataset | None = None,
+) -> tuple[str, ...]:
+    """Check what names and labels alone decide, before a CLIP is loaded. Returns the training classes.
+
+    Args:
+        data, tuned, classes, template, retain: see :func:`mergetune.fit_dataset`.
+
+    Raises:
+        ValueError: a template without ``{}``, fewer than two classes, no training or test images, retained classes that
+            are trained, or solutions of other classes or of different shapes.
+    """
+    check_templates(template)
+    for split in ("train", "test"):
+        if getattr(data, f"full_{split}") is None:
+            raise ValueError(
+                f"data must have {split} images, got none in {data.name!r}: images without folders train and test, or "
+                "without a column split, are split by mergetune itself"
+            )
+    if classes == "base" and len(data.classnames) < LEAST_CLASSES:
+        raise ValueError(
+            f"classes must be 'all' for fewer than {LEAST_CLASSES} classes, two per half, got 'base' for "
+            f"{len(data.classnames)}"
+        )
+    require_classes(data.classnames, "data")
+    learned = (data.base_novel()[0] if classes == "base" else data).classnames
+    for solution in tuned:
+        try:
+            solution.check_classes(learned)
+        except ValueError as error:
+            raise ValueError(f"tuned must have the {len(learned)} classes of the images: {error}") from None
+        check_same_shapes(tuned[0], solution)
+    if retain is not None:
+        retained_images(retain, data.classnames)
+    return learned
 
 
 def plan_images(

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
         open_regular,
         read_at,
         read_regular,
-        read_regular_text,
         require_file,
         require_output_folder,
         require_regular,
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from mergetune.io.progress import hidden
     from mergetune.io.ranks import torchrun_team
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
+    from mergetune.io.text_files import decode_text, lines_of, read_text
     from mergetune.io.unpickling import Inert, Unpickler
     from mergetune.io.versions import installed_version
     from mergetune.io.workers import begin_worker, end_workers, unaware_of_interrupts
@@ -93,6 +93,7 @@ __all__ = [
     "compact_json",
     "convert_module",
     "damaged",
+    "decode_text",
     "decoding_differs",
     "decoding_rules",
     "dtype_name",
@@ -103,6 +104,7 @@ __all__ = [
     "installed_version",
     "is_torchscript",
     "jsonable",
+    "lines_of",
     "load_image",
     "load_tensors",
     "load_tensors_only",
@@ -118,8 +120,8 @@ __all__ = [
     "read_npz",
     "read_picture",
     "read_regular",
-    "read_regular_text",
     "read_safetensors",
+    "read_text",
     "read_torchscript",
     "release_locks",
     "remove_parts",
@@ -149,7 +151,7 @@ make_lazy(
         "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
         "mergetune.io.files": (
             "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "
-            "read_regular_text require_file require_output_folder require_regular sha256_regular"
+            "require_file require_output_folder require_regular sha256_regular"
         ),
         "mergetune.io.images": (
             "IMAGE_FORMATS Picture check_picture decoding_differs image_extensions load_image read_picture"
@@ -161,6 +163,7 @@ make_lazy(
         "mergetune.io.progress": "hidden",
         "mergetune.io.ranks": "torchrun_team",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
+        "mergetune.io.text_files": "decode_text lines_of read_text",
         "mergetune.io.unpickling": "Inert Unpickler",
         "mergetune.io.versions": "installed_version",
         "mergetune.io.workers": "begin_worker end_workers unaware_of_interrupts",

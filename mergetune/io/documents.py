@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from mergetune.io.atomic_files import write_atomically
 from mergetune.io.files import MAX_SETTINGS, read_regular
+from mergetune.io.text_files import decode_text
 
 MAX_DEPTH = (
     256  # levels of lists and objects in a field that may hold any JSON: notes gain one level per training stage
@@ -198,7 +199,7 @@ def read_json(file: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
         OSError: the file does not exist or cannot be read.
         ValueError: the file is not a regular file, is too large or is not JSON; the message names the file.
     """
-    content = read_regular(file, limit=limit)
+    content = decode_text(file, read_regular(file, limit=limit))
     try:
         return _parse(content)
     except ValueError as error:

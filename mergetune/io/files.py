@@ -68,15 +68,6 @@ def read_regular(path: str | Path, *, limit: int = MAX_TABLE) -> bytes:
     return content
 
 
-def read_regular_text(path: str | Path, *, limit: int = MAX_TABLE) -> str:
-    """The UTF-8 text of a regular file without byte order mark; raises the errors of :func:`read_regular` as well.
-
-    Raises:
-        UnicodeDecodeError: the file is not UTF-8.
-    """
-    return read_regular(path, limit=limit).decode("utf-8-sig")
-
-
 def sha256_regular(path: str | Path, *, limit: int = MAX_IMAGE) -> str:
     """The SHA-256 of a regular file, read in pieces; raises the errors of :func:`read_regular`."""
     digest, left = hashlib.sha256(), limit

@@ -41,6 +41,8 @@ IMAGE_FORMATS = {
     "DIB": (".dib",),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
+HEIC = (".heic", ".heif")  # photos of phones, which Pillow alone does not read
+HEIC_HINT = "convert HEIC photos to .jpg, for example with the package pillow-heif (pip install pillow-heif)"
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF's tags
 # Most scans of a JPEG: a scan of a few bytes can cover the whole picture. Progressive JPEGs have about 10 scans;
 # libtiff allows 100.
@@ -77,7 +79,8 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, background: st
             "max_pixels (on the command line --max-pixels) raises the limit"
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"cannot read image {path}: its content must be {', '.join(_formats())}") from error
+        way_on = f"; {HEIC_HINT}" if str(path).lower().endswith(HEIC) else ""
+        raise ValueError(f"cannot read image {path}: its content must be {', '.join(_formats())}{way_on}") from error
     except (
         Exception
     ) as error:  # decoders raise exceptions of any type: OSError, SyntaxError, struct.error, EOFError, ...

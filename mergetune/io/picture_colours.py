@@ -13,6 +13,7 @@ from PIL import Image, ImageColor
 from mergetune.facts.function_options import BACKGROUND
 
 FIRST_DECODING = "transparency dropped, greys clipped (mergetune 0.1)"  # what caches without a record were built with
+LEAST_DEEP = 16  # largest value of the upper 8 bits below which a picture of 16 bits per colour holds 12 or fewer
 DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras and microscopes store in 16 bits
 
 
@@ -24,6 +25,8 @@ def as_rgb(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
       the largest one. Values below 0 or above are scaled from smallest to largest.
     - Floating-point greys: values from 0 to 1 and values from 0 to 255 are read as such, others are scaled from
       smallest to largest.
+    - Colours of 16 bits: Pillow keeps the upper 8. A picture that hardly uses these (10 or 12 bits of a camera in 16)
+      would become black, and is refused.
     - Everything else is converted by Pillow.
 
     Args:
@@ -32,9 +35,21 @@ def as_rgb(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
 
     Raises:
         ValueError: an unknown colour; values that are NaN or infinite; a picture of many colours that becomes
-            one colour.
+            one colour; colours of 16 bits that hardly use the upper 8.
     """
     colour = background_colour(background)
+    deep = _has_deep_colours(image)  # known only before the pixels are decoded
+    found = _flat(image, colour, background)
+    if deep and (most := max(high for _, high in _ranges(found))) < LEAST_DEEP:
+        raise ValueError(
+            f"the picture has 16 bits per colour, but its values use less than 13 of them (the upper 8 are at most "
+            f"{most}), so that it would become black: convert it to 8 bits per colour"
+        )
+    return found
+
+
+def _flat(image: Image.Image, colour: tuple[int, int, int], background: str) -> Image.Image:
+    """The decoded picture as RGB, on a background of this colour; ``background`` is its name for messages."""
     if image.mode.startswith(("I", "F")):
         return _scaled(image).convert("RGB")
     if not image.has_transparency_data:
@@ -84,5 +99,20 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(grey, out=grey).astype(np.uint8))
 
 
+def _has_deep_colours(image: Image.Image) -> bool:
+    """Whether a file that is not decoded yet stores its colours in 16 bits each; greys are another mode."""
+    if image.mode not in ("RGB", "RGBA", "RGBX"):
+        return False
+    for codec, _, _, form in getattr(image, "tile", None) or []:  # how a decoder reads; for PPM with the largest value
+        if ";16" in str(form) or (codec == "ppm" and isinstance(form, tuple) and form[-1] > 255):
+            return True
+    return False
+
+
 def _uniform(picture: Image.Image) -> bool:
-    return all(low == high for low, high in (band.getextrema() for band in picture.split()))  # pyright: ignore
+    return all(low == high for low, high in _ranges(picture))
+
+
+def _ranges(picture: Image.Image) -> list[tuple[int, int]]:
+    """Smallest and largest value of each band of 8 bits."""
+    return [band.getextrema() for band in picture.split()]  # pyright: ignore[reportReturnType]

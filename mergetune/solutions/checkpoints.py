@@ -291,7 +291,7 @@ def checkpoint_file(path: str | Path) -> Path:
             path = path / learner
             break
     if (path / "checkpoint").is_file():
-        name = read_regular(path / "checkpoint").decode(errors="replace").strip()
+        name = read_regular(path / "checkpoint").decode("utf-8-sig", errors="replace").strip()
         named = [file for file in path.iterdir() if file.name == name]
         if named:
             return named[0]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mergetune.clip import FrozenClip
+from mergetune.clip.class_texts import check_texts
 from mergetune.data import Batches
 from mergetune.data.cache_identity import check_image_tower
 from mergetune.facts.brief import brief
@@ -159,6 +160,8 @@ def check_features(clip: FrozenClip, solution: Solution, features: Batches, val:
             raise ValueError(f"{name} must have the classes of features, got {list(cache.classnames)[:3]}...")
     if len(features.classnames) < 2:
         raise ValueError(f"features must hold at least two classes, got {list(features.classnames)}")
+    if solution.tower == "text":
+        check_texts(clip, features.classnames)
     counts = torch.bincount(features.labels, minlength=len(features.classnames))
     if (counts == 0).any():
         raise ValueError(

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mergetune.data import Dataset, ImageFolder, ImageList, coop_split, image_table, load_image
-from mergetune.data.image_files import prettify
+from mergetune.data.class_names import prettify
 
 
 def draw_image(path: Path, colour: int = 0, size: tuple[int, int] = (6, 4)) -> Path:
@@ -348,7 +348,7 @@ def test_table_without_splits_is_stratified(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "file,class\nx.png,cat\n", r"must have the header path,label\[,split\], got \['file', 'class'\]"),
+        ("a.csv", "photo,kind\nx.png,cat\n", r"must have the header path,label\[,split\], got \['photo', 'kind'\]"),
         ("a.csv", "path,label\n", "must list at least one image"),
         ("a.csv", "path,label\nx.png,\n", "row 1 of .* must have a path and a class name"),
         ("a.csv", "path,label\n0.png,cat\n./0.png,dog\n", "must not repeat, got '0.png' twice"),
@@ -356,14 +356,15 @@ def test_table_without_splits_is_stratified(tmp_path):
         ("a.csv", "path,label\n../far/0.png,cat\n", "row 1 of .* must lie below root"),
         ("a.csv", "path,label\ncat/../../0.png,cat\n", "row 1 of .* must lie below root"),
         ("a.json", '[{"path": "../0.png", "label": "cat"}]', "row 1 of .* must lie below root"),
-        ("a.csv", "path,label,split\n0.png,cat,dev\n", "row 1 of .* a split .train, val or test. .* got 'dev'"),
+        ("a.csv", "path,label,split\n0.png,cat,night\n", "row 1 of .* a split .train, val or test. .* got 'night'"),
+        ("a.csv", "path,label\n0,1.png,cat\n", "row 1 of .* must have 2 values .* got 3: .* in quotes"),
         ("a.csv", "path,label,split\n0.png,cat,test\n", "must have training images, got only test"),
         ("a.json", "{", "must be JSON"),
         ("a.json", '{"path": "0.png"}', "must be a list of objects"),
-        ("a.json", '[{"path": "0.png", "label": 3}]', "class name as label, got path='0.png', label=3"),
+        ("a.json", '[{"path": "0.png", "label": true}]', "class name as label, got path='0.png', label=True"),
         ("a.json", "[" * 100_000, "must be JSON"),
         ("a.csv", "path,label\n0.png," + "x" * 200_000, "must be CSV in UTF-8: field larger"),
-        ("a.txt", "", "must end in .csv or .json"),
+        ("a.txt", "", "must end in .csv, .tsv, .json or .jsonl"),
     ],
 )
 def test_table_refuses(tmp_path, name, content, message):
@@ -382,7 +383,7 @@ def test_table_names_missing_files(tmp_path):
 
 def test_table_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "a.csv").write_bytes("path,label\n0.png,\xe9\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="a.csv must be CSV in UTF-8"):
+    with pytest.raises(ValueError, match="a.csv must be text in UTF-8, got other bytes in line 2, probably Latin-1"):
         image_table(tmp_path / "a.csv")
 
 
@@ -460,6 +461,9 @@ def test_load_image_names_what_it_cannot_read(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"cannot read image .*{re.escape(name)}"):
             load_image(tmp_path / name)
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match="cannot read image .*a.HEIC: its content must be .*pip install pillow-heif"):
+        load_image(tmp_path / "a.HEIC")
     with pytest.raises(ValueError, match="cannot read image .*gone.png"):
         load_image(tmp_path / "gone.png")
 

@@ -307,7 +307,7 @@ def edit_text(file: str, old: str, new: str) -> Callable[[Path], None]:
         ("dtd", edit_json(lambda s: s["test"].append(s["test"][0])), "must not repeat"),
         ("dtd", edit_json(lambda s: s.update(train=s["train"][5:])), "at least one image, got none for 'banded'"),
         ("dtd", lambda f: shutil.rmtree(f / "images/banded"), "10 of 50 images listed in .* the first is .*banded"),
-        ("dtd", lambda f: (f / "split_zhou_DescribableTextures.json").write_bytes(b"\xff{"), "must be JSON"),
+        ("dtd", lambda f: (f / "split_zhou_DescribableTextures.json").write_bytes(b"\xff{"), "must be text in UTF-8"),
         ("dtd", lambda f: (f / "split_zhou_DescribableTextures.json").write_text("[" * 10**5), "must be JSON"),
         ("fgvc_aircraft", edit_text("variants.txt", "707-320\n", ""), "line 1 of .* must be an image and a variant of"),
         ("fgvc_aircraft", edit_text("variants.txt", "707-320", "727-200"), "once, got 5 lines, 4 different"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -41,6 +43,53 @@ def opened(tmp_path, picture: Image.Image, suffix: str, **options) -> np.ndarray
 def test_greys_of_any_depth_equal_their_twin_of_8_bits(tmp_path, values, suffix):
     found = opened(tmp_path, Image.fromarray(values), suffix)
     assert np.abs(found - NOISE[..., None].astype(int)).max() <= 1
+
+
+def deep(colours: np.ndarray, suffix: str) -> bytes:
+    """A file with 16 bits per colour, which Pillow does not write: colours [H, W, 3 or 4] of uint16."""
+    height, width, bands = colours.shape
+    if suffix == ".ppm":
+        return b"P6 %d %d 65535\n" % (width, height) + colours.astype(">u2").tobytes()
+    if suffix == ".tif":
+        tags = [
+            (256, width),
+            (257, height),
+            (258, 16),
+            (259, 1),
+            (262, 2),
+            (273, 0),
+            (277, bands),
+            (279, colours.nbytes),
+        ]
+        bits = struct.pack("<3H", 16, 16, 16)
+        start = 8 + 2 + 12 * len(tags) + 4
+        rows = b""
+        for tag, value in tags:
+            value, count = {258: (start, 3), 273: (start + len(bits), 1)}.get(tag, (value, 1))
+            rows += struct.pack("<HHII", tag, 3 if tag == 258 else 4, count, value)
+        head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+        return head + rows + bytes(4) + bits + colours.astype("<u2").tobytes()
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in colours)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if bands == 3 else 6, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize(("suffix", "bands"), [(".png", 3), (".png", 4), (".tif", 3), (".ppm", 3)])
+def test_colours_of_16_bits_are_read_or_refused_but_never_black(tmp_path, suffix, bands):
+    colours = np.stack([NOISE, NOISE[::-1], NOISE.T, np.full_like(NOISE, 255)][:bands], -1).astype(np.uint16)
+    for bits, factor in ((16, 257), (12, 16), (10, 4), (8, 1)):
+        stored = colours * factor
+        stored[..., 3:] = 65535
+        (tmp_path / f"a{suffix}").write_bytes(deep(stored, suffix))
+        if bits == 16:
+            found = np.asarray(load_image(tmp_path / f"a{suffix}")).astype(int)
+            assert np.abs(found - colours[..., :3]).max() <= 1
+        else:
+            with pytest.raises(ValueError, match="16 bits per colour, .* would become black: convert it to 8 bits"):
+                load_image(tmp_path / f"a{suffix}")
 
 
 @pytest.mark.parametrize("scale", [-1000, 70_000])

@@ -338,14 +338,14 @@ def test_a_folder_or_list_without_pictures_is_refused_with_what_it_has(predictor
         predictor(tmp_path)
     (tmp_path / "a.txt").write_text("\n \n")
     (tmp_path / "b.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"at least one image .* got 2 x \.txt"):
+    with pytest.raises(ValueError, match=r"at least one image .* got ignored 2: \.txt \(2\)"):
         predictor(tmp_path)
     for name, content in (("a.txt", "\n"), ("a.csv", "path\n"), ("a.json", "[]")):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match="at least one picture, got none"):
             predictor(tmp_path / name)
     for name, content, message in (
-        ("a.csv", "file\na.png\n", "column path"), ("a.csv", "path,b\n,2\n", "row 1"), ("a.json", "{", "must be JSON"),
+        ("a.csv", "photo\nx,a.png\n", "column path"), ("a.csv", "path,b\n,2\n", "row 1"), ("a.json", "{", "be JSON"),
         ("a.json", "{}", "list of paths"), ("a.json", "[1]", "row 1"), ("a.json", '[{"b": 1}]', "row 1"),
     ):  # fmt: skip
         (tmp_path / name).write_text(content)
@@ -395,7 +395,8 @@ def test_top_and_one_class(clip):
     picture = np.zeros((8, 8), np.uint8)
     assert len(mt.Predictor(clip, prompt(), NAMES, top=2)(picture).labels) == 2
     assert set(mt.Predictor(clip, prompt(), NAMES, top=50)(picture).labels) == set(NAMES)
-    assert mt.Predictor(clip, prompt(), ["cat"])(picture).probabilities == (1.0,)
+    with pytest.raises(ValueError, match="classnames must hold at least two names for softmax, .* got only 'cat'"):
+        mt.Predictor(clip, prompt(), ["cat"])
 
 
 def test_features_that_are_not_finite_are_an_error_of_their_picture(clip):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mergetune as mt
-from mergetune.cli.own_images import left_out_files
+from mergetune.data.image_files import ignored_files
 from mergetune.experiments.canary import concept_names, recognised, retained_images, tell_apart
 from mergetune.experiments.choosing import choose, settings_to_try, too_few
 from mergetune.experiments.paired import Estimate, accuracies, gains
@@ -187,6 +187,6 @@ def test_files_left_out_are_counted_by_type(tmp_path):
     for name in ("a.png", "b.JPG", "c.txt", "d.txt", "README", ".DS_Store", "e.heic"):
         (tmp_path / "cat" / name).touch()
     os.mkfifo(tmp_path / "cat" / "pipe.png")
-    assert left_out_files(tmp_path) == {
+    assert ignored_files(tmp_path) == {
         ".heic": 1, ".txt": 2, "hidden": 1, "not a regular file": 1, "without extension": 1,
     }  # fmt: skip

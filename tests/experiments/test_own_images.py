@@ -72,6 +72,14 @@ def planted(name):
     return rule
 
 
+def renamed(data, place, suffix=""):
+    """The dataset with a class name that is too long, and a suffix to all others."""
+    names = [f"{name}{suffix}" for name in data.classnames]
+    names[place] = "a very long title " * 12
+    lists = {f"full_{split}": getattr(data, split) for split in ("train", "test")}
+    return mt.Dataset(data.name, **{split: replace(images, classnames=names) for split, images in lists.items()})
+
+
 def without_seconds(out):
     report = json.loads((out / "report.json").read_text())
     return {name: value for name, value in report.items() if name not in ("seconds", "figure")}
@@ -245,9 +253,24 @@ def test_other_methods_are_refused_with_those_there_are(fit, tmp_path):
         ({"method": "head", "tune_options": {"momentum": -1.0}}, "momentum must be finite"),
         ({"method": "auto", "fit_options": {"beta": -1.0}}, "beta must be finite"),
         ({"classes": "base", "fit_options": {"points": 0}}, "points must be"),
+        ({"data": lambda _, data: data.select([0])}, "data must hold at least two classes, got only 'anchor'"),
+        ({"data": lambda _, data: replace(data, full_test=None)}, "data must have test images"),
+        ({"data": lambda _, data: renamed(data, 5)}, "texts must fit the text tower's 32 tokens, got 'an icon of a a"),
+        (
+            {"data": lambda _, data: renamed(data, 5), "classes": "base"},
+            "texts must fit",
+        ),  # a class that is only tested
+        ({"retain": lambda _, data: renamed(data.select([0, 5]), 1, "x")}, "texts must fit"),
+        ({"retain": lambda _, data: data}, "retain must hold classes that are not trained, got 'anchor'"),
+        ({"data": lambda _, data: data.select([0, 1, 2]), "classes": "base"}, "classes must be 'all' for fewer than 4"),
+        ({"tuned": lambda clip, _: [mt.Head.zero_shot(clip, ["ant", *CLASSES[1:]])]}, "class 0 must be 'ant'"),
+        ({"tuned": lambda clip, _: [mt.Prompt.random(clip, n) for n in (3, 4)]}, "must have equal shapes"),
     ],
 )
 def test_values_are_checked_before_any_image_is_encoded(icon_clip, data, tmp_path, monkeypatch, given, message):
+    given = {name: change(icon_clip, data) if callable(change) else change for name, change in given.items()}
+    data = given.pop("data", data)
+
     def encode(*_, **__):
         raise AssertionError("an image is encoded")
 

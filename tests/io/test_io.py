@@ -36,7 +36,7 @@ from mergetune.io import (
     read_json,
     read_npz,
     read_regular,
-    read_regular_text,
+    read_text,
     release_locks,
     sha256_regular,
     torchrun_team,
@@ -62,7 +62,7 @@ def test_a_value_that_json_cannot_hold_leaves_the_old_document(tmp_path):
     assert read_json(tmp_path / "a.json") == [1]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 200_000])
 def test_a_damaged_document_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json must be JSON, got "):
@@ -120,9 +120,9 @@ def test_a_byte_order_mark_and_a_missing_document(tmp_path):
 
 def test_a_file_is_read_whole_within_its_limit(tmp_path):
     (tmp_path / "a").write_bytes(b"12345")
-    assert read_regular(tmp_path / "a", limit=5) == b"12345" and read_regular_text(tmp_path / "a", limit=5) == "12345"
+    assert read_regular(tmp_path / "a", limit=5) == b"12345" and read_text(tmp_path / "a", limit=5) == "12345"
     assert read_json(tmp_path / "a", limit=5) == 12345
-    for reader in (read_regular, read_regular_text, read_json, sha256_regular):
+    for reader in (read_regular, read_text, read_json, sha256_regular):
         with pytest.raises(ValueError, match="a must have at most 4 bytes, got 5"):
             reader(tmp_path / "a", limit=4)
     assert sha256_regular(tmp_path / "a") == hashlib.sha256(b"12345").hexdigest()
