@@ -15,7 +15,7 @@ from mergetune.data import Batches
 from mergetune.data.cache_identity import check_image_tower
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import OPTIMIZERS
-from mergetune.solutions import Solution
+from mergetune.solutions import Solution, State
 from mergetune.training.objective import Objective
 
 TOWER_PRECISIONS = ("float32", "bfloat16")
@@ -87,6 +87,7 @@ class Job:
         settings: all other arguments that the result depends on, JSON-able.
         cuda_graph, val, resume, progress: see :func:`fit`.
         in_words: descriptions of the settings whose values are checksums.
+        average_with: stacked state with which the trained one is averaged at the end, or None.
     """
 
     clip: FrozenClip
@@ -100,6 +101,7 @@ class Job:
     resume: str | Path | None
     progress: bool
     in_words: dict[str, Any] = field(default_factory=dict)
+    average_with: State | None = None
 
     @property
     def batches(self) -> int:

@@ -40,6 +40,7 @@ _FOLLOWS = {  # a setting that follows from others is named only if none of thes
     "val": ("classnames", "clip"),
     "zero_shot": ("classnames", "clip", "tuned"),
     "tuned": ("classnames",),
+    "lam_effective": ("lam", "features", "zero_shot", "clip", "classnames"),
 }
 
 
