@@ -283,6 +283,9 @@ class CompareOptions:
         grid: name of an option of fit -> values that are tried for MERGETUNE.
         choose: images on which hyper-parameters are chosen: "validation" uses the validation images of the same cell,
             "others" those of the cells of all other datasets.
+        select: classes whose validation images count. "base": the trained classes, so that no label of a novel class is
+            used before the test, as the base-to-novel protocol has it. "both": the harmonic mean over base and novel
+            classes; novel classes then are new to the training, but not to the choice.
     """
 
     experts: tuple[str, ...] | Mapping[str, Solution] = _option(
@@ -297,10 +300,19 @@ class CompareOptions:
         "Validation images on which hyper-parameters are chosen: the cell's (validation), or other datasets' (others).",
         choices=("validation", "others"),
     )  # fmt: skip
+    select: str = _option(
+        "str", "base",
+        "Classes on whose validation images hyper-parameters are chosen: base, the trained ones; or both halves.",
+        choices=("base", "both"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.choose not in ("validation", "others"):
-            raise ValueError(f"choose must be validation or others, got {self.choose!r}")
+        for option in options_of(CompareOptions):
+            value = getattr(self, option.name)
+            if option.choices and value not in option.choices:
+                raise ValueError(f"{option.name} must be {' or '.join(option.choices)}, got {value!r}")
+        if self.fit.get("weight_ensemble"):
+            raise ValueError("fit must not hold weight_ensemble: the rows 'MERGETUNE + WE' have it")
         if not self.experts:
             raise ValueError("experts must hold at least one expert, got none")
         if isinstance(self.experts, Mapping):
