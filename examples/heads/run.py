@@ -111,11 +111,11 @@ def run_cell(clip: mt.FrozenClip, task: Task, shifted: Sequence[mt.FeatureCache]
 def classes_of(count: int, cell: Cell) -> tuple[list[int], list[int]]:
     """The user's classes and the new ones: as many of each half of the partition, drawn at random."""
     generator = torch.Generator().manual_seed(cell.seed)
-    halves = halves_of(count, cell.partition).values()
-    own, new = (
-        sorted(half[i] for i in torch.randperm(len(half), generator=generator)[: cell.classes]) for half in halves
-    )
-    return own, new
+    drawn = [
+        sorted(half[i] for i in torch.randperm(len(half), generator=generator)[: cell.classes].tolist())
+        for half in halves_of(count, cell.partition).values()
+    ]
+    return drawn[0], drawn[1]
 
 
 def _columns(
@@ -147,19 +147,24 @@ def rule_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def final_table(records: Sequence[Mapping[str, Any]], reference: str = "MERGETUNE") -> str:
-    """Every row's columns, and its difference to MERGETUNE with the 95 % t interval over cells; bold: surely ahead."""
+    """Every row's columns, and its difference to MERGETUNE in the mean with a 95 % interval; bold: surely ahead.
+
+    Cells of one partition and seed share classes and images. The t interval is over the means of these groups.
+    """
+    groups: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["cell"]["partition"], record["cell"]["seed"]), []).append(record)
     lines = []
     for row in records[0]["rows"]:
         values = [f"{statistics.fmean(r['rows'][row][column] for r in records):.2f}" for column in COLUMNS]
-        apart = [r["rows"][row]["mean"] - r["rows"][reference]["mean"] for r in records]
-        ends = t_interval(apart)
-        ahead = ends is not None and ends[0] > 0
-        said = (
-            ""
-            if row == reference or ends is None
-            else f"{statistics.fmean(apart):+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
-        )
-        lines.append([f"**{row}**" if ahead else row, *values, said])
+        apart = [
+            statistics.fmean(r["rows"][row]["mean"] - r["rows"][reference]["mean"] for r in own)
+            for own in groups.values()
+        ]
+        ends, said = t_interval(apart), ""
+        if ends is not None and row != reference:
+            said = f"{statistics.fmean(apart):+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})"
+        lines.append([f"**{row}**" if said and ends and ends[0] > 0 else row, *values, said])
     return _markdown(["row", *COLUMNS, f"mean, to {reference}"], lines)
 
 

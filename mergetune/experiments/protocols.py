@@ -18,15 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
-from mergetune.data import (
-    CoOpDataset,
-    Dataset,
-    FeatureCache,
-    ImageList,
-    cache_features,
-    few_shot_path,
-    templates_for,
-)
+from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_features, few_shot_path, templates_for
 from mergetune.data.benchmarks import missing_images
 from mergetune.evaluation import Hits, count_hits, logit_ensemble, weight_average
 from mergetune.experiments.engine import Candidate, Record, Together, begun, counted, finish, tested, usual
@@ -158,11 +150,8 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
             }
     results = {part: {row: parts[part].to_json() for row, parts in found.items()} for part in found["zero-shot"]}
     done = {"results": results} | ({"mixes": mixes} if mixes else {}) | counted(found)
-    done["incomplete"] = {
-        name: words
-        for name in dict.fromkeys((run.source, *run.test_sets))
-        if (words := missing_images(caches.data(name)))
-    }
+    lacking = {name: missing_images(caches.data(name)) for name in (run.source, *run.test_sets)}
+    done["incomplete"] = {name: words for name, words in lacking.items() if words}
     return finish(folder / RECORD, record, done | {"seconds": time.perf_counter() - began})
 
 
