@@ -3,6 +3,7 @@
 import json
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from tiny import parameter, prompt
 
@@ -26,6 +27,23 @@ def tune_kgcoop(clip, features, **kwargs):
 
 def fit_random(clip, features, **kwargs):
     return fit(clip, features, [prompt(1), prompt(2)], beta=[0.5, 1.0], grid="random", **kwargs)
+
+
+# -- the unit of a head's lam ------------------------------------------------------------------------------------------
+
+
+def head_weight(lam: float, features, w1, scale: float) -> float:
+    """lam times 32 times the mean of the diagonal of the Hessian at w1, [C, D] or with a bias [C, D + 1], by autograd.
+
+    The labels do not matter: they are all of the first class here.
+    """
+    x = torch.cat([rows for rows, _, _ in features.batches(64)]).double()
+    x = torch.cat([x, torch.ones(len(x), w1.shape[1] - x.shape[1], dtype=x.dtype)], 1)
+
+    def loss(w):
+        return F.cross_entropy(scale * x @ w.view(w1.shape).T, torch.zeros(len(x), dtype=torch.long))
+
+    return lam * 32 * torch.autograd.functional.hessian(loss, w1.double().flatten()).diagonal().mean().item()
 
 
 # -- kill and resume ---------------------------------------------------------------------------------------------------

@@ -247,6 +247,7 @@ def compare(
     lam: Annotated[list[float], typer.Option(help="Values of lam to try for MERGETUNE.")] = list(MERGETUNE_GRID["lam"]),
     tau: Annotated[list[float], typer.Option(help="Values of tau to try for MERGETUNE.")] = list(MERGETUNE_GRID["tau"]),
     choose: Annotated[str, said(CompareOptions, "choose")] = CompareOptions.choose,
+    select: Annotated[str, said(CompareOptions, "select")] = CompareOptions.select,
     reference: Annotated[
         str, typer.Option(help="Row of the table with which all rows are compared.")
     ] = "MERGETUNE, chosen [1]",
@@ -294,6 +295,7 @@ def compare(
         setup = CompareOptions(
             experts=saved or tuple(experts),
             shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
+            select=select,
         )  # fmt: skip
         wanted = (None,) if all_classes else tuple(partitions)
         heads = comparison.heads(clip, tasks, setup, wanted, seeds)
@@ -308,10 +310,8 @@ def compare(
         return
     suggest("runs", folder)
     _print_comparison(found)
-    said = f"Differences are relative to {found.reference}, over {len(found.cells)} cells. ± is the standard error "
-    said += "over classes, brackets hold the 95 % interval over classes. Hyper-parameters were chosen on "
-    said += f"{found.choose}. More columns and the figure: {run_title(folder)}"
-    tell(said)
+    said = f"{found.caption()} ± is the standard error over classes, brackets hold the 95 % interval over classes. "
+    tell(f"{said}More columns and the figure: {run_title(folder)}")
     for method, why in found.left_out.items():
         announce(as_json)(f"left out: {method}: {why}")
 

@@ -70,7 +70,7 @@ def _print_choice(title: str, choice: Choice) -> None:
         cells = {_TITLES.get(part, part): f"{value:.1f}" for part, value in line.accuracies.items()}
         gain = "default" if line.gain is None else f"{line.gain.value:+.1f} ± {line.gain.error:.1f}"
         rows.append((line.name, cells | {"HM - default": gain}, "bold" if line.name == choice.chosen else None))
-    print_table(title, rows, title="Tried on validation images, %; ± is the paired standard error")
+    print_table(title, rows, title="Tried on validation images of both halves, %; ± is the paired standard error")
     why = "no candidate is surely better" if choice.chosen == choice.default else "surely better than the default"
     tell(f"Chosen: {choice.chosen} ({why}, margin {choice.margin:g} standard errors)")
 

@@ -160,6 +160,20 @@ def check_dataset(name: str, root: str | Path) -> None:
         )
 
 
+def missing_images(data: Dataset) -> str:
+    """In words, the splits of a benchmark dataset that hold other numbers of images than published; empty if none does.
+
+    Figures on such a dataset cannot stand beside published ones.
+
+    Args:
+        data: a result of :func:`CoOpDataset`.
+    """
+    own = (data.full_train, data.full_val, data.full_test)
+    counts = [0 if images is None else len(images) for images in own]
+    pairs = zip(SPLITS, counts, benchmark(data.name).sizes, strict=True)
+    return ", ".join(f"{split} {count:,} instead of {wanted:,}" for split, count, wanted in pairs if count != wanted)
+
+
 def few_shot_path(name: str, root: str | Path, shots: int, seed: int) -> Path:
     """The file in which CoOp stores a few-shot draw; :meth:`Dataset.few_shot_file` reads such a file.
 

@@ -103,7 +103,8 @@ def _paths(panels: Mapping[str, Mapping[str, Path]]) -> str:
     alt += f"The highest barrier is {highest:.4f}, from {name}, on {images}. The table has the figures."
     return f"""<section>
 <h2>Straight paths</h2>
-<p>The barrier is the largest rise of the loss above the chord between the two ends of a path. Two solutions are
+<p>The barrier is the largest rise of the loss above the chord between the two ends of a path (Entezari et al., arXiv
+2110.06296). Two solutions are
 linearly mode-connected if the straight path between them has no barrier, or almost none.</p>
 {_figure(plot, panels, alt, "Loss and accuracy along the straight paths.")}
 {_table("Cross-entropy and accuracy on the paths", columns, rows, words=2)}</section>

@@ -40,7 +40,10 @@ class Path:
 
     @property
     def barrier(self) -> float:
-        """Largest height of the loss above the straight line between its end values, at least 0 (arXiv 1912.05671)."""
+        """Largest height of the loss above the straight line between its end values, at least 0.
+
+        This is the barrier of Entezari et al. (arXiv 2110.06296). A loss that is convex along the path has none.
+        """
         first, last = self.loss[0], self.loss[-1]
         return max(0.0, *(loss - (1 - t) * first - t * last for t, loss in zip(self.alphas, self.loss, strict=True)))
 

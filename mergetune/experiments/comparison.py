@@ -26,7 +26,7 @@ from mergetune.clip import FrozenClip
 from mergetune.clip.class_texts import check_texts
 from mergetune.data import FeatureCache
 from mergetune.evaluation import ImageMap, accuracy, classifier, harmonic_mean, score
-from mergetune.experiments.cells import Cell, Task, check_seeds
+from mergetune.experiments.cells import Cell, Fold, Task, check_seeds
 from mergetune.experiments.comparison_candidates import MERGE_GRIDS, candidates, train
 from mergetune.experiments.comparison_tables import REFERENCE, Comparison, summarise
 from mergetune.experiments.engine import Record, begun, counted, finish
@@ -101,12 +101,12 @@ def compare(
                     bar.update()
         # no results of earlier calls
         seen = [{key: record[key] for key in ("cell", "candidates")} for record in prepared]
-        chosen = choose(seen, setup.choose)
+        chosen = choose(seen, setup.choose, setup.select)
         records = [
-            measure(clip, by_name[cell.task], record, best, out / cell.folder)
+            measure(clip, by_name[cell.task], record, best, out / cell.folder, select=setup.select)
             for cell, record, best in zip(cells, prepared, chosen, strict=True)
         ]
-    return summarise(records, reference=reference, choose=setup.choose)
+    return summarise(records, reference=reference, choose=setup.choose, select=setup.select)
 
 
 def begin(clip: FrozenClip, task: Task, cell: Cell, setup: CompareOptions, folder: Path) -> Record:
@@ -144,9 +144,11 @@ def prepare(
         ValueError: the folder holds a cell with other settings.
     """
     record = begin(clip, task, cell, setup, folder)
-    if "candidates" in record:
+    if all(entry.get("scores") for entry in record.get("candidates", [{}])):
         return record
     fold = task.fold(cell.partition, setup.shots, cell.seed)
+    if "candidates" in record:
+        return _with_scores(clip, record, fold, folder)
     made = candidates(clip, fold, setup, folder, progress=progress)
     weights, mixing = {}, [0.0] * len(made.found)
     for part, val in fold.val.items():
@@ -157,7 +159,7 @@ def prepare(
     write_atomically(folder / WEIGHTS, serialize({part: w.contiguous() for part, w in weights.items()}))
     facts = ("row", "options", "experts", "data", "parameters")
     entries = [
-        {name: getattr(c, name) for name in facts} | {"seconds": c.seconds + spent, "score": value}
+        {name: getattr(c, name) for name in facts} | {"seconds": c.seconds + spent} | _score(value)
         for c, spent, value in zip(made.found, mixing, scores, strict=True)
     ]
     for number, candidate in enumerate(made.found):
@@ -168,21 +170,40 @@ def prepare(
 
 def validated(
     weights: Mapping[str, Tensor], val: Mapping[str, FeatureCache], images: Sequence[ImageMap | None]
-) -> list[float]:
-    """Accuracy of each candidate on validation images; of base and novel classes the harmonic mean. Percent."""
+) -> list[dict[str, float]]:
+    """Accuracy of each candidate on the validation images of each part, in percent."""
     parts = [
         [accuracy(w, features, images=own).accuracy for w, own in zip(weights[part], images, strict=True)]
         for part, features in val.items()
     ]
-    return [harmonic_mean(*found) if len(found) == 2 else found[0] for found in zip(*parts, strict=True)]
+    return [dict(zip(val, found, strict=True)) for found in zip(*parts, strict=True)]
 
 
-def choose(records: Sequence[Record], how: str = "validation") -> list[dict[str, int]]:
+def _score(scores: Mapping[str, float]) -> Record:
+    """The validation scores of a candidate as its record has them: by part, and of base and novel the harmonic mean."""
+    return {"score": harmonic_mean(*scores.values()) if len(scores) == 2 else scores["all"], "scores": dict(scores)}
+
+
+def _with_scores(clip: FrozenClip, record: Record, fold: Fold, folder: Path) -> Record:
+    """The record of an earlier version with the scores by part, as long as its class weights are there."""
+    entries, kept = record["candidates"], folder / WEIGHTS
+    if not kept.is_file():
+        return record
+    images = [_images(clip, folder, number) for number in range(len(entries))]
+    found = validated(deserialize(read_regular(kept, limit=MAX_WEIGHTS)), fold.val, images)
+    entries = [entry | {"scores": scores} for entry, scores in zip(entries, found, strict=True)]
+    return finish(folder / RECORD, record, {"candidates": entries})
+
+
+def choose(
+    records: Sequence[Record], how: str = "validation", select: str = CompareOptions.select
+) -> list[dict[str, int]]:
     """For each cell and row the candidate with the best validation score; of equals the first, the default.
 
     Args:
         records: of :func:`prepare`: validation scores, no test results.
         how: "validation", the cell's own; "others", mean over the cells of all other datasets.
+        select: classes whose validation images count, "base" or "both".
     """
     if how == "others" and len({record["cell"]["task"] for record in records}) < 2:
         raise ValueError("choose='others' needs at least two datasets, got one")
@@ -193,7 +214,8 @@ def choose(records: Sequence[Record], how: str = "validation") -> list[dict[str,
         scores: dict[Any, list[float]] = {}
         for other in seen:
             for entry in other["candidates"]:
-                scores.setdefault((entry["row"], json.dumps(entry["options"])), []).append(entry["score"])
+                value = _selected(entry, other["cell"], select)
+                scores.setdefault((entry["row"], json.dumps(entry["options"])), []).append(value)
         for number, entry in enumerate(record["candidates"]):
             found = scores.get((entry["row"], json.dumps(entry["options"])))
             if found is None:
@@ -205,23 +227,42 @@ def choose(records: Sequence[Record], how: str = "validation") -> list[dict[str,
     return chosen
 
 
-def measure(clip: FrozenClip, task: Task, record: Record, chosen: Mapping[str, int], folder: Path) -> Record:
+def _selected(entry: Record, cell: Mapping[str, Any], select: str) -> float:
+    if select == "both" or cell["partition"] is None:
+        return entry["score"]
+    if "base" not in entry.get("scores", {}):
+        raise ValueError(
+            f"select must be both for the cell {Cell(**cell).folder}, got {select}: an earlier version scored it on "
+            "base and novel classes together; or delete its folder to run it again"
+        )
+    return entry["scores"]["base"]
+
+
+def measure(
+    clip: FrozenClip, task: Task, record: Record, chosen: Mapping[str, int], folder: Path, *, select: str
+) -> Record:
     """Test the chosen candidates of a cell, or take their results from disk.
 
     Results of version 0.1 have no joint label space; it is added from the class weights, where they are still there.
     """
     halves, kept = task.halves(record["cell"]["partition"]), folder / WEIGHTS
+    select = "all" if len(halves) == 1 else select
     joint = len(halves) == 1 or all("seen" in parts for parts in record.get("right", {}).values())
     if record.get("chosen") == chosen and (joint or not kept.is_file()):
-        return record
+        return record if record.get("select") == select else finish(folder / RECORD, record, {"select": select})
     weights = deserialize(read_regular(kept, limit=MAX_WEIGHTS))
     tests = {part: task.test.select_classes(classes) for part, classes in halves.items()}
     found = {}
     for row, number in chosen.items():
-        mapped = folder / MAPPED / str(number)
-        images = classifier(clip, load_solution(mapped)).images if mapped.is_dir() else None
+        images = _images(clip, folder, number)
         found[row] = score({part: weights[part][number] for part in tests}, tests, images=images)
-    return finish(folder / RECORD, record, {"chosen": dict(chosen)} | counted(found, halves))
+    return finish(folder / RECORD, record, {"chosen": dict(chosen), "select": select} | counted(found, halves))
+
+
+def _images(clip: FrozenClip, folder: Path, number: int) -> ImageMap | None:
+    """The image map of a candidate of a cell."""
+    mapped = folder / MAPPED / str(number)
+    return classifier(clip, load_solution(mapped)).images if mapped.is_dir() else None
 
 
 def _settings(clip: FrozenClip, task: Task, setup: CompareOptions) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mergetune.facts import CompareOptions, FitOptions, TuneOptions
 from mergetune.facts.function_options import TUNE_METHODS, used_by
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import METHODS
-from mergetune.solutions import Solution, zero_shot_like
+from mergetune.solutions import Solution, interpolate, zero_shot_like
 from mergetune.training import FitResult, Job, fit_job, train_together, tune_job
 from mergetune.training.runs import RESULT
 
@@ -108,7 +108,7 @@ def candidates(
         if not head and all(classify.images is None for classify in own):
             size = sum(solution.numbers for solution in group)
             found += _mixed(clip.logit_scale, zero, own[: len(group)], size)
-        found += _mergetuned(together, setup, folder, group)
+        found += _mergetuned(together, zero_shot, setup, folder, group, left_out)
     return Candidates(found, together, left_out)
 
 
@@ -248,14 +248,28 @@ def _logit_average(t: float, zero: Tensor, own: Tensor) -> Tensor:
     return (1 - t) * zero + t * own.mean(0)
 
 
-def _mergetuned(together: Together, setup: CompareOptions, folder: Path, group: list[Solution]) -> list[Candidate]:
-    found, count = [], len(group)
+def _mergetuned(
+    together: Together,
+    zero_shot: Solution,
+    setup: CompareOptions,
+    folder: Path,
+    group: list[Solution],
+    left_out: dict[str, str],
+) -> list[Candidate]:
+    """MERGETUNE with each setting, and "MERGETUNE + WE": its mean with zero-shot, as ``fit(weight_ensemble=True)``."""
+    found, means, count = [], [], len(group)
     for options, _, run in _tries(setup, folder, count):
         result = FitResult.load(run)
-        row = f"MERGETUNE, {'chosen' if options else 'defaults'} [{count}]"
-        took = {"data": LABELLED, "seconds": result.timings["seconds"]}
-        found.append(together.candidate(row, result.solution, options=options, experts=count, **took))
-    return found
+        how = f"{'chosen' if options else 'defaults'} [{count}]"
+        took = {"data": LABELLED, "seconds": result.timings["seconds"], "options": options, "experts": count}
+        found.append(together.candidate(f"MERGETUNE, {how}", result.solution, **took))
+        try:
+            mean = interpolate(zero_shot, result.solution, 0.5)
+        except ValueError as error:  # a prompt of another length than the template
+            left_out[f"MERGETUNE + WE [{count}]"] = str(error)
+            continue
+        means.append(together.candidate(f"MERGETUNE + WE, {how}", mean, **took))
+    return found + means
 
 
 def _tries(setup: CompareOptions, folder: Path, count: int) -> list[tuple[dict[str, Any], dict[str, Any], Path]]:

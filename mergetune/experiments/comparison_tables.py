@@ -13,6 +13,7 @@ from mergetune.evaluation.figures import save_figure
 from mergetune.experiments.cells import Cell
 from mergetune.experiments.engine import Record
 from mergetune.experiments.tables import RESAMPLES, Interval, Line, lines_of, main_column
+from mergetune.facts import CompareOptions
 from mergetune.facts.brief import brief
 from mergetune.io import jsonable, write_atomically, write_json, writing_in
 
@@ -48,7 +49,8 @@ class Comparison:
     Attributes:
         lines: the lines in the order of the table.
         reference: the row to which differences are computed.
-        choose: images on which hyper-parameters were chosen.
+        choose, select: images and classes on which hyper-parameters were chosen, see
+            :class:`mergetune.facts.CompareOptions`.
         cells: the cells.
         left_out: method and number of experts -> reason why it was not tested.
         main: the column that compares the lines.
@@ -57,15 +59,27 @@ class Comparison:
     lines: tuple[ComparedLine, ...]
     reference: str
     choose: str
+    select: str
     cells: tuple[Cell, ...]
     left_out: dict[str, str]
     main: str
 
     def to_json(self) -> dict[str, Any]:
-        return jsonable(asdict(self))
+        return jsonable(asdict(self)) | {"caption": self.caption()}
+
+    def caption(self) -> str:
+        """What the differences are, and what hyper-parameters were chosen on, in three sentences."""
+        classes = {"base": "the base classes: no label of a novel class was used"}
+        classes["both"] = "base and novel classes (harmonic mean): labels of novel classes were used"
+        on = "all classes" if self.main == "all" else classes[self.select]
+        whose = "other datasets" if self.choose == "others" else "the same cell"
+        return (
+            f"Differences are in {self.main} to {self.reference!r}, over {len(self.cells)} cells. Hyper-parameters "
+            f"were chosen on validation images of {whose}, of {on}. Nothing was chosen on test images."
+        )
 
     def markdown(self) -> str:
-        """Returns the table in Markdown: accuracies ± standard errors, and differences in the main column.
+        """Returns the table in Markdown, with its caption: accuracies ± standard errors, and differences.
 
         Each difference has its intervals over cells and over classes.
         """
@@ -82,7 +96,8 @@ class Comparison:
             cost = [line.data, str(line.parameters), f"{line.seconds:.1f}", option + often]
             title = f"**{line.row}**" if line.row.startswith("MERGETUNE") else line.row
             rows.append([title.replace("[", "(").replace("]", ")"), *cells, *about, *cost])
-        return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+        table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+        return f"{table}\n\n{self.caption()}\n"
 
     def save(self, folder: str | Path) -> None:
         """Writes ``comparison.json``, ``comparison.md`` and ``comparison.png`` into a folder."""
@@ -98,7 +113,12 @@ def _interval(ends: Interval | None) -> str:
 
 
 def summarise(
-    records: Sequence[Record], *, reference: str = REFERENCE, choose: str = "validation", resamples: int = RESAMPLES
+    records: Sequence[Record],
+    *,
+    reference: str = REFERENCE,
+    choose: str = CompareOptions.choose,
+    select: str = CompareOptions.select,
+    resamples: int = RESAMPLES,
 ) -> Comparison:
     """Computes the table from the records of measured cells. Rows that a cell lacks are left out."""
     lines, tasks = [], [record["cell"]["task"] for record in records]
@@ -118,7 +138,7 @@ def summarise(
         )
     left_out = {method: why for record in records for method, why in record["left_out"].items()}
     cells = tuple(Cell(**record["cell"]) for record in records)
-    return Comparison(tuple(lines), reference, choose, cells, left_out, main_column(lines))
+    return Comparison(tuple(lines), reference, choose, select, cells, left_out, main_column(lines))
 
 
 def _short(value: Any) -> str:

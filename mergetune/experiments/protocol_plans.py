@@ -98,6 +98,8 @@ class Experiment:
         known = {"dataset", "method", "shots", "seed"}
         if unknown := {name for _, name, *_ in Formatter().parse(self.checkpoints or "") if name} - known:
             raise ValueError(f"checkpoints may hold {', '.join(sorted(known))} in braces, got {sorted(unknown)[0]!r}")
+        if self.fit.get("weight_ensemble"):
+            raise ValueError("fit must not hold weight_ensemble: protocol robust has the row 'MERGETUNE + WE'")
 
     @property
     def results(self) -> Path:

@@ -129,10 +129,17 @@ def caption(records: Sequence[Record]) -> str:
     epochs = _listed(s["fit"].get("epochs", FitOptions().epochs) for s in settings)
     precision = _listed(s["fit"].get("precision", "auto") for s in settings)
     views = _listed(s.get("views", 1) for s in settings)
-    return (
+    said = (
         f"Stage 1: {first}. Stage 2: {epochs} epochs. Text tower: {precision}. Views per training image: {views}. The "
         "last epoch counts: nothing is chosen on validation images."
     )
+    if any("MERGETUNE + WE" in record.get("right", {}) for record in records):
+        said += " The weight average (WiSE-FT) and MERGETUNE + WE are means with zero-shot, half and half."
+    lacking = {name: words for record in records for name, words in record.get("incomplete", {}).items()}
+    if lacking:
+        named = "; ".join(f"{name}: {words}" for name, words in lacking.items())
+        said += f" Incomplete datasets, whose figures cannot stand beside published ones: {named}."
+    return said
 
 
 def _listed(values: Iterable[Any]) -> str:

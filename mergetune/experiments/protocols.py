@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import CoOpDataset, Dataset, FeatureCache, ImageList, cache_features, few_shot_path, templates_for
+from mergetune.data.benchmarks import missing_images
 from mergetune.evaluation import Hits, count_hits, logit_ensemble, weight_average
-from mergetune.experiments.engine import Record, Together, begun, counted, finish, tested, usual
+from mergetune.experiments.engine import Candidate, Record, Together, begun, counted, finish, tested, usual
 from mergetune.experiments.protocol_plans import Experiment, Run, check_data
 from mergetune.io import end_workers, hidden, torchrun_team, unaware_of_interrupts, writing_in
 from mergetune.solutions import open_solution
@@ -135,7 +136,10 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
         together = Together(clip)
         made = (templates_for(name, experiment.templates), tuned, merged.solution)
         zero_shot, *ends = map(together.classifier, made)
-        for row, parts in tested(usual(zero_shot, *ends), tests).items():
+        rows = usual(zero_shot, *ends)
+        if run.protocol == "robust":
+            rows.append(Candidate("MERGETUNE + WE", weight_average(zero_shot, ends[1])))
+        for row, parts in tested(rows, tests).items():
             found.setdefault(row, {}).update(parts)
         if run.protocol == "robust":
             mixes[name] = {
@@ -147,6 +151,8 @@ def execute(run: Run, caches: Caches, *, progress: bool = False) -> Record:
             }
     results = {part: {row: parts[part].to_json() for row, parts in found.items()} for part in found["zero-shot"]}
     done = {"results": results} | ({"mixes": mixes} if mixes else {}) | counted(found)
+    lacking = {name: missing_images(caches.data(name)) for name in (run.source, *run.test_sets)}
+    done["incomplete"] = {name: words for name, words in lacking.items() if words}
     return finish(folder / RECORD, record, done | {"seconds": time.perf_counter() - began})
 
 

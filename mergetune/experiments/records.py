@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,7 +39,12 @@ class RunFile(Document, frozen=True):
 
 
 class CandidateFile(Document, frozen=True, extra="ignore"):
-    """A candidate of a cell: the facts of :class:`mergetune.experiments.engine.Candidate`, and its validation score."""
+    """A candidate of a cell: the facts of :class:`mergetune.experiments.engine.Candidate`, and its validation scores.
+
+    Attributes:
+        score: the harmonic mean over base and novel classes, or the accuracy on all classes.
+        scores: part -> accuracy; version 0.1 wrote none.
+    """
 
     row: str
     options: JsonObject
@@ -48,6 +53,7 @@ class CandidateFile(Document, frozen=True, extra="ignore"):
     parameters: Count
     seconds: Seconds
     score: Percent
+    scores: dict[str, Percent] = {}
 
 
 class AccuracyFile(Document, frozen=True, extra="ignore"):
@@ -90,12 +96,17 @@ class RecordFile(Document, frozen=True, extra="ignore"):
 
 
 class CellRecord(RecordFile, frozen=True, extra="ignore"):
-    """``cell.json``. The demo's cells have times and paths; those of compare have candidates and the chosen ones."""
+    """``cell.json``. The demo's cells have times and paths; those of compare have candidates and the chosen ones.
+
+    Attributes:
+        select: classes whose validation images chose: "base", "both" or "all"; version 0.1 did not say "both".
+    """
 
     cell: CellFile
     candidates: Items[CandidateFile] = ()
     left_out: dict[str, str] = {}
     chosen: dict[str, Count] = {}
+    select: Literal["base", "both", "all"] = "both"
     milliseconds: dict[str, Seconds] = {}
     paths: dict[str, dict[str, JsonObject]] = {}
 
@@ -108,11 +119,16 @@ class CellRecord(RecordFile, frozen=True, extra="ignore"):
 
 
 class RunRecordFile(RecordFile, frozen=True, extra="ignore"):
-    """``run.json``. Version 0.1 wrote results without counts."""
+    """``run.json``. Version 0.1 wrote results without counts.
+
+    Attributes:
+        incomplete: dataset -> which of its splits have other numbers of images than published.
+    """
 
     run: RunFile
     results: dict[str, dict[str, AccuracyFile]] = {}
     mixes: dict[str, dict[str, Items[Percent]]] = {}
+    incomplete: dict[str, str] = {}
     seconds: Seconds = 0
 
 

@@ -54,12 +54,13 @@ CHOICE_GRID = ((8.0, 0.3), (4.0, 0.3), (16.0, 0.3), (8.0, 0.6), (4.0, 0.6), (1.0
 MERGETUNE_GRID = {"lam": (8.0, 4.0, 16.0), "tau": (0.3, 0.6)}  # values that compare tries; fit's defaults come first
 
 
-def _option(kind: str, default: Any, help: str, *, recorded: bool = True, **more: Any) -> Any:
+def _option(kind: str, default: Any, help: str, *, recorded: bool | str = True, **more: Any) -> Any:
     """Returns a dataclass field with an option, see :class:`mergetune.facts.Option`.
 
     Args:
         kind, default, help, more: fields of the option.
-        recorded: whether results depend on the value beyond rounding; such values are recorded with a result.
+        recorded: whether results depend on the value beyond rounding; such values are recorded with a result. "changed"
+            records no default: an option that came later than the records of others.
     """
     metadata = {"option": Option("", kind, default, help, **more), "recorded": recorded}
     if isinstance(default, dict):
@@ -113,10 +114,12 @@ def recorded(options: Any, **resolved: Any) -> dict[str, Any]:
     Raises:
         ValueError: ``resolved`` names an option that is not recorded.
     """
-    names = [f.name for f in fields(options) if f.metadata["recorded"]]
-    if unknown := resolved.keys() - set(names):
+    when = {f.name: f.metadata["recorded"] for f in fields(options) if f.metadata["recorded"]}
+    if unknown := resolved.keys() - when.keys():
         raise ValueError(f"resolved must hold recorded options, got {', '.join(sorted(unknown))}")
-    return {name: resolved.get(name, getattr(options, name)) for name in names}
+    found = {name: resolved.get(name, getattr(options, name)) for name in when}
+    defaults = {f.name: f.metadata["option"].default for f in fields(options)}
+    return {name: value for name, value in found.items() if when[name] != "changed" or value != defaults[name]}
 
 
 _precision = partial(
@@ -198,7 +201,10 @@ class FitOptions:
     zero_shot: str | Sequence[str] | Solution | None = _option(
         "strs", None, "Zero-shot template; {} stands for the class name. Several are averaged.", none=True
     )
-    lam: float = _option("float", 8.0, "Weight of the surrogate loss that keeps the solution near zero-shot.")
+    lam: float = _option(
+        "float", 8.0,
+        "Weight of the surrogate loss that keeps the solution near zero-shot; of a head in the unit of its loss.",
+    )  # fmt: skip
     beta: float | Sequence[float] = _option(
         "float or floats", BETA, "Weight of the path to the fine-tuned solution; one for all, or one per solution."
     )
@@ -214,6 +220,10 @@ class FitOptions:
     space: str = _option(
         "str", "embedding", "What paths interpolate: class embeddings (embedding) or trained parameters (parameter).",
         choices=SPACES,
+    )  # fmt: skip
+    weight_ensemble: bool = _option(
+        "bool", False, "Average the result with the zero-shot solution, half and half (the paper's MT + WE).",
+        recorded="changed",
     )  # fmt: skip
     precision: str = _precision()
     epochs: int = _option("int", 50, "Passes over the training images.")
@@ -273,6 +283,9 @@ class CompareOptions:
         grid: name of an option of fit -> values that are tried for MERGETUNE.
         choose: images on which hyper-parameters are chosen: "validation" uses the validation images of the same cell,
             "others" those of the cells of all other datasets.
+        select: classes whose validation images count. "base": the trained classes, so that no label of a novel class is
+            used before the test, as the base-to-novel protocol has it. "both": the harmonic mean over base and novel
+            classes; novel classes then are new to the training, but not to the choice.
     """
 
     experts: tuple[str, ...] | Mapping[str, Solution] = _option(
@@ -287,10 +300,19 @@ class CompareOptions:
         "Validation images on which hyper-parameters are chosen: the cell's (validation), or other datasets' (others).",
         choices=("validation", "others"),
     )  # fmt: skip
+    select: str = _option(
+        "str", "base",
+        "Classes on whose validation images hyper-parameters are chosen: base, the trained ones; or both halves.",
+        choices=("base", "both"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.choose not in ("validation", "others"):
-            raise ValueError(f"choose must be validation or others, got {self.choose!r}")
+        for option in options_of(CompareOptions):
+            value = getattr(self, option.name)
+            if option.choices and value not in option.choices:
+                raise ValueError(f"{option.name} must be {' or '.join(option.choices)}, got {value!r}")
+        if self.fit.get("weight_ensemble"):
+            raise ValueError("fit must not hold weight_ensemble: the rows 'MERGETUNE + WE' have it")
         if not self.experts:
             raise ValueError("experts must hold at least one expert, got none")
         if isinstance(self.experts, Mapping):

@@ -103,7 +103,8 @@ class Solution:
     image_input: ClassVar[ImageInput] = "feature"
     """What the solution takes of each image, see :data:`mergetune.clip.ImageInput`."""
     surrogate_on: ClassVar[str] = "state"
-    """On what :func:`mergetune.fit` measures the distance to zero-shot: "classes" (class embeddings) or "state"."""
+    """On what :func:`mergetune.fit` measures the distance to zero-shot: "state", "classes" (embeddings) or "rows",
+    class weights that are trained themselves: their length is free, so ``lam`` is in the unit of their loss."""
 
     # Fields of each kind, which narrows their types (checkers take no narrower type of a field that may be written).
     classnames: Any

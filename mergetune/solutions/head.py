@@ -66,7 +66,7 @@ class Head(Solution):
 
     kind: ClassVar[str] = "head"
     tensors: ClassVar[tuple[str, ...]] = ("weight", "bias")
-    surrogate_on: ClassVar[str] = "classes"
+    surrogate_on: ClassVar[str] = "rows"
     description: ClassVar[type[Description]] = HeadDescription
 
     def __post_init__(self) -> None:

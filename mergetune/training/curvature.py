@@ -1,4 +1,4 @@
-"""The Fisher diagonal H of the second-order surrogate of the zero-shot path."""
+"""The curvature of a zero-shot classifier's loss: the surrogate's Fisher diagonal, and the unit of a head's lam."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from mergetune.data import Batches
 from mergetune.solutions import inputs
+
+LAM_UNIT = 32.0
+"""Factor in the unit of a head's ``lam``, with which 8 is a good default; fixed on icons, see docs/method.md."""
 
 
 @torch.no_grad()
@@ -62,3 +65,47 @@ def fisher_diagonal(
     if not mean > 0:
         raise ValueError(f"the Fisher diagonal must have a positive mean, got {mean.item()}: use surrogate='identity'")
     return (total / mean).float()
+
+
+@torch.no_grad()
+def curvature_trace(features: Batches, w1: Tensor, *, scale: float, batch_size: int = 4096) -> float:
+    """Trace of the Hessian of a linear classifier's mean cross-entropy in its class weights, in closed form.
+
+    With the class probabilities p of an image x, the Hessian of the image's loss is the Kronecker product
+    ``scale^2 (diag(p) - p p^T) (x) x x^T``. It does not depend on the label, so it equals the Gauss-Newton matrix. Its
+    trace is ``scale^2 * sum_c p_c (1 - p_c) * |x|^2``. One pass over the images gives the mean; nothing is derived.
+
+    Args:
+        features: images with features x; labels are not used.
+        w1: class weights, [C, D]; or [C, D + 1] with a bias in the last column, and then x ends with 1.
+        scale: logit scale.
+        batch_size: images per batch.
+
+    Example:
+        >>> import mergetune as mt, torch
+        >>> from mergetune.training.curvature import curvature_trace
+        >>> features = mt.FeatureCache.from_tensors(torch.eye(2), [0, 1], ["cat", "dog"])
+        >>> curvature_trace(features, torch.zeros(2, 2), scale=10.0)  # p = 1/2: 100 * (1/4 + 1/4)
+        50.0
+    """
+    total, weights = 0.0, w1.double()
+    for rows, _, _ in features.batches(batch_size):
+        x = inputs(rows.to(weights), weights)
+        p = (scale * x @ weights.T).softmax(-1)
+        total += ((p * (1 - p)).sum(-1) * x.square().sum(-1)).sum().item()
+    return scale**2 * total / len(features)
+
+
+def head_lam(lam: float, features: Batches, w1: Tensor, *, scale: float) -> float:
+    """The weight of a head's surrogate: ``lam * LAM_UNIT * tr H(w1) / (C D)``, to six digits.
+
+    The rows of a head have a free length: its logits are ``s x . w``, and a head with the rows ``k w`` and the scale
+    ``s / k`` is the same classifier, with a k^2 times as large distance between rows. The trace of H is k^2 times
+    smaller, so with this weight the surrogate is the same for both. It also follows the classifier's own certainty.
+
+    Args:
+        lam: the number that the user gives.
+        features, w1, scale: see :func:`curvature_trace`.
+    """
+    weight = lam * LAM_UNIT * curvature_trace(features, w1, scale=scale) / w1.numel()
+    return float(f"{weight:.6g}")  # rounded: a run that continues with other threads must find the same number

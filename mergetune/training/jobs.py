@@ -16,7 +16,7 @@ from mergetune.data import Batches
 from mergetune.data.cache_identity import check_image_tower
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import OPTIMIZERS
-from mergetune.solutions import Solution
+from mergetune.solutions import Solution, State
 from mergetune.training.objective import Objective
 
 TOWER_PRECISIONS = ("float32", "bfloat16")
@@ -91,6 +91,7 @@ class Job:
         begins_from: texts that determine ``start``, beside the settings. Its numbers may be computed, and another
             processor rounds them differently, so that their checksum would not be that of the same run there.
         older_settings: the settings that earlier versions recorded with other values: checksums of computed numbers.
+        average_with: stacked state with which the trained one is averaged at the end, or None.
     """
 
     clip: FrozenClip
@@ -106,6 +107,7 @@ class Job:
     in_words: dict[str, Any] = field(default_factory=dict)
     begins_from: tuple[str, ...] = ()
     older_settings: dict[str, Any] = field(default_factory=dict)
+    average_with: State | None = None
 
     @property
     def batches(self) -> int:

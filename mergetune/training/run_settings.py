@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ _FOLLOWS = {  # a setting that follows from others is named only if none of thes
     "val": ("classnames", "clip"),
     "zero_shot": ("classnames", "clip", "tuned"),
     "tuned": ("classnames",),
+    "lam_effective": ("lam", "features", "zero_shot", "clip", "classnames"),
 }
+_COMPUTED = ("lam_effective",)  # another processor rounds these numbers differently
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _equal(name: str, there: Mapping[str, Any], here: Mapping[str, Any], shared_only: bool) -> bool:
     a, b = there.get(name), here.get(name)
+    if name in _COMPUTED and isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-4)
     if not shared_only:
         return a == b
     if name not in there or name not in here or is_digest(a) != is_digest(b):

@@ -224,11 +224,14 @@ class TrainingRun:
 
     def result(self) -> FitResult:
         """The result: the solution of the best epoch, or of the last one without ``val``."""
-        start, clip = self.job.start, self.job.clip
+        start, clip, best = self.job.start, self.job.clip, self.best
+        if self.job.average_with is not None:
+            ends = self.job.average_with, {name: tensor[None] for name, tensor in best.items()}
+            best = {name: tensor[0] for name, tensor in start.between(*ends, 0.5).items()}
         notes = {"settings": self.settings, "best_epoch": self.best_epoch, "start": start.notes}
         return FitResult(
             solution=start.with_state(
-                {name: tensor.cpu() for name, tensor in self.best.items()}, notes=notes, **start.origin(clip)
+                {name: tensor.cpu() for name, tensor in best.items()}, notes=notes, **start.origin(clip)
             ),
             history=tuple(self.history),
             settings=self.settings,

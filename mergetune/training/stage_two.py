@@ -24,12 +24,11 @@ from mergetune.solutions import (
     Space,
     check_compatible,
     check_same_shapes,
-    image_features,
     space_of,
     stack_states,
     stacked,
 )
-from mergetune.training.curvature import fisher_diagonal
+from mergetune.training.curvature import fisher_diagonal, head_lam
 from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Anchors, Near, Objective, path_points
@@ -50,6 +49,7 @@ def fit(
     grid: str | Sequence[float] = "even",
     surrogate: str = "identity",
     space: str = "embedding",
+    weight_ensemble: bool = False,
     epochs: int = 50,
     batch_size: int = 128,
     lr: float = 2e-3,
@@ -79,7 +79,10 @@ def fit(
         zero_shot: the zero-shot solution w1, as one or more templates or as a solution. None takes "a photo of a {}.".
             The start of a prompt mixes ``tuned`` with the words of the first template that has as many tokens as
             ``tuned`` has context vectors, or with "a photo of a" if no template has.
-        lam: weight of the surrogate of the path to w1; 8 to 16 in the paper.
+        lam: weight of the surrogate of the path to w1; 8 to 16 in the paper. For a head, whose rows have a free
+            length, ``lam`` is in the unit of the head's loss, see :func:`mergetune.training.curvature.head_lam`: a head
+            and its copy with ``weight * k`` and ``logit_scale / k`` become the same classifier. The result's settings
+            hold the weight itself as ``lam_effective``.
         beta: weight of the path to each w2, one number or one per solution; 0.1 to 5 in the paper.
         tau: start of the training, ``(1 - tau) w1 + tau w2``, in [0, 1]; several w2 are averaged.
         points: N, number of points on each path; 5 to 10 in the paper.
@@ -89,7 +92,10 @@ def fit(
             (diagonal Gauss-Newton), "cosine" or "l2" (official code). Prompts and heads are compared by their class
             weights t, in both spaces; other kinds by their states, with "identity" only.
         space: what the paths interpolate: "embedding" the class embeddings (official code), "parameter" the trained
-            states. For heads both are the same.
+            states. For heads both are the same, and the loss is convex in their weights, so that no path has a barrier:
+            the surrogate, not ``beta``, keeps a head near w1.
+        weight_ensemble: return the mean of w1 and the trained w, ``(w1 + w) / 2``, which is "MT + WE" in the paper; for
+            solutions that have a zero-shot state of the same shape. ``val`` chooses the epoch before the mean is taken.
         epochs, batch_size, lr: 50, 128 and 2e-3 in the paper.
         optimizer, momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`mergetune.training.jobs.Training`.
         seed: seed of the batch order, the views and the random grid.
@@ -122,9 +128,10 @@ def fit(
     job = fit_job(
         clip, features, tuned,
         zero_shot=zero_shot, lam=lam, beta=beta, tau=tau, points=points, grid=grid, surrogate=surrogate,
-        space=space, precision=precision, epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer,
-        momentum=momentum, weight_decay=weight_decay, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, seed=seed,
-        backend=backend, cuda_graph=cuda_graph, val=val, resume=resume, progress=progress,
+        space=space, weight_ensemble=weight_ensemble, precision=precision, epochs=epochs, batch_size=batch_size,
+        lr=lr, optimizer=optimizer, momentum=momentum, weight_decay=weight_decay, warmup_epochs=warmup_epochs,
+        warmup_lr=warmup_lr, seed=seed, backend=backend, cuda_graph=cuda_graph, val=val, resume=resume,
+        progress=progress,
     )  # fmt: skip
     return train_together([job])[0]
 
@@ -176,18 +183,20 @@ def fit_job(
         ops.ensure_verified(clip.device, progress=progress)
 
     space = space_of(clip, solution, classnames, precision=PRECISIONS[precision])
-    near, w1, older_w1, start_at = _zero_shot(clip, features, options, solution, space)
+    near, w1, older_w1, point = _zero_shot(clip, features, options, solution, space, PRECISIONS[precision])
     states = stack_states([anchor.state() for anchor in anchors], clip.device)
     start = solution.mean_of(states)
-    if start_at is not None:
-        start = solution.between(stacked(start_at.state(), clip.device), start, options.tau)
+    zero_state = None if point is None else stacked(point.state(), clip.device)
+    if zero_state is not None and options.tau < 1:
+        start = solution.between(zero_state, start, options.tau)
     start = {name: tensor[0] for name, tensor in start.items()}
+    own = [_own_space(clip, anchor, solution, space, classnames, PRECISIONS[precision]) for anchor in anchors]
     paths = Anchors(
-        classes=torch.stack([anchor.class_weights(clip, classnames).float() for anchor in anchors]),
+        classes=torch.stack([_classes_in(at, anchor, clip) for at, anchor in zip(own, anchors, strict=True)]),
         betas=torch.tensor(betas, device=clip.device),
         alphas=None if alphas is None else alphas.to(clip.device),
         points=options.points,
-        images=None if space.images is None else _images_of(clip, anchors),
+        images=None if space.images is None else _images_of(clip, anchors, own),
         state=states if options.space == "parameter" else None,
     )
     settings = {"stage": "fit", "tuned": [short_digest(*anchor.identity) for anchor in anchors]}
@@ -199,9 +208,12 @@ def fit_job(
         grid=options.grid if isinstance(options.grid, str) else [float(t) for t in options.grid],
         precision=precision,
     )
+    if solution.surrogate_on == "rows":
+        settings["lam_effective"] = near.lam
     return Job(
         clip, Objective(space, paths, near, options.backend), solution.with_state(start), features, training,
         without_sgd(settings), cuda_graph=options.cuda_graph, val=val, resume=resume, progress=progress,
+        average_with=zero_state if options.weight_ensemble else None,
         in_words={
             "tuned": [solution_in_words(anchor) for anchor in anchors],
             "zero_shot": _zero_shot_in_words(options.zero_shot),
@@ -239,9 +251,9 @@ def _betas(options: FitOptions, count: int) -> list[float]:
 
 
 def _zero_shot(
-    clip: FrozenClip, features: Batches, options: FitOptions, tuned: Solution, space: Space
+    clip: FrozenClip, features: Batches, options: FitOptions, tuned: Solution, space: Space, precision: torch.dtype
 ) -> tuple[Near, str, str, Solution | None]:
-    """The surrogate around the zero-shot solution w1, digests of w1, and the w1 that the start mixes in, or None.
+    """The surrogate around the zero-shot solution w1, digests of w1, and w1 as a state, or None if none is needed.
 
     The first digest is that of what determines w1; the second, of its computed numbers, is what version 0.1 recorded.
     """
@@ -263,46 +275,73 @@ def _zero_shot(
                 f"lam must be 0 and tau 1 for a {tuned.kind}, which has no zero-shot solution, got {options.lam} and "
                 f"{options.tau}"
             )
+        if options.weight_ensemble:
+            raise ValueError(
+                f"weight_ensemble must be False for a {tuned.kind}, which has no zero-shot solution, got True"
+            )
         return Near(0.0, distance=lambda states: tuned.distance(states, states)), "none", "none", None
     given_as = zero_shot.whole_identity if isinstance(zero_shot, Solution) else ()
     digest = short_digest(*given_as or (clip.text_fingerprint, json.dumps(templates)))
-    start = _start_at(points, tuned) if options.tau < 1 or tuned.surrogate_on == "state" else None
+    needed = options.tau < 1 or options.weight_ensemble
+    start = _start_at(points, tuned, options) if needed or tuned.surrogate_on == "state" else None
     if tuned.surrogate_on == "state":
         assert start is not None
         if options.surrogate != "identity":
             raise ValueError(f"surrogate must be identity for a {tuned.kind}, got {options.surrogate!r}")
         w1 = stacked(start.state(), clip.device)
         near = Near(options.lam, distance=lambda states: tuned.distance(states, w1))
-        return near, digest, short_digest(*start.identity), start if options.tau < 1 else None
+        return near, digest, short_digest(*start.identity), start
     if given is None:
         classes = tuned.zero_shot_classes(clip, classnames, templates)
     else:
         given.check_classes(classnames)
-        classes = given.class_weights(clip, classnames)
-    curvature = None
+        classes = _classes_in(_own_space(clip, given, tuned, space, classnames, precision), given, clip)
+    lam, curvature = options.lam, None
+    if lam and tuned.surrogate_on == "rows":
+        lam = head_lam(lam, features, space.unit(classes), scale=space.scale)
     if options.surrogate == "fisher":
         curvature = fisher_diagonal(features, classes, scale=space.scale, normalize=space.normalize)
-    return Near(options.lam, options.surrogate, classes, curvature), digest, short_digest(classes), start
+    return Near(lam, options.surrogate, classes, curvature), digest, short_digest(classes), start
 
 
-def _start_at(points: Sequence[Solution], tuned: Solution) -> Solution:
+def _start_at(points: Sequence[Solution], tuned: Solution, options: FitOptions) -> Solution:
     """The first zero-shot solution at which training of tuned can start; raises ValueError if there is none."""
     for point in points:
         if tuned.starts_at(point):
             return point
     theirs, own = ([list(t.shape) for t in s.state().values()][0] for s in (points[0], tuned))
+    why, way_on = "tau < 1", "start at tuned with tau=1"
+    if options.weight_ensemble:
+        why, way_on = "weight_ensemble", "leave weight_ensemble out"
     raise ValueError(
-        f"zero_shot must have the shape of tuned, {own}, for tau < 1, got {theirs}: give a template with as many "
-        "tokens before {} as tuned has context vectors, or start at tuned with tau=1"
+        f"zero_shot must have the shape of tuned, {own}, for {why}, got {theirs}: give a template with as many "
+        f"tokens before {{}} as tuned has context vectors, or {way_on}"
     )
 
 
-def _images_of(clip: FrozenClip, anchors: Sequence[Solution]) -> Callable[[Tensor], Tensor]:
+# -- anchors, in the precision of the trained solution: at tau 1, w lies on its own anchor -----------------------------
+
+
+def _own_space(
+    clip: FrozenClip, anchor: Solution, tuned: Solution, space: Space, classnames: Sequence[str], precision: torch.dtype
+) -> Space:
+    """The space of an anchor: that of the trained solution, or one for an anchor with other texts or another length."""
+    return space if anchor.form == tuned.form else space_of(clip, anchor, classnames, precision=precision)
+
+
+@torch.no_grad()
+def _classes_in(space: Space, anchor: Solution, clip: FrozenClip) -> Tensor:
+    """Class features of an anchor, [C, D], computed as those of the trained solution are."""
+    return space.classes(stacked(anchor.state(), clip.device))[0].float()
+
+
+def _images_of(clip: FrozenClip, anchors: Sequence[Solution], spaces: Sequence[Space]) -> Callable[[Tensor], Tensor]:
     """Function of the inputs of B images that returns the image features of each anchor, [K, B, D]."""
-    own = [image_features(clip, anchor) for anchor in anchors]
+    states = [stacked(anchor.state(), clip.device) for anchor in anchors]
 
     @torch.no_grad()
     def images(x: Tensor) -> Tensor:
-        return torch.stack([x if function is None else function(x) for function in own])
+        found = [at.features(state, x) for at, state in zip(spaces, states, strict=True)]
+        return torch.stack([x if at.images is None else own[0] for at, own in zip(spaces, found, strict=True)])
 
     return images

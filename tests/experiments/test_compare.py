@@ -1,6 +1,7 @@
 """merge and compare: known numbers on hand-made cells, what the chooser can see, resume, refusals, the commands."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from comparison_cases import (
 from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Prompt, accuracy, classifier, load_solution
+from mergetune import FeatureCache, Prompt, accuracy, classifier, interpolate, load_solution
 from mergetune.cli import app
 from mergetune.experiments import Task, compare, merge_solutions
 from mergetune.experiments.cells import Cell, Fold
@@ -133,7 +134,9 @@ def test_lines_that_a_cell_lacks_are_left_out_and_the_reference_must_be_there():
 
 
 def scored(name: str, scores: dict) -> dict:
-    entries = [{"row": "m", "options": {"t": t}, "score": score} for t, score in scores.items()]
+    entries = [
+        {"row": "m", "options": {"t": t}, "score": score, "scores": {"base": score}} for t, score in scores.items()
+    ]
     return {"cell": {"task": name, "partition": 0, "seed": 1}, "candidates": entries}
 
 
@@ -143,6 +146,24 @@ def test_the_best_on_validation_is_chosen_and_of_equals_the_default():
     assert choose(cells, "others") == [{"m": 1}, {"m": 0}]  # each by the other's scores
     with pytest.raises(ValueError, match="at least two datasets"):
         choose(cells[:1], "others")
+
+
+def test_select_base_uses_no_label_of_a_novel_class():
+    """The best on base classes, or the best harmonic mean of both; on all classes there is nothing to select."""
+    cell = scored("a", {0.5: 60, 0.1: 70})
+    for entry, (base, novel) in zip(cell["candidates"], ((80, 48), (70, 70)), strict=True):
+        entry["scores"] = {"base": base, "novel": novel}
+    assert choose([cell]) == choose([cell], select="base") == [{"m": 0}] and choose([cell], select="both") == [{"m": 1}]
+    for entry, novel in itertools.product(cell["candidates"], (0, 100)):
+        entry["scores"]["novel"] = novel
+        assert choose([cell], select="base") == [{"m": 0}]
+    whole = scored("a", {0.5: 60, 0.1: 70})
+    whole["cell"]["partition"] = None
+    assert choose([whole]) == [{"m": 1}]
+    for entry in cell["candidates"]:
+        del entry["scores"]
+    with pytest.raises(ValueError, match="select must be both for the cell a/partition-0/seed-1, got base: an earlier"):
+        choose([cell])
 
 
 def test_a_fold_holds_no_test_image_and_no_image_twice(clip):
@@ -208,8 +229,10 @@ def test_one_call_of_the_tower_gives_each_candidates_own_weights(clip, tmp_path)
     close(by_row["zero-shot"][0], zero)
     for row, expected in zip(experts, own, strict=True):
         close(by_row[row][0], expected)
-    merged = load_solution(tmp_path / "mergetune-2" / "lam-8").class_embeddings(clip, names)
-    close(by_row["MERGETUNE, chosen [2]"][0], merged)
+    merged = load_solution(tmp_path / "mergetune-2" / "lam-8")
+    close(by_row["MERGETUNE, chosen [2]"][0], merged.class_embeddings(clip, names))
+    mean = interpolate(Prompt.from_template(clip), merged, 0.5).class_embeddings(clip, names)
+    close(by_row["MERGETUNE + WE, chosen [2]"][0], mean)
     close(by_row["WiSE-FT, class embeddings [1]"][0], F.normalize(zero + own[0], dim=-1))
     close(by_row["logit ensemble with zero-shot [2]"][1], 0.75 * zero + 0.25 * (own[0] + own[1]) / 2)
     close(by_row["Weight average, class embeddings [2]"][0], F.normalize(own[0] + own[1], dim=-1))
@@ -247,6 +270,16 @@ def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monk
     for job in ("tune_job", "fit_job"):
         monkeypatch.setattr(comparison_candidates, job, no_training)
     assert compare(clip, task(), tmp_path, **arguments).to_json() == found.to_json()
+    for file in tmp_path.rglob("cell.json"):  # a record of an earlier version, which chose on both
+        old = json.loads(file.read_text())
+        assert old.pop("select") == found.select == "base" and "labels of novel" not in found.caption()
+        for entry in old["candidates"]:
+            del entry["scores"]
+        file.write_text(json.dumps(old))
+    assert compare(clip, task(), tmp_path, **arguments).to_json() == found.to_json()
+    both = compare(clip, task(), tmp_path, **arguments | {"setup": quick(select="both")})
+    assert both.select == "both" and "labels of novel classes were used" in both.markdown()
+    assert {json.loads(file.read_text())["select"] for file in tmp_path.rglob("cell.json")} == {"both"}
     with pytest.raises(
         ValueError, match="holds results of other settings: shots 4 there, 3 here; choose another --out"
     ):
@@ -397,6 +430,8 @@ def test_choosing_on_other_datasets(clip, tmp_path):
         ({"experts": ("coop:1", "coop:1")}, "must not repeat"),
         ({"experts": ()}, "at least one"),
         ({"choose": "test"}, "choose must be validation or others, got 'test'"),
+        ({"select": "novel"}, "select must be base or both, got 'novel'"),
+        ({"fit": {"weight_ensemble": True}}, "the rows 'MERGETUNE [+] WE' have it"),
     ],
 )
 def test_a_wrong_plan_is_refused(change, message):

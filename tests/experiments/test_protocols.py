@@ -18,7 +18,15 @@ from typer.testing import CliRunner
 import mergetune
 from mergetune import FrozenClip, accuracy, classifier, experiments, load_solution, training
 from mergetune.cli import app
-from mergetune.data import DATASETS, CoOpDataset, FeatureCache, templates_for
+from mergetune.data import (
+    DATASETS,
+    CoOpDataset,
+    Dataset,
+    FeatureCache,
+    ImageList,
+    templates_for,
+)
+from mergetune.data.benchmarks import missing_images
 from mergetune.experiments import Experiment, plan, protocol_forecast, protocols, reproduce
 from mergetune.experiments.protocol_plans import ELEVEN, SHIFTED
 from mergetune.experiments.protocol_tables import PUBLISHED, tabulate
@@ -138,7 +146,10 @@ def test_every_protocol_runs_on_miniature_trees(
     assert len(json.loads((tmp_path / protocol / "table.json").read_text())) == len(lines)
     assert [list(line.values) for line in lines] == [columns] * len(lines)
     assert [line.row for line in lines[:5]] == SOLUTIONS
+    assert ("MERGETUNE + WE" in {line.row for line in lines}) == (protocol == "robust")
     assert all(0 <= value <= 100 for line in lines for value in line.values.values())
+    caption, used = (tmp_path / protocol / "caption.txt").read_text(), {n for run in runs for n in run.test_sets}
+    assert all(f"{name}: " in caption.split("Incomplete datasets")[1] for name in used)  # the trees are miniatures
     # one figure, looked up by hand
     run, clip = runs[0], tiny_clip()
     data = CoOpDataset(run.source, root)
@@ -151,6 +162,27 @@ def test_every_protocol_runs_on_miniature_trees(
     template = templates_for(run.source, "official")
     zero_shot = accuracy(clip.class_embeddings(test.classnames, template), test).accuracy
     assert lines[0].values[columns[0]] == pytest.approx(zero_shot)
+
+
+@pytest.mark.parametrize("name", ["eurosat", "imagenet_a", "caltech101"])
+def test_datasets_of_another_size_than_published_are_marked(name: str) -> None:
+    names, sizes = ("a", "b"), DATASETS[name].sizes
+
+    def images(split: str, count: int) -> ImageList | None:
+        files = tuple(f"{split}/{i}.jpg" for i in range(count))
+        return ImageList(Path(), files, tuple(i % 2 for i in range(count)), names) if count else None
+
+    def dataset(*counts: int) -> Dataset:
+        return Dataset(name, *(images(*pair) for pair in zip(("train", "val", "test"), counts, strict=True)))
+
+    assert missing_images(dataset(*sizes)) == ""
+    assert missing_images(dataset(*sizes[:2], 40)) == f"test 40 instead of {sizes[2]:,}"
+    assert missing_images(dataset(*sizes[:2], sizes[2] + 1)).endswith(f"{sizes[2] + 1:,} instead of {sizes[2]:,}")
+
+
+def test_reproduce_takes_no_weight_ensemble(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fit must not hold weight_ensemble: protocol robust has the row"):
+        experiment(root, tmp_path, fit={"weight_ensemble": True})
 
 
 def test_base_to_novel_trains_on_coops_draw_of_the_base_classes(root: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import encoder, normal, parameter, prompt
 
-from mergetune import FeatureCache, Head, Prompt, interpolate, merging
+from mergetune import FeatureCache, Head, Prompt, classifier, interpolate, merging, weight_average
 from mergetune.experiments import merge_solutions
 from mergetune.merging.catalogue import merge_files, parse_options
 from mergetune.solutions import space_of, zero_shot_like
@@ -82,6 +82,20 @@ def test_heads_of_two_logit_scales_are_merged_in_one(clip):
     assert zero.logit_scale == 10 and (zero.bias == 0).all()
     moved = merge_solutions("wise_ft", [a], base=zero, options={"alpha": 0.5})
     torch.testing.assert_close(parameter(moved), (parameter(a) + parameter(zero)) / 2)
+
+
+@pytest.mark.parametrize("scale", [0.5, 10.0, 100.0])
+def test_wise_ft_of_a_head_is_one_classifier_by_every_way(clip, scale):
+    """Of classifiers (robust), of solutions (interpolate) and of weights (compare), in any scale of the head."""
+    zero, tuned = zero_shot_like(clip, head()), head(1).rescaled(scale)
+    plain = 0.75 * classifier(clip, zero)(NAMES) + 0.25 * classifier(clip, tuned)(NAMES)
+    ways = [
+        weight_average(classifier(clip, zero), classifier(clip, tuned), 0.25),
+        classifier(clip, interpolate(zero, tuned, 0.25)),
+        classifier(clip, merge_solutions("wise_ft", [tuned], base=zero, options={"alpha": 0.25})),
+    ]
+    for classify in ways:
+        torch.testing.assert_close(classify(NAMES), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_fisher_of_a_head_is_the_expected_squared_gradient_in_its_own_scale(clip):

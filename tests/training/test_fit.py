@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from fit_cases import QUICK, STATE, assert_same_run, epochs_on_disk, fit_random, tune_kgcoop
+from fit_cases import QUICK, STATE, assert_same_run, epochs_on_disk, fit_random, head_weight, tune_kgcoop
 from safetensors import safe_open
 from tiny import NAMES, cache, head, normal, parameter, prompt, tiny_clip
 
@@ -167,6 +167,10 @@ def test_two_steps_of_fit_by_hand(kind, case):
     else:
         anchors, zero_shot = [parameter(t) for t in tuned], parameter(Prompt.from_template(clip))
         w1 = clip.class_embeddings(NAMES)
+    lam = kwargs.get("lam", 8.0)
+    if is_head:  # in the unit of the head's loss
+        lam = head_weight(lam, features, zero_shot, clip.logit_scale)
+        assert result.settings["lam_effective"] == pytest.approx(lam, rel=1e-5)
     tau, grid, beta = kwargs.get("tau", 0.3), kwargs.get("grid", "even"), kwargs.get("beta", 0.5)
     start = (1 - tau) * zero_shot + tau * torch.stack(anchors).mean(0)
     expected = by_hand(
@@ -175,7 +179,7 @@ def test_two_steps_of_fit_by_hand(kind, case):
         start,
         tuned[0],
         w1=w1.double(),
-        lam=kwargs.get("lam", 8.0),
+        lam=lam,
         surrogate=kwargs.get("surrogate", "identity"),
         anchors=anchors,
         betas=beta if isinstance(beta, list) else [beta] * count,
@@ -357,9 +361,10 @@ def test_a_result_comes_back(clip, tmp_path, tuned):
     loaded = FitResult.load(tmp_path / "out")
     assert_same_run(loaded, result)
     assert loaded.timings == result.timings and loaded.timings["steps"] == 9
+    weight = loaded.settings.get("lam_effective", 8)
     for entry in loaded.history:
         assert set(entry) == {"epoch", "lr", "loss", "endpoint", "surrogate", "path_1", "val_accuracy"}
-        total = entry["endpoint"] + 8 * entry["surrogate"] + 0.5 * entry["path_1"]
+        total = entry["endpoint"] + weight * entry["surrogate"] + 0.5 * entry["path_1"]
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["versions"].keys() == {
         "python",

@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from fit_cases import head_weight
 from objective_cases import (
     CLASSES,
     DOUBLE,
@@ -180,7 +181,7 @@ def test_fit_of_heads(clip, built, features, logit_scale, bias, surrogate, space
         betas=[0.5, 0.5],
         alphas=GRID_POINTS["official"],
         w1=w1,
-        lam=3.0,
+        lam=head_weight(3.0, features, w1, scale),
         surrogate=surrogate,
         space=space,
         curvature=fisher_by_hand(x, w1, scale, False) if surrogate == "fisher" else None,
