@@ -24,8 +24,9 @@ from mergetune.io import (
     write_json,
 )
 from mergetune.solutions.base import Solution
-from mergetune.solutions.checkpoints import check_same_names, checkpoint_file, read_arrays
+from mergetune.solutions.checkpoints import check_same_names, checkpoint_file
 from mergetune.solutions.head import LARGEST_SCALE, Head
+from mergetune.solutions.head_files import read_arrays
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.temperatures import HIGHEST, LOWEST
 
