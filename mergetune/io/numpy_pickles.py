@@ -22,7 +22,9 @@ import numpy as np
 from mergetune.io.files import MAX_WEIGHTS, read_regular
 from mergetune.io.unpickling import Inert, Unpickler
 
-INERT = ("sklearn.", "joblib.", "numpy.random.")  # modules whose objects are read as fields that do nothing
+INERT = ("sklearn.", "joblib.", "numpy.random.", "numpy.ma.")
+"""Modules whose objects are read as fields that do nothing."""
+
 MAX_INFLATED = 16  # most bytes of a compressed pickle per byte of the file: weights compress little
 FREE_INFLATED = 1 << 26  # bytes that are always allowed
 

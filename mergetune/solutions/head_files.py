@@ -186,6 +186,16 @@ def is_head(path: str | Path) -> bool:
     return alone and bool(about or key.rpartition(".")[2] in BIASES)
 
 
+def holds_weights(path: str | Path) -> bool:
+    """Whether all matrices of a file have names of layers' weights, as those of heads: for the choice of a message."""
+    try:
+        found = _named(_content(Path(path), mmap=True))
+    except (OSError, TypeError, ValueError):
+        return False
+    matrices = [key.rpartition(".")[2] for key in _tensors(found) if found[key].ndim == 2]
+    return bool(matrices) and set(matrices) <= BIASES.keys()
+
+
 def read_sklearn(model: Any) -> HeadFile:
     """The head of a fitted linear classifier of scikit-learn, or of a pipeline of scalers and one.
 
@@ -372,9 +382,15 @@ def _head(origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, scale:
 
 
 def _floats(name: str, values: Any) -> Tensor:
-    """A float32 copy of a tensor or array."""
+    """A float32 copy of a tensor or array, all finite."""
+    made = None
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
-        return torch.from_numpy(values.astype(np.float32))
-    if isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided:
-        return values.detach().float().clone()
+        with np.errstate(over="ignore"):
+            made = torch.from_numpy(values.astype(np.float32))
+    elif isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided:
+        made = values.detach().float().clone()
+    if made is not None and made.isfinite().all():
+        return made
+    if made is not None:
+        raise ValueError(f"{name} must be finite, got {int((~made.isfinite()).sum())} NaN or infinite values")
     raise ValueError(f"{name} must be floating point, got {getattr(values, 'dtype', type(values).__name__)}")
