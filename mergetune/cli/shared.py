@@ -170,6 +170,15 @@ def is_saved(text: Any) -> bool:
     return isinstance(text, str) and "{}" not in text and Path(text).exists()
 
 
+def check_folder(out_path: Path) -> None:
+    """Raises ValueError if --out, a folder, has the ending of a file of weights."""
+    if out_path.suffix in (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".joblib"):
+        raise ValueError(
+            f"--out must be a folder, got {out_path}, which ends as a file: `mergetune export FOLDER --to head --out "
+            "FILE` writes one"
+        )
+
+
 def read_names(file: Path) -> list[str]:
     """Returns the class names in a text file with one name per line."""
     from mergetune.io import read_regular_text, require_file

@@ -145,7 +145,7 @@ def refuse_other_heads(files: Sequence[str | Path], states: Sequence[StateDict])
 
 def _head_facts(path: Path, state: StateDict) -> dict[str, Any]:
     """The entries of ``HEAD_FACTS`` in a file; empty for files that are no heads."""
-    if len(state) > FEW or not path.is_file():
+    if len(state) > FEW or not path.is_file() or path.name.endswith(INDEX):
         return {}
     if isinstance(state, TensorFile):
         metadata = json.loads(state.header[8:]).get("__metadata__", {})

@@ -113,9 +113,11 @@ def test_a_merged_solution_is_never_written_below_the_ending_of_another_format(t
         assert f"--out must be a folder for a merged prompt, got {out}" in refusal(
             "merge", "average", tmp_path / "prompt", tmp_path / "prompt", "--out", out
         )
-    for suffix in (".pkl", ".joblib", ".ckpt", ".bin", ".onnx"):
+    for suffix in (".pkl", ".joblib", ".ckpt", ".bin"):
         out = tmp_path / f"out{suffix}"
         assert f"or a folder for a merged head, got {out}" in refusal("merge", "average", a, a, "--out", out)
+        for command in (("tune", "--method", "head"), ("fit", "--tuned", a)):
+            assert f"--out must be a folder, got {out}" in refusal(*command, "--cache", tmp_path, "--out", out)
     assert not list(tmp_path.glob("out*"))
 
 
