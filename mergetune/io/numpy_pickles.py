@@ -89,10 +89,13 @@ def plain(value: Any) -> Any:
     """A value of a pickle; arrays become numpy's.
 
     Raises:
-        pickle.UnpicklingError: an array whose description and content do not fit together.
+        ValueError: an array whose description and content do not fit together.
     """
     if isinstance(value, _Array):
-        return value.array()
+        try:
+            return value.array()
+        except Exception as error:  # numpy raises several kinds
+            raise ValueError(f"it holds an array that is not understood: {error}") from error
     return value.made if isinstance(value, _JoblibArray) else value
 
 

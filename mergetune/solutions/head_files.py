@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mergetune.facts.brief import brief
 from mergetune.io import (
-    Inert,
     PickledObject,
     kind_of_content,
     load_torch,
@@ -99,11 +98,11 @@ class HeadFile:
 
 
 def read_arrays(file: Path) -> dict[str, Tensor]:
-    """Read all arrays of a file of torch.save, .npz or .safetensors, as float32, by name.
+    """Read all arrays of a file of torch.save, .npz, .safetensors or a pickle, as float32, by name; no code is run.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is a pickle or damaged, or an entry is no floating-point array.
+        ValueError: the file is damaged or holds code, or an entry is no floating-point array.
     """
     require_file(file, f"path must be a file of arrays, got {file}, which does not exist")
     content = _content(file)
@@ -114,7 +113,7 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold arrays by name, got {_kind(content)}")
-    return {str(name): _floats(f"{file}: {name}", value) for name, value in content.items()}
+    return {str(name): _floats(f"{file}: {name}", plain(value)) for name, value in content.items()}
 
 
 def read_head(path: str | Path, *, name: str | None = None, logit_scale: float | None = None) -> HeadFile:
@@ -141,7 +140,10 @@ def read_head(path: str | Path, *, name: str | None = None, logit_scale: float |
     content = _content(file)
     if isinstance(content, PickledObject):
         return _sklearn_file(file, content, name, logit_scale)
-    found = _named(content)
+    try:
+        found = _named(content)
+    except ValueError as error:  # an array of a damaged pickle
+        raise ValueError(f"{file} cannot be read as a head: {error}") from error
     key = _chosen(file, found, name)
     beside, layer = _bias_of(found, key), key[: key.rfind(".") + 1]
     about = _about(found, layer)
@@ -240,9 +242,10 @@ def _content(file: Path, *, mmap: bool = False) -> Any:
         if "pickled code" not in str(error):
             raise
         raise ValueError(f"{error}; `mergetune convert` takes the tensors out of a pickled module") from error
-    if isinstance(content, Inert) and not isinstance(plain(content), np.ndarray | PickledObject):
-        raise ValueError(f"{file} must hold a head, got an object that is not understood")
-    return plain(content)
+    try:
+        return plain(content)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as a head: {error}") from error
 
 
 def _named(content: Any) -> dict[str, Any]:
