@@ -21,6 +21,7 @@ from mergetune.cli.options import (
     BackboneIfNeeded,
     Background,
     Device,
+    HeadName,
     Json,
     MaxPixels,
     Position,
@@ -89,6 +90,7 @@ def predict(
     max_pixels: MaxPixels = MAX_PIXELS,
     background: Background = BACKGROUND,
     position: Position = "end",
+    weight: HeadName = None,
 ) -> None:
     """Classify pictures: one row per picture, in the order of the input, with the most probable classes.
 
@@ -115,7 +117,9 @@ def predict(
         template = "{}" in solution
         if template:
             check_templates(solution)
-        opened: Any = solution if template else read_solution(solution, position=position, classnames=names)
+        opened: Any = (
+            solution if template else read_solution(solution, position=position, classnames=names, name=weight)
+        )
         # What is wrong with names or pictures is said before the model is loaded.
         names = classes_of(opened, names, activation=activation)
         found = list(find_pictures(pictures))

@@ -19,6 +19,7 @@ from mergetune.cli.options import (
     Classes,
     ClassNames,
     Device,
+    HeadName,
     Json,
     MaxPixels,
     Overwrite,
@@ -38,12 +39,14 @@ from mergetune.cli.own_images import open_retained, print_result
 from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
+    check_folder,
     clip_for,
     err,
     errors,
     finish,
     first_rank,
     ignored_in,
+    is_saved,
     open_cache,
     open_images,
     print_json,
@@ -53,7 +56,7 @@ from mergetune.cli.shared import (
     warn_of_few,
 )
 from mergetune.facts import FitOptions, TuneOptions
-from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS, PROMPT_METHODS
 
 Val = Annotated[
     Path | None,
@@ -78,6 +81,7 @@ def tune(
         typer.Option("--base", help="Solution that a residual or a map is put on; zero-shot if not given."),
     ] = None,
     val: Val = None,
+    weight: HeadName = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -94,20 +98,27 @@ def tune(
     from mergetune.training import tune_job
 
     with errors():
-        check_templates([options["template"], *(options["zero_shot"] or ())])
+        check_folder(out)
+        texts = () if is_saved(keywords(TuneOptions, options)["zero_shot"]) else options["zero_shot"] or ()
+        check_templates([options["template"], *texts])
         data = open_cache(features, classes, shots=shots, seed=options["seed"], split="train")
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
-        below = None if base is None else read_solution(str(base), data)
+        given = keywords(TuneOptions, options)
+        below = None if base is None else read_solution(str(base), data, name=weight)
+        known = {} if below is None else {str(base): below}
+        if is_saved(given["zero_shot"]):
+            path = given["zero_shot"]
+            given["zero_shot"] = known[path] = read_solution(path, data, name=weight)
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (data, chosen_on) if cache is not None],
-            solutions={} if below is None else {str(base): below},
+            solutions=known, only_heads=given["method"] not in PROMPT_METHODS,
         )  # fmt: skip
         if dry_run:
-            stage_1 = {"base": below, **keywords(TuneOptions, options)}
+            stage_1 = {"base": below, **given}
             dry_run_of_tune(clip, data, stage_1, f"Would tune on {features} into {out}.", as_json)
             return
-        job = tune_job(clip, data, base=below, val=chosen_on, **keywords(TuneOptions, options))
+        job = tune_job(clip, data, base=below, val=chosen_on, **given)
         result, folder = _train(job, out, overwrite)
     if base is None:
         drawn = (("--classes", classes, "all"), ("--shots", shots, None), ("--seed", options["seed"], TuneOptions.seed))
@@ -162,6 +173,7 @@ def fit(
         ),
     ] = ["a photo of a {}."],
     position: Position = "end",
+    weight: HeadName = None,
     method: Annotated[
         str,
         typer.Option(
@@ -243,6 +255,8 @@ def fit(
                 raise ValueError(f"{option} needs images and cannot be used with --cache: leave it out")
         if images is not None and val is not None:
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
+        if folder is not None:
+            check_folder(folder)
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         if images is not None and root is None:
             refuse_out_inside(images, folder)
@@ -251,11 +265,11 @@ def fit(
         learned = data.base_novel()[0] if images and classes == "base" else data
         if images is not None:
             warn_of_few(shots, learned.few_shot(shots, seed))
-        solutions = [read_solution(path, learned, position) for path in tuned]
+        solutions = [read_solution(path, learned, position, name=weight) for path in tuned]
         zero_shot: Any = template
         known = dict(zip(tuned, solutions, strict=True))
-        if images is None and len(template) == 1 and "{}" not in template[0] and Path(template[0]).exists():
-            zero_shot = known[template[0]] = read_solution(template[0], learned, position)
+        if images is None and len(template) == 1 and is_saved(template[0]):
+            zero_shot = known[template[0]] = read_solution(template[0], learned, position, name=weight)
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         ignored = {} if images is None or root is not None else ignored_in(images, data)
         if images is not None:  # what names and labels decide is said before the model is loaded
@@ -267,6 +281,7 @@ def fit(
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,
+            only_heads=zero_shot is not template,
         )  # fmt: skip
         if images is None:
             if dry_run:
@@ -279,10 +294,10 @@ def fit(
         else:
             del given["seed"]
             on_error = "skip" if skip_unreadable else "raise"
-            for name in ("lam", "tau"):  # what the user did not set is chosen
-                source = context.get_parameter_source(name)
+            for free in ("lam", "tau"):  # what the user did not set is chosen
+                source = context.get_parameter_source(free)
                 if source is not None and source.name == "DEFAULT":
-                    del given[name]
+                    del given[free]
             asked: dict[str, Any] = dict(
                 tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,

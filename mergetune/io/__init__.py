@@ -6,6 +6,7 @@ from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
     from mergetune.io.atomic_files import remove_parts, scratch_folder, write_atomically, writing_atomically
+    from mergetune.io.contents import kind_of_content
     from mergetune.io.documents import (
         Count,
         Document,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     )
     from mergetune.io.locks import LOCK, locked, release_locks, writing_in, writing_to
     from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
+    from mergetune.io.numpy_pickles import PickledObject, plain, read_numpy_pickle
     from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
     from mergetune.io.progress import hidden
@@ -81,6 +83,7 @@ __all__ = [
     "Items",
     "JsonObject",
     "Number",
+    "PickledObject",
     "Picture",
     "Sha256",
     "Size",
@@ -104,6 +107,7 @@ __all__ = [
     "installed_version",
     "is_torchscript",
     "jsonable",
+    "kind_of_content",
     "lines_of",
     "load_image",
     "load_tensors",
@@ -113,11 +117,13 @@ __all__ = [
     "not_reached",
     "open_regular",
     "parse_document",
+    "plain",
     "quiet_retries",
     "read_at",
     "read_document",
     "read_json",
     "read_npz",
+    "read_numpy_pickle",
     "read_picture",
     "read_regular",
     "read_safetensors",
@@ -144,6 +150,7 @@ make_lazy(
     __name__,
     {
         "mergetune.io.atomic_files": "remove_parts scratch_folder write_atomically writing_atomically",
+        "mergetune.io.contents": "kind_of_content",
         "mergetune.io.documents": (
             "Count Document Items JsonObject Number Sha256 Size check_document compact_json damaged fault jsonable "
             "parse_document read_document read_json write_json"
@@ -158,6 +165,7 @@ make_lazy(
         ),
         "mergetune.io.locks": "LOCK locked release_locks writing_in writing_to",
         "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
+        "mergetune.io.numpy_pickles": "PickledObject plain read_numpy_pickle",
         "mergetune.io.picture_colours": "FIRST_DECODING as_rgb background_colour decoding_rules",
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
         "mergetune.io.progress": "hidden",

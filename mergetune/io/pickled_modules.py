@@ -83,8 +83,11 @@ def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence
     if is_torchscript(file):
         return read_torchscript(file)
     try:
-        with torch.serialization.safe_globals(list(allowed)):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+        mmap = mmap and zipfile.is_zipfile(file)
+        misnamed = os.fspath(file).endswith(".safetensors")  # torch reads a path of this ending as safetensors
+        with torch.serialization.safe_globals(list(allowed)), open_regular(file) as stream:
+            source = stream if misnamed else file
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and not misnamed)
         require_budget(list(tensor_views(content)), os.stat(file).st_size)
         return content
     except pickle.UnpicklingError as error:

@@ -6,10 +6,11 @@ from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
     from mergetune.solutions.base import TEMPERATURE, Solution, check_same_shapes, write_notes
-    from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
+    from mergetune.solutions.checkpoints import PromptFile, read_prompt
     from mergetune.solutions.coop_files import to_coop
     from mergetune.solutions.exports import to_head, zero_shot_classifier
     from mergetune.solutions.head import Head
+    from mergetune.solutions.head_files import HeadFile, read_head
     from mergetune.solutions.hub import push_to_hub, recorded_metrics, to_hub
     from mergetune.solutions.kinds import (
         KINDS,
@@ -76,10 +77,11 @@ make_lazy(
     __name__,
     {
         "mergetune.solutions.base": "TEMPERATURE Solution check_same_shapes write_notes",
-        "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
+        "mergetune.solutions.checkpoints": "PromptFile read_prompt",
         "mergetune.solutions.coop_files": "to_coop",
         "mergetune.solutions.exports": "to_head zero_shot_classifier",
         "mergetune.solutions.head": "Head",
+        "mergetune.solutions.head_files": "HeadFile read_head",
         "mergetune.solutions.hub": "push_to_hub recorded_metrics to_hub",
         "mergetune.solutions.kinds": (
             "KINDS check_compatible interpolate known_classes load_solution open_solution zero_shot_like"

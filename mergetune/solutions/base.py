@@ -198,7 +198,6 @@ class Solution:
 
     def plain_head(self) -> Any:
         """The solution as a :class:`mergetune.Head` if it is a linear head, which needs no CLIP; else None."""
-        return None
 
     def rescaled(self, logit_scale: float) -> Self:
         """A solution with the same logits and this logit scale; self if the tensors cannot absorb the change."""
@@ -207,6 +206,10 @@ class Solution:
     def in_form_of(self, like: Solution) -> Self:
         """This solution in the form of ``like`` as far as possible: by default, with the logit scale of ``like``."""
         return self if like.logit_scale is None else self.rescaled(like.logit_scale)
+
+    def in_order_of(self, classnames: Sequence[str]) -> Self:
+        """This solution with its class rows in the order of ``classnames``; self for a kind that cannot do so."""
+        return self
 
     def zero_shot_classes(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Zero-shot class features, [C, D]: a surrogate on class embeddings measures the distance to them."""
@@ -273,7 +276,7 @@ class Solution:
 
     def origin(self, clip: FrozenClip) -> dict[str, Any]:
         """The fields ``backbone`` and ``fingerprint`` of a solution that is made for this CLIP."""
-        return {"backbone": clip.name, "fingerprint": self._fingerprint_of(clip)}
+        return {"backbone": clip.name or self.backbone, "fingerprint": self._fingerprint_of(clip) or self.fingerprint}
 
     def _fingerprint_of(self, clip: FrozenClip) -> str:
         """Fingerprint of the weights of the CLIP that the solution depends on."""
@@ -290,9 +293,9 @@ class Solution:
             return
         if not clip.has_fingerprint(self.tower, self.fingerprint):
             towers = "both towers" if self.tower == "both" else f"the {self.tower} tower"
-            known = self.backbone or "its name is not recorded"
+            known, got = self.backbone or "its name is not recorded", clip.name or "a FeatureSpace"
             same = f", other weights of {towers} under the same name" if clip.name == self.backbone else ""
-            raise ValueError(f"clip must be the one that the {self.kind} was made for ({known}), got {clip.name}{same}")
+            raise ValueError(f"clip must be the one that the {self.kind} was made for ({known}), got {got}{same}")
 
     @torch.no_grad()
     def class_weights(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:

@@ -23,7 +23,7 @@ from mergetune.solutions.base import Solution
 from mergetune.solutions.head import Head
 from mergetune.solutions.kinds import given_names, known_classes
 from mergetune.solutions.published import public_backbone
-from mergetune.solutions.sidecars import write_sidecar
+from mergetune.solutions.sidecars import with_description, write_sidecar
 from mergetune.solutions.space import image_features, span
 from mergetune.solutions.temperatures import temperature_of
 
@@ -70,7 +70,7 @@ def to_head(
         (torch.Size([2, 128]), ('cat', 'dog'))
     """
     file = checked_suffix(file, HEAD_SUFFIXES)
-    head = _as_head(solution, clip, classnames)
+    head = as_head(solution, clip, classnames)
     notes = {
         name: value for name, value in head.notes.items() if name != "temperature"
     }  # part of the scale from here on
@@ -98,9 +98,10 @@ def zero_shot_classifier(
     """A classifier matrix [D, C] in the format of ``open_clip.build_zero_shot_classifier``.
 
     ``clip.logit_scale * image_features @ classifier`` gives the logits of the solution. The columns of a prompt have
-    unit norm; the columns of a head have the norms that keep its logits. The matrix names no classes: with ``file``, a
-    second file ``FILE.mergetune.json`` holds the class names, and the scale, which is divided by the temperature of the
-    solution. ``mergetune.open_solution`` reads both as a head; open_clip and torch need the matrix alone.
+    unit norm; the columns of a head have the norms that keep its logits. The matrix names no classes: with ``file``,
+    the archive that torch.save writes also holds the class names, and the scale, which is divided by the temperature of
+    the solution, and so does a second file ``FILE.mergetune.json``. ``mergetune.open_solution`` reads the file as a
+    head; open_clip and torch see the matrix alone.
 
     Args:
         solution: a solution that leaves image features unchanged: a prompt, a head without bias, a residual on one.
@@ -119,24 +120,23 @@ def zero_shot_classifier(
         torch.Size([128, 2])
     """
     file = None if file is None else checked_suffix(file, CLASSIFIER_SUFFIXES)
-    head = _as_head(solution, clip, classnames, whole=False).rescaled(clip.logit_scale)
+    head = as_head(solution, clip, classnames, whole=False).rescaled(clip.logit_scale)
     if head.bias is not None:
         raise ValueError("solution must be a prompt or a head without bias, got a head with a bias: use to_head")
     classifier = head.weight.to(clip.device).T
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = torch_bytes(plain_tensor(classifier))
+        about: dict[str, Any] = dict(
+            form="classifier",
+            classnames=head.classnames,
+            logit_scale=clip.logit_scale / temperature_of(solution),
+            backbone=public_backbone(clip.name),
+            fingerprint=clip.image_fingerprint,
+        )
+        content = with_description(torch_bytes(plain_tensor(classifier)), **about)
         with writing_to(file):
             write_atomically(file, content)
-            write_sidecar(
-                file,
-                content,
-                form="classifier",
-                classnames=head.classnames,
-                logit_scale=clip.logit_scale / temperature_of(solution),
-                backbone=public_backbone(clip.name),
-                fingerprint=clip.image_fingerprint,
-            )
+            write_sidecar(file, content, **about)
     return classifier
 
 
@@ -160,7 +160,7 @@ def classnames_of(solution: Solution, classnames: Sequence[str] | None) -> tuple
     return tuple(names)
 
 
-def _as_head(
+def as_head(
     solution: Solution, clip: FrozenClip | None, classnames: Sequence[str] | None, *, whole: bool = True
 ) -> Head:
     """The classifier of a solution as a plain linear head.

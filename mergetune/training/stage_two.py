@@ -73,7 +73,8 @@ def fit(
     surrogate="cosine", beta=1.0, tau=1.0, grid="official", epochs=100``.
 
     Args:
-        clip: the frozen CLIP that the features come from.
+        clip: the frozen CLIP that the features come from. Where ``tuned`` and ``zero_shot`` are heads, a
+            :class:`mergetune.FeatureSpace` is enough.
         features: the few-shot features that ``tuned`` was trained on.
         tuned: the fine-tuned solution w2, or several solutions of one kind.
         zero_shot: the zero-shot solution w1, as one or more templates or as a solution. None takes "a photo of a {}.".
@@ -172,7 +173,9 @@ def fit_job(
     check_cuda_graph(options.cuda_graph, clip.device, random=alphas is None)
     # A head's logit scale may be separate or part of its weight. One convention gives lam and lr one meaning.
     anchors = [anchor.rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
-    solution, classnames = anchors[0], features.classnames
+    classnames = features.classnames
+    anchors = [anchor.in_order_of(classnames) for anchor in anchors]
+    solution = anchors[0]
     if not solution.state():
         raise ValueError(f"tuned must have a state to train, got {solution.kind}: tune a residual or a map on it")
     for other in anchors[1:]:
