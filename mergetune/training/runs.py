@@ -275,8 +275,9 @@ class TrainingRun:
         if not path.exists():
             return
         record, tensors = self._read_state(path)
-        said = {"there_in_words": record.in_words, "here_in_words": in_words_of(self.job)}
-        other = differences(record.settings, self.settings, **said)
+        other = differences(
+            record.settings, self.settings, there_in_words=record.in_words, here_in_words=in_words_of(self.job)
+        )
         older = older_settings_of(self.job)
         if other and not differences(record.settings, older):
             self.settings = older  # the run goes on as it was begun

@@ -139,6 +139,22 @@ def test_a_file_that_names_no_process_is_a_lock_all_the_same(tmp_path, content):
             threads.submit(writing_in(tmp_path).__enter__).result()
 
 
+def test_locks_of_the_dead_are_removed_and_all_else_stays(holder, tmp_path):
+    dead, living = (holder("writing_to", tmp_path / name) for name in ("dead", "living"))
+    dead.kill()
+    dead.wait()
+    kept = {".living.lock"}
+    for name, content in ((".empty.lock", ""), (".theirs.lock", "locked"), (".far.lock", f"{dead.pid} elsewhere\n")):
+        (tmp_path / name).write_text(content)
+        kept.add(name)
+    (tmp_path / ".fifo.lock").symlink_to(tmp_path / ".dead.lock")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert ".dead.lock" in before
+    with writing_to(tmp_path / "new"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == kept | {".fifo.lock"} and living.poll() is None
+
+
 # -- scratch folders ---------------------------------------------------------------------------------------------------
 
 
