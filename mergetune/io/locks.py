@@ -71,6 +71,8 @@ def writing_to(file: str | Path) -> Iterator[None]:
     if _follows() or _mine(_held.get(_key(file.parent / LOCK))):
         yield
         return
+    if not file.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "must be a file in a folder that exists, got", str(file))
     beginning = os.fsdecode(os.fsencode(file.name)[:200])  # a name of 255 bytes leaves no room for more
     busy = f"{{}} writes {_plain(file)}: {_way_on('file')}"
     with locked(file.with_name(f".{beginning}.lock"), busy=busy):

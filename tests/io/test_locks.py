@@ -76,6 +76,11 @@ def test_a_thread_may_lock_again_and_other_threads_may_not(tmp_path, name):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_file_without_a_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing/a'$"), writing_to(tmp_path / "missing" / "a"):
+        pytest.fail("there is no place for the lock")
+
+
 def test_a_file_in_a_folder_that_is_locked_needs_no_lock(tmp_path):
     with writing_in(tmp_path), writing_to(tmp_path / "a"):
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]
