@@ -112,6 +112,8 @@ FILES: dict[str, Callable[[Path], object]] = {
     "predictions.csv": lambda out: _csv_rows(out, 2).__enter__(),
 }
 
+SLOW = {"model.pt2": pytest.mark.slow}  # the graph is traced first
+
 
 def everything(folder: Path) -> dict[Path, object]:
     return {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
@@ -129,7 +131,7 @@ def test_a_folder_has_one_writer(tmp_path, name):
         assert everything(out) == before
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in FILES])
 def test_a_file_has_one_writer(tmp_path, name):
     out = tmp_path / name
     with ThreadPoolExecutor() as others, writing_to(out):

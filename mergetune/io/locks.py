@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ LOCK = ".mergetune.lock"
 
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NAME = re.compile(r"\..+\.lock", re.DOTALL)
 _OWNER = re.compile(rb"(\d{1,19}) ([\w.-]{1,255})\n")
+
+PATIENCE, PAUSE = 100, 0.002  # how often, and seconds until, a lock is tried again whose process has ended
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def writing_to(file: str | Path) -> Iterator[None]:
     if _follows() or _mine(_held.get(_key(file.parent / LOCK))):
         yield
         return
+    if not file.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "must be a file in a folder that exists, got", str(file))
     beginning = os.fsdecode(os.fsencode(file.name)[:200])  # a name of 255 bytes leaves no room for more
     busy = f"{{}} writes {_plain(file)}: {_way_on('file')}"
     with locked(file.with_name(f".{beginning}.lock"), busy=busy):
@@ -78,7 +84,8 @@ def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
     """Context manager that holds the lock of a file; the system frees the lock when the process ends.
 
     The file holds the number of the process and the name of its machine. It is removed at the end; that of a killed
-    process stays until the lock is taken again. A thread may take a lock again that it holds.
+    process is removed by the next one that locks something in the same folder. A thread may take a lock again that it
+    holds.
 
     Where nothing can be written, on a read-only file system for example, there is nothing to protect: the function
     continues without a lock. If the file system has no locks, the function warns and continues.
@@ -92,6 +99,7 @@ def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
         RuntimeError: another process or thread holds the lock.
     """
     key = _key(file)
+    _remove_dead(file.parent)
     descriptor = None if _mine(_held.get(key)) else _acquired(file, busy, wait)
     if descriptor is None:
         yield
@@ -142,6 +150,7 @@ def _plain(path: Path) -> str:
 
 def _acquired(file: Path, busy: str, wait: bool) -> int | None:
     """The descriptor of a lock's file with its lock; None where nothing can be written."""
+    patience = PATIENCE
     while (descriptor := _opened(file)) is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -151,8 +160,12 @@ def _acquired(file: Path, busy: str, wait: bool) -> int | None:
                     os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
                 return descriptor
         except BlockingIOError:
-            owner = _owner(descriptor)
+            owner, dead = _in_words(found := _owner(descriptor)), found is not None and _is_dead(*found)
             os.close(descriptor)
+            if dead and patience:  # the file of a killed process is being removed, or its new owner has written nothing
+                patience -= 1
+                time.sleep(PAUSE)
+                continue
             raise RuntimeError(busy.format(owner)) from None
         except OSError as error:
             warn(
@@ -188,12 +201,48 @@ def _stands(file: Path, descriptor: int) -> bool:
         return False
 
 
-def _owner(descriptor: int) -> str:
-    """The process that a lock's file names, for a message: with its number, if the file tells."""
+def _owner(descriptor: int) -> tuple[int, str] | None:
+    """The number of the process that a lock's file names, and its machine; None if the file does not tell."""
     found = _OWNER.fullmatch(os.pread(descriptor, 300, 0))
-    if found is None:
+    return None if found is None else (int(found[1]), found[2].decode(errors="replace"))
+
+
+def _in_words(owner: tuple[int, str] | None) -> str:
+    if owner is None:
         return "another process"
-    number, host = found[1].decode(), found[2].decode(errors="replace")
+    number, host = owner
     if host != socket.gethostname():
         return f"another process (pid {number} on {host})"
-    return "another thread of this process" if int(number) == os.getpid() else f"another process (pid {number})"
+    return "another thread of this process" if number == os.getpid() else f"another process (pid {number})"
+
+
+def _is_dead(number: int, host: str) -> bool:
+    """Whether a process has ended, as far as this machine can tell."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _remove_dead(folder: Path) -> None:
+    """Removes files of locks of killed processes: they name a process that has ended, and nobody holds the lock."""
+    try:
+        names = [entry.name for entry in os.scandir(folder) if _NAME.fullmatch(entry.name)]
+    except OSError:  # opening the lock says what is wrong
+        return
+    for file in (folder / name for name in names):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | _OPEN)
+            try:
+                owner = _owner(descriptor)
+                if owner is not None and _is_dead(*owner):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _owner(descriptor) == owner and _stands(file, descriptor):
+                        file.unlink()
+            finally:
+                os.close(descriptor)

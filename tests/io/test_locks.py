@@ -76,6 +76,11 @@ def test_a_thread_may_lock_again_and_other_threads_may_not(tmp_path, name):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_file_without_a_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing/a'$"), writing_to(tmp_path / "missing" / "a"):
+        pytest.fail("there is no place for the lock")
+
+
 def test_a_file_in_a_folder_that_is_locked_needs_no_lock(tmp_path):
     with writing_in(tmp_path), writing_to(tmp_path / "a"):
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]
@@ -137,6 +142,22 @@ def test_a_file_that_names_no_process_is_a_lock_all_the_same(tmp_path, content):
         (tmp_path / LOCK).write_bytes(content)
         with ThreadPoolExecutor() as threads, pytest.raises(RuntimeError, match="^another process works in"):
             threads.submit(writing_in(tmp_path).__enter__).result()
+
+
+def test_locks_of_the_dead_are_removed_and_all_else_stays(holder, tmp_path):
+    dead, living = (holder("writing_to", tmp_path / name) for name in ("dead", "living"))
+    dead.kill()
+    dead.wait()
+    kept = {".living.lock"}
+    for name, content in ((".empty.lock", ""), (".theirs.lock", "locked"), (".far.lock", f"{dead.pid} elsewhere\n")):
+        (tmp_path / name).write_text(content)
+        kept.add(name)
+    (tmp_path / ".fifo.lock").symlink_to(tmp_path / ".dead.lock")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert ".dead.lock" in before
+    with writing_to(tmp_path / "new"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == kept | {".fifo.lock"} and living.poll() is None
 
 
 # -- scratch folders ---------------------------------------------------------------------------------------------------
