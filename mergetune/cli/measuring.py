@@ -102,12 +102,13 @@ def evaluate(
         check_temperature(temperature, val, base_novel=base_novel)
         test = open_cache(features, "base" if base_novel else classes, split="test")
         opened = {path: read_solution(path, test, position, name=weight) for path in solution}
-        if not base_novel:  # what the names decide is said before the model is loaded
-            for path, found in opened.items():
-                try:
-                    found.check_classes(test.classnames)
-                except ValueError as error:
-                    raise ValueError(f"--cache must hold the classes of {path}: {error}") from None
+        for path, found in opened.items():  # what the names decide is said before the model is loaded
+            known = test.classnames if found.classnames is None or found.kind == "residual" else found.classnames
+            if unknown := [label for label in test.classnames if label not in known]:
+                raise ValueError(
+                    f"--solution must know the classes of --cache, got the {found.kind} {path}, which does not know "
+                    f"{unknown[0]!r}"
+                )
         clip = clip_for(
             backbone,
             pretrained,

@@ -52,10 +52,14 @@ class PlainTable(Table):
 
 @contextmanager
 def visible_warnings() -> Iterator[None]:
-    """Context manager in which Python's warnings are printed as one line without control characters."""
+    """Context manager in which Python's warnings are printed as one line without control characters.
+
+    Warnings for users, such as those about images and names, have no place in a program.
+    """
 
     def line(message: Warning | str, category: type[Warning], file: str, number: int, source: str | None = None) -> str:
-        return f"{file}:{number}: {category.__name__}: {visible(str(message))}\n"
+        place = "warning" if category is UserWarning else f"{file}:{number}: {category.__name__}"
+        return f"{place}: {visible(str(message))}\n"
 
     before = warnings.formatwarning
     warnings.formatwarning = line

@@ -239,8 +239,11 @@ def _dataset(
 
 
 def _renamed(data: Dataset, given: GivenNames) -> Dataset:
-    """The dataset with other class names; {key: name} has the names before as keys."""
-    names = class_names(data.classnames, given, what="class")
+    """The dataset of a split file with other class names; {key: name} has the names before as keys.
+
+    Without names that are given, those of the file are taken as they are.
+    """
+    names = data.classnames if given is None else class_names(data.classnames, given, what="class")
     hint_at_names(names)
     lists = {f"full_{split}": getattr(data, f"full_{split}") for split in SPLITS}
     return replace(data, **{split: images and replace(images, classnames=names) for split, images in lists.items()})

@@ -166,11 +166,11 @@ def test_fit_measures_chooses_and_says_what_it_did(work, model, tmp_path):
         "HM",
         "retained",
         report["verdict"],
-        "1 .txt",
         "Seconds:",
     ):
         assert word in text, word
     assert f"mergetune predict {tmp_path / 'out'}" in text
+    assert "ignored 1: .txt (1)" in shown.stderr
     plain = invoke(*arguments[:-1], tmp_path / "plain", "--no-measure").stdout
     assert "No measuring: measuring is switched off." in plain and "Chosen" not in plain
 
