@@ -62,8 +62,11 @@ if TYPE_CHECKING:
     from mergetune.io.unpickling import Inert, Unpickler
     from mergetune.io.versions import installed_version
     from mergetune.io.workers import begin_worker, end_workers, unaware_of_interrupts
+    from mergetune.io.wrappers import AVERAGED, BUFFERS, OWNERS, PLAIN, inner_state, unwrapped
 
 __all__ = [
+    "AVERAGED",
+    "BUFFERS",
     "CACHED",
     "FIRST_DECODING",
     "FLOAT_DTYPES",
@@ -74,6 +77,8 @@ __all__ = [
     "MAX_TABLE",
     "MAX_VOCABULARY",
     "MAX_WEIGHTS",
+    "OWNERS",
+    "PLAIN",
     "STORED_DTYPES",
     "STORED_NAMES",
     "Count",
@@ -101,6 +106,7 @@ __all__ = [
     "fault",
     "hidden",
     "image_extensions",
+    "inner_state",
     "installed_version",
     "is_torchscript",
     "jsonable",
@@ -131,6 +137,7 @@ __all__ = [
     "torchrun_team",
     "unaware_of_interrupts",
     "unreachable",
+    "unwrapped",
     "write_atomically",
     "write_json",
     "writing_atomically",
@@ -162,5 +169,6 @@ make_lazy(
         "mergetune.io.unpickling": "Inert Unpickler",
         "mergetune.io.versions": "installed_version",
         "mergetune.io.workers": "begin_worker end_workers unaware_of_interrupts",
+        "mergetune.io.wrappers": "AVERAGED BUFFERS OWNERS PLAIN inner_state unwrapped",
     },
 )
