@@ -24,7 +24,8 @@ from mergetune.io import (
     write_json,
 )
 from mergetune.solutions.base import Solution
-from mergetune.solutions.checkpoints import check_same_names, checkpoint_file
+from mergetune.solutions.checkpoints import check_same_names
+from mergetune.solutions.dassl_folders import checkpoint_file
 from mergetune.solutions.head import LARGEST_SCALE, Head
 from mergetune.solutions.head_files import read_arrays
 from mergetune.solutions.prompt import Prompt
