@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
+    from mergetune.io.contents import kind_of_content
     from mergetune.io.documents import (
         Count,
         Document,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     )
     from mergetune.io.locks import locked, release_locks
     from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
+    from mergetune.io.numpy_pickles import PickledObject, plain, read_numpy_pickle
     from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
     from mergetune.io.progress import hidden
@@ -87,6 +89,7 @@ __all__ = [
     "Items",
     "JsonObject",
     "Number",
+    "PickledObject",
     "Picture",
     "Sha256",
     "Size",
@@ -110,6 +113,7 @@ __all__ = [
     "installed_version",
     "is_torchscript",
     "jsonable",
+    "kind_of_content",
     "load_image",
     "load_tensors",
     "load_tensors_only",
@@ -118,11 +122,13 @@ __all__ = [
     "not_reached",
     "open_regular",
     "parse_document",
+    "plain",
     "quiet_retries",
     "read_at",
     "read_document",
     "read_json",
     "read_npz",
+    "read_numpy_pickle",
     "read_picture",
     "read_regular",
     "read_regular_text",
@@ -146,6 +152,7 @@ __all__ = [
 make_lazy(
     __name__,
     {
+        "mergetune.io.contents": "kind_of_content",
         "mergetune.io.documents": (
             "Count Document Items JsonObject Number Sha256 Size check_document compact_json damaged fault jsonable "
             "parse_document read_document read_json write_json"
@@ -161,6 +168,7 @@ make_lazy(
         ),
         "mergetune.io.locks": "locked release_locks",
         "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
+        "mergetune.io.numpy_pickles": "PickledObject plain read_numpy_pickle",
         "mergetune.io.picture_colours": "FIRST_DECODING as_rgb background_colour decoding_rules",
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
         "mergetune.io.progress": "hidden",

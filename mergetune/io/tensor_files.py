@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import safe_open
 
 from mergetune.io.files import require_regular
+from mergetune.io.numpy_pickles import read_object_array
 from mergetune.io.pickled_modules import load_tensors_only
 from mergetune.io.unpickling import Inert
 
@@ -82,9 +83,19 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
                     f"its arrays have {unpacked:,} bytes and the file has {stored:,}: arrays must have at most "
                     f"{MAX_UNPACKED} times the bytes of the file, or {FREE_UNPACKED:,}"
                 )
-            return {name: opened[name] for name in opened.files}
+            return {name: _member(opened, name) for name in opened.files}
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files
         raise ValueError(f"{file} cannot be read as .npz: {type(error).__name__}: {error}") from error
+
+
+def _member(opened: Any, name: str) -> np.ndarray:
+    """An array of an open .npz file; one of Python objects is read without running its pickle."""
+    try:
+        return opened[name]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        return read_object_array(opened.zip, f"{name}.npy" if f"{name}.npy" in opened.zip.namelist() else name)
 
 
 def load_tensors(file: Path) -> dict[str, Any]:

@@ -192,7 +192,6 @@ class Solution:
 
     def plain_head(self) -> Any:
         """The solution as a :class:`mergetune.Head` if it is a linear head, which needs no CLIP; else None."""
-        return None
 
     def rescaled(self, logit_scale: float) -> Self:
         """A solution with the same logits and this logit scale; self if the tensors cannot absorb the change."""
@@ -201,6 +200,10 @@ class Solution:
     def in_form_of(self, like: Solution) -> Self:
         """This solution in the form of ``like`` as far as possible: by default, with the logit scale of ``like``."""
         return self if like.logit_scale is None else self.rescaled(like.logit_scale)
+
+    def in_order_of(self, classnames: Sequence[str]) -> Self:
+        """This solution with its class rows in the order of ``classnames``; self for a kind that cannot do so."""
+        return self
 
     def zero_shot_classes(self, clip: FrozenClip, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Zero-shot class features, [C, D]: a surrogate on class embeddings measures the distance to them."""

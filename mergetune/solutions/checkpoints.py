@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mergetune.facts.brief import brief
-from mergetune.io import OWNERS, inner_state, load_tensors, read_safetensors, unwrapped
+from mergetune.io import OWNERS, inner_state, kind_of_content, load_tensors, read_safetensors, unwrapped
 from mergetune.solutions.dassl_folders import checkpoint_file
 from mergetune.solutions.other_trainers import listed, tensors_of_other
 
@@ -67,7 +67,7 @@ def read_prompt(path: str | Path) -> PromptFile:
             vectors, or holds further parameters.
     """
     file = checkpoint_file(path)
-    content = read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file)
+    content = read_safetensors(file) if kind_of_content(file) == "safetensors" else load_tensors(file)
     state = state_dict_of(file, content)
     unused = KGCOOP_UNUSED if "bias_vectors" in state else ()
     buffers = EMBEDDED + PRODA_ONLY + FORKS
@@ -108,6 +108,15 @@ def state_dict_of(file: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{file} must hold a state_dict, got {type(state).__name__}")
     return {name: state[own] for name, own in unwrapped(list(state), OWNERS).items()}
+
+
+def holds_context(file: Path) -> bool:
+    """Whether a .safetensors file holds a prompt: `mergetune convert` takes prompts out of checkpoints into such files.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return "ctx" in unwrapped(list(read_safetensors(file)), OWNERS)
 
 
 def _check_one_prompt_per_class(file: Path, ctx: Tensor, state: Mapping[str, Any]) -> None:

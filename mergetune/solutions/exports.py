@@ -23,7 +23,7 @@ from mergetune.solutions.base import Solution
 from mergetune.solutions.head import Head
 from mergetune.solutions.kinds import given_names, known_classes
 from mergetune.solutions.published import public_backbone
-from mergetune.solutions.sidecars import write_sidecar
+from mergetune.solutions.sidecars import with_description, write_sidecar
 from mergetune.solutions.space import image_features, span
 from mergetune.solutions.temperatures import temperature_of
 
@@ -97,9 +97,10 @@ def zero_shot_classifier(
     """A classifier matrix [D, C] in the format of ``open_clip.build_zero_shot_classifier``.
 
     ``clip.logit_scale * image_features @ classifier`` gives the logits of the solution. The columns of a prompt have
-    unit norm; the columns of a head have the norms that keep its logits. The matrix names no classes: with ``file``, a
-    second file ``FILE.mergetune.json`` holds the class names, and the scale, which is divided by the temperature of the
-    solution. ``mergetune.open_solution`` reads both as a head; open_clip and torch need the matrix alone.
+    unit norm; the columns of a head have the norms that keep its logits. The matrix names no classes: with ``file``,
+    the archive that torch.save writes also holds the class names, and the scale, which is divided by the temperature of
+    the solution, and so does a second file ``FILE.mergetune.json``. ``mergetune.open_solution`` reads the file as a
+    head; open_clip and torch see the matrix alone.
 
     Args:
         solution: a solution that leaves image features unchanged: a prompt, a head without bias, a residual on one.
@@ -124,17 +125,16 @@ def zero_shot_classifier(
     classifier = head.weight.to(clip.device).T
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = torch_bytes(plain_tensor(classifier))
-        write_atomically(file, content)
-        write_sidecar(
-            file,
-            content,
+        about: dict[str, Any] = dict(
             form="classifier",
             classnames=head.classnames,
             logit_scale=clip.logit_scale / temperature_of(solution),
             backbone=public_backbone(clip.name),
             fingerprint=clip.image_fingerprint,
         )
+        content = with_description(torch_bytes(plain_tensor(classifier)), **about)
+        write_atomically(file, content)
+        write_sidecar(file, content, **about)
     return classifier
 
 

@@ -125,16 +125,16 @@ class Head(Solution):
         name: str | None = None,
         logit_scale: float | None = None,
     ) -> Head:
-        """Read a linear classifier from a .pt, .pth, .safetensors or .npz file. No code in the file is run.
+        """Read a linear classifier from a file of torch.save, safetensors, .npz, pickle or joblib; no code is run.
 
-        The classifier must have been trained on unit-norm image features of the same CLIP. A head in a pickle must be
-        converted first: WiSE-FT's with ``mergetune convert``, scikit-learn's with :meth:`from_sklearn` or by saving
-        its arrays as .npz.
+        The classifier must have been trained on unit-norm image features of the same CLIP. A pickle may hold a model of
+        scikit-learn; a pickled torch module, such as WiSE-FT's, must be converted with ``mergetune convert`` first.
 
         Args:
-            path: the file, with a weight [C, D] and optionally a bias; see :func:`mergetune.solutions.read_head`.
+            path: the file, with a weight [C, D] and optionally a bias; see :func:`mergetune.solutions.read_head`. A
+                matrix [D, C] without class names, as open_clip makes it, is read with C ``classnames``.
             classnames: class names by label number; None takes the names from the file.
-            name: name of the weight in a file that also holds other layers, such as "classification_head.weight".
+            name: name of the weight, such as "classification_head.weight", in a file that holds several.
             logit_scale: factor on the logits. None takes ``scale`` from the file, or 1 if the file has none.
 
         Raises:
@@ -147,16 +147,23 @@ class Head(Solution):
 
     @classmethod
     def from_sklearn(cls, model: Any, *, classnames: Sequence[str] | None = None) -> Head:
-        """The head of a fitted ``sklearn.linear_model.LogisticRegression``.
+        """The head of a fitted linear classifier of scikit-learn, or of a pipeline of scalers and one.
 
         Args:
-            model: the fitted model.
+            model: a fitted ``LogisticRegression``, ``RidgeClassifier``, ``LinearSVC``, ``SGDClassifier``,
+                ``LinearDiscriminantAnalysis`` or one like them, or a ``Pipeline`` that ends in one. Scalers before it
+                are folded into weight and bias.
             classnames: class names by label number; needed if the model was fitted on numbers.
+
+        Raises:
+            TypeError: the model is not fitted, or no linear classifier.
+            ValueError: a step of the pipeline cannot be folded into a head.
         """
         return cls._from_file(read_sklearn(model), classnames, {"checkpoint": type(model).__name__})
 
     @classmethod
     def _from_file(cls, found: HeadFile, classnames: Sequence[str] | None, notes: dict[str, Any]) -> Head:
+        found = found if classnames is None else found.oriented(len(classnames))
         names = found.name_rows(classnames)
         return cls(found.weight, names, found.bias, logit_scale=found.scale, notes=notes)
 
@@ -184,6 +191,21 @@ class Head(Solution):
         factor = self.logit_scale / logit_scale
         bias = None if self.bias is None else self.bias * factor
         return replace(self, weight=self.weight * factor, bias=bias, logit_scale=logit_scale)
+
+    def in_order_of(self, classnames: Sequence[str]) -> Head:
+        """A head with the same rows in the order of ``classnames``; self if these are other classes or repeat."""
+        names = tuple(classnames)
+        if names == self.classnames or len(set(names)) < len(names) or set(names) != set(self.classnames):
+            return self
+        rows = [self.classnames.index(name) for name in names]
+        return replace(
+            self, weight=self.weight[rows], classnames=names, bias=None if self.bias is None else self.bias[rows]
+        )
+
+    def in_form_of(self, like: Solution) -> Head:
+        """This head with the logit scale of ``like``, and with its rows in the order of the classes of ``like``."""
+        found = super().in_form_of(like)
+        return found if like.classnames is None else found.in_order_of(like.classnames)
 
     def settings(self) -> dict[str, Any]:
         return {"logit_scale": self.logit_scale} | ({"normalize": True} if self.normalize else {})

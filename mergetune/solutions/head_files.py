@@ -6,7 +6,7 @@ Shapes: C classes, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,37 @@ import torch
 from torch import Tensor
 
 from mergetune.facts.brief import brief
-from mergetune.io import load_torch, read_npz, read_safetensors, require_file
+from mergetune.io import (
+    OWNERS,
+    PLAIN,
+    Inert,
+    PickledObject,
+    inner_state,
+    kind_of_content,
+    load_torch,
+    plain,
+    read_npz,
+    read_numpy_pickle,
+    read_safetensors,
+    require_file,
+    unwrapped,
+)
 from mergetune.io.tensor_files import EXTRAS
 from mergetune.solutions.checkpoints import check_same_names
+from mergetune.solutions.sklearn_models import linear_model
 
-HEADS = ("fc", "head", "classifier", "classification_head", "linear")  # usual names of a last layer
-PICKLES = (".pkl", ".pickle", ".joblib")
+LAYERS = ("fc", "head", "classifier", "classification_head", "linear")
+NAMES = ("weight", "coef_", *(f"{layer}.weight" for layer in LAYERS))
+"""Usual names of a head's weight; other names are found if the file holds no other matrix."""
+"""Keys of dicts and prefixes of names that training loops put around a model."""
+ASIDE = ("optim", "sched", "scaler", "lr_sched", "ema")  # beginnings of keys beside the model, which are left out
+ROWS = ("classes_", "classnames", "classes", "class_names")  # keys of the class of each row
+BIASES = {"weight": "bias", "weights": "biases", "coef_": "intercept_", "W": "b", "kernel": "bias"}
+"""Last part of a weight's name -> that of its bias."""
+ABOUT = (*EXTRAS, *ROWS, "class_to_idx")  # entries beside the tensors that describe a head
+NO_HEADS = ("ctx", "token_prefix", "token_suffix")  # matrices of other meanings
+DEEPEST = 8  # most dicts around a tensor
+LISTED = 8  # most tensors that a message lists
 
 
 @brief()
@@ -65,83 +90,263 @@ class HeadFile:
             check_same_names(classnames, named)
         return named
 
+    def oriented(self, classes: int) -> HeadFile:
+        """The head itself, or transposed if only its columns are as many as the classes.
+
+        open_clip's zero-shot classifiers are stored as [D, C], without class names.
+        """
+        rows, columns = self.weight.shape
+        if self.rows is not None or self.bias is not None or rows == classes or columns != classes:
+            return self
+        return replace(self, weight=self.weight.T.contiguous())
+
 
 def read_arrays(file: Path) -> dict[str, Tensor]:
-    """Read all arrays of a .pt, .pth, .npz or .safetensors file, as float32, by name.
+    """Read all arrays of a file of torch.save, .npz or .safetensors, as float32, by name.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is a pickle or damaged, or an entry is no floating-point array.
     """
     require_file(file, f"path must be a file of arrays, got {file}, which does not exist")
-    return {str(name): _floats(f"{file}: {name}", value) for name, value in _read_dict(file).items()}
+    content = _content(file)
+    if isinstance(content, Tensor):
+        content = {"weight": content}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold arrays by name, got {_kind(content)}")
+    found = {str(name): value for name, value in inner_state(content, tensor=_is_array)[1].items()}
+    return {name: _floats(f"{file}: {name}", found[own]) for name, own in unwrapped(list(found), OWNERS).items()}
 
 
 def read_head(path: str | Path, *, name: str | None = None, logit_scale: float | None = None) -> HeadFile:
-    """Read a linear classifier from a .pt or .pth file (a tensor or a dict of tensors), .safetensors or .npz.
+    """Read a linear classifier from a file of torch.save, safetensors, .npz, pickle or joblib; no code in it is run.
+
+    The content says what the file is, whatever its ending. A pickle may hold a linear classifier of scikit-learn, a
+    pipeline of scalers and one, or arrays by name.
 
     Args:
         path: the file.
-        name: name of the weight in the file. None accepts ``weight``, scikit-learn's ``coef_``, or ``weight`` of
-            ``fc``, ``head``, ``classifier``, ``classification_head`` or ``linear``. With None the file must hold
-            nothing but the head, because a head that was trained together with other layers does not fit the features
-            of a frozen CLIP.
+        name: name of the weight in the file, or of its layer. None takes the only weight [C, D] of the file, whatever
+            its name, with its bias. With None the file must hold nothing but the head, because a head that was trained
+            together with other layers does not fit the features of a frozen CLIP.
         logit_scale: factor on the logits that the weight does not contain. None takes ``scale`` from the file, or 1.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is a pickle or damaged; it holds no head, or more than a head; the head takes features
-            that are not unit norm (WiSE-FT's attribute ``normalize`` is False).
+        ValueError: the file is damaged or holds code; it holds no head, several (the message lists them), or more than
+            a head; a step of a pipeline cannot be folded into a head; the head takes features that are not unit norm
+            (WiSE-FT's attribute ``normalize`` is False).
     """
     file = Path(path)
     require_file(file, f"path must be the file of a head, got {file}, which does not exist")
-    content = {str(key).removeprefix("module."): value for key, value in _read_dict(file).items()}
-    known = ("weight", "coef_", *(f"{layer}.weight" for layer in HEADS))
-    found = [key for key in ([name] if name else known) if key in content]
-    if len(found) != 1:
-        wanted = f"the weight {name!r}" if name else "one head's weight (name= says which it is)"
-        raise ValueError(f"{file} must hold {wanted}, got {', '.join(list(content)[:8]) or 'nothing'}")
-    layer = found[0].removesuffix("coef_").removesuffix("weight")
-    beside = f"{layer}intercept_" if found[0].endswith("coef_") else f"{layer}bias"
-    extras = {key.removeprefix(layer): value for key, value in content.items() if key.removeprefix(layer) in EXTRAS}
-    more = [key for key in content if key not in (*found, beside) and key.removeprefix(layer) not in EXTRAS]
+    content = _content(file)
+    if isinstance(content, PickledObject):
+        return _sklearn_file(file, content, name, logit_scale)
+    found = _named(content)
+    key = _chosen(file, found, name)
+    beside, layer = _bias_of(found, key), key[: key.rfind(".") + 1]
+    about = _about(found, layer)
+    more = [other for other in _tensors(found) if other not in (key, beside)]
     if more and name is None:
         raise ValueError(
-            f"{file} must hold a head alone, got further parameters that would be lost: {', '.join(more[:5])}; "
-            f"name={found[0]!r} takes the head without them"
+            f"{file} must hold a head alone, got further parameters that would be lost: {_listed(found, more)}; "
+            f"name={key!r} takes the head without them"
         )
-    if extras.get("normalize") is False:
+    if about.get("normalize") is False:
         raise ValueError(f"{file} must hold a head for features of unit norm, got one with normalize=False")
-    if logit_scale is None and "logit_scale" in extras:
+    if logit_scale is None and "logit_scale" in about:
         raise ValueError(
             f"logit_scale must be given for {file}, because the file holds a logit_scale of unknown meaning: give the "
             "factor on the logits (exp of the stored value if that is a logarithm, as in CLIP)"
         )
     try:
-        logit_scale = float(extras.get("scale", 1.0)) if logit_scale is None else logit_scale
-        rows = extras.get("classes_", extras.get("classnames"))
-        rows = rows.tolist() if isinstance(rows, Tensor | np.ndarray) else rows if rows is None else list(rows)
+        logit_scale = float(about.get("scale", 1.0)) if logit_scale is None else logit_scale
+        rows = _rows(about)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file}: scale must be a number and the classes a list: {error}") from error
-    weight, bias, rows = _head(str(file), content[found[0]], content.get(beside), rows, binary=beside != f"{layer}bias")
-    return HeadFile(weight, bias, logit_scale, rows)
+    bias = None if beside is None else found[beside]
+    return _head(str(file), found[key], bias, rows, scale=logit_scale, binary=key.endswith("coef_"))
+
+
+def is_head(path: str | Path) -> bool:
+    """Whether a file holds a linear head and nothing else, so that :func:`read_head` reads it without a name.
+
+    A single matrix without bias, classes and scale is a head if its name is usual, such as ``weight``. False for files
+    that cannot be read and for files that do not exist.
+    """
+    try:
+        content = _content(Path(path), mmap=True)
+        if isinstance(content, PickledObject):
+            return True
+        found = _named(content)
+        key = _chosen(Path(path), found, None)
+    except (OSError, TypeError, ValueError):
+        return False
+    about = _about(found, key[: key.rfind(".") + 1])
+    alone = set(_tensors(found)) <= {key, _bias_of(found, key)}
+    return alone and bool(about or key.rpartition(".")[2] in BIASES)
 
 
 def read_sklearn(model: Any) -> HeadFile:
-    """Weight, bias and classes of a fitted scikit-learn classifier with ``coef_``, ``intercept_`` and ``classes_``.
+    """The head of a fitted linear classifier of scikit-learn, or of a pipeline of scalers and one.
 
     For two classes, scikit-learn keeps one row w, the logit of the second class minus that of the first. The head gets
     the rows -w / 2 and w / 2.
+
+    Raises:
+        TypeError, ValueError: see :func:`mergetune.solutions.sklearn_models.linear_model`.
     """
-    if not all(hasattr(model, name) for name in ("coef_", "intercept_", "classes_")):
-        raise TypeError(f"model must be fitted and have coef_, intercept_ and classes_, got {type(model).__name__}")
-    weight, bias, rows = _head("model", model.coef_, model.intercept_, model.classes_.tolist(), binary=True)
-    return HeadFile(weight, bias, 1.0, rows)
+    weight, bias, classes = linear_model(model)
+    return _head("model", weight, bias, classes, binary=True)
 
 
-def _head(
-    origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, binary: bool
-) -> tuple[Tensor, Tensor | None, tuple[str, ...] | tuple[int, ...] | None]:
+def _sklearn_file(file: Path, model: PickledObject, name: str | None, logit_scale: float | None) -> HeadFile:
+    if name is not None:
+        raise ValueError(f"name must be None for the model in {file}, which has one weight, got {name!r}")
+    try:
+        found = read_sklearn(model)
+    except Exception as error:  # a damaged model raises many kinds
+        reason = str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} cannot be read as a head: {reason}") from error
+    return found if logit_scale is None else replace(found, scale=logit_scale)
+
+
+# -- the tensors of a file ---------------------------------------------------------------------------------------------
+
+
+def _content(file: Path, *, mmap: bool = False) -> Any:
+    """Content of a file: arrays by name, perhaps nested; or one array; or a model of scikit-learn."""
+    kind = kind_of_content(file)
+    if kind == "safetensors":
+        return read_safetensors(file)
+    if kind == "npz":
+        return read_npz(file)
+    if kind == "npy":
+        raise ValueError(f"{file} must hold arrays by name, got a .npy file: save weight and bias with np.savez")
+    try:
+        if kind == "torch":
+            return load_torch(file, mmap=mmap)
+        content = read_numpy_pickle(file, compressed=kind != "pickle")
+    except ValueError as error:
+        if "pickled code" not in str(error):
+            raise
+        raise ValueError(f"{error}; `mergetune convert` takes the tensors out of a pickled module") from error
+    if isinstance(content, Inert) and not isinstance(plain(content), np.ndarray | PickledObject):
+        raise ValueError(f"{file} must hold a head, got an object that is not understood")
+    return plain(content)
+
+
+def _named(content: Any) -> dict[str, Any]:
+    """The entries of nested dicts by dotted name, without wrappers; a single tensor gets the name ``weight``."""
+    if isinstance(content, Tensor | np.ndarray):
+        return {"weight": content}
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def walk(inside: Any, prefix: str, depth: int) -> None:
+        if not isinstance(inside, dict) or id(inside) in seen or depth > DEEPEST:
+            return
+        seen.add(id(inside))
+        for key, value in inside.items():
+            value = plain(value)
+            if isinstance(value, dict) and key != "class_to_idx":
+                if not (prefix == "" and str(key).startswith(ASIDE)):
+                    walk(value, f"{prefix}{key}.", depth + 1)
+            else:
+                found[f"{prefix}{key}"] = value
+
+    walk(content, "", 0)
+    names = unwrapped(_tensors(found), (*OWNERS, *(f"{key}." for key in PLAIN)))
+    prefix = next((own.removesuffix(name) for name, own in names.items()), "")  # one for all
+    return {key.removeprefix(prefix): value for key, value in found.items()}
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _tensors(found: dict[str, Any]) -> list[str]:
+    """Names of the tensors and arrays, without those that name the classes."""
+    return [
+        name
+        for name, value in found.items()
+        if isinstance(value, Tensor | np.ndarray) and name.rpartition(".")[2] not in ABOUT
+    ]
+
+
+def _chosen(file: Path, found: dict[str, Any], name: str | None) -> str:
+    """Name of the head's weight; raises ValueError if there is none or the choice is open."""
+    matrices = [key for key in _tensors(found) if _is_weight(key, found[key])]
+    if name is not None:
+        keys = [key for key in _tensors(found) if name == key or name in (f"{w}.{key}" for w in WRAPPERS)]
+        keys = keys or [key for key in matrices if key in (f"{name}.weight", f"{name}.coef_")]
+        if not keys:
+            raise ValueError(
+                f"name must be that of a weight in {file}, got {name!r}: {file} must hold the weight {name!r}, got "
+                f"{_listed(found, matrices or _tensors(found))}"
+            )
+        return keys[0]
+    usual = [key for key in NAMES if key in found]
+    keys = usual if len(usual) == 1 and set(matrices) <= set(usual) else matrices
+    if len(keys) > 1:
+        example = (usual or keys)[-1]
+        raise ValueError(
+            f"name must choose the head's weight in {file}, which holds several, got None: "
+            f"{_listed(found, keys)}; for example name={example!r}"
+        )
+    if not keys:
+        raise ValueError(
+            f"{file} must hold one head's weight [C, D] (name= says which it is), got {_listed(found, list(found))}"
+        )
+    return keys[0]
+
+
+def _is_weight(name: str, value: Any) -> bool:
+    """Whether a tensor may be the weight [C, D] of a head."""
+    floating = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
+    return floating and value.ndim == 2 and value.shape[1] > 1 and name.rpartition(".")[2] not in NO_HEADS
+
+
+def _bias_of(found: dict[str, Any], key: str) -> str | None:
+    """Name of the bias beside a weight, or None."""
+    layer, _, last = key.rpartition(".")
+    layer = f"{layer}." if layer else ""
+    if last in BIASES:
+        return f"{layer}{BIASES[last]}" if f"{layer}{BIASES[last]}" in found else None
+    vectors = [n for n in _tensors(found) if n.startswith(layer) and tuple(found[n].shape) == (len(found[key]),)]
+    return vectors[0] if len(vectors) == 1 else None
+
+
+def _rows(about: dict[str, Any]) -> list[Any] | None:
+    """The class of each row, or None."""
+    numbered = about.get("class_to_idx")
+    if isinstance(numbered, dict):
+        rows = {number: name for name, number in numbered.items()}
+        return [rows[number] for number in range(len(numbered))] if sorted(rows) == [*range(len(numbered))] else None
+    rows = next((about[name] for name in ROWS if name in about), None)
+    return rows.tolist() if isinstance(rows, Tensor | np.ndarray) else rows if rows is None else list(rows)
+
+
+def _listed(found: dict[str, Any], names: Sequence[str]) -> str:
+    """Names with the shapes of their tensors, for a message."""
+    shown = [
+        f"{name} {list(found[name].shape)}" if isinstance(found[name], Tensor | np.ndarray) else name
+        for name in names[:LISTED]
+    ]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(shown) + more if shown else "nothing"
+
+
+def _kind(value: Any) -> str:
+    return getattr(value, "name", type(value).__name__)
+
+
+def _about(found: dict[str, Any], layer: str) -> dict[str, Any]:
+    """The entries that describe the head of a layer, by their plain names."""
+    return {key.removeprefix(layer): value for key, value in found.items() if key.removeprefix(layer) in ABOUT}
+
+
+def _head(origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, scale: float = 1.0, binary: bool) -> HeadFile:
     """Checked weight and bias, float32, and the class name or label number of each row."""
     weight, bias = (
         _floats(f"{origin}: the weight", weight),
@@ -164,7 +369,7 @@ def _head(
         if len(numbers) != len(rows) and not all(isinstance(row, str) for row in rows):
             raise ValueError(f"{origin}: classes must be whole numbers or names, got {rows[:3]}")
         stand_for = tuple(numbers) if numbers else tuple(rows)
-    return weight, bias, stand_for
+    return HeadFile(weight, bias, scale, stand_for)
 
 
 def _floats(name: str, values: Any) -> Tensor:
@@ -174,30 +379,3 @@ def _floats(name: str, values: Any) -> Tensor:
     if isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided:
         return values.detach().float().clone()
     raise ValueError(f"{name} must be floating point, got {getattr(values, 'dtype', type(values).__name__)}")
-
-
-def _read_dict(file: Path) -> dict[str, Any]:
-    """The arrays of a .safetensors, .npz or torch file, by name; a single tensor gets the name ``weight``."""
-    if file.suffix in PICKLES:
-        raise ValueError(
-            f"{file} must be .pt, .safetensors or .npz, got a pickle, which could run code: save a scikit-learn model "
-            "with np.savez('head.npz', coef_=model.coef_, intercept_=model.intercept_, classes_=model.classes_)"
-        )
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    if file.suffix == ".npz":
-        return read_npz(file)
-    try:
-        content = load_torch(file)
-    except ValueError as error:
-        if "pickled code" not in str(error):
-            raise
-        raise ValueError(f"{error}; `mergetune convert` takes the tensors out of a pickled module") from error
-    if isinstance(content, Tensor):
-        return {"weight": content}
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a tensor or a dict of them, got {type(content).__name__}")
-    return content

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
-from mergetune.io import damaged
+from mergetune.io import damaged, kind_of_content
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
+from mergetune.solutions.checkpoints import holds_context
 from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.prompt import Prompt
@@ -70,20 +71,26 @@ def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[st
 
 
 def open_solution(
-    path: str | Path, *, classnames: Sequence[str] | None = None, template: str | None = None, position: str = "end"
+    path: str | Path,
+    *,
+    classnames: Sequence[str] | None = None,
+    template: str | None = None,
+    position: str = "end",
+    name: str | None = None,
 ) -> Solution:
     """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, or the file of a head.
 
-    Exports are read back with class names and scale: the files of :func:`mergetune.to_head`, and those of
-    :func:`mergetune.to_coop` and :func:`mergetune.zero_shot_classifier` as long as FILE.mergetune.json stands beside
-    them.
+    Exports are read back with class names and scale: the files of :func:`mergetune.to_head` and
+    :func:`mergetune.zero_shot_classifier`, and those of :func:`mergetune.to_coop` as long as FILE.mergetune.json stands
+    beside them. The content of a file says what it is, whatever its ending.
 
     Args:
         path: a folder with ``solution.json``; a prompt checkpoint or its folder, see :meth:`Prompt.from_checkpoint`;
-            or a head as .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`.
+            or the file of a head, see :meth:`Head.from_checkpoint`.
         classnames: class names by label number, for a head or a class-specific prompt whose file has no names.
         template, position: text and class-name position of a prompt checkpoint, see :meth:`Prompt.from_checkpoint`.
             Not used for a solution that mergetune saved.
+        name: name of the weight in the file of a head that holds several. A solution that mergetune saved has none.
 
     Raises:
         FileNotFoundError: nothing is at ``path``.
@@ -98,24 +105,29 @@ def open_solution(
     """
     path = Path(path)
     if (path / CONFIG).is_file():
+        if name is not None:
+            raise ValueError(f"name must be None for a solution that mergetune saved, got {name!r} for {path}")
         return load_solution(path)
     if path.suffix in (".onnx", ".pt2"):
         raise ValueError(
             f"{path} must be a solution, got a graph from images to logits, which cannot be turned back: give the "
             "solution that it was exported from"
         )
-    if (exported := read_export(path, classnames=classnames, template=template, position=position)) is not None:
-        return exported
-    if path.suffix in (".npz", ".safetensors", ".pkl", ".joblib"):
-        return Head.from_checkpoint(path, classnames=classnames)
+    if name is None:
+        exported = read_export(path, classnames=classnames, template=template, position=position)
+        if exported is not None:
+            return exported
+    kind = kind_of_content(path) if path.is_file() else "torch"
+    if name is not None or not (kind == "torch" or (kind == "safetensors" and holds_context(path))):
+        return Head.from_checkpoint(path, classnames=classnames, name=name)
     try:
         return Prompt.from_checkpoint(path, template=template, classnames=classnames, position=position)
     except ValueError as no_prompt:
-        if path.suffix not in (".pt", ".pth"):
-            raise
         try:
             return Head.from_checkpoint(path, classnames=classnames)
-        except ValueError as no_head:
+        except (ValueError, OSError) as no_head:
+            if path.suffix not in (".pt", ".pth"):  # the usual endings of heads
+                raise no_prompt from None
             raise ValueError(f"{path} must hold a prompt or a head: {no_prompt}; {no_head}") from no_head
 
 

@@ -1,4 +1,7 @@
-"""FILE.mergetune.json beside an export whose format holds no class names: names, scale, and text of a prompt.
+"""What an export whose format holds no class names says about itself: names, scale, and text of a prompt.
+
+The description stands beside the export, in FILE.mergetune.json, and for a classifier also in the archive that
+torch.save writes, where torch ignores it: such a file can be moved and renamed.
 
 Shapes: C classes, D embedding width.
 """
@@ -6,6 +9,9 @@ Shapes: C classes, D embedding width.
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +20,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mergetune.io import (
+    MAX_SETTINGS,
     MAX_WEIGHTS,
     Document,
     Items,
     Number,
     Sha256,
+    open_regular,
+    parse_document,
     read_document,
     sha256_regular,
     write_json,
@@ -31,17 +40,16 @@ from mergetune.solutions.head_files import read_arrays
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.temperatures import HIGHEST, LOWEST
 
-FORMAT, VERSION, ENDING = "mergetune-export", 1, ".mergetune.json"
+FORMAT, VERSION, ENDING, RECORD = "mergetune-export", 1, ".mergetune.json", "mergetune.json"
 WAY_ON = "export the solution again, or remove this file and give class names and settings yourself"
 
 
-class Sidecar(Document, frozen=True):
-    """What the sidecar says about the export FILE.
+class Description(Document, frozen=True):
+    """What is said about an export.
 
     Attributes:
         format, version: name and version of the format.
         form: form of the export.
-        sha256: checksum of FILE, which shows that the two files belong together.
         classnames: C names, in the order of the columns of a classifier; of a prompt for any classes, those of the
             file's token embeddings.
         logit_scale: factor on the logits; None takes that of the CLIP.
@@ -54,7 +62,6 @@ class Sidecar(Document, frozen=True):
     format: Literal["mergetune-export"]
     version: Literal[1]
     form: Literal["classifier", "coop"]
-    sha256: Sha256
     classnames: Annotated[Items[str], Field(min_length=1)]
     logit_scale: Annotated[Number, Field(gt=0, le=LARGEST_SCALE)] | None
     temperature: Annotated[Number, Field(ge=LOWEST, le=HIGHEST)] = 1.0
@@ -62,6 +69,16 @@ class Sidecar(Document, frozen=True):
     fingerprint: Sha256 | None
     template: str | None = None
     position: Literal["end", "middle", "front"] = "end"
+
+
+class Sidecar(Description, frozen=True):
+    """FILE.mergetune.json beside an export.
+
+    Attributes:
+        sha256: checksum of FILE, which shows that the two files belong together.
+    """
+
+    sha256: Sha256
 
 
 def sidecar_of(file: Path) -> Path:
@@ -74,16 +91,44 @@ def write_sidecar(file: Path, content: bytes, **fields: Any) -> None:
     Args:
         file: the export.
         content: its bytes.
-        fields: the fields of :class:`Sidecar` but format, version and checksum.
+        fields: the fields of :class:`Description` but format and version.
     """
     sha256 = hashlib.sha256(content).hexdigest()
     write_json(sidecar_of(file), {"format": FORMAT, "version": VERSION, **fields, "sha256": sha256}, indent=2)
 
 
+def with_description(content: bytes, **fields: Any) -> bytes:
+    """The bytes of torch.save with a description in the archive, which torch.load ignores.
+
+    Args:
+        content: the bytes.
+        fields: the fields of :class:`Description` but format and version.
+    """
+    stream = io.BytesIO(content)
+    with zipfile.ZipFile(stream, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        text = json.dumps({"format": FORMAT, "version": VERSION, **fields}, indent=2)
+        archive.writestr(zipfile.ZipInfo(f"{folder}/{RECORD}"), text)  # without today's date: equal exports are equal
+    return stream.getvalue()
+
+
+def _description_in(file: Path) -> Description | None:
+    """The description in the archive of an export; None for other files."""
+    try:
+        with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
+            found = [info for info in archive.infolist() if info.filename.endswith(f"/{RECORD}")]
+            if not found or found[0].file_size > MAX_SETTINGS:
+                return None
+            text = archive.read(found[0])
+    except Exception:  # zipfile raises many kinds on other and on damaged files, whose reader says what is wrong
+        return None
+    return parse_document(text, Description, name=f"{file}: {RECORD}", way_on=WAY_ON)
+
+
 def read_export(
     path: Path, *, classnames: Sequence[str] | None, template: str | None, position: str
 ) -> Solution | None:
-    """The solution in an export that has its sidecar; None for other files.
+    """The solution in an export that has a description, beside it or in its archive; None for other files.
 
     Args:
         path: a classifier, or a CoOp checkpoint or its folder.
@@ -95,25 +140,29 @@ def read_export(
         ValueError: the two files do not belong together, or the class names or the position are others.
     """
     file = _export_at(path)
-    if file is None or not sidecar_of(file).is_file():
+    if file is None:
         return None
-    found = read_document(sidecar_of(file), Sidecar, way_on=WAY_ON)
-    if sha256_regular(file, limit=MAX_WEIGHTS) != found.sha256:
-        raise ValueError(
-            f"{sidecar_of(file)} must describe {file.name} beside it, got the checksum of another file; {WAY_ON}"
-        )
+    where = sidecar_of(file)
+    if where.is_file():
+        found: Description | None = read_document(where, Sidecar, way_on=WAY_ON)
+        if sha256_regular(file, limit=MAX_WEIGHTS) != found.sha256:
+            raise ValueError(f"{where} must describe {file.name} beside it, got the checksum of another file; {WAY_ON}")
+    else:
+        found, where = _description_in(file), f"{file}: {RECORD}"
+    if found is None:
+        return None
     if position not in ("end", found.position):
-        raise ValueError(f"position must be {found.position!r}, as {sidecar_of(file)} says, got {position!r}")
+        raise ValueError(f"position must be {found.position!r}, as {where} says, got {position!r}")
     try:
         solution = _described(file, found, template)
     except ValueError as error:  # a name or text that the kind refuses, or shapes that do not fit the names
-        raise ValueError(f"{sidecar_of(file)} does not describe {file.name}: {error}; {WAY_ON}") from error
+        raise ValueError(f"{where} does not describe {file.name}: {error}; {WAY_ON}") from error
     if solution.classnames is not None and classnames is not None:
         check_same_names(classnames, solution.classnames)
     return solution
 
 
-def _described(file: Path, found: Sidecar, template: str | None) -> Solution:
+def _described(file: Path, found: Description, template: str | None) -> Solution:
     origin: dict[str, Any] = {"backbone": found.backbone, "fingerprint": found.fingerprint}
     if found.form == "classifier":
         weight = read_arrays(file)["weight"].T.contiguous()  # the file holds [D, C]

@@ -164,7 +164,9 @@ def fit_job(
     check_cuda_graph(options.cuda_graph, clip.device, random=alphas is None)
     # A head's logit scale may be separate or part of its weight. One convention gives lam and lr one meaning.
     anchors = [anchor.for_clip(clip).rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
-    solution, classnames = anchors[0], features.classnames
+    classnames = features.classnames
+    anchors = [anchor.in_order_of(classnames) for anchor in anchors]
+    solution = anchors[0]
     if not solution.state():
         raise ValueError(f"tuned must have a state to train, got {solution.kind}: tune a residual or a map on it")
     for other in anchors[1:]:

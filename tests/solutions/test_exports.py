@@ -248,9 +248,23 @@ def test_a_zero_shot_classifier_comes_back_with_names_and_scale(clip, tmp_path, 
     assert open_solution(file, classnames=NAMES[::-1]).classnames == NAMES
     with pytest.raises(ValueError, match="classnames must be those of the file, got other names: cat, dog"):
         open_solution(file, classnames=["dog", *NAMES[1:]])
-    (tmp_path / "classifier.pt.mergetune.json").unlink()
+    moved = file.rename(tmp_path / "moved.bin")  # without the file beside it
+    assert (
+        torch.equal(open_solution(moved).weight, back.weight) and open_solution(moved).logit_scale == back.logit_scale
+    )
+    with pytest.raises(ValueError, match="classnames must be those of the file, got other names: cat, dog"):
+        open_solution(moved, classnames=["dog", *NAMES[1:]])
+
+
+def test_open_clips_matrix_is_read_with_class_names(tmp_path):
+    """It is stored as [D, C], without names."""
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    torch.save(weight.T.contiguous(), tmp_path / "classifier.pt")
+    assert torch.equal(open_solution(tmp_path / "classifier.pt", classnames=NAMES).weight, weight)
     with pytest.raises(ValueError, match="classnames must be given for a head whose file does not name its classes"):
-        open_solution(file)
+        open_solution(tmp_path / "classifier.pt")
+    with pytest.raises(ValueError, match="must name the 16 classes of weight, got 2"):
+        open_solution(tmp_path / "classifier.pt", classnames=NAMES[:2])
 
 
 def test_a_temperature_is_part_of_a_heads_scale(clip, tmp_path):

@@ -52,10 +52,19 @@ def test_a_head_in_a_whole_model_must_be_asked_for(tmp_path):
     """Its features are those of the layers that were trained with it."""
     model = {"visual.proj.weight": torch.zeros(2, 2), "head.weight": WEIGHT, "head.bias": BIAS}
     torch.save(model, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="lost: visual.proj.weight; name='head.weight' takes the head without them"):
+    several = (
+        r"holds several, got None: visual.proj.weight \[2, 2\], head.weight \[3, 16\]; for example name='head.weight'"
+    )
+    with pytest.raises(ValueError, match=several):
         Head.from_checkpoint(tmp_path / "model.pt", classnames=NAMES)
-    head = Head.from_checkpoint(tmp_path / "model.pt", classnames=NAMES, name="head.weight")
-    assert torch.equal(head.weight, WEIGHT) and torch.equal(head.bias, BIAS)
+    for name in ("head.weight", "head"):
+        head = Head.from_checkpoint(tmp_path / "model.pt", classnames=NAMES, name=name)
+        assert torch.equal(head.weight, WEIGHT) and torch.equal(head.bias, BIAS)
+    torch.save({"stem.weight": torch.zeros(2, 3, 4, 4), "head.weight": WEIGHT}, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=r"lost: stem.weight \[2, 3, 4, 4\]; name='head.weight' takes the head without"
+    ):
+        Head.from_checkpoint(tmp_path / "model.pt", classnames=NAMES)
 
 
 def test_the_logit_scale_of_a_head(tmp_path):
@@ -71,8 +80,14 @@ def test_the_logit_scale_of_a_head(tmp_path):
     ("arrays", "match"),
     [
         ({"ctx": WEIGHT}, "must hold one head's weight .* got ctx"),
-        ({"weight": WEIGHT, "fc.weight": WEIGHT}, "must hold one head's weight .* got (fc.)?weight, (fc.)?weight"),
-        ({"adapter.fc.0.weight": WEIGHT, "adapter.fc.2.weight": WEIGHT}, "got adapter.fc.0.weight, adapter.fc.2"),
+        (
+            {"weight": WEIGHT, "fc.weight": WEIGHT},
+            r"holds several, got None: (fc.)?weight \[3, 16\], (fc.)?weight \[3, 16\]",
+        ),
+        (
+            {"adapter.fc.0.weight": WEIGHT, "adapter.fc.2.weight": WEIGHT},
+            r"several, got None: adapter.fc.0.weight \[3, 16\], adapter.fc.2",
+        ),
         ({"weight": WEIGHT[0]}, r"weight must have shape \[C, D\], got \[16\]"),
         ({"weight": WEIGHT.long()}, "weight must be floating point"),
         ({"weight": WEIGHT, "bias": BIAS[:2]}, r"bias must have shape \[C\] = \[3\], got \[2\]"),
