@@ -28,38 +28,39 @@ MAX_DEPTH = 4  # most dicts around each other that are looked through
 
 
 def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor."""
     return isinstance(value, Tensor)
 
 
 def inner_state(
-    content: Mapping[Any, Any], *, tensor: Callable[[Any], bool] = is_tensor, at: Callable[[Any], Any] = lambda v: v
-) -> tuple[tuple[str, ...], Mapping[Any, Any]]:
+    content: Any, *, tensor: Callable[[Any], bool] = is_tensor, keys: Collection[str] = PLAIN
+) -> tuple[tuple[str, ...], Any]:
     """The innermost dict of weights in the content of a checkpoint, and the keys that lead to it.
 
     Args:
         content: the content of the file, such as ``{"state_dict": {"model": {...}}, "epoch": 3}``.
-        tensor: function that says whether a value is a tensor.
-        at: function that returns the dict in a value, for contents in which other objects stand for dicts.
+        tensor: function that says whether a value of a dict is a tensor.
+        keys: keys of dicts that are looked through, the preferred ones first.
 
     Returns:
         The keys and the dict; no keys and the content itself if no dict is around the weights.
     """
-    keys: tuple[str, ...] = ()
-    for _ in range(MAX_DEPTH):
-        below = ((key, at(content[key])) for key in PLAIN if key in content)
-        found = next(((key, inside) for key, inside in below if _holds_tensors(inside, tensor, at)), None)
-        if found is None:
+    path: tuple[str, ...] = ()
+    while isinstance(content, Mapping) and len(path) < MAX_DEPTH:
+        key = next((key for key in keys if key in content and _holds_tensors(content[key], tensor, keys)), None)
+        if key is None:
             break
-        keys, content = (*keys, found[0]), found[1]
-    return keys, content
+        path, content = (*path, key), content[key]
+    return path, content
 
 
-def _holds_tensors(inside: Any, tensor: Callable[[Any], bool], at: Callable[[Any], Any], depth: int = 0) -> bool:
-    if not isinstance(inside, Mapping) or depth == MAX_DEPTH:
+def _holds_tensors(inside: Any, tensor: Callable[[Any], bool], keys: Collection[str], depth: int = 1) -> bool:
+    if not isinstance(inside, Mapping):
         return False
     if any(tensor(value) for value in inside.values()):
         return True
-    return any(_holds_tensors(at(inside[key]), tensor, at, depth + 1) for key in PLAIN if key in inside)
+    below = (inside[key] for key in keys if key in inside)
+    return depth < MAX_DEPTH and any(_holds_tensors(value, tensor, keys, depth + 1) for value in below)
 
 
 def unwrapped(names: Collection[str], prefixes: Collection[str] = PREFIXES) -> dict[str, str]:

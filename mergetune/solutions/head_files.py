@@ -47,6 +47,9 @@ NO_HEADS = ("ctx", "token_prefix", "token_suffix")  # matrices of other meanings
 DEEPEST = 8  # most dicts around a tensor
 LISTED = 8  # most tensors that a message lists
 
+WRAPPED = (*OWNERS, *(f"{key}." for key in PLAIN))
+"""Beginnings of names that trainers put around those of the layers, as prefixes or as dicts."""
+
 
 @brief()
 @dataclass(frozen=True, eq=False)
@@ -256,7 +259,7 @@ def _named(content: Any) -> dict[str, Any]:
                 found[f"{prefix}{key}"] = value
 
     walk(content, "", 0)
-    names = unwrapped(_tensors(found), (*OWNERS, *(f"{key}." for key in PLAIN)))
+    names = unwrapped(_tensors(found), WRAPPED)
     prefix = next((own.removesuffix(name) for name, own in names.items()), "")  # one for all
     return {key.removeprefix(prefix): value for key, value in found.items()}
 
@@ -278,7 +281,7 @@ def _chosen(file: Path, found: dict[str, Any], name: str | None) -> str:
     """Name of the head's weight; raises ValueError if there is none or the choice is open."""
     matrices = [key for key in _tensors(found) if _is_weight(key, found[key])]
     if name is not None:
-        keys = [key for key in _tensors(found) if name == key or name in (f"{w}.{key}" for w in WRAPPERS)]
+        keys = [key for key in _tensors(found) if name == key or name in (f"{w}{key}" for w in WRAPPED)]
         keys = keys or [key for key in matrices if key in (f"{name}.weight", f"{name}.coef_")]
         if not keys:
             raise ValueError(
