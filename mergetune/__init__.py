@@ -7,7 +7,7 @@ from mergetune.facts.source_tree import complete_source_tree
 
 if TYPE_CHECKING:
     from mergetune import merging
-    from mergetune.clip import FrozenClip, load_clip
+    from mergetune.clip import FeatureSpace, FrozenClip, load_clip
     from mergetune.data import (
         DATASETS,
         CoOpDataset,
@@ -78,6 +78,7 @@ __all__ = [
     "CoOpDataset",
     "Dataset",
     "FeatureCache",
+    "FeatureSpace",
     "FitResult",
     "FolderResult",
     "FrozenClip",
@@ -144,7 +145,7 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.clip": "FrozenClip load_clip",
+        "mergetune.clip": "FeatureSpace FrozenClip load_clip",
         "mergetune.data": (
             "Dataset ImageFolder ImageList coop_split image_table DATASETS CoOpDataset check_dataset read_features "
             "FeatureCache cache_features templates_for"

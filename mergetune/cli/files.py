@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, Position, Precision, Pretrained
+from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, HeadName, Position, Precision, Pretrained
 from mergetune.cli.running import suggest
 from mergetune.cli.shared import clip_for, errors, read_names, read_solution, tell
 from mergetune.facts.function_options import BACKGROUND
@@ -48,6 +48,7 @@ def export(
     ] = None,
     license: Annotated[str | None, typer.Option(help="hub: license named on the model card, for example mit.")] = None,
     position: Position = "end",
+    weight: HeadName = None,
     background: Annotated[
         str | None,
         typer.Option(help="onnx, torch-export: colour under transparent pixels, as in `mergetune predict`; white."),
@@ -66,7 +67,7 @@ def export(
         names = None if classes is None else read_names(classes)
         if form == "onnx":
             serving.require_packages(form)
-        found = read_solution(solution, position=position, classnames=names)
+        found = read_solution(solution, position=position, classnames=names, name=weight)
         needs_clip = form != "hub" and not (form == "head" and found.plain_head() is not None)
         missing = []
         if needs_clip and not (backbone or found.backbone):

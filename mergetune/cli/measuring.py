@@ -34,6 +34,7 @@ from mergetune.cli.options import (
     Cache,
     Classes,
     Device,
+    HeadName,
     Json,
     MaxPixels,
     Position,
@@ -76,6 +77,7 @@ def evaluate(
     ] = False,
     template: Templates = ["a photo of a {}."],
     position: Position = "end",
+    weight: HeadName = None,
     confusion: ConfusionFile = None,
     per_class: PerClassFile = None,
     wrong: WrongFile = None,
@@ -99,7 +101,7 @@ def evaluate(
         wanted.check(solution or [ZERO_SHOT], base_novel=base_novel)
         check_temperature(temperature, val, base_novel=base_novel)
         test = open_cache(features, "base" if base_novel else classes, split="test")
-        opened = {name: read_solution(name, test, position) for name in solution}
+        opened = {path: read_solution(path, test, position, name=weight) for path in solution}
         clip = clip_for(
             backbone,
             pretrained,
@@ -108,12 +110,13 @@ def evaluate(
             allow_torchscript=allow_torchscript,
             caches=[test],
             solutions=opened,
+            only_heads=True,
         )
-        entries = {ZERO_SHOT: mt.classifier(clip, template)}
-        entries |= {name: mt.classifier(clip, found) for name, found in opened.items()}
+        entries = {} if isinstance(clip, mt.FeatureSpace) else {ZERO_SHOT: mt.classifier(clip, template)}
+        entries |= {path: mt.classifier(clip, found) for path, found in opened.items()}
         # Class weights are computed once per list of classes.
-        entries = {name: replace(found, weights=functools.cache(found.weights)) for name, found in entries.items()}
-        at = {name: mt.temperature_of(opened.get(name, template)) for name in entries}
+        entries = {row: replace(found, weights=functools.cache(found.weights)) for row, found in entries.items()}
+        at = {row: mt.temperature_of(opened.get(row, template)) for row in entries}
         if base_novel:
             halves = _base_novel(entries, at, test, open_cache(features, "novel", split="test"))
             if as_json:
@@ -202,6 +205,7 @@ def path(
         ),
     ] = 5,
     position: Position = "end",
+    weight: HeadName = None,
     as_json: Json = False,
 ) -> None:
     """Measure loss, accuracy and barriers on the straight paths between three solutions, and draw them.
@@ -216,7 +220,7 @@ def path(
         if curvature == 1:
             raise ValueError("--curvature must be 0 or at least 2 (both ends of a path count), got 1")
         data = open_cache(features, classes, split="test")
-        merged, start = read_solution(solution, data, position), read_solution(tuned, data, position)
+        merged, start = (read_solution(path, data, position, name=weight) for path in (solution, tuned))
         clip = clip_for(
             backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
             caches=[data], solutions={tuned: start, solution: merged},

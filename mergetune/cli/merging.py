@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from mergetune.cli.options import (
     Classes,
     Device,
     Fitting,
+    HeadName,
     Json,
     Overwrite,
     Precision,
@@ -37,6 +39,7 @@ from mergetune.cli.shared import (
     out,
     print_json,
     print_table,
+    read_names,
     read_solution,
     suggest_use,
     tell,
@@ -53,8 +56,8 @@ def merge(
     experts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What to merge: saved solutions and CoOp checkpoints; or weights of models and adapters: files, "
-            "indices of sharded checkpoints (*.index.json) and folders."
+            help="What to merge: saved solutions, CoOp checkpoints and files of heads, which are merged by class name; "
+            "or weights of models and adapters: files, indices of sharded checkpoints (*.index.json) and folders."
         ),
     ] = None,
     out_path: Annotated[
@@ -62,7 +65,8 @@ def merge(
         typer.Option(
             "--out",
             help="Folder for the merged solution, or .safetensors file for merged weights. Weights from folders may go "
-            "to a folder, with the settings of the first.",
+            "to a folder, with the settings of the first; a merged head may go to a file: .safetensors, .npz, .pt, "
+            ".pth.",
         ),
     ] = None,
     base: Annotated[
@@ -101,6 +105,11 @@ def merge(
     allow_torchscript: AllowTorchscript = False,
     device: Device = "cpu",
     precision: Precision = "float32",
+    weight: HeadName = None,
+    names: Annotated[
+        Path | None,
+        typer.Option("--classnames", help="Class names for heads whose files name none: a text file, one per line."),
+    ] = None,
     features: CacheIfNeeded = None,
     classes: Classes = "all",
     shots: Annotated[
@@ -128,7 +137,8 @@ def merge(
     from mergetune import experiments
     from mergetune.io import require_output_folder
     from mergetune.merging import catalogue
-    from mergetune.solutions import zero_shot_like
+    from mergetune.solutions import to_head, zero_shot_like
+    from mergetune.solutions.exports import HEAD_SUFFIXES
 
     with errors():
         if not (method and experts and out_path):
@@ -136,7 +146,7 @@ def merge(
         _refuse_input(out_path, [*experts, *([] if base is None else [base])])
         options = catalogue.parse_options(method, option)
         weights = {"missing": missing, "ema": ema, "lora": lora, "lora_rank": lora_rank}
-        files = [out_path.suffix == ".safetensors" or catalogue.is_weights(path) for path in experts]
+        files = [_is_weights(path, out_path) for path in experts]
         if any(files) and not all(files):
             raise ValueError(f"experts must be all solutions or all weights, got {', '.join(experts)}")
         if all(files):
@@ -148,32 +158,63 @@ def merge(
             unused = {"missing": "refuse", "ema": False, "lora": None, "lora_rank": None}
             if given := [name for name in weights if weights[name] != unused[name]]:
                 raise ValueError(f"--{given[0].replace('_', '-')} must not be given with solutions: it is for weights")
-            require_output_folder(out_path)
+            if out_path.suffix not in HEAD_SUFFIXES:
+                require_output_folder(out_path)
             data = None if features is None else open_cache(features, classes, shots=shots, seed=seed)
-            solutions = [read_solution(path, data) for path in experts]
+            called = None if names is None else read_names(names)
+            opened = partial(read_solution, features=data if called is None else None, classnames=called, name=weight)
+            solutions = [opened(path) for path in experts]
+            _check_place(out_path, solutions[0])
             start: Any = None
             if base is not None and "{}" not in base:
-                start = read_solution(base, data)
+                start = opened(base)
             needed = start is None and (base or catalogue.needs_base(method, len(solutions), options))
             clip: Any = None
             if backbone or needed or data is not None:
                 used = dict(zip(experts, solutions, strict=True)) | ({} if start is None else {str(base): start})
                 clip = clip_for(
                     backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
-                    caches=[] if data is None else [data], solutions=used,
+                    caches=[] if data is None else [data], solutions=used, only_heads=not needed,
                 )  # fmt: skip
             if needed:
                 start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
             merged = experiments.merge_solutions(
                 method, solutions, base=start, clip=clip, features=data, options=options
             )
-            merged.save(out_path)
+            if out_path.suffix in HEAD_SUFFIXES:
+                to_head(merged, out_path)
+            else:
+                merged.save(out_path)
             suggest_use(out_path, features, classes)
             notes = merged.notes | {"base": base, "experts": experts}
     if as_json:
         print_json(notes | {"out": str(out_path)})
     else:
         tell(f"{notes['merged']} of {len(experts)}: {out_path}")
+
+
+def _is_weights(path: str, out_path: Path) -> bool:
+    """Whether an input of a merge is weights of a model or adapter, and no solution: the rows of heads have names."""
+    from mergetune.merging import catalogue
+    from mergetune.solutions.head_files import is_head
+
+    if (Path(path) / "solution.json").is_file():
+        return False
+    return (out_path.suffix == ".safetensors" or catalogue.is_weights(path)) and not is_head(path)
+
+
+def _check_place(out_path: Path, first: Any) -> None:
+    """Raises ValueError if the ending of --out promises a file in which a merged solution is not written."""
+    from mergetune.merging.stream import UNWRITTEN
+    from mergetune.solutions.exports import HEAD_SUFFIXES
+
+    if out_path.suffix in HEAD_SUFFIXES and first.plain_head() is not None:
+        if out_path.is_dir():
+            raise ValueError(f"--out must be the path of a file, got the folder {out_path}")
+        return
+    if out_path.suffix in (*HEAD_SUFFIXES, *UNWRITTEN):
+        what = f"{', '.join(HEAD_SUFFIXES)} or a folder" if first.plain_head() is not None else "a folder"
+        raise ValueError(f"--out must be {what} for a merged {first.kind}, got {out_path}")
 
 
 def _refuse_input(out_path: Path, inputs: list[str]) -> None:

@@ -108,6 +108,10 @@ Position = Annotated[
         help="Place of the class name in a CoOp checkpoint (CLASS_TOKEN_POSITION): end, middle or front.",
     ),
 ]
+HeadName = Annotated[
+    str | None,
+    typer.Option("--name", help="Name of the weight in the file of a head that holds several matrices."),
+]
 
 # Settings and output.
 Space = Annotated[

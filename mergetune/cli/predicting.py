@@ -20,6 +20,7 @@ from mergetune.cli.options import (
     BackboneIfNeeded,
     Background,
     Device,
+    HeadName,
     Json,
     MaxPixels,
     Position,
@@ -88,6 +89,7 @@ def predict(
     max_pixels: MaxPixels = MAX_PIXELS,
     background: Background = BACKGROUND,
     position: Position = "end",
+    weight: HeadName = None,
 ) -> None:
     """Classify pictures: one row per picture, in the order of the input, with the most probable classes.
 
@@ -110,7 +112,9 @@ def predict(
             raise ValueError(f"--csv and --json exclude each other, got --csv {csv_file} and --json: leave one out")
         names = None if classes is None else read_names(classes)
         template = "{}" in solution
-        opened: Any = solution if template else read_solution(solution, position=position, classnames=names)
+        opened: Any = (
+            solution if template else read_solution(solution, position=position, classnames=names, name=weight)
+        )
         names = classes_of(opened, names)  # what is wrong with names or pictures is said before the model is loaded
         found = list(find_pictures(pictures))
         clip = clip_for(

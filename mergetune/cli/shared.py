@@ -142,7 +142,12 @@ def _one_cache(folder: Path, split: str | None, option: str) -> Path:
 
 
 def read_solution(
-    path: str, features: Any = None, position: str = "end", *, classnames: Sequence[str] | None = None
+    path: str,
+    features: Any = None,
+    position: str = "end",
+    *,
+    classnames: Sequence[str] | None = None,
+    name: str | None = None,
 ) -> Any:
     """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head.
 
@@ -151,12 +156,18 @@ def read_solution(
         features: feature cache or dataset whose class names are used if the file has none.
         position: place of the class name in a CoOp checkpoint.
         classnames: these names in place of those of ``features``.
+        name: name of the weight in the file of a head. Folders have none.
     """
     from mergetune.solutions import open_solution
 
     _refuse_no_solution(Path(path))
     names = classnames if features is None else features.classnames
-    return open_solution(path, classnames=names, position=position)
+    return open_solution(path, classnames=names, position=position, name=None if Path(path).is_dir() else name)
+
+
+def is_saved(text: Any) -> bool:
+    """Whether the value of an option for zero-shot templates is the path of a saved solution instead."""
+    return isinstance(text, str) and "{}" not in text and Path(text).exists()
 
 
 def read_names(file: Path) -> list[str]:
@@ -182,8 +193,11 @@ def clip_for(
     allow_torchscript: bool = False,
     caches: Sequence[Any] = (),
     solutions: Mapping[str, Any] | Sequence[Any] = (),
+    only_heads: bool = False,
 ) -> Any:
     """Returns the backbone that --backbone names, or the one that a cache or a solution records (told in a line).
+
+    Where none is named or recorded, heads and caches are enough for commands that need no tower.
 
     Args:
         backbone: value of --backbone; None takes the first record, of caches before solutions.
@@ -193,6 +207,7 @@ def clip_for(
         allow_torchscript: see :func:`mergetune.load_clip`.
         caches: feature caches that the command uses.
         solutions: solutions that the command uses, or {path: solution}, so that messages can name them.
+        only_heads: whether the command needs no tower if all solutions are heads.
 
     Raises:
         ValueError: no name is given or recorded, or the caches and solutions were made with different backbones.
@@ -205,6 +220,9 @@ def clip_for(
     if backbone is None:
         listed = origins(caches, solutions)
         recorded = [origin for origin in listed if origin.backbone]
+        if not recorded and only_heads and (space := _feature_space(caches, solutions, device)) is not None:
+            check_origins(space, "the feature cache", caches, solutions)
+            return space
         if not recorded:
             owners = " nor ".join(origin.owner for origin in listed)
             reason = f": no backbone is recorded by {owners}" if owners else ""
@@ -228,6 +246,23 @@ def clip_for(
         ) from error
     check_origins(clip, named_by, caches, solutions)
     return clip
+
+
+def _feature_space(caches: Sequence[Any], solutions: Mapping[str, Any] | Sequence[Any], device: str) -> Any:
+    """The space of the features of a cache, if all solutions are heads; else None.
+
+    Its logit scale is the largest of the heads: others, such as scikit-learn's, hold the factor in their rows.
+    """
+    import mergetune as mt
+
+    heads = list(solutions.values() if isinstance(solutions, Mapping) else solutions)
+    if not (caches and heads and all(isinstance(head, mt.Head) for head in heads)):
+        return None
+    scale, fingerprint = max(head.logit_scale for head in heads), caches[0].fingerprint
+    if first_rank():
+        said = f"no backbone is loaded: heads on features of width {caches[0].dim}, logit scale {scale:.6g}"
+        err.print(f"[dim]{said}[/]", soft_wrap=True, highlight=False)
+    return mt.FeatureSpace(caches[0].dim, scale, fingerprint=fingerprint, device=device)
 
 
 def _refuse_no_solution(path: Path) -> None:

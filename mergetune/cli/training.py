@@ -17,6 +17,7 @@ from mergetune.cli.options import (
     Cache,
     Classes,
     Device,
+    HeadName,
     Json,
     MaxPixels,
     Overwrite,
@@ -38,6 +39,7 @@ from mergetune.cli.shared import (
     errors,
     finish,
     first_rank,
+    is_saved,
     open_cache,
     open_images,
     print_json,
@@ -47,7 +49,7 @@ from mergetune.cli.shared import (
     warn_of_few,
 )
 from mergetune.facts import FitOptions, TuneOptions
-from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
+from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS, PROMPT_METHODS
 
 Val = Annotated[
     Path | None,
@@ -72,6 +74,7 @@ def tune(
         typer.Option("--base", help="Solution that a residual or a map is put on; zero-shot if not given."),
     ] = None,
     val: Val = None,
+    weight: HeadName = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -89,17 +92,22 @@ def tune(
     with errors():
         data = open_cache(features, classes, shots=shots, seed=options["seed"], split="train")
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
-        below = None if base is None else read_solution(str(base), data)
+        given = keywords(TuneOptions, options)
+        below = None if base is None else read_solution(str(base), data, name=weight)
+        known = {} if below is None else {str(base): below}
+        if is_saved(given["zero_shot"]):
+            path = given["zero_shot"]
+            given["zero_shot"] = known[path] = read_solution(path, data, name=weight)
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (data, chosen_on) if cache is not None],
-            solutions={} if below is None else {str(base): below},
+            solutions=known, only_heads=given["method"] not in PROMPT_METHODS,
         )  # fmt: skip
         if dry_run:
-            stage_1 = {"base": below, **keywords(TuneOptions, options)}
+            stage_1 = {"base": below, **given}
             dry_run_of_tune(clip, data, stage_1, f"Would tune on {features} into {out}.", as_json)
             return
-        job = tune_job(clip, data, base=below, val=chosen_on, **keywords(TuneOptions, options))
+        job = tune_job(clip, data, base=below, val=chosen_on, **given)
         result, folder = _train(job, out, overwrite)
     if base is None:
         drawn = (("--classes", classes, "all"), ("--shots", shots, None), ("--seed", options["seed"], TuneOptions.seed))
@@ -154,6 +162,7 @@ def fit(
         ),
     ] = ["a photo of a {}."],
     position: Position = "end",
+    weight: HeadName = None,
     method: Annotated[
         str,
         typer.Option(
@@ -231,15 +240,16 @@ def fit(
         learned = data.base_novel()[0] if images and classes == "base" else data
         if images is not None:
             warn_of_few(shots, learned.few_shot(shots, seed))
-        solutions = [read_solution(path, learned, position) for path in tuned]
+        solutions = [read_solution(path, learned, position, name=weight) for path in tuned]
         zero_shot: Any = template
         known = dict(zip(tuned, solutions, strict=True))
-        if images is None and len(template) == 1 and "{}" not in template[0] and Path(template[0]).exists():
-            zero_shot = known[template[0]] = read_solution(template[0], learned, position)
+        if images is None and len(template) == 1 and is_saved(template[0]):
+            zero_shot = known[template[0]] = read_solution(template[0], learned, position, name=weight)
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (None if images else data, chosen_on) if cache is not None], solutions=known,
+            only_heads=zero_shot is not template,
         )  # fmt: skip
         if images is None:
             if dry_run:
@@ -252,10 +262,10 @@ def fit(
         else:
             del given["seed"]
             on_error = "skip" if skip_unreadable else "raise"
-            for name in ("lam", "tau"):  # what the user did not set is chosen
-                source = context.get_parameter_source(name)
+            for free in ("lam", "tau"):  # what the user did not set is chosen
+                source = context.get_parameter_source(free)
                 if source is not None and source.name == "DEFAULT":
-                    del given[name]
+                    del given[free]
             asked: dict[str, Any] = dict(
                 tuned=solutions, method=method, classes=classes, shots=shots,
                 template=template[0] if len(template) == 1 else template, seed=seed,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         prepare_images,
     )
     from mergetune.clip.edits import ClassRows, Context, Edit, TokenMap
+    from mergetune.clip.feature_space import FeatureSpace
     from mergetune.clip.loading import load_clip
     from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
     from mergetune.clip.precisions import PRECISIONS
@@ -36,6 +37,7 @@ __all__ = [
     "ClassRows",
     "Context",
     "Edit",
+    "FeatureSpace",
     "FrozenClip",
     "ImageFeatures",
     "ImageInput",
@@ -67,6 +69,7 @@ make_lazy(
             "ImageFeatures ImageInput TokensBefore earliest_input image_tokens prepare_images"
         ),
         "mergetune.clip.edits": "ClassRows Context Edit TokenMap",
+        "mergetune.clip.feature_space": "FeatureSpace",
         "mergetune.clip.loading": "load_clip",
         "mergetune.clip.packed_texts": "TextEncoder arrange text_encoder",
         "mergetune.clip.precisions": "PRECISIONS",

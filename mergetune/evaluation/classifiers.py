@@ -130,7 +130,7 @@ def evaluate(clip: FrozenClip, solution: Solution | str | Sequence[str], feature
     """Accuracy of a solution or of zero-shot templates on cached features.
 
     Args:
-        clip: the CLIP that the features come from.
+        clip: the CLIP that the features come from; for a head, a :class:`mergetune.FeatureSpace` is enough.
         solution: a solution of any kind, or one or more templates with ``{}``.
         features: images with labels; their classes are the label space.
 

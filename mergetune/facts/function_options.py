@@ -154,9 +154,9 @@ class TuneOptions:
         "str", "end", "Place of the class name in the prompt: end, middle or front.", choices=POSITIONS,
         methods=PROMPT_METHODS,
     )  # fmt: skip
-    zero_shot: str | Sequence[str] | None = _option(
-        "strs", None, "Zero-shot templates that KgCoOp stays near and a head starts from. Default: the template.",
-        none=True,
+    zero_shot: str | Sequence[str] | Solution | None = _option(
+        "strs", None, "Zero-shot templates, or one saved zero-shot solution, that KgCoOp stays near and a head starts "
+        "from. Default: the template.", none=True,
     )  # fmt: skip
     kg_weight: float = _option(
         "float", 8.0, "Weight of KgCoOp's distance to the zero-shot class embeddings.", methods=("kgcoop",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 from mergetune.io.files import open_regular
 
@@ -45,10 +46,10 @@ def kind_of_content(file: str | Path) -> str:
     return KIND_OF_ENDING.get(Path(file).suffix.lower(), "torch")
 
 
-def _holds_arrays(stream: object) -> bool:
+def _holds_arrays(stream: BinaryIO) -> bool:
     """Whether a zip file holds numpy's arrays and nothing else; False for a damaged one."""
     try:
-        with zipfile.ZipFile(stream) as archive:  # pyright: ignore[reportArgumentType]
+        with zipfile.ZipFile(stream) as archive:
             names = archive.namelist()
     except Exception:  # zipfile raises many kinds on damaged files
         return False

@@ -41,12 +41,10 @@ class PickledObject(Inert):
 class _Dtype(Inert):
     """``numpy.dtype`` in a pickle: its text, and the byte order in its state."""
 
-    text: Any
+    text: Any = None
 
-    def __new__(cls, *given: Any, **__: Any) -> _Dtype:
-        made = super().__new__(cls)
-        made.text = given[0] if given else None
-        return made
+    def __init__(self, *given: Any, **_: Any) -> None:
+        self.text = given[0] if given else None
 
     def dtype(self) -> np.dtype:
         text = str(self.text)
@@ -149,6 +147,8 @@ class _NumpyUnpickler(Unpickler):
     """An unpickler for arrays, plain values and scikit-learn's models."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(Unpickler.dispatch)
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
 
     def __init__(self, stream: io.BytesIO) -> None:
         known: dict[tuple[str, str], Any] = {

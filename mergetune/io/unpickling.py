@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Inert:
@@ -13,7 +16,7 @@ class Inert:
 
     state: Any = None
 
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
+    def __new__(cls, *_: Any, **__: Any) -> Self:
         return super().__new__(cls)
 
     def __call__(self, *_: Any) -> Inert:

@@ -40,7 +40,10 @@ from mergetune.merging.preparation import prepared
 from mergetune.merging.sources import Constant, StateDict, TensorFile, sources
 from mergetune.merging.weight_files import FOLDER_WEIGHTS, SETTINGS, copy_settings, open_weights, weights_in
 
-UNWRITTEN = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz", ".npy", ".json")
+UNWRITTEN = (
+    ".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz", ".npy", ".json", ".pkl", ".pickle", ".joblib", ".zip", ".onnx",
+    ".pt2", ".h5", ".gguf",
+)  # fmt: skip
 """Endings that promise another format than the one that is written."""
 
 

@@ -270,7 +270,7 @@ class Solution:
 
     def origin(self, clip: FrozenClip) -> dict[str, Any]:
         """The fields ``backbone`` and ``fingerprint`` of a solution that is made for this CLIP."""
-        return {"backbone": clip.name, "fingerprint": self._fingerprint_of(clip)}
+        return {"backbone": clip.name or self.backbone, "fingerprint": self._fingerprint_of(clip) or self.fingerprint}
 
     def _fingerprint_of(self, clip: FrozenClip) -> str:
         """Fingerprint of the weights of the CLIP that the solution depends on."""

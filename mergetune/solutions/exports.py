@@ -70,7 +70,7 @@ def to_head(
         (torch.Size([2, 128]), ('cat', 'dog'))
     """
     file = checked_suffix(file, HEAD_SUFFIXES)
-    head = _as_head(solution, clip, classnames)
+    head = as_head(solution, clip, classnames)
     notes = {
         name: value for name, value in head.notes.items() if name != "temperature"
     }  # part of the scale from here on
@@ -119,7 +119,7 @@ def zero_shot_classifier(
         torch.Size([128, 2])
     """
     file = None if file is None else checked_suffix(file, CLASSIFIER_SUFFIXES)
-    head = _as_head(solution, clip, classnames, whole=False).rescaled(clip.logit_scale)
+    head = as_head(solution, clip, classnames, whole=False).rescaled(clip.logit_scale)
     if head.bias is not None:
         raise ValueError("solution must be a prompt or a head without bias, got a head with a bias: use to_head")
     classifier = head.weight.to(clip.device).T
@@ -158,7 +158,7 @@ def classnames_of(solution: Solution, classnames: Sequence[str] | None) -> tuple
     return tuple(names)
 
 
-def _as_head(
+def as_head(
     solution: Solution, clip: FrozenClip | None, classnames: Sequence[str] | None, *, whole: bool = True
 ) -> Head:
     """The classifier of a solution as a plain linear head.

@@ -62,7 +62,7 @@ class LinearMap(Solution):
     def identity_map(cls, clip: FrozenClip) -> LinearMap:
         """The identity map, the start of training: it changes nothing."""
         matrix = torch.eye(clip.embed_dim, device=clip.device)
-        return cls(matrix, backbone=clip.name, fingerprint=clip.image_fingerprint)
+        return cls(matrix, backbone=clip.name or None, fingerprint=clip.image_fingerprint or None)
 
     @classmethod
     def from_file(cls, path: str | Path, *, transposed: bool = False) -> LinearMap:

@@ -70,7 +70,8 @@ class Residual(Solution):
     def zeros(cls, clip: FrozenClip, classnames: Sequence[str]) -> Residual:
         """Zero residuals for these classes, the start of training: they change nothing."""
         rows = torch.zeros(len(check_classnames(classnames)), clip.embed_dim, device=clip.device)
-        return cls(rows, tuple(classnames), backbone=clip.name, fingerprint=clip.image_fingerprint)
+        backbone, fingerprint = clip.name or None, clip.image_fingerprint or None
+        return cls(rows, tuple(classnames), backbone=backbone, fingerprint=fingerprint)
 
     def edit(self, clip: FrozenClip, states: State) -> Edit:
         """An edit that adds the rows to the class embeddings."""

@@ -16,6 +16,7 @@ from mergetune.data.batches import check_batches
 from mergetune.facts import TuneOptions, recorded
 from mergetune.facts.function_options import TOP_METHODS, TUNE_SETTINGS, check_method, check_types
 from mergetune.solutions import Head, LinearMap, Prompt, Residual, Solution, Stack, Templates, space_of, stacked
+from mergetune.solutions.exports import as_head
 from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Near, Objective
@@ -33,7 +34,7 @@ def tune(
     n_ctx: int | None = None,
     class_specific: bool = False,
     position: str = "end",
-    zero_shot: str | Sequence[str] | None = None,
+    zero_shot: str | Sequence[str] | Solution | None = None,
     kg_weight: float = 8.0,
     lam: float | None = None,
     epochs: int | None = None,
@@ -55,7 +56,8 @@ def tune(
     """Stage 1: fine-tune a solution of one kind on cached few-shot features.
 
     Args:
-        clip: the frozen CLIP that the features come from.
+        clip: the frozen CLIP that the features come from. Where ``zero_shot`` or ``base`` is a head, a
+            :class:`mergetune.FeatureSpace` is enough for the methods "head", "residual" and "map".
         features: few-shot features of the classes to learn.
         method: what is trained:
 
@@ -72,8 +74,9 @@ def tune(
         n_ctx: number of context vectors that start at random values; None starts from the words of ``template``.
         class_specific: train separate context vectors for each class.
         position: place of the class name, "end", "middle" or "front" (CoOp's CLASS_TOKEN_POSITION).
-        zero_shot: templates of the zero-shot class embeddings, to which KgCoOp stays near and at which a head, a
-            residual or a map starts. None takes ``template``.
+        zero_shot: templates of the zero-shot class embeddings, or a solution that has them, to which KgCoOp stays near
+            and at which a head, a residual or a map starts. None takes ``template``. A head that starts at a solution
+            keeps its logits: rows, bias and scale.
         kg_weight: weight of KgCoOp's distance.
         lam: weight of the distance to the base: ``lam * mean_c 1/2 |r_c|^2`` for a residual r,
             ``lam * |A - I|^2`` for a map A. None takes 8 for a residual, 0.5 for a map.
@@ -152,12 +155,15 @@ def tune_job(
     check_cuda_graph(options.cuda_graph, clip.device)
     if options.backend is None:
         ops.ensure_verified(clip.device, progress=progress)
-    texts = check_templates(options.template if options.zero_shot is None else options.zero_shot)
+    texts = _zero_shot(options)
     start = _start(clip, features.classnames, options, texts, base)
     check_features(clip, start, features, val)
     near = None
     if options.method == "kgcoop":
-        near = Near(options.kg_weight, "cosine", clip.class_embeddings(features.classnames, texts))
+        names = features.classnames
+        of_solution = isinstance(texts, Solution)
+        goal = texts.class_embeddings(clip, names) if of_solution else clip.class_embeddings(names, texts)
+        near = Near(options.kg_weight, "cosine", goal)
     elif on_base and options.lam is not None:
         unchanged = stacked(start.state(), clip.device)
         near = Near(options.lam, distance=lambda states: start.distance(states, unchanged), name="distance")
@@ -169,7 +175,7 @@ def tune_job(
     with_texts = options.method != "coop" and base is None
     record = {"stage": "tune"} | recorded(
         options,
-        zero_shot=list(texts) if with_texts else None,
+        zero_shot=None if not with_texts else _recorded(texts),
         kg_weight=options.kg_weight if options.method == "kgcoop" else None,
         precision=precision,
     )
@@ -178,10 +184,26 @@ def tune_job(
         record["base"] = None if base is None else short_digest(*base.whole_identity)
     else:
         del record["lam"]
+    in_words = {} if base is None else {"base": solution_in_words(base)}
+    in_words |= {"zero_shot": solution_in_words(texts)} if with_texts and isinstance(texts, Solution) else {}
     return Job(
         clip, objective, start, features, training, record, cuda_graph=options.cuda_graph, val=val, resume=resume,
-        progress=progress, in_words={} if base is None else {"base": solution_in_words(base)},
+        progress=progress, in_words=in_words,
     )  # fmt: skip
+
+
+def _zero_shot(options: TuneOptions) -> tuple[str, ...] | Solution:
+    """The zero-shot templates, or the solution in their place."""
+    given = options.template if options.zero_shot is None else options.zero_shot
+    if not isinstance(given, Solution):
+        return check_templates(given)
+    if options.method == "coop":
+        raise ValueError("zero_shot must be left out for method 'coop', which stays near no solution, got a solution")
+    return given
+
+
+def _recorded(texts: Sequence[str] | Solution) -> list[str] | str:
+    return short_digest(*texts.whole_identity) if isinstance(texts, Solution) else list(texts)
 
 
 def _check_options(options: TuneOptions, base: Solution | None, *, on_base: bool) -> None:
@@ -201,14 +223,24 @@ def _check_options(options: TuneOptions, base: Solution | None, *, on_base: bool
 
 
 def _start(
-    clip: FrozenClip, classnames: Sequence[str], options: TuneOptions, texts: Sequence[str], base: Solution | None
+    clip: FrozenClip,
+    classnames: Sequence[str],
+    options: TuneOptions,
+    texts: tuple[str, ...] | Solution,
+    base: Solution | None,
 ) -> Solution:
     """The solution at which the method starts: a prompt of words or random vectors, a zero-shot head, or a stack."""
     if options.method in TOP_METHODS:
-        below = Templates(tuple(texts), backbone=clip.name, fingerprint=clip.text_fingerprint) if base is None else base
+        below = base if base is not None else texts
+        if not isinstance(below, Solution):
+            below = Templates(below, backbone=clip.name, fingerprint=clip.text_fingerprint)
         top = Residual.zeros(clip, classnames) if options.method == "residual" else LinearMap.identity_map(clip)
         return Stack(below, top)
     if options.method == "head":
+        if isinstance(texts, Solution):
+            start = as_head(texts, clip, classnames, whole=False).rescaled(clip.logit_scale)
+            known = texts.fingerprint if texts.tower == "image" else None
+            return replace(start, backbone=clip.name or texts.backbone, fingerprint=clip.image_fingerprint or known)
         return Head.zero_shot(clip, classnames, texts)
     if options.n_ctx is None:
         start = Prompt.from_template(clip, options.template, position=options.position)

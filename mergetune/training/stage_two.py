@@ -72,7 +72,8 @@ def fit(
     surrogate="cosine", beta=1.0, tau=1.0, grid="official", epochs=100``.
 
     Args:
-        clip: the frozen CLIP that the features come from.
+        clip: the frozen CLIP that the features come from. Where ``tuned`` and ``zero_shot`` are heads, a
+            :class:`mergetune.FeatureSpace` is enough.
         features: the few-shot features that ``tuned`` was trained on.
         tuned: the fine-tuned solution w2, or several solutions of one kind.
         zero_shot: the zero-shot solution w1, as one or more templates or as a solution. None takes "a photo of a {}.".
