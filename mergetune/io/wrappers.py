@@ -33,13 +33,18 @@ def is_tensor(value: Any) -> bool:
 
 
 def inner_state(
-    content: Any, *, tensor: Callable[[Any], bool] = is_tensor, keys: Collection[str] = PLAIN
+    content: Any,
+    *,
+    tensor: Callable[[Any], bool] = is_tensor,
+    module: Callable[[Any], bool] = lambda value: False,
+    keys: Collection[str] = PLAIN,
 ) -> tuple[tuple[str, ...], Any]:
     """The innermost dict of weights in the content of a checkpoint, and the keys that lead to it.
 
     Args:
         content: the content of the file, such as ``{"state_dict": {"model": {...}}, "epoch": 3}``.
-        tensor: function that says whether a value of a dict is a tensor.
+        tensor: function that says whether a value is a tensor.
+        module: function that says whether a value stands for a module with tensors in it.
         keys: keys of dicts that are looked through, the preferred ones first.
 
     Returns:
@@ -47,20 +52,24 @@ def inner_state(
     """
     path: tuple[str, ...] = ()
     while isinstance(content, Mapping) and len(path) < MAX_DEPTH:
-        key = next((key for key in keys if key in content and _holds_tensors(content[key], tensor, keys)), None)
-        if key is None:
+        for key in keys:
+            if key in content and (module(content[key]) or _holds_tensors(content[key], tensor, module, keys)):
+                break
+        else:
             break
         path, content = (*path, key), content[key]
     return path, content
 
 
-def _holds_tensors(inside: Any, tensor: Callable[[Any], bool], keys: Collection[str], depth: int = 1) -> bool:
+def _holds_tensors(
+    inside: Any, tensor: Callable[[Any], bool], module: Callable[[Any], bool], keys: Collection[str], depth: int = 1
+) -> bool:
     if not isinstance(inside, Mapping):
         return False
-    if any(tensor(value) for value in inside.values()):
+    if any(tensor(value) or module(value) for value in inside.values()):
         return True
     below = (inside[key] for key in keys if key in inside)
-    return depth < MAX_DEPTH and any(_holds_tensors(value, tensor, keys, depth + 1) for value in below)
+    return depth < MAX_DEPTH and any(_holds_tensors(value, tensor, module, keys, depth + 1) for value in below)
 
 
 def unwrapped(names: Collection[str], prefixes: Collection[str] = PREFIXES) -> dict[str, str]:
