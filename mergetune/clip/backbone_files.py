@@ -38,7 +38,17 @@ from mergetune.clip.tokenizer_files import (
     read_json,
     word_set,
 )
-from mergetune.io import is_torchscript, load_tensors_only, open_regular, read_torchscript, require_regular
+from mergetune.io import (
+    OWNERS,
+    inner_state,
+    is_torchscript,
+    load_tensors_only,
+    open_regular,
+    read_safetensors,
+    read_torchscript,
+    require_regular,
+    unwrapped,
+)
 from mergetune.io.network import CACHED, not_reached
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
@@ -210,7 +220,7 @@ def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[
 
     Returns:
         None if open_clip can read the file: .safetensors, .npz, or a pickle of tensors only. For a TorchScript archive,
-        as OpenAI publishes them, its state dict.
+        as OpenAI publishes them, and for weights in wrappers that open_clip does not know, the state dict.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -219,11 +229,12 @@ def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[
     """
     file = Path(file)
     require_regular(file)
-    if file.suffix in (".safetensors", ".npz", ".npy"):
+    if file.suffix in (".npz", ".npy"):
         return None
+    if file.suffix == ".safetensors":
+        return _out_of_wrappers(read_safetensors(file))
     if not is_torchscript(file):
-        load_tensors_only(file, mmap=True)
-        return None
+        return _out_of_wrappers(load_tensors_only(file, mmap=True))
     try:
         return read_torchscript(file)
     except ValueError as error:
@@ -234,6 +245,18 @@ def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[
             ) from error
     with open_regular(file) as stream:
         return torch.jit.load(stream, map_location="cpu").state_dict()
+
+
+def _out_of_wrappers(content: Any) -> dict[str, Tensor] | None:
+    """The weights without the dicts and prefixes of trainers; None if open_clip itself takes off what is there."""
+    keys, state = inner_state(content)
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        return None
+    names = unwrapped([name for name, value in state.items() if isinstance(value, Tensor)], OWNERS)
+    prefix = next((own.removesuffix(name) for name, own in names.items()), "")
+    if keys in ((), ("state_dict",)) and prefix in ("", "module."):
+        return None
+    return {name: state[own] for name, own in names.items()}
 
 
 # -- the configuration -------------------------------------------------------------------------------------------------

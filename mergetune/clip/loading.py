@@ -13,6 +13,8 @@ from warnings import warn
 
 import open_clip
 import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
@@ -164,7 +166,10 @@ def _built_in(name: str, pretrained: str, config: Mapping[str, Any], cache_dir: 
 
 
 def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load the tensors of a TorchScript archive into the model, without values that are no part of a state dict."""
+    """Load tensors that open_clip does not read into the model, without values that are no part of a state dict."""
+    state = convert_state_dict(model, dict(state))  # names of other projects, as open_clip converts them
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
     described = {"input_resolution", "context_length", "vocab_size"}  # values in OpenAI's archives
     described |= {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     model.load_state_dict({k: v.float() for k, v in state.items() if k not in described})

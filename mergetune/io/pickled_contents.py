@@ -66,18 +66,16 @@ class Contents:
 
     def below(self, name: str) -> Contents:
         """The tensors below a name, without the name; the name may be that of a weight or a place in the file."""
-        for found in (
-            {own: leaf for own, leaf in self.weights.items()},
-            {leaf.path: leaf for leaf in self.weights.values()},
-            {leaf.path: leaf for leaf in self.rest.values()},
-        ):
-            inside = {own.removeprefix(f"{name}."): leaf for own, leaf in found.items() if own.startswith(f"{name}.")}
-            if name in found:
-                inside = {name.rpartition(".")[2]: found[name]} | inside
+        paths = [{leaf.path: leaf for leaf in part.values()} for part in (self.weights, self.rest)]
+        bare = next(iter(unwrapped([name])))
+        for place, found in ((name, self.weights), (bare, self.weights), (name, paths[0]), (name, paths[1])):
+            inside = {_below(own, place): leaf for own, leaf in found.items() if own.startswith(f"{place}.")}
+            if place in found:
+                inside = {place.rpartition(".")[2]: found[place]} | inside
             if inside:
-                plain_names = unwrapped(list(inside))
-                flags = {own.removeprefix(f"{name}."): flag for own, flag in self.flags.items() if _is_in(own, name)}
-                return Contents({own: replace(inside[old], reason="") for own, old in plain_names.items()}, {}, flags)
+                names = unwrapped(list(inside))
+                flags = {_below(own, place): flag for own, flag in self.flags.items() if own.startswith(f"{place}.")}
+                return Contents({own: replace(inside[old], reason="") for own, old in names.items()}, {}, flags)
         return Contents({}, self.weights | self.rest)
 
     def with_rest(self) -> Contents:
@@ -110,8 +108,8 @@ class Contents:
         return tuple(_in_words(reason, part, names) for (reason, part), names in groups.items())
 
 
-def _is_in(name: str, place: str) -> bool:
-    return name.startswith(f"{place}.")
+def _below(name: str, place: str) -> str:
+    return name.removeprefix(f"{place}.") if place else name
 
 
 def _in_words(reason: str, part: str, names: list[str]) -> str:
@@ -148,17 +146,13 @@ def contents_of(content: Any, rest: Mapping[str, Any] | None = None) -> Contents
     for name, value in (rest or {}).items():
         others += walk.below(value, name, CONSTANT)
     by_path = _by_name((leaf.path, leaf) for leaf in weights)
-    stripped = unwrapped([_inside(path, prefix) for path in by_path])
+    stripped = unwrapped([_below(path, prefix) for path in by_path])
     named = {name: by_path[_outside(own, prefix)] for name, own in stripped.items()}
     kept = {id(leaf) for leaf in named.values()}
     others += [replace(leaf, reason=ASIDE_OF) for leaf in weights if id(leaf) not in kept]  # a wrapper's own buffers
     common = next((own.removesuffix(name) for name, own in stripped.items()), "")
-    flags = {_inside(path, prefix).removeprefix(common): flag for path, flag in walk.flags.items()}
+    flags = {_below(path, prefix).removeprefix(common): flag for path, flag in walk.flags.items()}
     return Contents(named, _by_name((leaf.path, leaf) for leaf in others), flags)
-
-
-def _inside(path: str, prefix: str) -> str:
-    return path.removeprefix(f"{prefix}.") if prefix else path
 
 
 def _outside(name: str, prefix: str) -> str:
