@@ -19,7 +19,8 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
 from mergetune.clip.backbone import FrozenClip, weights_fingerprint
-from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone, described_text_model
+from mergetune.clip.backbone_files import CONFIG, Backbone, checked_backbone, described_text_model
+from mergetune.clip.backbone_weights import check_weights
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import checked_model
 from mergetune.facts.backbones import ICON_CLIP, spelled
