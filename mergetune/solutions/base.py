@@ -333,9 +333,6 @@ class Solution:
 S = TypeVar("S", bound=Solution)
 
 
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-
 def check_same_shapes(a: Solution, b: Solution) -> None:
     """Raise ValueError unless the states of two solutions have the same shapes."""
     shapes = [{name: list(tensor.shape) for name, tensor in solution.state().items()} for solution in (a, b)]
