@@ -87,10 +87,11 @@ def _lines(title: str, value: Any) -> Iterator[str]:
 
 
 def _class_lines(title: str, value: type) -> Iterator[str]:
-    kind = "dataclass" if dataclasses.is_dataclass(value) else "class"
+    made = "__dataclass_params__" in vars(value)  # a subclass may have a constructor of its own
+    kind = "dataclass" if made else "class"
     bases = [base.__name__ for base in value.__bases__ if base is not object]
     yield f"{kind} {title}{_bases(bases)}"
-    if dataclasses.is_dataclass(value):
+    if made:
         for field in dataclasses.fields(value):
             if not field.name.startswith("_"):
                 yield f"    field {field.name}: {_annotation(field.type)}{_field_default(field)}"

@@ -170,6 +170,15 @@ def is_saved(text: Any) -> bool:
     return isinstance(text, str) and "{}" not in text and Path(text).exists()
 
 
+def check_folder(out_path: Path) -> None:
+    """Raises ValueError if --out, a folder, has the ending of a file of weights."""
+    if out_path.suffix in (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".joblib"):
+        raise ValueError(
+            f"--out must be a folder, got {out_path}, which ends as a file: `mergetune export FOLDER --to head --out "
+            "FILE` writes one"
+        )
+
+
 def read_names(file: Path) -> list[str]:
     """Returns the class names in a text file with one name per line."""
     from mergetune.io import read_regular_text, require_file
@@ -197,7 +206,7 @@ def clip_for(
 ) -> Any:
     """Returns the backbone that --backbone names, or the one that a cache or a solution records (told in a line).
 
-    Where none is named or recorded, heads and caches are enough for commands that need no tower.
+    Where none is named and none can be loaded, heads and caches are enough for commands that need no tower.
 
     Args:
         backbone: value of --backbone; None takes the first record, of caches before solutions.
@@ -213,39 +222,56 @@ def clip_for(
         ValueError: no name is given or recorded, or the caches and solutions were made with different backbones.
     """
     import mergetune as mt
-    from mergetune.solutions.origins import check_origins, origins
+    from mergetune.solutions.origins import check_origins
 
     if backbone is None and pretrained is not None:
         raise ValueError(f"--pretrained needs --backbone, the name of the model, got {pretrained!r} alone")
-    if backbone is None:
-        listed = origins(caches, solutions)
-        recorded = [origin for origin in listed if origin.backbone]
-        if not recorded and only_heads and (space := _feature_space(caches, solutions, device)) is not None:
-            check_origins(space, "the feature cache", caches, solutions)
-            return space
-        if not recorded:
-            owners = " nor ".join(origin.owner for origin in listed)
-            reason = f": no backbone is recorded by {owners}" if owners else ""
-            raise ValueError(f"--backbone is needed{reason}; `mergetune models` lists the names")
-        named_by, (name, weights) = recorded[0].owner, recorded[0].parts()
-        recorded_name = str(recorded[0].backbone)
-        if first_rank():
-            said = f"backbone {recorded[0].backbone}, recorded by {named_by}"
-            err.print(f"[dim]{escape(visible(said))}[/]", soft_wrap=True, highlight=False)
+    loading = {"device": device, "precision": precision, "allow_torchscript": allow_torchscript}
+    if backbone is not None:
+        clip, named_by = mt.load_clip(backbone, pretrained, **loading), "--backbone"
     else:
-        named_by, name, weights, recorded_name = "--backbone", backbone, pretrained, ""
-    try:
-        clip = mt.load_clip(name, weights, device=device, precision=precision, allow_torchscript=allow_torchscript)
-    except (ValueError, TypeError, LookupError, OSError) as error:
-        if backbone is not None:
-            raise
-        said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
-        raise ValueError(
-            f"{named_by} records the backbone {recorded_name!r}, which cannot be loaded: {said}; "
-            "--backbone names another"
-        ) from error
+        try:
+            clip, named_by = _recorded_clip(caches, solutions, loading)
+        except ValueError as error:
+            clip, named_by = _feature_space(caches, solutions, device) if only_heads else None, "the cache"
+            if clip is None:
+                raise
+            if first_rank():
+                said = f"no backbone is loaded, heads need none: logit scale {clip.logit_scale:.6g} ({error})"
+                err.print(f"[dim]{escape(visible(said))}[/]", soft_wrap=True, highlight=False)
     check_origins(clip, named_by, caches, solutions)
     return clip
+
+
+def _recorded_clip(
+    caches: Sequence[Any], solutions: Mapping[str, Any] | Sequence[Any], loading: dict[str, Any]
+) -> tuple[Any, str]:
+    """The backbone that a cache or a solution records, which is told in a line, and who records it.
+
+    Raises:
+        ValueError: none is recorded, or the recorded one cannot be loaded.
+    """
+    import mergetune as mt
+    from mergetune.solutions.origins import origins
+
+    listed = origins(caches, solutions)
+    recorded = [origin for origin in listed if origin.backbone]
+    if not recorded:
+        owners = " nor ".join(origin.owner for origin in listed)
+        reason = f": no backbone is recorded by {owners}" if owners else ""
+        raise ValueError(f"--backbone is needed{reason}; `mergetune models` lists the names")
+    named_by, (name, weights) = recorded[0].owner, recorded[0].parts()
+    if first_rank():
+        said = f"backbone {recorded[0].backbone}, recorded by {named_by}"
+        err.print(f"[dim]{escape(visible(said))}[/]", soft_wrap=True, highlight=False)
+    try:
+        return mt.load_clip(name, weights, **loading), named_by
+    except (ValueError, TypeError, LookupError, OSError) as error:
+        said = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+        raise ValueError(
+            f"{named_by} records the backbone {str(recorded[0].backbone)!r}, which cannot be loaded: {said}; "
+            "--backbone names another"
+        ) from error
 
 
 def _feature_space(caches: Sequence[Any], solutions: Mapping[str, Any] | Sequence[Any], device: str) -> Any:
@@ -258,11 +284,8 @@ def _feature_space(caches: Sequence[Any], solutions: Mapping[str, Any] | Sequenc
     heads = list(solutions.values() if isinstance(solutions, Mapping) else solutions)
     if not (caches and heads and all(isinstance(head, mt.Head) for head in heads)):
         return None
-    scale, fingerprint = max(head.logit_scale for head in heads), caches[0].fingerprint
-    if first_rank():
-        said = f"no backbone is loaded: heads on features of width {caches[0].dim}, logit scale {scale:.6g}"
-        err.print(f"[dim]{said}[/]", soft_wrap=True, highlight=False)
-    return mt.FeatureSpace(caches[0].dim, scale, fingerprint=fingerprint, device=device)
+    origin = {"name": caches[0].backbone, "fingerprint": caches[0].fingerprint}
+    return mt.FeatureSpace(caches[0].dim, max(head.logit_scale for head in heads), **origin, device=device)
 
 
 def _refuse_no_solution(path: Path) -> None:

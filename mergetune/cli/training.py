@@ -34,6 +34,7 @@ from mergetune.cli.own_images import left_out_files, open_retained, print_result
 from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
+    check_folder,
     clip_for,
     err,
     errors,
@@ -90,6 +91,7 @@ def tune(
     from mergetune.training import tune_job
 
     with errors():
+        check_folder(out)
         data = open_cache(features, classes, shots=shots, seed=options["seed"], split="train")
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         given = keywords(TuneOptions, options)
@@ -232,6 +234,8 @@ def fit(
                 raise ValueError(f"{option} needs images and cannot be used with --cache: leave it out")
         if images is not None and val is not None:
             raise ValueError(f"--val needs --cache, got images and --val {val}: leave --val out")
+        if folder is not None:
+            check_folder(folder)
         folder = folder or Path("out") / (images.resolve().stem if images else "")
         if images is not None and root is None:
             refuse_out_inside(images, folder)

@@ -110,8 +110,8 @@ def check_image_tower(clip: FrozenClip, features: Batches, *, name: str) -> None
     maker = "" if path is None or not (path / MANIFEST).is_file() else read_manifest(path).clip
     of = f"those of {_printable(maker)}" if maker else "those of another CLIP"
     same = " with other weights" if maker == clip.name else ""
-    where = "" if path is None else f" in {path}"
-    raise ValueError(f"{name} must come from this CLIP's image tower, {clip.name}, got {of}{same}{where}")
+    where, mine = "" if path is None else f" in {path}", clip.name or "a FeatureSpace"
+    raise ValueError(f"{name} must come from this CLIP's image tower, {mine}, got {of}{same}{where}")
 
 
 def refuse_stale(path: Path, recorded: Plan, wanted: Plan) -> None:

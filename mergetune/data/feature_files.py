@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from mergetune.data.cache import FeatureCache
 from mergetune.io import (
     hidden,
+    kind_of_content,
     load_torch,
     read_npz,
     read_regular_text,
@@ -82,7 +83,7 @@ def read_features(
         require_file(path, f"path must be a file or folder of features, got {path}, which does not exist")
     if path.is_dir():
         parts, found, files = _clip_retrieval(path, labels)
-    elif path.suffix == ".npy":
+    elif kind_of_content(path) == "npy":
         parts, found = [_floats(path, _map_npy(path))], labels
     else:
         content = _content(path)
@@ -155,12 +156,10 @@ def _numbers(labels: Any, classnames: Sequence[str] | None) -> tuple[Tensor, tup
 
 def _read_labels(file: Path) -> Any:
     require_file(file, f"labels must be an existing file, got {file}, which does not exist")
-    if file.suffix == ".npy":
-        return _map_npy(file)
     if file.suffix == ".txt":
         lines = [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]
         return [int(line) for line in lines] if all(re.fullmatch(r"\d{1,9}", line) for line in lines) else lines
-    return _pick(file, _content(file), LABELS)
+    return _map_npy(file) if kind_of_content(file) == "npy" else _pick(file, _content(file), LABELS)
 
 
 def _companion(path: Path, content: Any) -> Any:
@@ -177,12 +176,19 @@ def _companion(path: Path, content: Any) -> Any:
 
 def _content(file: Path) -> Any:
     """Content of a file: arrays by name, or one tensor."""
-    if file.suffix == ".npz":
+    kind = kind_of_content(file)
+    if kind == "npz":
         return read_npz(file)
-    if file.suffix == ".safetensors":
+    if kind == "safetensors":
         return read_safetensors(file)
-    if file.suffix in (".pt", ".pth"):
-        return load_torch(file, mmap=True)
+    if kind.endswith("pickle"):
+        raise ValueError(f"{file} cannot be read as features: it is a pickle, which could run code")
+    if kind == "torch":
+        try:
+            return load_torch(file, mmap=True)
+        except ValueError:
+            if file.suffix in (".pt", ".pth"):
+                raise
     raise ValueError(f"{file} must be .npy, .npz, .pt, .pth, .safetensors or a folder of clip-retrieval's")
 
 

@@ -36,7 +36,8 @@ def merge_solutions(
 
     Args:
         method: name of a merging method, see ``mergetune merge METHOD --list``.
-        experts: solutions of one kind and shape. Heads are converted to the logit scale of the first expert.
+        experts: solutions of one kind and shape. Heads are converted to the logit scale and the class
+            order of the first expert.
         base: the zero-shot solution; None for methods that do not need it. Averaging methods (``AVERAGES``) average the
             base as well, as the first solution.
         clip, features: cached image features and their CLIP, for methods that need data. Fisher diagonals and second

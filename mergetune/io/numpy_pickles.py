@@ -22,7 +22,9 @@ import numpy as np
 from mergetune.io.files import MAX_WEIGHTS, read_regular
 from mergetune.io.unpickling import Inert, Unpickler
 
-INERT = ("sklearn.", "joblib.", "numpy.random.")  # modules whose objects are read as fields that do nothing
+INERT = ("sklearn.", "joblib.", "numpy.random.", "numpy.ma.")
+"""Modules whose objects are read as fields that do nothing."""
+
 MAX_INFLATED = 16  # most bytes of a compressed pickle per byte of the file: weights compress little
 FREE_INFLATED = 1 << 26  # bytes that are always allowed
 
@@ -111,10 +113,13 @@ def plain(value: Any) -> Any:
     """A value of a pickle; arrays become numpy's.
 
     Raises:
-        pickle.UnpicklingError: an array whose description and content do not fit together.
+        ValueError: an array whose description and content do not fit together.
     """
     if isinstance(value, _Array):
-        return value.array()
+        try:
+            return value.array()
+        except Exception as error:  # numpy raises several kinds
+            raise ValueError(f"it holds an array that is not understood: {error}") from error
     return value.made if isinstance(value, _JoblibArray) else value
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mergetune.facts.brief import brief
 from mergetune.io.dtypes import STORED_NAMES, dtype_name
-from mergetune.io.files import require_file, require_regular, write_atomically
+from mergetune.io.files import open_regular, require_file, require_regular, write_atomically
 from mergetune.io.pickled_contents import Contents, contents_of
 from mergetune.io.tensor_budgets import require_budget, tensor_views
 from mergetune.io.tensor_pickles import make_tensors, unpickle
@@ -115,8 +115,11 @@ def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence
     if is_torchscript(file):
         return read_torchscript(file)
     try:
-        with torch.serialization.safe_globals(list(allowed)):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+        mmap = mmap and zipfile.is_zipfile(file)
+        misnamed = os.fspath(file).endswith(".safetensors")  # torch reads a path of this ending as safetensors
+        with torch.serialization.safe_globals(list(allowed)), open_regular(file) as stream:
+            source = stream if misnamed else file
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and not misnamed)
         require_budget(list(tensor_views(content)), os.stat(file).st_size)
         return content
     except pickle.UnpicklingError as error:

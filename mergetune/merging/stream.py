@@ -38,7 +38,14 @@ from mergetune.merging.matching import match
 from mergetune.merging.plans import facts_of, merged_pieces, plan_of
 from mergetune.merging.preparation import prepared
 from mergetune.merging.sources import Constant, StateDict, TensorFile, sources
-from mergetune.merging.weight_files import FOLDER_WEIGHTS, SETTINGS, copy_settings, open_weights, weights_in
+from mergetune.merging.weight_files import (
+    FOLDER_WEIGHTS,
+    SETTINGS,
+    copy_settings,
+    open_weights,
+    refuse_other_heads,
+    weights_in,
+)
 
 UNWRITTEN = (
     ".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz", ".npy", ".json", ".pkl", ".pickle", ".joblib", ".zip", ".onnx",
@@ -165,6 +172,7 @@ def _opened(
     place = _place(Path(out_file), Path(base_file if named else expert_files[0]))
     base = open_weights(base_file, ema=ema) if named else None
     experts = [open_weights(file, ema=ema) for file in expert_files]
+    refuse_other_heads([*expert_files, *([base_file] if named else [])], [*experts, *([] if base is None else [base])])
     if base_file is not None and not named:
         base = Constant(experts[0], float(base_file))
     return *place, base, experts

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,42 @@ def weights_in(folder: Path) -> Path:
         if found:
             return found[0]
     raise FileNotFoundError(f"{folder} must hold weights, such as {FOLDER_WEIGHTS[0]}, got none")
+
+
+HEAD_FACTS = ("classes_", "classnames", "scale", "normalize", "logit_scale")
+"""Entries beside the tensors of a linear head, which say what its rows and numbers mean."""
+
+FEW = 8  # most tensors of a file that may be a head
+
+
+def refuse_other_heads(files: Sequence[str | Path], states: Sequence[StateDict]) -> None:
+    """Raises ValueError if files are heads whose rows stand for other classes, or whose scales differ.
+
+    The tensors alone would be merged row by row, whatever the rows stand for.
+    """
+    found = [_head_facts(Path(file), state) for file, state in zip(files, states, strict=True)]
+    for file, facts in zip(files, found, strict=True):
+        for name in HEAD_FACTS:
+            if facts.get(name) != found[0].get(name):
+                raise ValueError(
+                    f"expert_files must be heads of the same classes in the same order and of the same scale, got "
+                    f"another {name} in {file} than in {files[0]}: mergetune.merge_solutions (on the command line "
+                    "`mergetune merge`) merges heads by class name"
+                )
+
+
+def _head_facts(path: Path, state: StateDict) -> dict[str, Any]:
+    """The entries of ``HEAD_FACTS`` in a file; empty for files that are no heads."""
+    if len(state) > FEW or not path.is_file() or path.name.endswith(INDEX):
+        return {}
+    if isinstance(state, TensorFile):
+        metadata = json.loads(state.header[8:]).get("__metadata__", {})
+        return {name: metadata[name] for name in HEAD_FACTS if name in metadata}
+    if _is_safetensors(path):
+        return _head_facts(path, TensorFile(path))
+    content = load_torch(path, mmap=True)
+    found = {name: content[name] for name in HEAD_FACTS if name in content} if isinstance(content, Mapping) else {}
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
 SETTINGS = (

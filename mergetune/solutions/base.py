@@ -287,9 +287,9 @@ class Solution:
             return
         if not clip.has_fingerprint(self.tower, self.fingerprint):
             towers = "both towers" if self.tower == "both" else f"the {self.tower} tower"
-            known = self.backbone or "its name is not recorded"
+            known, got = self.backbone or "its name is not recorded", clip.name or "a FeatureSpace"
             same = f", other weights of {towers} under the same name" if clip.name == self.backbone else ""
-            raise ValueError(f"clip must be the one that the {self.kind} was made for ({known}), got {clip.name}{same}")
+            raise ValueError(f"clip must be the one that the {self.kind} was made for ({known}), got {got}{same}")
 
     def for_clip(self, clip: FrozenClip) -> Self:
         """This solution after :meth:`check`; a kind completes what its file tells only together with the CLIP."""

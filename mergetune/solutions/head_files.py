@@ -18,7 +18,6 @@ from mergetune.facts.brief import brief
 from mergetune.io import (
     OWNERS,
     PLAIN,
-    Inert,
     PickledObject,
     inner_state,
     kind_of_content,
@@ -37,7 +36,6 @@ from mergetune.solutions.sklearn_models import linear_model
 LAYERS = ("fc", "head", "classifier", "classification_head", "linear")
 NAMES = ("weight", "coef_", *(f"{layer}.weight" for layer in LAYERS))
 """Usual names of a head's weight; other names are found if the file holds no other matrix."""
-"""Keys of dicts and prefixes of names that training loops put around a model."""
 ASIDE = ("optim", "sched", "scaler", "lr_sched", "ema")  # beginnings of keys beside the model, which are left out
 ROWS = ("classes_", "classnames", "classes", "class_names")  # keys of the class of each row
 BIASES = {"weight": "bias", "weights": "biases", "coef_": "intercept_", "W": "b", "kernel": "bias"}
@@ -105,11 +103,11 @@ class HeadFile:
 
 
 def read_arrays(file: Path) -> dict[str, Tensor]:
-    """Read all arrays of a file of torch.save, .npz or .safetensors, as float32, by name.
+    """Read all arrays of a file of torch.save, .npz, .safetensors or a pickle, as float32, by name; no code is run.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is a pickle or damaged, or an entry is no floating-point array.
+        ValueError: the file is damaged or holds code, or an entry is no floating-point array.
     """
     require_file(file, f"path must be a file of arrays, got {file}, which does not exist")
     content = _content(file)
@@ -117,7 +115,8 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
         content = {"weight": content}
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold arrays by name, got {_kind(content)}")
-    found = {str(name): value for name, value in inner_state(content, tensor=_is_array)[1].items()}
+    _, state = inner_state(content, tensor=_is_array)
+    found = {str(name): plain(value) for name, value in state.items()}
     return {name: _floats(f"{file}: {name}", found[own]) for name, own in unwrapped(list(found), OWNERS).items()}
 
 
@@ -145,7 +144,10 @@ def read_head(path: str | Path, *, name: str | None = None, logit_scale: float |
     content = _content(file)
     if isinstance(content, PickledObject):
         return _sklearn_file(file, content, name, logit_scale)
-    found = _named(content)
+    try:
+        found = _named(content)
+    except ValueError as error:  # an array of a damaged pickle
+        raise ValueError(f"{file} cannot be read as a head: {error}") from error
     key = _chosen(file, found, name)
     beside, layer = _bias_of(found, key), key[: key.rfind(".") + 1]
     about = _about(found, layer)
@@ -188,6 +190,16 @@ def is_head(path: str | Path) -> bool:
     about = _about(found, key[: key.rfind(".") + 1])
     alone = set(_tensors(found)) <= {key, _bias_of(found, key)}
     return alone and bool(about or key.rpartition(".")[2] in BIASES)
+
+
+def holds_weights(path: str | Path) -> bool:
+    """Whether all matrices of a file have names of layers' weights, as those of heads: for the choice of a message."""
+    try:
+        found = _named(_content(Path(path), mmap=True))
+    except (OSError, TypeError, ValueError):
+        return False
+    matrices = [key.rpartition(".")[2] for key in _tensors(found) if found[key].ndim == 2]
+    return bool(matrices) and set(matrices) <= BIASES.keys()
 
 
 def read_sklearn(model: Any) -> HeadFile:
@@ -234,9 +246,10 @@ def _content(file: Path, *, mmap: bool = False) -> Any:
         if "pickled code" not in str(error):
             raise
         raise ValueError(f"{error}; `mergetune convert` takes the tensors out of a pickled module") from error
-    if isinstance(content, Inert) and not isinstance(plain(content), np.ndarray | PickledObject):
-        raise ValueError(f"{file} must hold a head, got an object that is not understood")
-    return plain(content)
+    try:
+        return plain(content)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as a head: {error}") from error
 
 
 def _named(content: Any) -> dict[str, Any]:
@@ -265,7 +278,7 @@ def _named(content: Any) -> dict[str, Any]:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor | np.ndarray)
+    return isinstance(plain(value), Tensor | np.ndarray)
 
 
 def _tensors(found: dict[str, Any]) -> list[str]:
@@ -376,9 +389,15 @@ def _head(origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, scale:
 
 
 def _floats(name: str, values: Any) -> Tensor:
-    """A float32 copy of a tensor or array."""
+    """A float32 copy of a tensor or array, all finite."""
+    made = None
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
-        return torch.from_numpy(values.astype(np.float32))
-    if isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided:
-        return values.detach().float().clone()
+        with np.errstate(over="ignore"):
+            made = torch.from_numpy(values.astype(np.float32))
+    elif isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided:
+        made = values.detach().float().clone()
+    if made is not None and made.isfinite().all():
+        return made
+    if made is not None:
+        raise ValueError(f"{name} must be finite, got {int((~made.isfinite()).sum())} NaN or infinite values")
     raise ValueError(f"{name} must be floating point, got {getattr(values, 'dtype', type(values).__name__)}")

@@ -11,6 +11,7 @@ from mergetune.io import damaged, kind_of_content
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.checkpoints import holds_context
 from mergetune.solutions.head import Head
+from mergetune.solutions.head_files import holds_weights
 from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.residual import Residual
@@ -126,6 +127,8 @@ def open_solution(
         try:
             return Head.from_checkpoint(path, classnames=classnames)
         except (ValueError, OSError) as no_head:
+            if holds_weights(path):
+                raise
             if path.suffix not in (".pt", ".pth"):  # the usual endings of heads
                 raise no_prompt from None
             raise ValueError(f"{path} must hold a prompt or a head: {no_prompt}; {no_head}") from no_head

@@ -388,3 +388,17 @@ def test_fuzzed_files_load_or_raise_our_errors(tmp_path, kind):
         except ValueError:
             refused += 1
     assert refused > 15
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz", ".safetensors", ".pt", ".features", ""])
+@pytest.mark.parametrize("content", [".npy", ".npz", ".safetensors", ".pt"])
+def test_the_ending_does_not_decide_what_a_file_is(tmp_path, content, ending):
+    x, first = features(), tmp_path / f"first{content}"
+    save = {
+        ".npy": lambda: np.save(first, x.numpy()),
+        ".npz": lambda: np.savez(first, features=x.numpy()),
+        ".safetensors": lambda: save_file({"features": x}, first),
+        ".pt": lambda: torch.save(x, first),
+    }
+    save[content]()
+    assert_holds(read_features(first.rename(tmp_path / f"f{ending}"), labels=LABELS, classnames=NAMES), x)

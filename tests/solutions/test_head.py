@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from solution_cases import KINDS, TEMPLATE, assert_same, make
-from tiny import NAMES, normal, parameter, with_parameter
+from tiny import NAMES, cache, normal, parameter, with_parameter
 
-from mergetune import Head
+from mergetune import Head, fit, interpolate, merge_solutions
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -78,3 +78,18 @@ def test_two_classes_may_have_one_name(clip):
 def test_heads_that_make_no_sense_are_refused(changes, error, match):
     with pytest.raises(error, match=match):
         Head(**{"weight": torch.zeros(3, 8), "classnames": NAMES, **changes})
+
+
+@pytest.mark.parametrize("kind", ["head", "head with bias"])
+def test_heads_in_another_class_order_are_one_head(clip, kind):
+    """Lines, merges and stage 2 go by class name, and not by row."""
+    head = make(clip, kind)
+    other = head.in_order_of(NAMES[::-1]).rescaled(25.0)
+    assert other.classnames == NAMES[::-1] and head.in_order_of(NAMES) is head
+    assert_same(other.in_form_of(head), head)
+    assert_same(interpolate(other, head, 0.5), head)
+    assert torch.equal(parameter(merge_solutions("average", [head, other])), parameter(head))
+    assert head.in_order_of(("cat", "dog")) is head is head.in_order_of(("cat", "cat", "dog"))
+    x = cache(12)
+    one, two = (fit(clip, x, tuned, epochs=1, precision="float32", progress=False) for tuned in (head, other))
+    torch.testing.assert_close(parameter(two.solution), parameter(one.solution))

@@ -1,5 +1,7 @@
 """Heads from others' files."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from checkpoint_cases import BIAS, CLASSES, NAMES, WEIGHT, WIDTH, context
 from safetensors.torch import save_file
 from torch import nn
 
-from mergetune import Head
+from mergetune import Head, open_solution
 
 
 def save_arrays(file, **arrays) -> None:
@@ -152,3 +154,70 @@ def test_scikit_learns_classes_must_have_names(tmp_path):
     named = linear_model.LogisticRegression().fit(context(3, WIDTH).numpy(), NAMES)
     with pytest.raises(ValueError, match="classnames must be those of the file, got other names: ant, dog"):
         Head.from_sklearn(named, classnames=("dog", "bee", "cat"))
+
+
+WEIGHTS = ["probe.weight", "0.weight", "_orig_mod.fc.weight", "model.head.weight", "module.net.last.weight", "W", "odd"]
+
+
+@pytest.mark.parametrize("key", WEIGHTS)
+@pytest.mark.parametrize("wrapped", [(), ("model",), ("state_dict", "model"), ("probe", "inner")])
+def test_the_only_weight_of_a_file_is_the_head_whatever_its_name(tmp_path, key, wrapped):
+    bias = {"W": "b", "odd": "offset"}.get(key, key.replace("weight", "bias"))
+    content = {key: WEIGHT, bias: BIAS}
+    for wrapper in wrapped:
+        content = {wrapper: content}
+    moments = {"state": {0: {"momentum_buffer": WEIGHT}}}
+    torch.save({**content, "epoch": 3, "optimizer": moments, "classes": list(NAMES)}, tmp_path / "a.file")
+    head = open_solution(tmp_path / "a.file")
+    assert torch.equal(head.weight, WEIGHT) and torch.equal(head.bias, BIAS) and head.classnames == NAMES
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"classes_": np.array(NAMES, dtype=object)},
+        {"classnames": np.array(NAMES, dtype=object)},
+        {"classes": np.array(NAMES)},
+        {"class_names": list(NAMES)},
+        {"class_to_idx": {name: i for i, name in enumerate(NAMES)}},
+    ],
+    ids=lambda about: f"{next(iter(about))} {type(next(iter(about.values()))).__name__}",
+)
+def test_names_in_a_file_are_those_of_its_rows(tmp_path, about):
+    """Object arrays are pickles: in a .npz file, in a pickle and in a file of torch.save."""
+    content = {"weight": WEIGHT.numpy(), **about}
+    (tmp_path / "pickle").write_bytes(pickle.dumps(content))
+    names = ["pickle"]
+    if not any(isinstance(value, dict) for value in about.values()):
+        np.savez((tmp_path / "npz").open("wb"), **content)
+        names.append("npz")
+    if not any(isinstance(value, np.ndarray) for value in about.values()):
+        torch.save(content | {"weight": WEIGHT}, tmp_path / "torch")
+        names.append("torch")
+    for name in names:
+        head = open_solution(tmp_path / name)
+        assert torch.equal(head.weight, WEIGHT) and head.classnames == NAMES, name
+
+
+@pytest.mark.parametrize("ending", [".pt", ".npz", ".safetensors", ".pkl", ".joblib", ".bin", ""])
+@pytest.mark.parametrize("content", [".pt", ".npz", ".safetensors"])
+def test_the_ending_does_not_decide_what_a_file_is(tmp_path, ending, content):
+    save_arrays(tmp_path / f"head{content}", weight=WEIGHT, bias=BIAS)
+    file = (tmp_path / f"head{content}").rename(tmp_path / f"renamed{ending}")
+    head = open_solution(file, classnames=NAMES)
+    assert torch.equal(head.weight, WEIGHT) and torch.equal(head.bias, BIAS)
+
+
+def test_a_name_chooses_among_several_weights(tmp_path):
+    torch.save({"model": {"a.weight": WEIGHT, "b.weight": -WEIGHT, "b.bias": BIAS}}, tmp_path / "two.pt")
+    listed = r"holds several, got None: a.weight \[3, 16\], b.weight \[3, 16\]"
+    with pytest.raises(ValueError, match=listed):
+        open_solution(tmp_path / "two.pt", classnames=NAMES)
+    for name in ("b", "b.weight", "model.b.weight"):
+        head = open_solution(tmp_path / "two.pt", classnames=NAMES, name=name)
+        assert torch.equal(head.weight, -WEIGHT) and torch.equal(head.bias, BIAS)
+    with pytest.raises(ValueError, match=r"must hold the weight 'c', got a.weight \[3, 16\], b.weight"):
+        open_solution(tmp_path / "two.pt", classnames=NAMES, name="c")
+    Head(WEIGHT, NAMES).save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="name must be None for a solution that mergetune saved, got 'a'"):
+        open_solution(tmp_path / "saved", name="a")
