@@ -21,6 +21,7 @@ SUFFIXES = {
     "hub": (),
 }
 """Forms of an export -> endings of the file to write; none for a folder."""
+MOST_LEFT_OUT = 8  # parts of a file that `mergetune convert` names one by one
 GRAPHS = ("onnx", "torch-export")
 
 
@@ -147,13 +148,23 @@ def convert(
     only: Annotated[
         str | None, typer.Option(help="Convert only this submodule, for example classification_head.")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also write optimiser states and other tensors that are no weights.")
+    ] = False,
 ) -> None:
-    """Write the tensors of a pickled module to a .safetensors file without running the pickle.
+    """Write the tensors of a pickled module or checkpoint to a .safetensors file without running the pickle.
 
-    The option --tuned of other commands reads the result.
+    The option --tuned of other commands reads the result. The names of the tensors are those of the model; with --only,
+    those inside the submodule. What is not written is named.
     """
     from mergetune.io import convert_module
 
     with errors():
-        names = convert_module(file, target, only=only)
-    tell(f"{', '.join(names)}: {target}")
+        done = convert_module(file, target, only=only, everything=everything)
+    for part in done.left_out[:MOST_LEFT_OUT]:
+        tell(f"left out: {part}")
+    if len(done.left_out) > MOST_LEFT_OUT:
+        tell(f"left out: {len(done.left_out) - MOST_LEFT_OUT:,} more; --all writes them, too")
+    shown = f"{', '.join(done.names[:8])}{', ...' if len(done.names) > 8 else ''}"
+    tell(f"{shown}: {target}")
+    tell(f"read {len(done.names):,} tensor{'s' * (len(done.names) > 1)} with {done.numbers:,} numbers")

@@ -333,6 +333,7 @@ def compare(
                 caches=[cache for task in tasks for cache in (task.train, task.val, task.test) if cache is not None],
                 solutions=saved,
             )  # fmt: skip
+        saved = {path: expert.for_clip(clip) for path, expert in saved.items()}
         setup = CompareOptions(
             experts=saved or tuple(experts),
             shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,

@@ -317,14 +317,19 @@ def _feature_space(caches: Sequence[Any], solutions: Mapping[str, Any] | Sequenc
 
 def _refuse_no_solution(path: Path) -> None:
     """Raises FileNotFoundError, with the solutions near ``path``, if nothing there could be a solution."""
+    from mergetune.solutions.dassl_folders import LEARNERS, near_checkpoints
+    from mergetune.solutions.other_trainers import folder_of_other
+
     files = [file.name for file in path.iterdir()] if path.is_dir() else []
-    known = ("solution.json", "checkpoint", "prompt_learner", "prompt_mid_learner")
+    known = ("solution.json", "checkpoint", *LEARNERS)
     if (path.exists() and not path.is_dir()) or any(name in known or ".pth" in name for name in files):
         return
     above = path if path.is_dir() else path.parent
     near = sorted(str(file.parent) for deep in ("*", "*/*") for file in above.glob(f"{deep}/solution.json"))
     what = "holds none of them" if path.is_dir() else "does not exist"
-    way_on = f"solutions near it are {', '.join(near[:5])}" if near else "the --out of a finished run is one"
+    ways = [f"solutions near it are {', '.join(near[:5])}"] if near else []
+    ways += filter(None, (folder_of_other(path), near_checkpoints(path)))
+    way_on = "; ".join(ways) or "the --out of a finished run is one"
     raise FileNotFoundError(
         f"path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head), got "
         f"{path}, which {what}: {way_on}"

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.coca_model import MultimodalCfg
-from torch import Tensor
 
 from mergetune.clip.text_model_files import TEXT_CONFIG, check_text_model, count_numbers
 from mergetune.clip.tokenizer_files import (
@@ -37,7 +35,6 @@ from mergetune.clip.tokenizer_files import (
     read_json,
     word_set,
 )
-from mergetune.io import is_torchscript, load_tensors_only, open_regular, read_torchscript, require_regular
 from mergetune.io.atomic_files import scratch_folder
 from mergetune.io.network import CACHED, not_reached
 
@@ -198,41 +195,6 @@ def copy_text_model(file: Path, folder: Path) -> tuple[dict[str, Any], int]:
     place.mkdir()
     (place / TEXT_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
     return {"hf_model_name": str(place), "hf_model_pretrained": False}, numbers
-
-
-def check_weights(file: str | Path, *, allow_torchscript: bool = False) -> dict[str, Tensor] | None:
-    """Check that a weight file holds only tensors, before open_clip opens the file.
-
-    Args:
-        file: path of the weights.
-        allow_torchscript: run a TorchScript archive if its tensors cannot be read otherwise.
-
-    Returns:
-        None if open_clip can read the file: .safetensors, .npz, or a pickle of tensors only. For a TorchScript archive,
-        as OpenAI publishes them, its state dict.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the path is no regular file; a pickle contains code; the tensors of a TorchScript archive cannot be
-            read without running it, and ``allow_torchscript`` is False.
-    """
-    file = Path(file)
-    require_regular(file)
-    if file.suffix in (".safetensors", ".npz", ".npy"):
-        return None
-    if not is_torchscript(file):
-        load_tensors_only(file, mmap=True)
-        return None
-    try:
-        return read_torchscript(file)
-    except ValueError as error:
-        if not allow_torchscript:
-            raise ValueError(
-                f"{error}; allow_torchscript=True (on the command line --allow-torchscript) runs the archive, which is "
-                "as safe as running a program of its author"
-            ) from error
-    with open_regular(file) as stream:
-        return torch.jit.load(stream, map_location="cpu").state_dict()
 
 
 # -- the configuration -------------------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ from warnings import warn
 
 import open_clip
 import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
 from mergetune.clip.backbone import FrozenClip, weights_fingerprint
-from mergetune.clip.backbone_files import CONFIG, Backbone, check_weights, checked_backbone, described_text_model
+from mergetune.clip.backbone_files import CONFIG, Backbone, checked_backbone, described_text_model
+from mergetune.clip.backbone_weights import check_weights
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import checked_model
 from mergetune.facts.backbones import ICON_CLIP, spelled
@@ -186,7 +189,11 @@ def _identity(file: Path) -> tuple[int, ...] | None:
 
 
 def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load the tensors of a TorchScript archive into the model, without values that are no part of a state dict."""
+    """Load tensors that open_clip does not read into the model, without values that are no part of a state dict."""
+    # Names of other projects, as open_clip converts them; it reads the model's attributes only.
+    state = convert_state_dict(model, dict(state))  # pyright: ignore[reportArgumentType]
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
     described = {"input_resolution", "context_length", "vocab_size"}  # values in OpenAI's archives
     described |= {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     model.load_state_dict({k: v.float() for k, v in state.items() if k not in described})

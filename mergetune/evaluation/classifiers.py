@@ -41,11 +41,12 @@ def classifier(clip: FrozenClip, solution: Solution | str | Sequence[str]) -> Cl
     if not isinstance(solution, Solution):
         return Classifier(lambda names: clip.logit_scale * clip.class_embeddings(names, solution), directions=True)
 
+    solution = solution.for_clip(clip)
+
     def weights(names: Sequence[str]) -> Tensor:
         at = span(clip, [solution], names)
         return at.space.scale * at.space.unit(at.ends["classes"][0])
 
-    solution.check(clip)
     edit = solution.edit(clip, stacked(solution.state(), clip.device))
     bias = not edit.normalize and any(rows.values.shape[-1] == clip.embed_dim + 1 for rows in edit.rows)
     return Classifier(weights, image_features(clip, solution), bias, directions=edit.normalize)

@@ -57,6 +57,8 @@ def merge_solutions(
     method = facts.name
     if not experts:
         raise ValueError("experts must hold at least one solution, got none")
+    if clip is not None:
+        experts, base = [expert.for_clip(clip) for expert in experts], None if base is None else base.for_clip(clip)
     first = experts[0]
     solutions = [solution.in_form_of(first) for solution in [*experts, *([] if base is None else [base])]]
     for other in solutions[1:]:

@@ -53,17 +53,21 @@ if TYPE_CHECKING:
     from mergetune.io.locks import LOCK, locked, release_locks, writing_in, writing_to
     from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
     from mergetune.io.numpy_pickles import PickledObject, plain, read_numpy_pickle
-    from mergetune.io.pickled_modules import convert_module, is_torchscript, load_tensors_only, read_torchscript
+    from mergetune.io.pickled_modules import convert_module, load_tensors_only
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
     from mergetune.io.progress import hidden
     from mergetune.io.ranks import torchrun_team
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
     from mergetune.io.text_files import decode_text, lines_of, read_text
+    from mergetune.io.torchscript import is_torchscript, read_torchscript
     from mergetune.io.unpickling import Inert, Unpickler
     from mergetune.io.versions import installed_version
     from mergetune.io.workers import begin_worker, end_workers, unaware_of_interrupts
+    from mergetune.io.wrappers import AVERAGED, BUFFERS, OWNERS, PLAIN, inner_state, unwrapped
 
 __all__ = [
+    "AVERAGED",
+    "BUFFERS",
     "CACHED",
     "FIRST_DECODING",
     "FLOAT_DTYPES",
@@ -75,6 +79,8 @@ __all__ = [
     "MAX_TABLE",
     "MAX_VOCABULARY",
     "MAX_WEIGHTS",
+    "OWNERS",
+    "PLAIN",
     "STORED_DTYPES",
     "STORED_NAMES",
     "Count",
@@ -104,6 +110,7 @@ __all__ = [
     "fault",
     "hidden",
     "image_extensions",
+    "inner_state",
     "installed_version",
     "is_torchscript",
     "jsonable",
@@ -139,6 +146,7 @@ __all__ = [
     "torchrun_team",
     "unaware_of_interrupts",
     "unreachable",
+    "unwrapped",
     "write_atomically",
     "write_json",
     "writing_atomically",
@@ -167,13 +175,15 @@ make_lazy(
         "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
         "mergetune.io.numpy_pickles": "PickledObject plain read_numpy_pickle",
         "mergetune.io.picture_colours": "FIRST_DECODING as_rgb background_colour decoding_rules",
-        "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
+        "mergetune.io.pickled_modules": "convert_module load_tensors_only",
         "mergetune.io.progress": "hidden",
         "mergetune.io.ranks": "torchrun_team",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
         "mergetune.io.text_files": "decode_text lines_of read_text",
+        "mergetune.io.torchscript": "is_torchscript read_torchscript",
         "mergetune.io.unpickling": "Inert Unpickler",
         "mergetune.io.versions": "installed_version",
         "mergetune.io.workers": "begin_worker end_workers unaware_of_interrupts",
+        "mergetune.io.wrappers": "AVERAGED BUFFERS OWNERS PLAIN inner_state unwrapped",
     },
 )

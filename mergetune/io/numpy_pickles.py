@@ -85,6 +85,30 @@ class _JoblibArray(Inert):
     made: np.ndarray | None = None
 
 
+def array_names() -> dict[tuple[str, str], Any]:
+    """The names in pickles of arrays, for unpicklers -> inert objects, of which :func:`plain` makes arrays."""
+    known: dict[tuple[str, str], Any] = {("numpy", "dtype"): _Dtype, ("numpy", "ndarray"): _Array}
+    for core in ("numpy.core", "numpy._core"):
+        known[f"{core}.multiarray", "_reconstruct"] = lambda *_: _Array()
+        known[f"{core}.multiarray", "scalar"] = _scalar
+        known[f"{core}.numeric", "_frombuffer"] = _from_buffer
+    return known
+
+
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    return _described(shape, dtype, order == "F", content)
+
+
+def _scalar(dtype: Any, content: Any = None) -> _Array:
+    return _described((), dtype, False, content)
+
+
+def _described(shape: Any, dtype: Any, fortran: bool, content: Any) -> _Array:
+    array = _Array()
+    array.state = 1, shape, dtype, fortran, content
+    return array
+
+
 def plain(value: Any) -> Any:
     """A value of a pickle; arrays become numpy's.
 
@@ -156,9 +180,7 @@ class _NumpyUnpickler(Unpickler):
     append: Callable[[Any], None]
 
     def __init__(self, stream: io.BytesIO) -> None:
-        known: dict[tuple[str, str], Any] = {
-            ("numpy", "dtype"): _Dtype,
-            ("numpy", "ndarray"): _Array,
+        known: dict[tuple[str, str], Any] = array_names() | {
             ("collections", "OrderedDict"): OrderedDict,
             ("builtins", "object"): Inert,
             ("__builtin__", "object"): Inert,
@@ -168,9 +190,7 @@ class _NumpyUnpickler(Unpickler):
             ("joblib.numpy_pickle", "NumpyArrayWrapper"): _JoblibArray,
         }
         for core in ("numpy.core", "numpy._core"):
-            known[f"{core}.multiarray", "_reconstruct"] = lambda *_: _Array()
             known[f"{core}.multiarray", "scalar"] = self.scalar
-            known[f"{core}.numeric", "_frombuffer"] = self.from_buffer
         super().__init__(stream, known, others=None)
         self.stream, self.classes = stream, dict[str, type[Inert]]()
         self.left = 2 * stream.getbuffer().nbytes  # most bytes that older protocols hold as text
@@ -211,16 +231,8 @@ class _NumpyUnpickler(Unpickler):
         return kind()
 
     @staticmethod
-    def from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-        array = _Array()
-        array.state = 1, shape, dtype, order == "F", content
-        return array
-
-    @staticmethod
     def scalar(dtype: Any, content: Any = None) -> Any:
-        array = _Array()
-        array.state = 1, (1,), dtype, False, content
-        return array.array()[0].item()
+        return _scalar(dtype, content).array()[()].item()
 
     def encode(self, text: Any, encoding: Any) -> bytes:
         """The bytes that older pickle protocols encode as text."""

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from mergetune.io import BUFFERS, unwrapped
 from mergetune.merging.checks import check_choice
 from mergetune.merging.sources import Source, StateDict, View, file_of, source, stretches, title_of
 
 MISSING = ("refuse", "base", "drop")
-WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel, AveragedModel and torch.compile put before names
-BUFFERS = frozenset(
-    (
-        "num_batches_tracked", "position_ids", "token_type_ids", "n_averaged", "attn_mask", "masked_bias", "inv_freq",
-        "relative_position_index", "relative_coords_table", "rel_pos_indices",
-    )
-)  # fmt: skip
-"""Last parts of the names of tensors that a model stores or makes anew, and never learns."""
 
 
 def match(
@@ -87,17 +80,6 @@ def match(
 def is_buffer(name: str) -> bool:
     """Whether a tensor of this name is stored and not learned."""
     return name.rpartition(".")[2] in BUFFERS
-
-
-def unwrapped(names: Collection[str]) -> dict[str, str]:
-    """Name without the prefixes of wrappers -> name, if all names but buffers at the top have the prefix."""
-    plain = {name: name for name in names}
-    while prefix := next((w for w in WRAPPERS if any(name.startswith(w) for name in plain)), None):
-        inside = [name for name in plain if name.startswith(prefix)]
-        if any(not name.startswith(prefix) and name not in BUFFERS for name in plain):
-            break
-        plain = {name.removeprefix(prefix): plain[name] for name in inside}
-    return plain
 
 
 def _paired(reference: StateDict, expert: StateDict) -> tuple[dict[str, Callable[[], Source]], list[str], list[str]]:

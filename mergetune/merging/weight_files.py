@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from mergetune.io import (
+    AVERAGED,
     MAX_VOCABULARY,
+    PLAIN,
     STORED_NAMES,
     dtype_name,
+    inner_state,
     load_torch,
     open_regular,
     read_json,
     read_regular,
+    unwrapped,
     write_atomically,
 )
-from mergetune.merging.matching import unwrapped
 from mergetune.merging.sources import Source, StateDict, TensorFile, View, source
 
 INDEX = ".index.json"
@@ -38,10 +41,6 @@ FOLDER_WEIGHTS = (
     f"pytorch_model.bin{INDEX}",
 )
 """Names of weights in a folder, in the order in which they are looked for; otherwise the folder holds one file."""
-
-PLAIN = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params")
-AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "params_ema")
-"""Keys under which trainers save the weights, and their moving average."""
 
 ONE_FILE = ("ema_model.", "online_model.")  # prefixes of the average and of the weights in one dict
 
@@ -239,11 +238,11 @@ def _chosen(content: Mapping[Any, Any], path: Path, ema: bool) -> tuple[dict[str
 
 
 def _below(content: Mapping[Any, Any], keys: Collection[str]) -> dict[str, Tensor] | None:
-    """The tensors under the first of these keys that has some, at most two levels down."""
+    """The tensors under the first of these keys that has some."""
     for key in keys:
         inside = content.get(key)
         if isinstance(inside, Mapping):
-            found = _tensors(inside) or next((t for k in PLAIN if (t := _tensors(inside.get(k)))), {})
+            found = _tensors(inside) or _tensors(inner_state(inside)[1])
             if found:
                 return found
     return None

@@ -107,7 +107,7 @@ def traced(clip: FrozenClip, solution: Solution, classnames: Sequence[str] | Non
     check_clip(clip)
     check_supported(solution)
     names = list(classnames_of(solution, classnames))
-    solution.check(clip)
+    solution = solution.for_clip(clip)
     tower = cast(nn.Module, clip.model.visual)
     if found := {f"{t.dtype} on {t.device}" for t in tower.parameters()} - {"torch.float32 on cpu"}:
         raise ValueError(

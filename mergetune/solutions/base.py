@@ -143,11 +143,7 @@ class Solution:
         return cls(**tensors, **dict(description))
 
     def check_width(self, clip: FrozenClip) -> None:
-        """Check that the widths of the solution fit the CLIP.
-
-        Raises:
-            ValueError: a width differs; the message names the expected one.
-        """
+        """Raise ValueError, with the expected width, unless the widths of the solution fit the CLIP."""
 
     def card(self) -> tuple[str, str, str]:
         """Title, tag and one sentence for a model card on the Hugging Face Hub."""
@@ -297,6 +293,11 @@ class Solution:
             same = f", other weights of {towers} under the same name" if clip.name == self.backbone else ""
             raise ValueError(f"clip must be the one that the {self.kind} was made for ({known}), got {got}{same}")
 
+    def for_clip(self, clip: FrozenClip) -> Self:
+        """This solution after :meth:`check`; a kind completes what its file tells only together with the CLIP."""
+        self.check(clip)
+        return self
+
     @torch.no_grad()
     def class_weights(self, clip: FrozenClip, classnames: Sequence[str]) -> Tensor:
         """Class features as they are interpolated: float32, not normalised, without the logit scale.
@@ -332,9 +333,6 @@ class Solution:
 
 
 S = TypeVar("S", bound=Solution)
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def check_same_shapes(a: Solution, b: Solution) -> None:

@@ -1,9 +1,11 @@
-"""Readers of prompts in checkpoint files of other projects. No code in a file is run."""
+"""Readers of prompts in checkpoint files of other projects. No code in a file is run.
+
+Shapes: C classes, n context vectors, L tokens of a text behind the context vectors, W width of the text tower.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from mergetune.facts.brief import brief
-from mergetune.io import load_tensors, read_regular, require_file
+from mergetune.io import OWNERS, inner_state, kind_of_content, load_tensors, read_safetensors, unwrapped
+from mergetune.solutions.dassl_folders import checkpoint_file
+from mergetune.solutions.other_trainers import listed, tensors_of_other
 
-CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # depend on class names: never read
+EMBEDDED = ("token_prefix", "token_suffix", "token_midfix")  # texts of the classes, which a prompt embeds anew
+FORKS = ("tokenized_prompts", "name_lens")  # further buffers that depend on the classes alone
 KGCOOP_UNUSED = ("bias_vectors", "meta_net.")  # KgCoOp saves these and never uses them; CoCoOp uses its meta_net
 PRODA_ONLY = ("nc_token_prefix", "nc_token_suffix")  # texts without a class name, for an extra loss term
+LEARNER = "prompt_learner."
+TOWERS = ("image_encoder.", "text_encoder.", "clip_model.", "visual.", "transformer.", "logit_scale")
 
 
 @brief()
@@ -27,11 +34,15 @@ class PromptFile:
         ctx: context vectors, float32: [n, W] if all classes share them, [C, n, W] if they are class-specific.
         epoch: training epoch, or None if the file does not record one.
         file: path of the file that was read.
+        start: embedding of the start token, [W], which tells the backbone; None if the file does not hold it.
+        suffix: embedded class names of class-specific context vectors and what follows them, [C, L, W]; or None.
     """
 
     ctx: Tensor
     epoch: int | None
     file: Path
+    start: Tensor | None = None
+    suffix: Tensor | None = None
 
 
 def check_same_names(classnames: Sequence[str], named: Sequence[str]) -> None:
@@ -51,68 +62,127 @@ def read_prompt(path: str | Path) -> PromptFile:
             file ``checkpoint`` names is read, else the one with the highest epoch.
 
     Raises:
-        FileNotFoundError: no checkpoint at ``path``.
+        FileNotFoundError: no checkpoint at ``path``; the message names checkpoints near it.
         ValueError: the file is no checkpoint, holds objects other than tensors and plain values, holds no context
             vectors, or holds further parameters.
     """
     file = checkpoint_file(path)
-    content = load_tensors(file)
+    content = read_safetensors(file) if kind_of_content(file) == "safetensors" else load_tensors(file)
     state = state_dict_of(file, content)
     unused = KGCOOP_UNUSED if "bias_vectors" in state else ()
-    kept = [name for name in state if name not in CLASS_DEPENDENT + PRODA_ONLY and not name.startswith(unused)]
+    buffers = EMBEDDED + PRODA_ONLY + FORKS
+    kept = [name for name in state if name not in buffers and not name.startswith(unused)]
     ctx = state.get("ctx")
+    if kept != ["ctx"] and (other := tensors_of_other([*kept, *_names_below(state)])):
+        raise ValueError(f"{file} must hold a prompt of CoOp's form alone, got {other}")
+    if ctx is None and any(f".{name}".endswith(f".{LEARNER}ctx") for name in map(_unwrapped_part, state)):
+        raise ValueError(_whole_model(file, content, state))
+    if isinstance(ctx, Tensor) and ctx.is_floating_point() and ctx.ndim in (3, 4):
+        _check_one_prompt_per_class(file, ctx, state)
     if not isinstance(ctx, Tensor) or ctx.ndim not in (2, 3) or not ctx.is_floating_point():
-        what = f"ctx {list(ctx.shape)}" if isinstance(ctx, Tensor) else ", ".join(kept[:5]) or "nothing"
+        what = f"ctx {list(ctx.shape)}" if isinstance(ctx, Tensor) else listed(kept) or "nothing"
         raise ValueError(f"{file} must hold context vectors 'ctx' [n, W] or [C, n, W], got {what}")
     if kept != ["ctx"]:
-        more = ", ".join(name for name in kept if name != "ctx")
+        more = listed([name for name in kept if name != "ctx"])
         raise ValueError(f"{file} must be a prompt of CoOp's form, got further parameters that would be lost: {more}")
     if ctx.ndim == 3 and any(name in state for name in PRODA_ONLY):
-        if len(ctx) > 1:
-            raise ValueError(
-                f"{file} must hold one prompt, got a distribution of {len(ctx)} (ProDA), which no single prompt equals"
-            )
         ctx = ctx[0]
     epoch = content.get("epoch")
-    return PromptFile(ctx=ctx.detach().float().clone(), epoch=epoch if isinstance(epoch, int) else None, file=file)
+    return PromptFile(
+        ctx=ctx.detach().float().clone(),
+        epoch=epoch if isinstance(epoch, int) else None,
+        file=file,
+        start=_start_of(state, ctx),
+        suffix=_suffix_of(state, ctx),
+    )
 
 
-def state_dict_of(file: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict of a checkpoint, without the prefixes "module." and "prompt_learner." of its names.
+def state_dict_of(file: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint by name, without the dicts and the prefixes that wrappers put around them.
 
     Raises:
         ValueError: the checkpoint holds no state_dict.
     """
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+    _, state = inner_state(content)
+    state = state.get("state_dict", state)  # one without tensors
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{file} must hold a state_dict, got {type(state).__name__}")
-    return {name.removeprefix("module.").removeprefix("prompt_learner."): value for name, value in state.items()}
+    return {name: state[own] for name, own in unwrapped(list(state), OWNERS).items()}
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """Path of the checkpoint file at a path: the file itself, or the file of a folder, see :func:`read_prompt`.
+def holds_context(file: Path) -> bool:
+    """Whether a .safetensors file holds a prompt: `mergetune convert` takes prompts out of checkpoints into such files.
 
     Raises:
-        FileNotFoundError: no checkpoint at ``path``.
+        ValueError: the file is damaged.
     """
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        require_file(path, f"path must be a checkpoint or its folder, got {path}, which does not exist")
-    for learner in ("prompt_mid_learner", "prompt_learner"):
-        if (path / learner).is_dir():
-            path = path / learner
-            break
-    if (path / "checkpoint").is_file():
-        name = read_regular(path / "checkpoint").decode("utf-8-sig", errors="replace").strip()
-        named = [file for file in path.iterdir() if file.name == name]
-        if named:
-            return named[0]
-    epochs = {file: re.fullmatch(r"model\.pth\.tar-(\d+)|model-(\d+)\.pth\.tar", file.name) for file in path.iterdir()}
-    numbered = {file: int(match[1] or match[2]) for file, match in epochs.items() if match}
-    if numbered:
-        return max(numbered, key=numbered.__getitem__)
-    if (path / "model-best.pth.tar").is_file():
-        return path / "model-best.pth.tar"
-    raise FileNotFoundError(f"path must contain model.pth.tar-N or model-best.pth.tar, got {path} with neither")
+    return "ctx" in unwrapped(list(read_safetensors(file)), OWNERS)
+
+
+def _check_one_prompt_per_class(file: Path, ctx: Tensor, state: Mapping[str, Any]) -> None:
+    """Raises ValueError if several context vectors stand for one class, as in PLOT and ProDA.
+
+    The file's texts tell: class-specific context vectors have one text each, [C, n, W] and C texts. PLOT has N prompts
+    for each of C classes, [N, n, W] and N * C texts.
+    """
+    if any(name in state for name in PRODA_ONLY):
+        if len(ctx) > 1:
+            raise ValueError(
+                f"{file} must hold one prompt, got a distribution of {len(ctx)} (ProDA), which no single prompt equals"
+            )
+        return
+    found = (_texts(state, name, ctx) for name in EMBEDDED[:2])
+    texts = next((len(each) for each in found if each is not None), len(ctx))
+    if ctx.ndim == 3 and texts == len(ctx):
+        return
+    got = f"{file} must hold one prompt for all classes or one per class, got ctx {list(ctx.shape)}"
+    if ctx.ndim == 3 and texts % len(ctx):
+        raise ValueError(f"{got} beside {texts:,} embedded texts, which belong to other classes")
+    raise ValueError(f"{got} for {texts:,} embedded texts: PLOT's several prompts per class, which no prompt equals")
+
+
+def _texts(state: Mapping[str, Any], name: str, ctx: Tensor) -> Tensor | None:
+    """The buffer of this name if it holds embedded tokens of the context vectors' width, [C, L, W]; else None."""
+    found = state.get(name)
+    if not isinstance(found, Tensor) or found.ndim != 3 or not found.is_floating_point():
+        return None
+    return found.detach() if found.shape[2] == ctx.shape[-1] and found.numel() else None
+
+
+def _start_of(state: Mapping[str, Any], ctx: Tensor) -> Tensor | None:
+    texts = _texts(state, "token_prefix", ctx)
+    start = None if texts is None else texts[0, 0].float().clone()
+    return start if start is not None and start.any() and start.isfinite().all() else None
+
+
+def _suffix_of(state: Mapping[str, Any], ctx: Tensor) -> Tensor | None:
+    texts = _texts(state, "token_suffix", ctx) if ctx.ndim == 3 else None
+    return texts if texts is not None and texts.any() and texts.isfinite().all() else None
+
+
+def _unwrapped_part(name: str) -> str:
+    """The name without the parts that DistributedDataParallel and torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def _whole_model(file: Path, content: Mapping[Any, Any], state: Mapping[str, Any]) -> str:
+    """The message for a file of a whole model with a prompt in it."""
+    _, inside = inner_state(content)
+    ctx = next(name for name in inside if f".{_unwrapped_part(name)}".endswith(f".{LEARNER}ctx"))
+    place, names = ctx.removesuffix(".ctx"), [name for name in inside if isinstance(name, str)]
+    others = [name for name in names if not name.startswith(f"{place}.")]
+    towers = [name for name in state if name.startswith(TOWERS)]
+    what = "weights of its towers" if len(towers) == len(others) else "further parameters"
+    return (
+        f"{file} must hold a prompt alone, got a whole model: the prompt {ctx!r} and {len(others):,} {what} "
+        f"({listed(others, 2)}); if only the prompt was trained, `mergetune convert FILE prompt.safetensors --only "
+        f"{place}` takes it out, and --tuned reads it; if the towers were trained, too, no prompt equals the model"
+    )
+
+
+def _names_below(state: Mapping[str, Any], depth: int = 3) -> Iterator[str]:
+    """The names in dicts of a dict, such as "layer_0.q_proj.w_lora_A"."""
+    for name, inside in state.items():
+        if isinstance(inside, Mapping) and depth:
+            yield from (f"{name}.{below}" for below in inside if not isinstance(inside[below], Mapping))
+            yield from (f"{name}.{below}" for below in _names_below(inside, depth - 1))

@@ -71,6 +71,7 @@ def to_coop(
     if epoch < 1:
         raise ValueError(f"epoch must be at least 1, got {epoch}")
     classnames = classnames_of(solution, classnames)
+    solution = solution.for_clip(clip)
     space_of(clip, solution, classnames)  # checks that clip, solution and classnames fit together
     texts = [fill(solution.template, name.replace("_", " ")) for name in classnames]
     embedded = embedding[clip.tokenize(texts)]

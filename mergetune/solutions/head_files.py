@@ -16,7 +16,10 @@ from torch import Tensor
 
 from mergetune.facts.brief import brief
 from mergetune.io import (
+    OWNERS,
+    PLAIN,
     PickledObject,
+    inner_state,
     kind_of_content,
     load_torch,
     plain,
@@ -24,6 +27,7 @@ from mergetune.io import (
     read_numpy_pickle,
     read_safetensors,
     require_file,
+    unwrapped,
 )
 from mergetune.io.tensor_files import EXTRAS
 from mergetune.solutions.checkpoints import check_same_names
@@ -32,8 +36,6 @@ from mergetune.solutions.sklearn_models import linear_model
 LAYERS = ("fc", "head", "classifier", "classification_head", "linear")
 NAMES = ("weight", "coef_", *(f"{layer}.weight" for layer in LAYERS))
 """Usual names of a head's weight; other names are found if the file holds no other matrix."""
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "_orig_mod", "params")
-"""Keys of dicts and prefixes of names that training loops put around a model."""
 ASIDE = ("optim", "sched", "scaler", "lr_sched", "ema")  # beginnings of keys beside the model, which are left out
 ROWS = ("classes_", "classnames", "classes", "class_names")  # keys of the class of each row
 BIASES = {"weight": "bias", "weights": "biases", "coef_": "intercept_", "W": "b", "kernel": "bias"}
@@ -42,6 +44,9 @@ ABOUT = (*EXTRAS, *ROWS, "class_to_idx")  # entries beside the tensors that desc
 NO_HEADS = ("ctx", "token_prefix", "token_suffix")  # matrices of other meanings
 DEEPEST = 8  # most dicts around a tensor
 LISTED = 8  # most tensors that a message lists
+
+WRAPPED = (*OWNERS, *(f"{key}." for key in PLAIN))
+"""Beginnings of names that trainers put around those of the layers, as prefixes or as dicts."""
 
 
 @brief()
@@ -108,12 +113,11 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
     content = _content(file)
     if isinstance(content, Tensor):
         content = {"weight": content}
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold arrays by name, got {_kind(content)}")
-    return {str(name): _floats(f"{file}: {name}", plain(value)) for name, value in content.items()}
+    _, state = inner_state(content, tensor=_is_array)
+    found = {str(name): plain(value) for name, value in state.items()}
+    return {name: _floats(f"{file}: {name}", found[own]) for name, own in unwrapped(list(found), OWNERS).items()}
 
 
 def read_head(path: str | Path, *, name: str | None = None, logit_scale: float | None = None) -> HeadFile:
@@ -268,13 +272,13 @@ def _named(content: Any) -> dict[str, Any]:
                 found[f"{prefix}{key}"] = value
 
     walk(content, "", 0)
-    while prefix := next((f"{w}." for w in WRAPPERS if _all_start(_tensors(found), f"{w}.")), None):
-        found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return found
+    names = unwrapped(_tensors(found), WRAPPED)
+    prefix = next((own.removesuffix(name) for name, own in names.items()), "")  # one for all
+    return {key.removeprefix(prefix): value for key, value in found.items()}
 
 
-def _all_start(names: Sequence[str], prefix: str) -> bool:
-    return bool(names) and all(name.startswith(prefix) for name in names)
+def _is_array(value: Any) -> bool:
+    return isinstance(plain(value), Tensor | np.ndarray)
 
 
 def _tensors(found: dict[str, Any]) -> list[str]:
@@ -290,7 +294,7 @@ def _chosen(file: Path, found: dict[str, Any], name: str | None) -> str:
     """Name of the head's weight; raises ValueError if there is none or the choice is open."""
     matrices = [key for key in _tensors(found) if _is_weight(key, found[key])]
     if name is not None:
-        keys = [key for key in _tensors(found) if name == key or name in (f"{w}.{key}" for w in WRAPPERS)]
+        keys = [key for key in _tensors(found) if name == key or name in (f"{w}{key}" for w in WRAPPED)]
         keys = keys or [key for key in matrices if key in (f"{name}.weight", f"{name}.coef_")]
         if not keys:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
 from mergetune.io import damaged, kind_of_content
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
+from mergetune.solutions.checkpoints import holds_context
 from mergetune.solutions.head import Head
 from mergetune.solutions.head_files import holds_weights
 from mergetune.solutions.linear_map import LinearMap
@@ -117,7 +118,8 @@ def open_solution(
         exported = read_export(path, classnames=classnames, template=template, position=position)
         if exported is not None:
             return exported
-    if name is not None or (path.is_file() and kind_of_content(path) != "torch"):
+    kind = kind_of_content(path) if path.is_file() else "torch"
+    if name is not None or not (kind == "torch" or (kind == "safetensors" and holds_context(path))):
         return Head.from_checkpoint(path, classnames=classnames, name=name)
     try:
         return Prompt.from_checkpoint(path, template=template, classnames=classnames, position=position)

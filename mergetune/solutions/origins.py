@@ -13,6 +13,7 @@ from mergetune.clip.backbone_files import CONFIG
 from mergetune.data import FeatureCache
 from mergetune.facts.backbones import FOLDER, HUB, recorded_parts, spelled, tags_by_model
 from mergetune.solutions.base import Solution
+from mergetune.solutions.prompt_tokens import OtherClasses
 from mergetune.solutions.stack import Stack
 
 Named = Mapping[str, Solution] | Sequence[Solution]
@@ -85,7 +86,8 @@ def check_origins(clip: FrozenClip, named_by: str, caches: Sequence[FeatureCache
         solutions: solutions, or {path: solution}.
 
     Raises:
-        ValueError: a cache or a solution was made with another backbone; the message names both.
+        ValueError: a cache or a solution was made with another backbone; the message names both. Or class names are
+            not those of a solution's file.
     """
     listed = origins(caches, solutions)
     for origin, cache in zip(listed, caches, strict=False):
@@ -94,9 +96,11 @@ def check_origins(clip: FrozenClip, named_by: str, caches: Sequence[FeatureCache
             raise _other_backbone(origin, clip, named_by)
     for origin, (_, solution) in zip(listed[len(caches) :], _named(solutions), strict=True):
         try:
-            solution.check(clip)
+            solution.for_clip(clip)
+        except OtherClasses as error:
+            raise OtherClasses(f"{origin.owner}: {error}") from error
         except ValueError as error:
-            raise _other_backbone(origin, clip, named_by) from error
+            raise _other_backbone(origin, clip, named_by, error) from error
 
 
 def _named(solutions: Named) -> list[tuple[str, Solution]]:
@@ -105,9 +109,12 @@ def _named(solutions: Named) -> list[tuple[str, Solution]]:
     return [(f"the {solution.kind}", solution) for solution in solutions]
 
 
-def _other_backbone(origin: Origin, clip: FrozenClip, named_by: str) -> ValueError:
+def _other_backbone(origin: Origin, clip: FrozenClip, named_by: str, reason: ValueError | None = None) -> ValueError:
     if not origin.backbone:
-        return ValueError(f"{origin.owner} was made with another backbone than {clip.name}, which {named_by} names")
+        why = "" if reason is None else f": {reason}"
+        return ValueError(
+            f"{origin.owner} was made with another backbone than {clip.name}, which {named_by} names{why}"
+        )
     if recorded_parts(origin.backbone) == recorded_parts(clip.name):
         return ValueError(
             f"{origin.owner} was made with {clip.name}, but that backbone's weights are others now: use the weights of "

@@ -23,6 +23,14 @@ from mergetune.clip import (
 from mergetune.facts.brief import brief
 from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import read_prompt
+from mergetune.solutions.prompt_tokens import (
+    NAMES,
+    OtherClasses,
+    check_same_tokens,
+    has_other_start,
+    rows_of_names,
+    token_notes,
+)
 from mergetune.solutions.states import State, check_finite
 
 POSITIONS = ("end", "middle", "front")
@@ -162,7 +170,8 @@ class Prompt(Solution):
                 :func:`mergetune.solutions.read_prompt`.
             template: the text of the training run, with one token before ``{}`` per context vector; None takes CoOp's
                 "X X X X {}.".
-            classnames: names of the classes of a class-specific prompt, in the order of training (CoOp: sorted labels).
+            classnames: names of the classes of a class-specific prompt. The file holds the embedded names: with another
+                order than that of training (CoOp: sorted labels), :meth:`for_clip` puts the context vectors into it.
                 Not used for shared context vectors.
             position: ``TRAINER.COOP.CLASS_TOKEN_POSITION`` of the run, which the file does not hold. KgCoOp always has
                 "end".
@@ -176,7 +185,7 @@ class Prompt(Solution):
             ctx=found.ctx,
             template=placeholder_template(found.ctx.shape[-2]) if template is None else template,
             classnames=None if classnames is None or found.ctx.ndim == 2 else tuple(classnames),
-            notes={"checkpoint": found.file.name, "epoch": found.epoch},
+            notes={"checkpoint": found.file.name, "epoch": found.epoch, **token_notes(found.start, found.suffix)},
             position=position,
         )
 
@@ -225,6 +234,51 @@ class Prompt(Solution):
         if self.ctx.shape[-1] != clip.text.width:
             raise ValueError(f"ctx must have the text tower's width {clip.text.width}, got {list(self.ctx.shape)}")
 
+    def check(self, clip: FrozenClip) -> None:
+        """Check that the prompt was made for this CLIP, and that its context vectors are in the order of its classes.
+
+        A checkpoint of CoOp holds embedded texts instead of a fingerprint: their start token must be that of the CLIP.
+
+        Raises:
+            ValueError: the CLIP has another width or other weights, or the order of the classes is that of
+                :meth:`for_clip` only.
+        """
+        self._check_backbone(clip)
+        rows = self._rows(clip)
+        if rows is not None and rows != sorted(rows):
+            raise OtherClasses(
+                f"classnames must be in the order of {self.notes.get('checkpoint', 'the file')}, got another order: "
+                "take solution.for_clip(clip), which puts the context vectors into the order of the names"
+            )
+
+    def for_clip(self, clip: FrozenClip) -> Prompt:
+        """This prompt, with the context vectors of a CoOp checkpoint in the order of ``classnames``.
+
+        Raises:
+            ValueError: the prompt was made for another CLIP, or no name is one of the file.
+        """
+        self._check_backbone(clip)
+        rows = self._rows(clip)
+        if rows is None:
+            return self
+        notes = {name: value for name, value in self.notes.items() if name != NAMES}
+        return replace(self, ctx=self.ctx[rows], notes=notes)
+
+    def _check_backbone(self, clip: FrozenClip) -> None:
+        super().check(clip)
+        if self.fingerprint is None and has_other_start(clip, self.notes):
+            raise ValueError(
+                f"the prompt of {self.notes.get('checkpoint', 'the file')} and the backbone {clip.name} do not belong "
+                "together: the start token in the file has another embedding; load the backbone of the prompt's "
+                "training run (MODEL.BACKBONE.NAME in its log.txt)"
+            )
+
+    def _rows(self, clip: FrozenClip) -> list[int] | None:
+        """The row of the context vectors that belongs to each class, or None if no file tells."""
+        if self.classnames is None:
+            return None
+        return rows_of_names(clip, self.classnames, self.template, self.n_ctx, self.notes)
+
     def check_line(self, other: Solution, *, space: str = "parameter") -> None:
         """Check that a line joins two prompts.
 
@@ -232,6 +286,7 @@ class Prompt(Solution):
         position. In space "embedding", any two prompts have a line.
         """
         super().check_line(other, space=space)
+        check_same_tokens(self.notes, other.notes)
         there = other.settings()
         template, position = there["template"], there["position"]
         if space == "embedding":

@@ -14,7 +14,8 @@ from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
 from mergetune.facts.brief import brief
 from mergetune.io import Items, load_tensors
 from mergetune.solutions.base import Description, Solution
-from mergetune.solutions.checkpoints import checkpoint_file, state_dict_of
+from mergetune.solutions.checkpoints import state_dict_of
+from mergetune.solutions.dassl_folders import checkpoint_file
 from mergetune.solutions.head import Head
 from mergetune.solutions.stack import Stack
 from mergetune.solutions.states import State, check_finite

@@ -33,10 +33,12 @@ from mergetune.io import (
     write_json,
 )
 from mergetune.solutions.base import Solution
-from mergetune.solutions.checkpoints import check_same_names, checkpoint_file
+from mergetune.solutions.checkpoints import check_same_names
+from mergetune.solutions.dassl_folders import checkpoint_file
 from mergetune.solutions.head import LARGEST_SCALE, Head
 from mergetune.solutions.head_files import read_arrays
 from mergetune.solutions.prompt import Prompt
+from mergetune.solutions.prompt_tokens import NAMES, START
 from mergetune.solutions.temperatures import HIGHEST, LOWEST
 
 FORMAT, VERSION, ENDING, RECORD = "mergetune-export", 1, ".mergetune.json", "mergetune.json"
@@ -168,7 +170,8 @@ def _described(file: Path, found: Description, template: str | None) -> Solution
         scale = (found.logit_scale or 1.0) / found.temperature
         return Head(weight, found.classnames, None, scale, notes={"checkpoint": file.name}, **origin)
     read = Prompt.from_checkpoint(file, classnames=found.classnames, template=template or found.template)
-    notes = read.notes | {"settings": {"classnames": list(found.classnames)}}
+    notes = {name: note for name, note in read.notes.items() if name not in (START, NAMES)}  # the sidecar has both
+    notes |= {"settings": {"classnames": list(found.classnames)}}
     notes |= {} if found.temperature == 1 else {"temperature": found.temperature}
     return replace(read, position=found.position, notes=notes, **origin)
 

@@ -173,6 +173,7 @@ def span(
     """
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
+    solutions = [solution.for_clip(clip) for solution in solutions]
     last = solutions[-1]
     solutions = [solution.in_form_of(last) for solution in solutions]
     for solution in solutions[:-1]:

@@ -197,6 +197,13 @@ class Stack(Solution):
         for part in self.parts:
             part.check(clip)
 
+    def for_clip(self, clip: FrozenClip) -> Stack:
+        """A stack of the parts for this CLIP, see :meth:`Solution.for_clip`; itself if no part changes."""
+        parts = [part.for_clip(clip) for part in self.parts]
+        if all(new is old for new, old in zip(parts, self.parts, strict=True)):
+            return self
+        return Stack(*parts, notes=self.notes, backbone=self.backbone, fingerprint=self.fingerprint)
+
     def check_classes(self, classnames: Sequence[str]) -> None:
         """The top's own rule. What is below only serves these classes: a head of more classes than are trained may."""
         self.top.check_classes(classnames)

@@ -147,6 +147,7 @@ def tune_job(
     check_types(options)
     on_base = options.method in TOP_METHODS
     _check_options(options, base, on_base=on_base)
+    base = None if base is None else base.for_clip(clip)
     check_method(options)
     settings = TUNE_SETTINGS[options.method]
     options = replace(options, **{name: value for name, value in settings.items() if getattr(options, name) is None})

@@ -172,7 +172,7 @@ def fit_job(
     alphas = path_points(options.grid, options.points)
     check_cuda_graph(options.cuda_graph, clip.device, random=alphas is None)
     # A head's logit scale may be separate or part of its weight. One convention gives lam and lr one meaning.
-    anchors = [anchor.rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
+    anchors = [anchor.for_clip(clip).rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
     classnames = features.classnames
     anchors = [anchor.in_order_of(classnames) for anchor in anchors]
     solution = anchors[0]

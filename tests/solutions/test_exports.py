@@ -108,7 +108,7 @@ def test_a_checkpoint_comes_back_with_the_same_logits(clip, tmp_path, kind):
     prompt = make(kind)
     solutions.to_coop(prompt, tmp_path, clip=clip, classnames=NAMES)
     back = Prompt.from_checkpoint(tmp_path, classnames=prompt.classnames, position=prompt.position)
-    assert back.notes == {"checkpoint": "model.pth.tar-50", "epoch": 50}
+    assert back.notes.items() >= {"checkpoint": "model.pth.tar-50", "epoch": 50}.items()
     assert torch.equal(logits(back, clip), logits(prompt, clip))
 
 
