@@ -159,7 +159,7 @@ class Plan(Settings, frozen=True, extra="allow"):
             if list(array.shape[:2]) != start:
                 raise fault(("arrays", i, "shape"), f"[{start[0]:,}, {start[1]:,}, ...], views and files", array.shape)
             if array.offset < end or array.offset % ALIGNMENT:
-                expected = f"a multiple of {ALIGNMENT:,} behind the array before, {end:,} at least"
+                expected = f"a multiple of {ALIGNMENT:,} behind the array before, from {end:,} on"
                 raise fault(("arrays", i, "offset"), expected, array.offset)
             if array.name in {other.name for other in self.arrays[:i]}:
                 raise fault(("arrays", i, "name"), "a name that no other array has", array.name)

@@ -109,6 +109,22 @@ def test_npy_is_mapped_and_not_copied(tmp_path, dtype):
     assert (tmp_path / "f.npy").read_bytes() == before
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
+def test_a_mapped_file_that_is_cut_off_is_an_error_and_no_signal(tmp_path, suffix):
+    file = tmp_path / f"f{suffix}"
+    if suffix == ".npy":
+        np.save(file, features().numpy())
+    else:
+        (torch.save if suffix == ".pt" else save_file)({"features": features()}, file)
+    cache = read_features(file, labels=LABELS, classnames=NAMES)
+    copy = pickle.loads(pickle.dumps(cache))
+    os.truncate(file, 1)
+    for read in (cache.tensor, lambda: cache.digest):
+        with pytest.raises(ValueError, match=f"f{suffix} was truncated while it was open: the file must have"):
+            read()
+    assert copy.labels.tolist() == LABELS
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
 @pytest.mark.parametrize(("feature", "label"), [("features", "labels"), ("image_features", "targets")])
 def test_features_and_labels_in_one_file(tmp_path, suffix, feature, label):
