@@ -105,7 +105,8 @@ class FeatureCache:
                     f"feature cache {path} is unfinished ({done} of {total} blocks): call cache_features again"
                 )
             raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
-        manifest, skipped = (manifest := read_manifest(path)), manifest.skipped
+        manifest = read_manifest(path)
+        skipped = manifest.skipped
         kept = [i for i, file in enumerate(manifest.files) if file not in skipped]
         if isinstance(manifest, Manifest1):
             source, stored = open_shards(path, manifest, most_in_memory=MAX_MAPPED), torch.arange(len(kept))

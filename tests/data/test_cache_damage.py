@@ -267,6 +267,43 @@ def test_verify_finds_and_mends_what_the_state_of_the_file_hides(images, whole, 
     assert array_bytes(cache) == array_bytes(whole)
 
 
+class Stopped(BaseException):
+    """As a signal would stop the process."""
+
+
+def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Lets some writes and removals happen, and no more."""
+    calls = iter(range(steps))
+
+    def counted(original: Callable) -> Callable:
+        def work(*args, **settings):
+            if next(calls, None) is None:
+                raise Stopped
+            return original(*args, **settings)
+
+        return work
+
+    for owner, name in ((os, "replace"), (os, "pwrite"), (Path, "unlink")):
+        patch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.filterwarnings("ignore:.* encoded again")
+def test_mending_may_be_stopped_at_any_step(images, whole, cache, monkeypatch):
+    for steps in range(100):
+        changed(cache / "arrays.bin", ROW_BYTES, b"1")
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            try:
+                finished = cache_features(TinyClip(), images, cache, **BUILD)
+            except Stopped:
+                finished = None
+        cache_features(TinyClip(), images, cache, **BUILD).verify(images)
+        assert array_bytes(cache) == array_bytes(whole) and not list(cache.glob("block-*"))
+        if finished is not None:
+            break
+    assert 8 < steps < 99, "every write and removal was a step"
+
+
 def test_rows_of_an_unfinished_cache_are_compared_too(images, whole, cache):
     manifest = read_manifest(cache)
     cache_blocks.reopen(cache, manifest, cache_blocks.Damage(rows=((8, 10),), text=""))

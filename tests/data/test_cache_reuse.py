@@ -135,6 +135,16 @@ def test_unfinished_cache_says_so(images, tmp_path):
     assert torch.equal(whole.tensor(), cache.tensor())
 
 
+def test_an_unfinished_cache_of_version_0_1_is_not_continued(images, tmp_path):
+    path = tmp_path / "cache"
+    path.mkdir()
+    (path / "building.json").write_text('{"format":"mergetune.features/1","clip":"tiny"}')
+    for work in (FeatureCache.open, lambda path: cache_features(TinyClip(), images, path, **BUILD)):
+        with pytest.raises(ValueError, match="is unfinished and was started by version 0.1; overwrite=True"):
+            work(path)
+    cache_features(TinyClip(), images, path, **BUILD, overwrite=True).verify(images)
+
+
 def test_cache_with_other_images_is_refused(images, tmp_path):
     cache_features(TinyClip(), images.take(range(9)), tmp_path / "cache")
     with pytest.raises(ValueError, match="lacks 2 of 11 images, the first is '009.png'; overwrite=True"):
