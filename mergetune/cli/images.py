@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -87,18 +88,24 @@ def cache(
 
 
 def _caches_in(folder: Path) -> list[Path]:
-    """The finished caches in the folder, or the folder itself."""
-    from mergetune.data.cache_files import MANIFEST
+    """The caches in the folder, also unfinished ones, or the folder itself."""
+    from mergetune.data.cache_files import MANIFEST, PLAN
 
-    return [path for path in (folder, *(folder / split for split in SPLITS)) if (path / MANIFEST).is_file()]
+    places = (folder, *(folder / split for split in SPLITS))
+    return [path for path in places if any((path / name).is_file() for name in (MANIFEST, PLAN))]
 
 
 def _recorded(folder: Path) -> Sequence[Any]:
     """What the caches in the folder record of their backbone; the features are not read."""
     from mergetune.data.cache_files import read_manifest
 
-    found = ((path, read_manifest(path)) for path in _caches_in(folder))
-    return [SimpleNamespace(path=path, backbone=m.clip, fingerprint=m.fingerprint, dim=m.dim) for path, m in found]
+    found = []
+    for path in _caches_in(folder):
+        with suppress(ValueError):  # what is damaged or unfinished is said when it is opened
+            manifest = read_manifest(path)
+            origin = {"backbone": manifest.clip, "fingerprint": manifest.fingerprint, "dim": manifest.dim}
+            found.append(SimpleNamespace(path=path, **origin))
+    return found
 
 
 def _verified(folder: Path) -> dict[str, Any]:

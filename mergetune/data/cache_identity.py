@@ -16,13 +16,14 @@ from mergetune.data.cache_files import (
     REBUILD,
     cache_lock,
     file_state,
+    mend,
     read_images,
     read_manifest,
     remove_building_files,
     write_images,
     write_manifest,
 )
-from mergetune.data.cache_version_1 import Manifest1, image_identities_1, update_manifest_1
+from mergetune.data.cache_version_1 import Manifest1, image_identities_1, update_manifest_1, verify_shards
 from mergetune.data.image_lists import ImageList
 from mergetune.io import (
     FIRST_DECODING,
@@ -65,7 +66,8 @@ def examine(path: Path, wanted: Plan, images: ImageList, *, trust: bool) -> tupl
         Whether there is a finished cache, and the damage of its arrays.
 
     Raises:
-        ValueError: the cache was built from other weights, settings or images, or its documents are damaged.
+        ValueError: the cache was built from other weights, settings or images, its documents are damaged, or its arrays
+            are and not all images are given.
     """
     if not (path / MANIFEST).is_file():
         return False, None
@@ -79,7 +81,12 @@ def examine(path: Path, wanted: Plan, images: ImageList, *, trust: bool) -> tupl
             f"feature cache {path} lacks {len(lacking)} of {len(images)} images, the first is {first!r}; {REBUILD}"
         )
     moved = refuse_changed(path, images, zip(manifest.files, image_identities(path, manifest), strict=True))
-    if isinstance(manifest, Manifest) and (damage := find_damage(path, manifest, trust=trust)):
+    if isinstance(manifest, Manifest1):
+        if not trust:
+            verify_shards(path, manifest, progress=False)
+    elif damage := find_damage(path, manifest, trust=trust):
+        if len(wanted.files) != len(manifest.files):
+            raise ValueError(f"{damage.text}; {mend(path)}, given all {len(manifest.files)} images")
         return True, damage
     fresh = manifest
     if len(wanted.files) == len(manifest.files):

@@ -89,9 +89,6 @@ class OpenFile:
         if hasattr(self, "file"):
             self.file.close()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OpenFile, (self.path,)
-
     def require_whole(self) -> None:
         """Raises ValueError if the file has become shorter: reading the mapping would end the process."""
         if (found := os.fstat(self.file.fileno()).st_size) < self.size:
@@ -136,7 +133,7 @@ class TensorRows:
         self.window = torch.from_numpy(overlapping).view(self.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TensorRows, self.given  # pickling must not copy the window
+        return TensorRows, self.given[:3]  # the window is not copied, and copies of the tensors need no files
 
     def read(self, row: Tensor, view: Tensor, out: Tensor) -> None:
         _, _, norms, files = self.given

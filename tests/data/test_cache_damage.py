@@ -259,6 +259,28 @@ def test_a_folder_that_cannot_be_written_serves(images, whole, tmp_path, compare
     assert len(compared) == 2, "each opening compares, because none can be remembered"
 
 
+def test_damage_is_not_mended_with_some_of_the_images(images, whole, cache):
+    DAMAGES["zeros"][0](cache / "arrays.bin")
+    with pytest.raises(ValueError, match="rows 4 to 7 .* encodes only these rows again, given all 11 images"):
+        cache_features(NoMoreEncoding(), images.take([0, 1]), cache, **BUILD)
+    with pytest.warns(UserWarning, match="rows 4 to 7"):
+        cache_features(TinyClip(), images, cache, **BUILD)
+    assert array_bytes(cache) == array_bytes(whole)
+
+
+def test_verify_compares_the_shards_of_version_0_1(images, cache):
+    as_version_1(cache)
+    changed(cache / "shard-00002.safetensors", (cache / "shard-00002.safetensors").stat().st_size - 3, b"1")
+    for work in (
+        lambda: cache_features(NoMoreEncoding(), images, cache, **BUILD, verify=True),
+        FeatureCache.open(cache).verify,
+    ):
+        with pytest.raises(
+            ValueError, match=r"shard-00002.*: its checksum .* \(rows from 8 on\); overwrite=True"
+        ):
+            work()
+
+
 def test_verify_finds_and_mends_what_the_state_of_the_file_hides(images, whole, cache):
     unnoticed(cache / "arrays.bin", DAMAGES["one bit"][0])
     assert len(cache_features(NoMoreEncoding(), images, cache, **BUILD)) == 11
