@@ -3,8 +3,8 @@
 MERGETUNE_BENCH_ROWS=1281167 gives ImageNet's size. This needs 1.3 GB of disk in the folder ``--basetemp`` and some
 minutes.
 
-The figures are for these rows in 1,252 shards (79 shards give about the same), on one thread of an AMD EPYC (Zen 5)
-that other processes used as well. Opening takes 0.9 s of CPU time (with the checksums of the images 3.0 s and 0.4 GB
+The figures are for these rows in a cache of version 0.1, on one thread of an AMD EPYC (Zen 5) that other processes used
+as well. Opening takes 0.9 s of CPU time (with the checksums of the images 3.0 s and 0.4 GB
 more at the peak). ``select`` takes 0.6 s for 16,000 images and 1.3 s for all. Rows in random order take 0.7 to 1.5 ms
 per batch of 512, all rows in order 0.3 s. The table shows one process from import to test, in CPU seconds and highest
 resident memory in GB:
@@ -49,11 +49,11 @@ BATCH, CLASSES, MAX_RSS = 512, TASKS["imagenet"], 2_000_000_000
 SCALE, POINTS, LAM, BETA = 100.0, 5, 8.0, 0.5
 
 
-@pytest.fixture(scope="module", params=[1024, 16384], ids=lambda size: f"shards-of-{size}")
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a cache whose class names are numbers."""
     path = tmp_path_factory.mktemp("imagenet")
-    random_cache(path, ROWS, [f"number {i}" for i in range(CLASSES)], shard_size=request.param)
+    random_cache(path, ROWS, [f"number {i}" for i in range(CLASSES)])
     return path
 
 
@@ -71,7 +71,7 @@ def test_open(benchmark, path: Path) -> None:
     manifest = path / "manifest.json"
     compare(
         benchmark,
-        f"open, {ROWS} images in {len(FeatureCache.open(path).shards)} shards",
+        f"open, {ROWS} images",
         lambda: FeatureCache.open(path),
         baselines={"reading the whole manifest": lambda: json.loads(manifest.read_bytes())},
         rounds=3,
@@ -117,10 +117,10 @@ def test_step(benchmark, cache: FeatureCache, stage: str) -> None:
         index = next(batches)
         step(cache.rows(index), index)
 
-    way = "mapped" if cache.opened is None else "read"
+    way = "mapped" if cache.source.mapped else "read"
     compare(
         benchmark,
-        f"{stage} a head, one step, B {BATCH}, C {CLASSES}, from {len(cache.shards)} shards, {way}",
+        f"{stage} a head, one step, B {BATCH}, C {CLASSES}, {way}",
         drawn,
         baselines={"the same batch every time": lambda: step(x, order[:BATCH])},
         floors={
@@ -137,7 +137,7 @@ def test_accuracy(benchmark, cache: FeatureCache) -> None:
     x = torch.randn(2048, WIDTH)
     compare(
         benchmark,
-        f"accuracy of a head, {ROWS} images, from {len(cache.shards)} shards",
+        f"accuracy of a head, {ROWS} images",
         lambda: accuracy(weights, cache),
         floors={"its GEMMs": lambda: [x @ weights.T for _ in range(ROWS // len(x))]},
         rounds=3,

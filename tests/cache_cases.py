@@ -1,5 +1,7 @@
 """A tiny CLIP that counts, its images, and unfinished caches."""
 
+import hashlib
+import json
 import random
 import time
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergetune.data import ImageList
@@ -50,11 +53,46 @@ def draw_images(root: Path, count: int, classes: int = 3) -> ImageList:
     return ImageList(root, files, [i % classes for i in range(count)], [f"class {c}" for c in range(classes)])
 
 
-def shard_bytes(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(Path(path).glob("shard-*"))}
+def array_bytes(path: Path) -> bytes:
+    """The file with the arrays of a finished cache; its manifest must have been written."""
+    assert (Path(path) / "manifest.json").exists()
+    return (Path(path) / "arrays.bin").read_bytes()
 
 
-BUILD = {"shard_size": 4, "batch_size": 3, "views": 2}  # 11 images: shards of 4, 4, 3
+BUILD = {"shard_size": 4, "batch_size": 3, "views": 2}  # 11 images: blocks of 4, 4, 3
+ROW_BYTES = 6 * 4  # of a TinyClip
+
+
+def resealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest that was changed by hand, with the checksum that fits."""
+    content = json.dumps({name: value for name, value in manifest.items() if name != "checksum"})[1:].encode()
+    return b'{"checksum":"%b",%b' % (hashlib.sha256(content).hexdigest().encode(), content)
+
+
+def as_version_1(path: Path) -> Path:
+    """Turns a finished cache into what version 0.1 would have written."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    images = json.loads((path / "images.json").read_text())["images"]
+    identities = list(zip(images["sha256"], images["bytes"], images["mtime_ns"], strict=True))
+    (array,), skipped, size = manifest.pop("arrays"), manifest.pop("skipped"), manifest["shard_size"]
+    content = torch.frombuffer(bytearray((path / "arrays.bin").read_bytes()), dtype=getattr(torch, array["dtype"]))
+    rows, shards = content.view(array["shape"]), []
+    for number, begin in enumerate(range(0, len(manifest["files"]), size)):
+        files = manifest["files"][begin : begin + size]
+        kept = [begin + i for i, file in enumerate(files) if file not in skipped]
+        file = path / f"shard-{number:05d}.safetensors"
+        save_file({"features": rows[:, kept].contiguous()}, file, metadata={"format": "pt"})
+        shards.append({
+            "bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "rows": len(kept),
+            "images": identities[begin : begin + size],
+            "skipped": {file: skipped[file] for file in files if file in skipped},
+        })  # fmt: skip
+    new = {name: value for name, value in manifest.items() if name not in ("checksum", "rows", "bytes", "decoding")}
+    new |= {"format": "mergetune.features/1", "shards": shards}
+    (path / "manifest.json").write_text(json.dumps(new, separators=(",", ":")))
+    for name in ("arrays.bin", "images.json", "checked.json"):
+        (path / name).unlink()
+    return path
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Our own documents: every fault is one sentence that names file, field, expectation, value and the way on."""
 
 import copy
+import hashlib
 import json
 import math
 import random
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import BUILD, NoMoreEncoding, TinyClip, draw_images
+from cache_cases import BUILD, NoMoreEncoding, TinyClip, as_version_1, draw_images
 from fit_cases import QUICK
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -35,6 +36,8 @@ from mergetune import (
     to_coop,
     zero_shot_classifier,
 )
+from mergetune.data.cache_blocks import Damage, reopen
+from mergetune.data.cache_files import read_manifest
 from mergetune.experiments.engine import begun, kept
 from mergetune.experiments.records import CellRecord, RunRecordFile
 from mergetune.ops import Trial, Verdict, VerdictFile, verdicts
@@ -74,6 +77,21 @@ class Case:
 
     def write(self, folder: Path, content: bytes) -> None:
         (folder / self.file).write_bytes(content)
+
+
+@dataclass(frozen=True)
+class SealedCase(Case):
+    """A document that begins with its checksum: what is written has the checksum that fits."""
+
+    def read(self, folder: Path) -> str:
+        document = json.loads((folder / self.file).read_text())
+        del document["checksum"]
+        return json.dumps(document)
+
+    def write(self, folder: Path, content: bytes) -> None:
+        inner = content[1:]
+        head = b'{"checksum":"%b",' % hashlib.sha256(inner).hexdigest().encode()
+        (folder / self.file).write_bytes(head + inner if content.startswith(b"{") else content)
 
 
 @dataclass(frozen=True)
@@ -156,24 +174,23 @@ def cases(tmp_path_factory) -> dict[str, Case]:
     built = cache_features(TinyClip(), images, root / "cache", **BUILD)
 
     def opened(folder: Path) -> FeatureCache:
+        FeatureCache.open(folder)
         return cache_features(NoMoreEncoding(), images, folder, **BUILD)
 
     def continued(folder: Path) -> FeatureCache:
         return cache_features(TinyClip(), images, folder, **BUILD)
 
-    free = ("preprocess", "files", "images", "skipped")
+    free = ("preprocess", "files", "skipped")
     optional = ("decoding",)  # version 0.1 wrote none
-    found["manifest"] = Case(built.path, "manifest.json", opened, free, optional, ("seed",))
-    manifest = json.loads((built.path / "manifest.json").read_text())
-    for name, file in {"plan": "building.json", "shard record": "shard-00001.json"}.items():
+    found["manifest"] = SealedCase(built.path, "manifest.json", opened, free, optional, ("seed",))
+    nothing = ("sha256", "bytes", "mtime_ns")  # may be null for each image
+    found["images"] = SealedCase(built.path, "images.json", opened, (), (), nothing)
+    for name, file in {"plan": "building.json", "block record": "block-00001.json"}.items():
         folder = shutil.copytree(built.path, root / name)
-        (folder / "manifest.json").unlink()
-        plan = {key: value for key, value in manifest.items() if key not in ("torch", "shards")}
-        (folder / "building.json").write_text(json.dumps(plan))
-        for number, shard in enumerate(manifest["shards"]):
-            record = {"plan": manifest["id"], "shard": shard}
-            (folder / f"shard-{number:05d}.json").write_text(json.dumps(record))
-        found[name] = Case(folder, file, continued, free, optional, ("seed",))
+        reopen(folder, read_manifest(folder), Damage(rows=(), text=""))
+        found[name] = Case(folder, file, continued, free, optional, ("seed", *nothing))
+    folder = as_version_1(shutil.copytree(built.path, root / "manifest 1"))
+    found["manifest 1"] = Case(folder, "manifest.json", opened, (*free, "images"), optional, ("seed",))
 
     def resumed(folder: Path) -> FitResult:
         return fit(tiny_clip(), cache(), prompt(), resume=folder, **QUICK)
@@ -218,8 +235,10 @@ DOCUMENTS = [
     "classifier",
     "coop",
     "manifest",
+    "manifest 1",
+    "images",
     "plan",
-    "shard record",
+    "block record",
     "state",
     "result",
     "cell record",
@@ -363,7 +382,7 @@ def nested(levels: int) -> bytes:
     [
         ("prompt", "version", 2),
         ("stack", "version", 12),
-        ("manifest", "format", "mergetune.features/2"),
+        ("manifest", "format", "mergetune.features/3"),
         ("plan", "format", "mergetune.features/10"),
         ("verdict", "format", 2),
     ],

@@ -1,12 +1,13 @@
 """No message shows a hash: what differs is said in names, counts and values."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cache_cases import BUILD, TinyClip, draw_images
+from cache_cases import BUILD, TinyClip, draw_images, resealed
 from fit_cases import QUICK
 from safetensors.torch import load_file, save_file
 from tiny import NAMES, cache, head, normal, prompt, tiny_clip
@@ -127,7 +128,20 @@ def other_runs(folder: Path) -> None:
 
 def a_checksum_of_another_length(folder: Path) -> None:
     manifest = built(folder).path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"sha256":"', '"sha256":"0'))
+    changed = json.loads(manifest.read_text())
+    changed["arrays"][0]["sha256"][0] += "0"
+    manifest.write_bytes(resealed(changed))
+    FeatureCache.open(folder)
+
+
+def a_changed_manifest(folder: Path) -> None:
+    manifest = built(folder).path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"labels":[0', '"labels":[1'))
+    FeatureCache.open(folder)
+
+
+def changed_rows(folder: Path) -> None:
+    (built(folder).path / "arrays.bin").write_bytes(bytes(2 * 11 * 24))
     FeatureCache.open(folder)
 
 
@@ -135,7 +149,8 @@ CASES: list[Callable[[Path], None]] = [
     other_training_images, other_solutions, other_zero_shot, other_base, other_start, a_damaged_state,
     a_solution_of_another_clip, a_solution_of_other_weights, a_solution_without_a_name, a_solution_of_another_checksum,
     features_of_another_clip, training_features_of_another_clip, a_cache_of_another_clip,
-    a_cache_on_disk_of_another_clip, a_checksum_of_another_length, other_cells, other_experts, other_runs,
+    a_cache_on_disk_of_another_clip, a_checksum_of_another_length, a_changed_manifest,
+    changed_rows, other_cells, other_experts, other_runs,
 ]  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 Shapes: B requested rows, D embedding width, N rows of a cache, V views of each image.
 
-A cache of up to ``MAX_MAPPED`` bytes is memory-mapped. Rows of a larger cache are read with ``preadv``: reading a row
+Features of up to ``MAX_MAPPED`` bytes are memory-mapped. Rows of a larger cache are read with ``preadv``: reading a row
 through a mapping also loads the pages around the row, so a mapping would soon occupy memory for the whole cache.
+docs/cache.md describes the files.
 """
 
 from __future__ import annotations
@@ -19,30 +20,19 @@ from warnings import warn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mergetune.clip import PRECISIONS
-from mergetune.data.cache_files import (
-    MANIFEST,
-    PLAN,
-    REBUILD,
-    finished_shards,
-    image_identities,
-    map_shard,
-    read_manifest,
-    read_plan,
-    shard_name,
-)
-from mergetune.data.cache_identity import file_sha256, refuse_changed
+from mergetune.data.cache_blocks import damaged_rows, refuse_damage
+from mergetune.data.cache_documents import FEATURES, Manifest
+from mergetune.data.cache_files import ARRAYS, MANIFEST, PLAN, mend, read_manifest, read_plan, read_records
+from mergetune.data.cache_identity import image_identities, refuse_changed
+from mergetune.data.cache_version_1 import Manifest1, open_shards, verify_shards
 from mergetune.data.image_lists import ImageList
-from mergetune.data.row_reading import OpenFiles, RowReader, may_open
+from mergetune.data.row_reading import ROWS, Extent, FileRows, Rows, TensorRows, UnitNorms
 from mergetune.facts.brief import brief
-from mergetune.io import MAX_WEIGHTS, hidden
 
 UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 MAX_MAPPED = 1 << 28  # largest number of bytes of features that are memory-mapped
-
-ROWS = 4096  # rows per step of loops over all rows
 
 
 @brief("path", "classnames", "dim", "dtype", "views", "skipped", images=len)
@@ -64,10 +54,8 @@ class FeatureCache:
         views: V. View 0 is the evaluation transform; the other views are augmented.
         dim: D.
         skipped: {file: reason} of the images that could not be read.
-        stored: LongTensor [N], position of each row in the concatenated shards.
-        shards: the stored features, each [V, n, D]; memory-mapped for a cache on disk.
-        opened: open files of the shards if rows are read with ``preadv``; None if they are read from ``shards``.
-        checksums: SHA-256 of each shard's file; empty for features in memory.
+        stored: LongTensor [N], position of each row in ``source``.
+        source: reads stored rows from memory or from the files of the cache.
     """
 
     path: Path | None
@@ -80,9 +68,7 @@ class FeatureCache:
     dim: int
     skipped: Mapping[str, str] = field(repr=False)
     stored: Tensor = field(repr=False)
-    shards: tuple[Tensor, ...] = field(repr=False)
-    opened: OpenFiles | None = field(default=None, repr=False)
-    checksums: tuple[str, ...] = field(default=(), repr=False)
+    source: Rows = field(repr=False)
     backbone: str = ""
 
     @property
@@ -95,37 +81,38 @@ class FeatureCache:
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureCache:
-        """Opens a finished cache. File sizes are checked; :meth:`verify` checks the checksums.
+        """Opens a finished cache.
 
-        If the features have more than ``MAX_MAPPED`` bytes, rows are read from the files, and only the batch occupies
-        memory. This needs one file descriptor per shard. If the shards would use more than half of the process's file
-        descriptors (``ulimit -n``), the features are memory-mapped instead.
+        The checksums of all features are compared if size, modification time or inode of their file differ from those
+        of the last comparison, as after copying the cache. Each row's norm is checked when the row is first read.
+
+        If the features have more than ``MAX_MAPPED`` bytes, rows are read from the file, and only the batch occupies
+        memory.
 
         Args:
             path: folder of the cache.
 
         Raises:
             FileNotFoundError: the folder is not a cache.
-            ValueError: the cache is unfinished, damaged or of another format.
+            ValueError: the cache is unfinished, damaged or of another format; the message names the damaged rows.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
             if (path / PLAN).is_file():
                 plan = read_plan(path)
-                done, total = len(finished_shards(path, plan)), plan.shard_count
+                done, total = len(read_records(path, plan)), plan.shard_count
                 raise ValueError(
-                    f"feature cache {path} is unfinished ({done} of {total} shards): call cache_features again"
+                    f"feature cache {path} is unfinished ({done} of {total} blocks): call cache_features again"
                 )
             raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
         manifest = read_manifest(path)
-        shards = {
-            path / shard_name(number): map_shard(path, number, shard, manifest)
-            for number, shard in enumerate(manifest.shards)
-        }
-        shards = {file: shard for file, shard in shards.items() if shard.numel()}
-        large = sum(shard.nbytes for shard in shards.values()) > MAX_MAPPED
         skipped = manifest.skipped
         kept = [i for i, file in enumerate(manifest.files) if file not in skipped]
+        if isinstance(manifest, Manifest1):
+            source, stored = open_shards(path, manifest, most_in_memory=MAX_MAPPED), torch.arange(len(kept))
+        else:
+            refuse_damage(path, manifest)
+            source, stored = _open_array(path, manifest), torch.tensor(kept)
         return cls(
             path=path,
             labels=torch.tensor([manifest.labels[i] for i in kept], dtype=torch.int64),
@@ -136,10 +123,8 @@ class FeatureCache:
             views=manifest.views,
             dim=manifest.dim,
             skipped=skipped,
-            stored=torch.arange(len(kept)),
-            shards=tuple(shards.values()),
-            opened=OpenFiles(shards) if large and may_open(len(shards)) else None,
-            checksums=tuple(shard.sha256 for shard in manifest.shards),
+            stored=stored,
+            source=source,
             backbone=manifest.clip,
         )
 
@@ -209,7 +194,7 @@ class FeatureCache:
             dim=dim,
             skipped={},
             stored=torch.arange(count),
-            shards=(features,),
+            source=TensorRows((features,)),
         )
 
     def rows(self, index: Tensor, view: int | Tensor = 0) -> Tensor:
@@ -224,6 +209,7 @@ class FeatureCache:
 
         Raises:
             IndexError: an index or view out of range.
+            ValueError: a row of a cache on disk is damaged, or its file was cut off while it is open.
         """
         index, view = torch.as_tensor(index).cpu(), torch.as_tensor(view).cpu()
         _check_range("index", index, len(self))
@@ -236,7 +222,7 @@ class FeatureCache:
         out = torch.empty(len(index), self.dim)
         for begin in range(0, len(index), ROWS):
             part = slice(begin, begin + ROWS)
-            self._rows.read(row[part], view[part], out[part])
+            self.source.read(row[part], view[part], out[part])
         return out
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
@@ -318,25 +304,25 @@ class FeatureCache:
         )
 
     def verify(self, images: ImageList | None = None, *, progress: bool = True) -> None:
-        """Reads every shard and compares its checksum; with ``images``, also compares the bytes of each image.
+        """Compares the checksums of all features; with ``images``, also those of the bytes of each image.
 
         Args:
-            images: the images that were encoded; None checks only the shards.
+            images: the images that were encoded; None checks only the features.
             progress: show a bar on a terminal.
 
         Raises:
-            ValueError: a shard is damaged, or an image has changed; the message names the file.
+            ValueError: features are damaged, and the message names file and rows; or an image has changed.
         """
         if self.path is None:
             return
         manifest = read_manifest(self.path)
-        shards = tqdm(manifest.shards, desc="verify shards", unit="shard", disable=hidden(progress))
-        for number, shard in enumerate(shards):
-            file = self.path / shard_name(number)
-            if file_sha256(file, limit=MAX_WEIGHTS) != shard.sha256:
-                raise ValueError(f"{file} is damaged: its checksum differs from the manifest; {REBUILD}")
+        if isinstance(manifest, Manifest1):
+            verify_shards(self.path, manifest, progress=progress)
+        else:
+            refuse_damage(self.path, manifest, trust=False, progress=progress)
         if images is not None:
-            refuse_changed(self.path, manifest, images, image_identities(self.path, manifest), trust_mtime=False)
+            known = zip(manifest.files, image_identities(self.path, manifest), strict=True)
+            refuse_changed(self.path, images, known, trust_mtime=False)
 
     def shared_with(self, other: FeatureCache) -> Tensor:
         """Indices, ascending, [n], of the rows of ``other`` that are also in this cache.
@@ -366,27 +352,37 @@ class FeatureCache:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the features, their order and their labels; equal digests give equal training runs."""
+        """SHA-256 of the features, their order and their labels; equal digests give equal training runs.
+
+        All features of these images are read once for it.
+        """
         return self._digest
 
     @functools.cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for tensor in (self.labels, self.stored):
-            digest.update(tensor.numpy().data)
-        digest.update("".join(self.checksums).encode())
-        if not self.checksums:
-            for shard in self.shards:
-                digest.update(shard.contiguous().view(torch.uint8).numpy().data)
+        digest = hashlib.sha256(self.labels.numpy().data)
+        for content in self.source.contents(self.stored):
+            digest.update(content)
         return digest.hexdigest()
-
-    @functools.cached_property
-    def _rows(self) -> RowReader:
-        return RowReader(self.shards, self.opened)
 
     @property
     def _name(self) -> str:
         return "these features" if self.path is None else f"feature cache {self.path}"
+
+
+def _open_array(path: Path, manifest: Manifest) -> FileRows:
+    """The features of a finished cache."""
+    array = manifest.array(FEATURES)
+    views, count, width = array.shape
+    return FileRows(
+        [Extent(path / ARRAYS, array.offset, count)],
+        views,
+        width,
+        array.dtype,
+        mapped=array.end - array.offset <= MAX_MAPPED,
+        way_on=mend(path),
+        norms=UnitNorms(views, count, functools.partial(damaged_rows, path)) if array.unit_norm else None,
+    )
 
 
 def _check_range(name: str, value: Tensor, end: int) -> None:

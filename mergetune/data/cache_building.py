@@ -1,15 +1,13 @@
-"""Building of feature caches: images are encoded shard by shard, and a repeated call continues a killed build."""
+"""Building of feature caches: images are encoded block by block, and a repeated call continues a killed build."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,20 +16,22 @@ from mergetune.clip import PRECISIONS
 from mergetune.clip.backbone import check_clip
 from mergetune.clip.class_texts import check_texts
 from mergetune.data.cache import FeatureCache
-from mergetune.data.cache_documents import FORMAT, Identity, Manifest, Plan, Shard, ShardRecord
+from mergetune.data.cache_blocks import allocate, find_damage, finished_blocks, in_words, reopen, write_block
+from mergetune.data.cache_documents import FEATURES, FORMAT, Identities, Identity, Manifest, Plan, lay_out
 from mergetune.data.cache_files import (
-    MANIFEST,
     OURS,
     PLAN,
     REBUILD,
-    finished_shards,
+    read_manifest,
     read_plan,
-    record_name,
+    read_records,
     remove_building_files,
     remove_cache_files,
-    shard_name,
+    write_images,
+    write_manifest,
+    write_plan,
 )
-from mergetune.data.cache_identity import KEY, image_identity, is_complete, refuse_changed, refuse_stale, relabelled
+from mergetune.data.cache_identity import KEY, examine, image_identity, refuse_changed, refuse_stale, relabelled
 from mergetune.data.decoding import decode_in_workers
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
@@ -42,14 +42,14 @@ from mergetune.io import (
     jsonable,
     read_picture,
     torchrun_team,
-    write_atomically,
     writing_in,
 )
 
 if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
 
-SHARD_SIZE, MAX_SHARDS = 1024, 256  # least images per shard, most shards per cache: all shards can stay open
+SHARD_SIZE = 1024  # images per block
+UNIT_NORM_ATOL = 1e-2  # largest distance of an encoded norm from 1
 
 
 def cache_features(
@@ -67,11 +67,13 @@ def cache_features(
     background: str = BACKGROUND,
     on_error: str = "raise",
     overwrite: bool = False,
+    verify: bool = False,
     progress: bool = True,
 ) -> FeatureCache:
     """Encodes images once into a feature cache on disk, or opens the cache if it exists.
 
-    A call that was interrupted can be repeated: it continues with the first unfinished shard.
+    A call that was interrupted can be repeated: it continues with the first unfinished block. Where rows of an existing
+    cache are damaged, only their blocks are encoded again, with a warning.
 
     A cache is valid for the image weights, the preprocessing, the decoding of pictures, dtype, views, seed, and the
     names and bytes of the images; a call with others is refused. A call may request fewer images than the cache has, in
@@ -83,7 +85,7 @@ def cache_features(
     and file name. The same call on the same machine with the same number of threads gives the same bits, for any
     ``workers``, any number of ranks and after interruptions.
 
-    Under torchrun every rank must make the same call. The ranks share the shards, and must have one file system. A gloo
+    Under torchrun every rank must make the same call. The ranks share the blocks, and must have one file system. A gloo
     process group is created if none exists; it stays afterwards.
 
     Args:
@@ -95,26 +97,27 @@ def cache_features(
         views: V >= 1: the evaluation view and V - 1 augmented views.
         seed: seed of the augmented views.
         batch_size: images per call of the image tower.
-        shard_size: images per file. An interrupted build loses at most one shard, and ranks share whole shards. None is
-            1,024, or more if the cache would have over 256 files. An unfinished cache must be continued with the same
-            size.
+        shard_size: images per block, which has one checksum per view. An interrupted build loses at most one block, and
+            damage at least costs one. None is 1,024. An existing cache keeps its own.
         workers: number of processes that decode images; 0 decodes in the calling process.
         max_pixels: largest width times height of an image; a larger image counts as unreadable. Decoding takes about 8
             bytes per pixel in each worker.
         background: colour under transparent pixels, a name or "#rrggbb".
-        on_error: "raise" stops the build at an unreadable image and keeps finished shards; "skip" leaves the image out,
+        on_error: "raise" stops the build at an unreadable image and keeps finished blocks; "skip" leaves the image out,
             with a warning and an entry in the manifest.
         overwrite: delete an existing cache at ``path`` and build a new one.
+        verify: compare the checksums of an existing cache; otherwise they are compared only if its file has changed
+            since the last comparison.
         progress: show a bar on a terminal.
 
     Returns:
         The cache with exactly ``images`` in their order, without the skipped ones.
 
     Raises:
-        ValueError: an invalid argument, an unreadable image, features that are NaN or inf, or a cache that is damaged
-            or was built from other images or settings.
+        ValueError: an invalid argument, an unreadable image, features that are NaN or inf or not of unit norm, or a
+            cache whose documents are damaged or that was built from other images or settings.
         RuntimeError: another process is building the cache, or another rank failed.
-        OSError: the disk is full, for example. Finished shards are kept.
+        OSError: the disk is full, for example. Finished blocks are kept.
     """
     check_clip(clip)
     if isinstance(images, str | Path) or hasattr(images, "full_train"):
@@ -123,7 +126,7 @@ def cache_features(
         way_on = "take its train, val or test" if split else "mergetune.ImageFolder reads a folder"
         raise TypeError(f"images must be an ImageList, got {got}: {way_on}")
     if shard_size is None:
-        shard_size = max(SHARD_SIZE, -(-len(images) // MAX_SHARDS))
+        shard_size = SHARD_SIZE
     for name, value, least in (
         ("views", views, 1),
         ("batch_size", batch_size, 1),
@@ -153,14 +156,16 @@ def cache_features(
         "files": images.files,
         "labels": images.labels,
         "classnames": images.classnames,
+        "arrays": lay_out([(FEATURES, dtype, (views, len(images), clip.embed_dim), True)]),
     }
+    fields["bytes"] = fields["arrays"][-1].end
     known = [fields[name] for name in (*KEY, "dim", "shard_size", "files")]
-    if clip.image_dtype != torch.float32:  # recorded only then, so that other caches stay as version 0.1 writes them
+    if clip.image_dtype != torch.float32:  # caches of version 0.1 have no such field
         fields["precision"] = str(clip.image_dtype).removeprefix("torch.")
         known.append(fields["precision"])
     wanted = Plan.model_validate({**fields, "id": hashlib.sha256(compact_json(known)).hexdigest()})
     with torchrun_team() as team, contextlib.ExitStack() as stack:
-        job = team.lead(lambda: _begin(path, wanted, images, overwrite=overwrite, stack=stack))
+        job = team.lead(lambda: _begin(path, wanted, images, overwrite=overwrite, trust=not verify, stack=stack))
         if job is not None:
             plan, pending = job
             mine = pending[team.rank :: team.world]
@@ -183,13 +188,13 @@ def cache_features(
 
 
 def _begin(
-    path: Path, wanted: Plan, images: ImageList, *, overwrite: bool, stack: contextlib.ExitStack
+    path: Path, wanted: Plan, images: ImageList, *, overwrite: bool, trust: bool, stack: contextlib.ExitStack
 ) -> tuple[Plan, list[int]] | None:
-    """The plan and the numbers of the shards to build, or None if the cache is complete.
+    """The plan and the numbers of the blocks to build, or None if the cache is complete.
 
-    If shards must be built, the lock of the folder is taken and held until ``stack`` closes.
+    If blocks must be built, the lock of the folder is taken and held until ``stack`` closes.
     """
-    if not overwrite and is_complete(path, wanted, images):
+    if not overwrite and examine(path, wanted, images, trust=trust) == (True, None):
         return None
     foreign = [entry.name for entry in path.iterdir() if not OURS.fullmatch(entry.name)] if path.is_dir() else []
     if foreign:
@@ -197,21 +202,36 @@ def _begin(
             f"path must be a new folder or hold only a feature cache, got {path} with {foreign[0]!r} in it"
         )
     stack.enter_context(writing_in(path))
-    if not overwrite and is_complete(path, wanted, images):  # another process has finished the cache meanwhile
-        return None
+    if not overwrite:
+        finished, damage = examine(path, wanted, images, trust=trust)
+        if finished and damage is None:  # another process has finished the cache meanwhile
+            return None
+        if damage is not None:
+            warn(f"{damage.text}; their images are encoded again", stacklevel=2)
+            manifest = read_manifest(path)
+            assert isinstance(manifest, Manifest)
+            reopen(path, manifest, damage)
     plan, done = None, {}
     if not overwrite and (path / PLAN).is_file():
         plan = read_plan(path)
         refuse_stale(path, plan, wanted)
         if set(plan.files) != set(wanted.files):
             raise ValueError(f"feature cache {path} is unfinished and was started with other images; {REBUILD}")
-        done = finished_shards(path, plan)
-        refuse_changed(path, plan, images, ((number, shard.images) for number, shard in done.items()))
+        done, lost = finished_blocks(path, plan)
+        if lost:
+            warn(f"{in_words(lost)} of unfinished cache {path} are damaged and are encoded again", stacklevel=2)
+        known = zip(
+            (file for number in done for file in plan.files_of(number)),
+            (identity for record in done.values() for identity in record.images.each()),
+            strict=True,
+        )
+        refuse_changed(path, images, known)
         plan = relabelled(plan, wanted)
     if plan is None:
         remove_cache_files(path)
         plan = wanted
-    write_atomically(path / PLAN, compact_json(plan.model_dump()))
+    write_plan(path, plan)
+    allocate(path, plan)
     return plan, [number for number in range(plan.shard_count) if number not in done]
 
 
@@ -229,7 +249,7 @@ def _build(
     on_error: str,
     progress: bool,
 ) -> None:
-    """Encodes and writes the shards with these numbers, in order."""
+    """Encodes and writes the blocks with these numbers, in order."""
     if not numbers:
         return
     batches = {number: _batches(plan, number, batch_size) for number in numbers}
@@ -247,7 +267,8 @@ def _build(
     )
     with bar:
         for number in numbers:
-            encoded, images, skipped = [], [], {}
+            listed, images, skipped = plan.files_of(number), [], {}
+            features = torch.zeros(plan.views, len(listed), plan.dim, dtype=PRECISIONS[plan.dtype])
             for batch in batches[number]:
                 pixels, identities, errors = next(loaded)
                 files = [plan.files[i] for i in batch]
@@ -256,12 +277,11 @@ def _build(
                         raise ValueError(reason)
                     skipped[files[i]] = reason
                 if pixels is not None:
-                    readable = [file for file in files if file not in skipped]
-                    encoded.append(_encode(clip, pixels, readable, plan))
+                    rows = [i - number * plan.shard_size for i in batch if plan.files[i] not in skipped]
+                    features[:, rows] = _encode(clip, pixels, [listed[row] for row in rows], plan)
                 images += identities
                 bar.update(len(batch))
-            empty = torch.empty(plan.views, 0, plan.dim, dtype=PRECISIONS[plan.dtype])
-            _write_shard(path, plan, number, torch.cat([empty, *encoded], dim=1), images, skipped)
+            write_block(path, plan, number, {FEATURES: features}, Identities.of(images), skipped)
 
 
 @torch.no_grad()
@@ -270,44 +290,39 @@ def _encode(clip: FrozenClip, pixels: Tensor, files: list[str], plan: Plan) -> T
     features = torch.stack([clip.encode_image(view.to(clip.device)).float().cpu() for view in pixels.unbind(1)])
     if features.shape[-1] != plan.dim:
         raise ValueError(f"clip.encode_image must give D = clip.embed_dim = {plan.dim}, got {features.shape[-1]}")
-    bad = ~features.isfinite().all(-1)
-    if bad.any():
-        view, row = bad.nonzero()[0].tolist()
-        raise ValueError(f"features must be finite, got NaN or inf for {files[row]!r} (view {view}) from {clip.name}")
+    norms = features.norm(dim=-1)
+    finite = features.isfinite().all(-1)
+    for bad, rule in ((~finite, "finite"), ((norms - 1).abs() > UNIT_NORM_ATOL, "of unit norm")):
+        if bad.any():
+            view, row = bad.nonzero()[0].tolist()
+            got = f"norm {norms[view, row]:.4g}" if finite[view, row] else "NaN or inf"
+            raise ValueError(f"features must be {rule}, got {got} for {files[row]!r} (view {view}) from {clip.name}")
     return features.to(PRECISIONS[plan.dtype])
 
 
-def _write_shard(
-    path: Path, plan: Plan, number: int, features: Tensor, images: Sequence[Identity], skipped: dict[str, str]
-) -> None:
-    """Writes a shard, and then its record, which marks the shard as finished."""
-    content = safetensors.torch.save({"features": features.contiguous()}, metadata={"format": "pt"})
-    shard = Shard(
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        rows=features.shape[1],
-        images=tuple(images),
-        skipped=skipped,
-    )
-    write_atomically(path / shard_name(number), content)
-    write_atomically(path / record_name(number), compact_json(ShardRecord(plan=plan.id, shard=shard).model_dump()))
-
-
 def _finish(path: Path, plan: Plan) -> None:
-    """Writes the manifest from the plan and the records, and removes these."""
-    done = finished_shards(path, plan)
+    """Writes identities and manifest from the plan and the records, removes these, and checks what lies on the disk."""
+    done = read_records(path, plan)
     missing = [number for number in range(plan.shard_count) if number not in done]
     if missing:
         raise RuntimeError(
-            f"{len(missing)} shards of {path} are missing, the first is {shard_name(missing[0])}: ranks must build "
-            "on one shared file system"
+            f"{len(missing)} blocks of {path} are missing, the first is {missing[0]}: ranks must build on one shared "
+            "file system"
         )
-    shards = [done[number] for number in range(plan.shard_count)]
-    if not any(shard.rows for shard in shards):
+    records = [done[number] for number in range(plan.shard_count)]
+    skipped = {file: reason for record in records for file, reason in record.skipped.items()}
+    if len(skipped) == len(plan.files):
         raise ValueError(f"images must hold at least one readable image, all {len(plan.files)} were skipped")
-    manifest = Manifest.model_validate({**dict(plan), "torch": str(torch.__version__), "shards": shards})
-    write_atomically(path / MANIFEST, compact_json(manifest.model_dump()))
+    arrays = []
+    for i, layout in enumerate(plan.arrays):
+        checksums = [record.sha256[i][view] for view in range(plan.views) for record in records]
+        arrays.append({**dict(layout), "sha256": checksums})
+    facts = {"rows": len(plan.files) - len(skipped), "skipped": skipped, "torch": str(torch.__version__)}
+    manifest = Manifest.model_validate({**dict(plan), **facts, "arrays": arrays, "checksum": 64 * "0"})
+    write_images(path, plan, (identity for record in records for identity in record.images.each()))
+    write_manifest(path, manifest)
     remove_building_files(path)
+    find_damage(path, manifest)  # the other ranks, and later calls, need not compare the checksums
 
 
 class _Views(torch.utils.data.Dataset):
@@ -348,9 +363,9 @@ def _collate(items: list[tuple[Tensor | None, Identity, str | None]]) -> tuple[T
 
 
 def _batches(plan: Plan, number: int, batch_size: int) -> list[list[int]]:
-    """Positions of a shard's images, in batches.
+    """Positions of the images of a block, in batches.
 
-    No batch crosses shards, so the bits of a shard do not depend on the rank that builds it.
+    No batch crosses blocks, so the bits of a block do not depend on the rank that builds it.
     """
     first = number * plan.shard_size
     positions = list(range(first, first + len(plan.files_of(number))))

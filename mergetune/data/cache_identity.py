@@ -8,24 +8,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mergetune.data.cache_documents import Identity, Manifest, Plan
+from mergetune.data.cache_blocks import Damage, find_damage
+from mergetune.data.cache_documents import Identity, Manifest, Plan, Settings
 from mergetune.data.cache_files import (
     MANIFEST,
     PLAN,
     REBUILD,
     file_state,
-    image_identities,
+    mend,
+    read_images,
     read_manifest,
     remove_building_files,
+    write_images,
+    write_manifest,
 )
+from mergetune.data.cache_version_1 import Manifest1, image_identities_1, update_manifest_1, verify_shards
 from mergetune.data.image_lists import ImageList
 from mergetune.io import (
     FIRST_DECODING,
     MAX_IMAGE,
-    compact_json,
     decoding_differs,
     sha256_regular,
-    write_atomically,
     writing_in,
 )
 
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
     from mergetune.data.batches import Batches
 
-P = TypeVar("P", bound=Plan)
+P = TypeVar("P", bound=Settings)
+AnyManifest = Manifest | Manifest1
 
 # Fields on which features depend, and their names in messages. Labels and class names are not among them.
 KEY = {
@@ -46,19 +50,29 @@ KEY = {
 }
 
 
-def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
-    """Whether a complete cache exists at ``path``.
+def examine(path: Path, wanted: Plan, images: ImageList, *, trust: bool) -> tuple[bool, Damage | None]:
+    """Compares a finished cache at ``path`` with what is wanted.
 
-    If labels of all images or modification times are new, they are stored in the manifest. Plan and records that a
-    killed build left beside the manifest are removed.
+    If labels of all images or modification times are new, they are stored. Plan and records that a killed build left
+    beside the manifest are removed.
+
+    Args:
+        path: folder of the cache.
+        wanted: plan of the wanted cache.
+        images: the images.
+        trust: compare the checksums of the arrays only if their file has changed since the last check.
+
+    Returns:
+        Whether there is a finished cache, and the damage of its arrays.
 
     Raises:
-        ValueError: the cache was built from other weights, settings or images.
+        ValueError: the cache was built from other weights, settings or images, its documents are damaged, or its arrays
+            are and not all images are given.
     """
     if not (path / MANIFEST).is_file():
-        return False
+        return False, None
     recorded = read_manifest(path)
-    manifest = _decoded_alike(recorded, wanted, images)
+    manifest = _decoded_alike(recorded, wanted, images) if isinstance(recorded, Manifest1) else recorded
     refuse_stale(path, manifest, wanted)
     lacking = set(wanted.files).difference(manifest.files)
     if lacking:
@@ -66,7 +80,14 @@ def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
         raise ValueError(
             f"feature cache {path} lacks {len(lacking)} of {len(images)} images, the first is {first!r}; {REBUILD}"
         )
-    moved = refuse_changed(path, manifest, images, image_identities(path, manifest))
+    moved = refuse_changed(path, images, zip(manifest.files, image_identities(path, manifest), strict=True))
+    if isinstance(manifest, Manifest1):
+        if not trust:
+            verify_shards(path, manifest, progress=False)
+    elif damage := find_damage(path, manifest, trust=trust):
+        if len(wanted.files) != len(manifest.files):
+            raise ValueError(f"{damage.text}; {mend(path)}, given all {len(manifest.files)} images")
+        return True, damage
     fresh = manifest
     if len(wanted.files) == len(manifest.files):
         fresh = relabelled(manifest, wanted)
@@ -74,17 +95,31 @@ def is_complete(path: Path, wanted: Plan, images: ImageList) -> bool:
         # The update is optional: it is left out if the folder is read-only or another process builds the cache.
         with contextlib.suppress(OSError, RuntimeError), writing_in(path):
             if read_manifest(path) == recorded:
-                shards = [
-                    manifest.shards[number].model_copy(update={"images": moved.get(number, known)})
-                    for number, known in image_identities(path, manifest)
-                ]
-                fresh = fresh.model_copy(update={"shards": tuple(shards)})
-                write_atomically(path / MANIFEST, compact_json(fresh.model_dump()))
+                _update(path, recorded, fresh, moved)
                 remove_building_files(path)
-    return True
+    return True, None
 
 
-def _decoded_alike(recorded: Manifest, wanted: Plan, images: ImageList) -> Manifest:
+def _update(path: Path, recorded: AnyManifest, fresh: AnyManifest, moved: dict[str, Identity]) -> None:
+    """Stores new labels, and new identities of images that were moved."""
+    today = [moved.get(file, known) for file, known in zip(fresh.files, image_identities(path, recorded), strict=True)]
+    if isinstance(fresh, Manifest1):
+        update_manifest_1(path / MANIFEST, fresh, today)
+        return
+    if moved:
+        write_images(path, fresh, today)
+    if fresh != recorded:
+        write_manifest(path, fresh)
+
+
+def image_identities(path: Path, manifest: AnyManifest) -> Iterable[Identity]:
+    """The identities of all images of a finished cache, in the order of its files."""
+    if isinstance(manifest, Manifest1):
+        return image_identities_1(path / MANIFEST, manifest)
+    return read_images(path, manifest).each()
+
+
+def _decoded_alike(recorded: Manifest1, wanted: Plan, images: ImageList) -> Manifest1:
     """The manifest of a finished cache; one of version 0.1 counts as today's if both decode these pictures alike."""
     if recorded.decoding != FIRST_DECODING or wanted.decoding == FIRST_DECODING:
         return recorded
@@ -114,7 +149,7 @@ def check_image_tower(clip: FrozenClip, features: Batches, *, name: str) -> None
     raise ValueError(f"{name} must come from this CLIP's image tower, {mine}, got {of}{same}{where}")
 
 
-def refuse_stale(path: Path, recorded: Plan, wanted: Plan) -> None:
+def refuse_stale(path: Path, recorded: Settings, wanted: Plan) -> None:
     if recorded.fingerprint != wanted.fingerprint:
         before, now = _printable(recorded.clip), _printable(wanted.clip)
         raise ValueError(
@@ -141,41 +176,32 @@ def _printable(value: object) -> str:
 
 
 def refuse_changed(
-    path: Path,
-    recorded: Plan,
-    images: ImageList,
-    identities: Iterable[tuple[int, tuple[Identity, ...]]],
-    *,
-    trust_mtime: bool = True,
-) -> dict[int, tuple[Identity, ...]]:
+    path: Path, images: ImageList, known: Iterable[tuple[str, Identity]], *, trust_mtime: bool = True
+) -> dict[str, Identity]:
     """Checks that each image still has the bytes that were encoded.
 
     Args:
         path: folder of the cache, for messages.
-        recorded: manifest or plan of the cache.
         images: the images to check; other images of the cache are ignored.
-        identities: number and image identities of each shard to check.
+        known: names and recorded identities of images of the cache.
         trust_mtime: whether an image with the recorded size and modification time counts as unchanged without reading.
 
     Returns:
-        {shard number: current identities} of the shards with a changed modification time.
+        {file: current identity} of the images with another modification time.
 
     Raises:
         ValueError: an image is missing or has other bytes.
     """
     listed, changed, moved = set(images.files), [], {}
-    for number, known in identities:
-        today = []
-        for file, (sha256, size, mtime) in zip(recorded.files_of(number), known, strict=True):
-            if file in listed:
-                now = file_state(os.path.join(images.root, file))
-                same = now == (size, mtime) and trust_mtime
-                if not same and (now[0] != size or file_sha256(images.root / file) != sha256):
-                    changed.append(file)
-                mtime = now[1]
-            today.append((sha256, size, mtime))
-        if tuple(today) != known:
-            moved[number] = tuple(today)
+    for file, (sha256, size, mtime) in known:
+        if file not in listed:
+            continue
+        now = file_state(os.path.join(images.root, file))
+        same = now == (size, mtime) and trust_mtime
+        if not same and (now[0] != size or file_sha256(images.root / file) != sha256):
+            changed.append(file)
+        elif now[1] != mtime:
+            moved[file] = (sha256, size, now[1])
     if changed:
         raise ValueError(
             f"feature cache {path} is stale: {len(changed)} of {len(images)} images below {images.root} are missing or "

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from mergetune.data.cache import FeatureCache
 from mergetune.data.class_names import class_names, in_order, prettify
+from mergetune.data.row_reading import OpenFile, TensorRows, may_open
 from mergetune.io import (
     hidden,
     kind_of_content,
@@ -85,8 +86,10 @@ def read_features(
     files: tuple[str, ...] = ()
     if not path.is_dir():
         require_file(path, f"path must be a file or folder of features, got {path}, which does not exist")
+    mapped = [path]
     if path.is_dir():
         parts, found, files = _clip_retrieval(path, labels)
+        mapped = _embedded(path)
     elif kind_of_content(path) == "npy":
         parts, found = [_floats(path, _map_npy(path))], labels
     else:
@@ -100,7 +103,9 @@ def read_features(
     if isinstance(found, str | Path):
         found = _read_labels(Path(found))
     numbers, names = _numbers(found, classnames)
-    return _cache(path, parts, numbers, names, files, normalize, fingerprint, progress)
+    if normalize or path.suffix == ".npz" or not may_open(len(mapped)):
+        mapped = []  # the rows are copies
+    return _cache(path, parts, numbers, names, files, normalize, fingerprint, progress, mapped)
 
 
 def _cache(
@@ -112,6 +117,7 @@ def _cache(
     normalize: bool,
     fingerprint: str,
     progress: bool,
+    mapped: Sequence[Path],
 ) -> FeatureCache:
     """The cache of these features, checked in portions of rows so that memory stays bounded."""
     count = sum(map(len, parts))
@@ -129,8 +135,9 @@ def _cache(
             raise ValueError(f"{path}, rows from {start}: {error}") from error
         caches.append(cache)
         start += len(portion)
-    shards = tuple(shard for cache in caches for shard in cache.shards)
-    return replace(caches[0], labels=labels, files=files, stored=torch.arange(count), shards=shards)
+    tensors = [tensor for cache in caches if isinstance(cache.source, TensorRows) for tensor in cache.source.tensors]
+    source = TensorRows(tensors, files=[OpenFile(file) for file in mapped])
+    return replace(caches[0], labels=labels, files=files, stored=torch.arange(count), source=source)
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------
@@ -235,13 +242,7 @@ def _floats(file: Path, features: Any) -> Tensor:
 
 def _clip_retrieval(folder: Path, labels: Labels | None) -> tuple[list[Tensor], Any, tuple[str, ...]]:
     """Features, labels and files of ``img_emb/img_emb_N.npy`` with ``metadata/metadata_N.parquet``."""
-    numbered = {}
-    for file in folder.glob("img_emb/img_emb_*.npy"):
-        if match := re.fullmatch(r"img_emb_(\d+)\.npy", file.name):
-            numbered[file] = int(match[1])
-    if not numbered:
-        raise FileNotFoundError(f"{folder} must hold img_emb/img_emb_N.npy, as clip-retrieval writes them")
-    embedded = sorted(numbered, key=numbered.__getitem__)
+    embedded = _embedded(folder)
     parts = [_floats(file, _map_npy(file)) for file in embedded]
     column = labels if isinstance(labels, str) and not Path(labels).is_file() else None
     if labels is not None and column is None:
@@ -261,6 +262,17 @@ def _clip_retrieval(folder: Path, labels: Labels | None) -> tuple[list[Tensor], 
         raise ValueError(f"labels must name a column of whole numbers only or of names only, got {column!r}")
     unique = all(isinstance(name, str) for name in paths) and len(set(paths)) == len(paths)
     return parts, found, tuple(paths) if unique else ()
+
+
+def _embedded(folder: Path) -> list[Path]:
+    """The files ``img_emb/img_emb_N.npy`` in the order of N."""
+    numbered = {}
+    for file in folder.glob("img_emb/img_emb_*.npy"):
+        if match := re.fullmatch(r"img_emb_(\d+)\.npy", file.name):
+            numbered[file] = int(match[1])
+    if not numbered:
+        raise FileNotFoundError(f"{folder} must hold img_emb/img_emb_N.npy, as clip-retrieval writes them")
+    return sorted(numbered, key=numbered.__getitem__)
 
 
 def _read_parquet(file: Path, columns: list[str]) -> dict[str, list[Any]]:

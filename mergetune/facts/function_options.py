@@ -251,7 +251,7 @@ class CacheOptions:
     seed: int = _option("int", 0, "Seed of the augmented views.")
     batch_size: int = _option("int", 64, "Images per call of the image tower.", least=1, recorded=False)
     shard_size: int | None = _option(
-        "int", None, "Images per file; an interrupted build loses at most one file. Default: 1,024 or more.",
+        "int", None, "Images per block; an interrupted build loses at most one block. Default: 1,024.",
         none=True, least=1, recorded=False,
     )  # fmt: skip
     workers: int = _option(
@@ -267,6 +267,9 @@ class CacheOptions:
     )  # fmt: skip
     overwrite: bool = _option(
         "bool", False, "Replace an existing cache of other images, options or another model.", recorded=False
+    )
+    verify: bool = _option(
+        "bool", False, "Compare the checksums of an existing cache, whatever the state of its file.", recorded=False
     )
 
 

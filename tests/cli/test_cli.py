@@ -495,3 +495,33 @@ def test_demo_reproduces_the_effect(tmp_path, monkeypatch):
     assert "it trains elsewhere" in invoke("demo", "--out", tmp_path, "--seed", 1).stderr
     assert [file.name for file in (tmp_path / "run-2-shots-16" / "seed-1").iterdir()] == ["cell.json"]
     assert not (tmp_path / "run-2-shots-16" / "cache").exists()
+
+
+def test_a_damaged_cache_is_named_by_each_command_and_mended_by_cache(work, model, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(work / "cache", cache)
+    check = ["cache", "--out", cache, "--verify"]
+    assert {split: entry["images"] for split, entry in run(*check).items()} == {"train": 89, "test": 79}
+    whole = (cache / "test" / "arrays.bin").read_bytes()
+    (cache / "test" / "arrays.bin").write_bytes(bytes(4096) + whole[4096:])
+    commands = {"eval": ["eval", "--cache", cache, "--solution", work / "merged"], "cache": check}
+    for command in commands.values():
+        refused = invoke(*command)
+        assert refused.exit_code == 2, refused.output
+        said = " ".join(refused.stderr.split())
+        assert "arrays.bin is damaged: rows 0 to 78 must have the checksums in manifest.json" in said
+        assert f"`mergetune cache IMAGES --out {cache}` with the options as before encodes only these rows" in said
+    with pytest.warns(UserWarning, match="rows 0 to 78 must have .*; their images are encoded again"):
+        run("cache", work / "images", "--out", cache)  # the caches record the backbone
+    assert (cache / "test" / "arrays.bin").read_bytes() == whole
+    assert run(*check).keys() == {"train", "test"}
+
+
+def test_cache_says_what_it_needs(tmp_path, work):
+    for arguments, message in (
+        ([], "IMAGES must be given, got none: only --verify does without"),
+        (["--verify"], f"--out must hold feature caches, got {tmp_path} without any"),
+        ([work / "images"], "--backbone is needed"),
+    ):
+        refused = invoke("cache", *arguments, "--out", tmp_path)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split()), refused.output

@@ -13,6 +13,7 @@ from cache_cases import BUILD, TinyClip, draw_images
 from torch import Tensor
 
 from mergetune.data import FeatureCache, ImageList, cache_features, load_image
+from mergetune.data.row_reading import TensorRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,14 +28,14 @@ def test_unreadable_image_raises_and_keeps_what_was_built(images, tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match="cannot read image .*009.png"):
             cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
-        with pytest.raises(ValueError, match=r"unfinished \(2 of 3 shards\)"):
+        with pytest.raises(ValueError, match=r"unfinished \(2 of 3 blocks\)"):
             FeatureCache.open(tmp_path / "cache")
     bad.write_bytes(whole)
     cache_features(TinyClip(), images, tmp_path / "cache", **BUILD).verify(images)
 
 
 def test_unreadable_images_can_be_skipped(images, tmp_path):
-    for i in (1, 8, 9, 10):  # all of the last shard, which is then empty
+    for i in (1, 8, 9, 10):  # all of the last block
         (images.root / f"{i:03d}.png").write_bytes(b"not an image")
     with pytest.warns(UserWarning, match="4 unreadable images are left out, the first: cannot read image .*001.png"):
         cache = cache_features(TinyClip(), images, tmp_path / "cache", **BUILD, on_error="skip")
@@ -125,7 +126,7 @@ def test_features_may_lie_anyhow_in_memory():
         caches[0],
         labels=torch.zeros(6, dtype=torch.int64),
         stored=torch.arange(6),
-        shards=caches[0].shards + caches[1].shards,
+        source=TensorRows([*caches[0].source.tensors, *caches[1].source.tensors]),
     )
     index = torch.tensor([5, 0, 3, 2, 2])
     assert parts[0].data_ptr() % 4 == 1 and torch.equal(both.rows(index), whole[index])

@@ -8,19 +8,22 @@ import shutil
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cache_cases import TinyClip, draw_images
+from cache_cases import TinyClip, as_version_1, draw_images
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mergetune.clip import PRECISIONS
-from mergetune.data import FeatureCache, ImageList, cache_building, cache_features, row_reading
+from mergetune.data import FeatureCache, ImageList, cache_blocks, cache_building, cache_features, row_reading
 from mergetune.data import cache as cache_module
-from mergetune.data.cache_documents import FORMAT, Plan
+from mergetune.data.cache_blocks import write_block
+from mergetune.data.cache_documents import FORMAT, Identities, Plan, lay_out
+from mergetune.data.row_reading import FileRows
 from mergetune.evaluation import accuracy
 from mergetune.training import fisher_diagonal
 
@@ -45,14 +48,14 @@ def test_opening_maps_and_rows_touch_only_what_is_asked(tmp_path):
     built = cache_features(clip, images, tmp_path / "cache", batch_size=30)
     expected = built.rows(torch.tensor([50]))
     del built
-    shard = (tmp_path / "cache" / "shard-00000.safetensors").resolve()
-    assert shard.stat().st_size > 15_000_000
+    file = (tmp_path / "cache" / "arrays.bin").resolve()
+    assert file.stat().st_size > 15_000_000
     cache = FeatureCache.open(tmp_path / "cache")
-    assert resident_kib(shard) < 5_000, "the kernel maps a few MB around the header"
+    assert resident_kib(file) < 5_000, "the kernel maps a few MB around the header"
     assert torch.equal(cache.rows(torch.tensor([50])), expected)
-    assert 0 < resident_kib(shard) < 8_000
+    assert 0 < resident_kib(file) < 8_000
     cache.tensor()
-    assert resident_kib(shard) > 15_000
+    assert resident_kib(file) > 15_000
 
 
 WAYS = {"mapped": 1 << 40, "read": 0}
@@ -66,29 +69,46 @@ def way(request, monkeypatch):
 
 
 def uneven_cache(path: Path, dtype: str = "float32", *, views: int = 3, dim: int = 5, seed: int = 0) -> Tensor:
-    """Write a cache of 12 shards of up to 4 rows, two of them empty. All its rows [V, N, D]."""
+    """Write a cache of 12 blocks of 4 files, of two blocks none is readable. All its readable rows [V, N, D]."""
     path.mkdir()
     files = [f"{i}.png" for i in range(45)]
-    plan = {"format": FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": 0}
-    plan |= {"dtype": dtype, "views": views, "dim": dim, "shard_size": 4, "files": files}
-    plan |= {"labels": [i % 3 for i in range(45)], "classnames": ["a", "b", "c"]}
-    plan = Plan.model_validate(plan)
-    generator, all_rows = torch.Generator().manual_seed(seed), []
-    for number in range(12):
+    lost = {"0.png", "13.png", "14.png", *files[16:20], *files[44:]}
+    plan = planned(files, dtype, views=views, dim=dim, shard_size=4, labels=[i % 3 for i in range(45)], seed=0)
+    cache_blocks.allocate(path, plan)
+    generator = torch.Generator().manual_seed(seed)
+    rows = F.normalize(torch.randn(views, 45, dim, generator=generator), dim=-1)
+    rows[:, [i for i, file in enumerate(files) if file in lost]] = 0
+    for number, part in enumerate(rows.split(4, dim=1)):
         own = plan.files_of(number)
-        skipped = {file: "gone" for file in own if number in (4, 11) or file in ("0.png", "13.png", "14.png")}
-        rows = torch.randn(views, len(own) - len(skipped), dim, generator=generator).to(PRECISIONS[dtype])
-        cache_building._write_shard(path, plan, number, rows, [("", 0, 0)] * len(own), skipped)
-        all_rows.append(rows)
+        skipped = {file: "gone" for file in own if file in lost}
+        write_block(path, plan, number, {"features": part}, Identities.of([("", 0, 0)] * len(own)), skipped)
     cache_building._finish(path, plan)
-    return torch.cat(all_rows, dim=1).float()
+    return rows[:, [i for i, file in enumerate(files) if file not in lost]].to(PRECISIONS[dtype]).float()
 
 
+def planned(files: list[str], dtype: str, *, views: int, dim: int, labels: list[int], **more: Any) -> Plan:
+    """A plan with as many classes as labels."""
+    arrays = lay_out([("features", dtype, (views, len(files), dim), True)])
+    fields = {"format": FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "dtype": dtype}
+    fields |= {
+        "views": views,
+        "dim": dim,
+        "files": files,
+        "labels": labels,
+        "classnames": ["a", "b", "c"][: max(labels) + 1],
+    }
+    return Plan.model_validate({**fields, "arrays": arrays, "bytes": arrays[-1].end, **more})
+
+
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_rows_of_many_shards_are_a_plain_gather(tmp_path, monkeypatch, way, dtype):
+def test_rows_are_a_plain_gather(tmp_path, monkeypatch, way, dtype, version):
+    """Version 0.1 has a file per block, of which two are empty."""
     expected = uneven_cache(tmp_path / "cache", dtype)
+    if version == 1:
+        as_version_1(tmp_path / "cache")
     cache = FeatureCache.open(tmp_path / "cache")
-    assert (cache.opened is None) == (way == "mapped") and len(cache.shards) == 10 and len(cache) == 37
+    assert isinstance(cache.source, FileRows) == (version == 2 or way == "read") and len(cache) == 37
     draw = torch.Generator().manual_seed(1)
     few = cache.select(ImageList(Path(), ["44.png", "1.png", "12.png"][1:], [0, 1], ["x", "y"]))
     views = {
@@ -136,7 +156,8 @@ def test_rows_that_follow_each_other_are_read_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", partly)
     assert torch.equal(FeatureCache.open(tmp_path / "cache").tensor(), expected[0])
-    assert len(calls) == 10 + 8, "one for each shard that has rows, and one more where 80 bytes did not come at once"
+    runs = [4 * 5 * count for count in (12, 1, 24)]  # bytes of rows between those that were skipped
+    assert len(calls) == sum(-(-size // 70) for size in runs), "each run is read at once, if it comes at once"
 
 
 def test_features_outlive_their_files(tmp_path, way):
@@ -149,38 +170,36 @@ def test_features_outlive_their_files(tmp_path, way):
     assert torch.equal(cache.tensor(1), expected[1])
 
 
-def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_are_closed_with_the_last_view(tmp_path, monkeypatch, version):
     monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
     uneven_cache(tmp_path / "cache")
+    if version == 1:
+        as_version_1(tmp_path / "cache")
     cache = FeatureCache.open(tmp_path / "cache")
-    os.truncate(tmp_path / "cache" / "shard-00010.safetensors", 100)
-    cache.rows(torch.arange(33))
-    with pytest.raises(ValueError, match="shard-00010.safetensors was truncated while it was open"):
-        cache.tensor()
-
-
-def test_files_are_closed_with_the_last_view(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
-    uneven_cache(tmp_path / "cache")
-    cache = FeatureCache.open(tmp_path / "cache")
-    part, files = cache.select_classes([1]), list(cache.opened.files)
+    part, files = cache.select_classes([1]), list(cache.source.files)
     cache.tensor()
     part.tensor()
     del cache
     gc.collect()
-    assert len(files) == 10 and not any(file.closed for file in files) and len(part.tensor()) == 12
+    assert (
+        len(files) == (1 if version == 2 else 10)
+        and not any(file.closed for file in files)
+        and len(part.tensor()) == 12
+    )
     del part
     gc.collect()
     assert all(file.closed for file in files)
 
 
-def test_features_are_mapped_where_not_all_files_may_be_open(tmp_path, monkeypatch):
+def test_features_are_in_memory_where_not_all_files_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
     expected = uneven_cache(tmp_path / "cache")
+    as_version_1(tmp_path / "cache")
     for limit, is_read in ((20, True), (19, False), (row_reading.resource.RLIM_INFINITY, True)):
         monkeypatch.setattr(row_reading.resource, "getrlimit", lambda which, limit=limit: (limit, 1 << 20))
         cache = FeatureCache.open(tmp_path / "cache")
-        assert (cache.opened is not None) == is_read and torch.equal(cache.tensor(), expected[0])
+        assert isinstance(cache.source, FileRows) == is_read and torch.equal(cache.tensor(), expected[0])
 
 
 def test_copies_of_a_cache_give_the_same_rows(tmp_path, way):
@@ -217,13 +236,12 @@ WHOLE = torch.full((N_LARGE, D_LARGE), D_LARGE**-0.5, dtype=torch.float16)
 def large(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("large")
     rows = F.normalize(torch.randn(N_LARGE, D_LARGE, generator=torch.Generator().manual_seed(0)), dim=-1).half()
-    plan = {"format": FORMAT, "id": "", "clip": "", "fingerprint": "", "preprocess": {}, "seed": None}
-    plan |= {"dtype": "float16", "views": 1, "dim": D_LARGE, "shard_size": 500, "classnames": ["a", "b"]}
-    plan |= {"files": [f"{i}.png" for i in range(N_LARGE)], "labels": [i % 2 for i in range(N_LARGE)]}
-    plan = Plan.model_validate(plan)
+    files, labels = [f"{i}.png" for i in range(N_LARGE)], [i % 2 for i in range(N_LARGE)]
+    plan = planned(files, "float16", views=1, dim=D_LARGE, shard_size=500, labels=labels, seed=None)
+    cache_blocks.allocate(path, plan)
     identity = (64 * "0", 110_000, 1_700_000_000_000_000_000)
-    for number, shard in enumerate(rows.split(500)):
-        cache_building._write_shard(path, plan, number, shard[None], [identity] * len(shard), {})
+    for number, part in enumerate(rows.split(500)):
+        write_block(path, plan, number, {"features": part[None]}, Identities.of([identity] * len(part)), {})
     cache_building._finish(path, plan)
     return path
 
@@ -255,8 +273,11 @@ def test_all_features_are_held_once_where_they_are_asked_for(large, way):
     assert [size for size in made.sizes if size > MOST_LARGE] == [N_LARGE * D_LARGE * 4]
 
 
-def test_opening_leaves_the_identities_of_images_alone(large):
-    manifest = (large / "manifest.json").stat().st_size
+@pytest.mark.parametrize("version", [1, 2])
+def test_opening_leaves_the_identities_of_images_alone(large, tmp_path, version):
+    if version == 1:
+        large = as_version_1(shutil.copytree(large, tmp_path / "old"))
+    manifest = sum(file.stat().st_size for file in large.glob("[mi]*.json"))
     tracemalloc.start()
     cache = FeatureCache.open(large)
     held, most = tracemalloc.get_traced_memory()
@@ -270,4 +291,4 @@ def test_what_is_read_does_not_stay_in_memory(large, monkeypatch):
     monkeypatch.setattr(cache_module, "MAX_MAPPED", 0)
     cache = FeatureCache.open(large)
     assert len(cache.tensor()) == N_LARGE
-    assert len(cache.shards) == 60 and resident_kib(large.resolve()) <= 4 * 60, "a page of each at most"
+    assert resident_kib(large.resolve()) <= 8, "a page at most"

@@ -1,4 +1,4 @@
-"""Feature caches: a second call, stale and damaged caches."""
+"""Feature caches: a second call, stale and unfinished caches."""
 
 import errno
 import json
@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cache_cases import BUILD, NoMoreEncoding, TinyClip, shard_bytes
+from cache_cases import BUILD, NoMoreEncoding, TinyClip, array_bytes, as_version_1
 
 from mergetune.data import FeatureCache, cache_features, cache_identity
 from mergetune.data import cache as cache_module
+from mergetune.data.cache_blocks import Damage, reopen
+from mergetune.data.cache_files import read_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,7 +72,6 @@ def test_a_copied_data_set_is_the_same_and_a_changed_image_is_not(images, tmp_pa
 def test_an_image_that_was_only_touched_is_read_once_more_and_never_again(images, tmp_path, monkeypatch, asked):
     cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
     read, sha256 = [], cache_identity.file_sha256
-    monkeypatch.setattr(cache_module, "file_sha256", lambda path: [read.append(path.name), sha256(path)][1])
     monkeypatch.setattr(cache_identity, "file_sha256", lambda path: [read.append(path.name), sha256(path)][1])
     for touched in (["005.png"], [], ["002.png", "005.png"], []):
         for file in touched:
@@ -110,27 +111,38 @@ def test_stale_cache_is_refused_and_rebuilt_on_request(images, tmp_path, clip, s
 
 
 def unfinish(path: Path) -> None:
-    """Turn a cache of three shards into one that was killed during the last."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for number, shard in enumerate(manifest.pop("shards")[:-1]):
-        (path / f"shard-{number:05d}.json").write_text(json.dumps({"plan": manifest["id"], "shard": shard}))
-    (path / "building.json").write_text(json.dumps(manifest))
-    (path / "manifest.json").unlink()
-    (path / "shard-00002.safetensors").unlink()
+    """Turn a cache of three blocks into one that was killed during the last."""
+    manifest = read_manifest(path)
+    reopen(path, manifest, Damage(rows=((8, 10),), text=""))
+    with (path / "arrays.bin").open("r+b") as file:
+        for array in manifest.arrays:
+            for view in range(manifest.views):
+                file.seek(array.place(view, 8))
+                file.write(bytes(3 * array.row_bytes))
 
 
 def test_unfinished_cache_says_so(images, tmp_path):
     whole = cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
-    bits = shard_bytes(tmp_path / "cache")
+    bits = array_bytes(tmp_path / "cache")
     unfinish(tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"is unfinished \(2 of 3 shards\): call cache_features again"):
+    with pytest.raises(ValueError, match=r"is unfinished \(2 of 3 blocks\): call cache_features again"):
         FeatureCache.open(tmp_path / "cache")
     with pytest.raises(ValueError, match="unfinished and was started with other images"):
         cache_features(TinyClip(), images.take([0]), tmp_path / "cache", **BUILD)
     relabelled = replace(images, labels=(0,) * 11)
     cache = cache_features(TinyClip(), relabelled, tmp_path / "cache", **{**BUILD, "shard_size": 99})
-    assert shard_bytes(tmp_path / "cache") == bits and cache.labels.tolist() == [0] * 11
+    assert array_bytes(tmp_path / "cache") == bits and cache.labels.tolist() == [0] * 11
     assert torch.equal(whole.tensor(), cache.tensor())
+
+
+def test_an_unfinished_cache_of_version_0_1_is_not_continued(images, tmp_path):
+    path = tmp_path / "cache"
+    path.mkdir()
+    (path / "building.json").write_text('{"format":"mergetune.features/1","clip":"tiny"}')
+    for work in (FeatureCache.open, lambda path: cache_features(TinyClip(), images, path, **BUILD)):
+        with pytest.raises(ValueError, match="is unfinished and was started by version 0.1; overwrite=True"):
+            work(path)
+    cache_features(TinyClip(), images, path, **BUILD, overwrite=True).verify(images)
 
 
 def test_cache_with_other_images_is_refused(images, tmp_path):
@@ -151,23 +163,28 @@ def test_names_may_hold_anything(images, tmp_path):
     opened = FeatureCache.open(tmp_path / "cache")
     assert opened.files == listed.files and opened.classnames == listed.classnames and not opened.labels.any()
     assert torch.equal(opened.tensor(1), first.tensor(1))
-    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
-    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest, indent=1))  # and written by another hand
-    FeatureCache.open(tmp_path / "cache").verify(listed)
+    as_version_1(tmp_path / "cache")
+    for indent in (None, 1):  # also written by another hand
+        manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+        (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest, indent=indent))
+        FeatureCache.open(tmp_path / "cache").verify(listed)
     (images.root / names[1]).write_bytes(b"")
     with pytest.raises(ValueError, match="is stale: 1 of 11 images"):
         cache_features(TinyClip(), listed, tmp_path / "cache", views=2)
 
 
 def test_digest_is_that_of_features_order_and_labels(images, tmp_path):
+    """The bytes decide, not the blocks or files that hold them."""
     cache = cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
     other = cache_features(TinyClip(), images, tmp_path / "other", **{**BUILD, "seed": 1})
     swapped = replace(images, labels=images.labels[::-1])
     found = [cache, other, cache.select(images.take([3, 0])), cache.select(images.take([0, 3])), cache.select(swapped)]
     assert len({view.digest for view in found}) == 5
-    again = FeatureCache.open(tmp_path / "cache")
-    shutil.rmtree(tmp_path / "cache")
-    assert again.digest == cache.digest, "nothing is read for it"
+    blocks = cache_features(TinyClip(), images, tmp_path / "blocks", **{**BUILD, "shard_size": 3, "batch_size": 1})
+    both = torch.stack([cache.tensor(0), cache.tensor(1)])
+    memory = FeatureCache.from_tensors(both, cache.labels, cache.classnames)
+    assert torch.equal(blocks.tensor(1), both[1])
+    assert {view.digest for view in (cache, blocks, memory, FeatureCache.open(tmp_path / "cache"))} == {found[0].digest}
 
 
 def test_images_of_two_caches_are_found(monkeypatch):
@@ -187,49 +204,7 @@ def test_images_of_two_caches_are_found(monkeypatch):
     assert not len(cache([0]).shared_with(cache([*range(1, 30)]))) and not len(named.shared_with(cache([0], ["new"])))
 
 
-# -- damage ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_truncated_shard_is_refused(images, tmp_path, finished):
-    cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
-    shard = tmp_path / "cache" / "shard-00001.safetensors"
-    if not finished:
-        unfinish(tmp_path / "cache")
-    size = shard.stat().st_size
-    with shard.open("rb+") as file:
-        file.truncate(size - 8)
-    message = f"shard-00001.safetensors is truncated: the file must have {size} bytes, got {size - 8}; overwrite=True"
-    with pytest.raises(ValueError, match=message):
-        cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
-    with pytest.raises(ValueError, match=message):
-        FeatureCache.open(tmp_path / "cache")
-    shard.unlink()
-    with pytest.raises(ValueError, match="shard-00001.safetensors is missing"):
-        FeatureCache.open(tmp_path / "cache")
-    cache_features(TinyClip(), images, tmp_path / "cache", **BUILD, overwrite=True).verify(images)
-
-
-def test_corrupted_files_are_refused(images, tmp_path):
-    cache = cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
-    shard = tmp_path / "cache" / "shard-00002.safetensors"
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    FeatureCache.open(cache.path)  # checksums are for verify
-    with pytest.raises(ValueError, match="shard-00002.safetensors is damaged: its checksum"):
-        cache.verify()
-    shard.write_bytes(bytes([255]) * len(content))
-    with pytest.raises(ValueError, match="shard-00002.safetensors is damaged"):
-        FeatureCache.open(cache.path)
-    for text, message in (("{", "manifest.json is damaged"), ('{"format": "x"}', "must have format .* got 'x'")):
-        (cache.path / "manifest.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            FeatureCache.open(cache.path)
-    with pytest.raises(FileNotFoundError, match="path must be a feature cache, got .*nowhere"):
-        FeatureCache.open(tmp_path / "nowhere")
-
-
-def test_disk_full_leaves_no_bad_shard(images, tmp_path, monkeypatch):
+def test_disk_full_leaves_no_bad_block(images, tmp_path, monkeypatch):
     whole = cache_features(TinyClip(), images, tmp_path / "whole", **BUILD)
     calls, fsync = [], os.fsync
 
@@ -244,10 +219,10 @@ def test_disk_full_leaves_no_bad_shard(images, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
     assert not list((tmp_path / "cache").glob(".*.part"))
-    done = shard_bytes(tmp_path / "cache")
-    assert done.items() & shard_bytes(whole.path).items() and "shard-00002.safetensors" not in done
+    with pytest.raises(ValueError, match=r"unfinished \([12] of 3 blocks\)"):
+        FeatureCache.open(tmp_path / "cache")
     cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
-    assert shard_bytes(tmp_path / "cache") == shard_bytes(whole.path)
+    assert array_bytes(tmp_path / "cache") == array_bytes(whole.path)
 
 
 def test_other_peoples_folders_are_left_alone(images, tmp_path):

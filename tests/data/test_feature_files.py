@@ -33,7 +33,7 @@ def assert_holds(cache: FeatureCache, expected: Tensor, labels=LABELS, names=NAM
 
 def mapped(cache: FeatureCache, file) -> bool:
     """Whether the features lie in a mapping of the file, as Linux tells."""
-    maps, where = Path("/proc/self/maps"), cache.shards[0].data_ptr()
+    maps, where = Path("/proc/self/maps"), cache.source.tensors[0].data_ptr()
     if not maps.exists():
         pytest.skip("needs /proc/self/maps")
     for line in maps.read_text().splitlines():
@@ -105,8 +105,26 @@ def test_npy_is_mapped_and_not_copied(tmp_path, dtype):
     assert cache.dtype == ("float16" if dtype == "float16" else "float32")
     assert mapped(cache, tmp_path / "f.npy") == (dtype in ("float16", "float32"))
     before = (tmp_path / "f.npy").read_bytes()
-    cache.shards[0].zero_()  # a private mapping: the file stays
+    cache.source.tensors[0].zero_()  # a private mapping: the file stays
     assert (tmp_path / "f.npy").read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
+def test_a_mapped_file_that_is_cut_off_is_an_error_and_no_signal(tmp_path, suffix):
+    file = tmp_path / f"f{suffix}"
+    if suffix == ".npy":
+        np.save(file, features().numpy())
+    else:
+        (torch.save if suffix == ".pt" else save_file)({"features": features()}, file)
+    cache = read_features(file, labels=LABELS, classnames=NAMES)
+    content = pickle.dumps(cache)
+    whole = cache.tensor()
+    os.truncate(file, 1)
+    for read in (cache.tensor, lambda: cache.digest):
+        with pytest.raises(ValueError, match=f"f{suffix} was truncated while it was open: the file must have"):
+            read()
+    file.unlink()
+    assert torch.equal(pickle.loads(content).tensor(), whole), "a copy is in memory"
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
@@ -136,7 +154,7 @@ def test_portions_change_nothing(tmp_path, monkeypatch, rows, normalize):
     monkeypatch.setattr(feature_files, "ROWS", rows)
     np.save(tmp_path / "f.npy", features(unit=not normalize).numpy())
     cache = read_features(tmp_path / "f.npy", labels=LABELS, classnames=NAMES, normalize=normalize)
-    assert len(cache.shards) == -(-N // rows)
+    assert len(cache.source.tensors) == -(-N // rows)
     torch.testing.assert_close(cache.tensor(), features())
     assert cache.select_classes([2, 0]).labels.tolist() == [0 if label == 2 else 1 for label in LABELS if label != 1]
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\)"):
@@ -179,7 +197,7 @@ def test_clip_retrieval_with_labels_given_needs_no_metadata(retrieval):
     for labels in (LABELS, [NAMES[label] for label in LABELS]):
         cache = read_features(retrieval, labels=labels, classnames=NAMES)
         assert_holds(cache, features().half())
-        assert len(cache.shards) == 3 and mapped(cache, retrieval / "img_emb" / "img_emb_0.npy")
+        assert len(cache.source.tensors) == 3 and mapped(cache, retrieval / "img_emb" / "img_emb_0.npy")
 
 
 def test_clip_retrieval_takes_the_class_folders(retrieval):

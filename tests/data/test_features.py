@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import BUILD, NoMoreEncoding, TinyClip, draw_images, shard_bytes
+from cache_cases import BUILD, NoMoreEncoding, TinyClip, array_bytes, draw_images
 from torch import Tensor
+from tqdm.auto import tqdm
 
 import mergetune
-from mergetune.data import FeatureCache, ImageFolder, ImageList, cache_building, cache_features, load_image
+from mergetune.data import FeatureCache, ImageFolder, ImageList, cache_features, load_image
 
 ASSETS = Path(mergetune.__file__).parent / "assets"
 
@@ -40,14 +42,14 @@ def test_cache_holds_the_features_of_each_image(images, tmp_path):
     assert cache.labels.tolist() == list(images.labels) and cache.labels.dtype == torch.int64
     assert cache.classnames == images.classnames and cache.files == images.files
     assert cache.fingerprint == clip.image_fingerprint and cache.path == tmp_path / "cache"
-    names = {"manifest.json", *(f"shard-0000{n}.safetensors" for n in range(3))}
+    names = {"manifest.json", "images.json", "arrays.bin", "checked.json"}
     assert {file.name for file in cache.path.iterdir()} == names, "nothing is left over"
     cache.verify(images)
     again = FeatureCache.open(tmp_path / "cache")
     assert torch.equal(again.tensor(1), cache.tensor(1)) and not torch.equal(cache.tensor(1), cache.tensor(0))
 
 
-def test_rows_gather_over_shards_and_views(images, tmp_path):
+def test_rows_gather_over_blocks_and_views(images, tmp_path):
     cache = cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
     index = torch.tensor([10, 0, 4, 3, 10, 7])
     view = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -75,8 +77,8 @@ def test_half_precision_is_rounded_once(images, tmp_path, dtype, tolerance):
     half = cache_features(TinyClip(), images, tmp_path / "half", dtype=dtype)
     assert half.dtype == dtype and half.tensor().dtype == torch.float32
     torch.testing.assert_close(half.tensor(), full, rtol=tolerance, atol=1e-6)
-    small, big = ((tmp_path / name / "shard-00000.safetensors").stat().st_size for name in ("half", "full"))
-    assert big - small == 11 * 6 * 2
+    small, big = ((tmp_path / name / "arrays.bin").stat().st_size for name in ("half", "full"))
+    assert (small, big) == (11 * 6 * 2, 11 * 6 * 4)
 
 
 def test_select_is_a_view_with_the_lists_own_labels(images, tmp_path):
@@ -87,7 +89,7 @@ def test_select_is_a_view_with_the_lists_own_labels(images, tmp_path):
     assert chosen.classnames == ("class 2", "class 0")
     assert torch.equal(chosen.tensor(1), cache.tensor(1)[[images.files.index(file) for file in subset.files]])
     assert torch.equal(chosen.select(subset.take([1])).tensor(), chosen.tensor()[1:2]), "views nest"
-    assert chosen.shards[0].data_ptr() == cache.shards[0].data_ptr()
+    assert chosen.source is cache.source
     novel = cache.select_classes([2, 1])
     assert novel.classnames == ("class 2", "class 1") and novel.labels.tolist() == [1, 0, 1, 0, 1, 0, 1]
     assert torch.equal(novel.tensor(), cache.tensor()[cache.labels > 0])
@@ -105,20 +107,12 @@ def test_bits_do_not_depend_on_workers_order_or_the_callers_stream(images, tmp_p
     one = cache_features(clip, images, tmp_path / "one", **BUILD)
     two = cache_features(clip, images, tmp_path / "two", **BUILD, workers=2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "two")
+    assert array_bytes(tmp_path / "one") == array_bytes(tmp_path / "two")
     backwards = cache_features(clip, images.take(range(10, -1, -1)), tmp_path / "backwards", **BUILD)
     torch.testing.assert_close(backwards.tensor(1).flip(0), one.tensor(1))
     assert torch.equal(two.tensor(1), one.tensor(1))
     other = cache_features(clip, images, tmp_path / "other", **BUILD, seed=1)
     assert torch.equal(other.tensor(0), one.tensor(0)) and not torch.allclose(other.tensor(1), one.tensor(1))
-
-
-def test_many_images_make_larger_shards_rather_than_many(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_building, "SHARD_SIZE", 2)
-    monkeypatch.setattr(cache_building, "MAX_SHARDS", 3)
-    assert len(cache_features(TinyClip(), images, tmp_path / "cache").shards) == 3
-    assert len(cache_features(TinyClip(), images.take(range(4)), tmp_path / "few").shards) == 2
-    assert len(cache_features(TinyClip(), images, tmp_path / "own", shard_size=1).shards) == 11
 
 
 def test_nothing_is_printed(images, tmp_path, capfd):
@@ -152,19 +146,25 @@ def test_real_clip_end_to_end(tmp_path):
 
 
 def in_child(work: Callable[[], Any]) -> multiprocessing.Process:
-    """Start work in a child, in a process group of its own."""
-    child = multiprocessing.get_context("fork").Process(target=lambda: (os.setpgrp(), work()))
+    """Start work in a child, in a process group of its own.
+
+    Bars share a lock among processes, and a child that is killed while it holds this lock would stop all others.
+    """
+    lock = threading.RLock()
+    child = multiprocessing.get_context("fork").Process(target=lambda: (os.setpgrp(), tqdm.set_lock(lock), work()))
     child.start()
     return child
 
 
 def test_killed_at_any_step_of_writing_it_goes_on_with_the_same_bits(images, tmp_path):
     build = {**BUILD, "shard_size": 6}
-    whole = shard_bytes(cache_features(TinyClip(), images, tmp_path / "whole", **build).path)
+    whole = array_bytes(cache_features(TinyClip(), images, tmp_path / "whole", **build).path)
+
+    names = {"manifest.json", "images.json", "arrays.bin", "checked.json", ".lock"}
 
     def build_and_die(path: Path, step: int) -> None:
         steps = iter(range(step, -1, -1))
-        for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+        for owner, name in ((os, "fsync"), (os, "replace"), (os, "pwrite"), (Path, "unlink")):
             original = getattr(owner, name)
 
             def counted(*args, original=original, **settings):
@@ -186,7 +186,8 @@ def test_killed_at_any_step_of_writing_it_goes_on_with_the_same_bits(images, tmp
             with pytest.raises((ValueError, FileNotFoundError), match="is unfinished|without manifest"):
                 FeatureCache.open(path)
         cache_features(TinyClip(), images, path, **build).verify(images)
-        assert shard_bytes(path) == whole and not (path / "building.json").exists(), "nothing is left over"
+        assert array_bytes(path) == whole, step
+        assert {file.name for file in path.iterdir()} == names, "nothing is left over"
     assert step > 20, "every write and removal was a step"
 
 
@@ -206,7 +207,7 @@ def test_killed_at_random_moments_it_goes_on_with_the_same_bits(tmp_path):
         kills += 1
     assert child.exitcode == 0 and kills >= 3
     cache_features(NoMoreEncoding(), images, tmp_path / "cache", **build)  # tidies, if the last kill came late
-    assert shard_bytes(tmp_path / "cache") == shard_bytes(whole.path)
+    assert array_bytes(tmp_path / "cache") == array_bytes(whole.path)
     FeatureCache.open(tmp_path / "cache").verify(images)
 
 
@@ -276,14 +277,14 @@ def test_torchrun_gives_the_bits_of_one_process(images, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     one = cache_features(TinyClip(), images, tmp_path / "one", **BUILD)
-    assert shard_bytes(tmp_path / "ranks") == shard_bytes(tmp_path / "one")
+    assert array_bytes(tmp_path / "ranks") == array_bytes(tmp_path / "one")
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for rows, few, messages in reports:
         assert torch.equal(torch.tensor(rows), one.tensor(1)) and few == ["007.png", "002.png"]
         assert "lacks 1 of 12 images, the first is 'gone.png'" in messages[0]
         assert "cannot read image" in messages[1]
     assert reports[1][2][0].startswith("rank 0 failed: ValueError")
-    with pytest.raises(ValueError, match=r"is unfinished \(2 of 3 shards\)"):
+    with pytest.raises(ValueError, match=r"is unfinished \(2 of 3 blocks\)"):
         FeatureCache.open(tmp_path / "broken")
 
 

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from cache_cases import as_version_1
 from PIL import Image
 
 import mergetune as mt
@@ -192,9 +193,7 @@ def test_a_finished_cache_of_version_0_1_serves_if_its_pictures_look_the_same(tm
     for number, listed in enumerate(both):
         folder = tmp_path / f"cache-{number}"
         mt.cache_features(clip, listed, folder)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        del manifest["decoding"]  # as version 0.1 wrote it
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        as_version_1(folder)
         odd = kind in ("ink", "deep") and any(file.endswith("3.png") for file in listed.files)
         if odd:
             with pytest.raises(ValueError, match="decoding of pictures must be transparency dropped"):

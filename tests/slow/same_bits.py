@@ -62,6 +62,10 @@ MAY_DIFFER = (
     MayDiffer("lines/*/seconds", "how long a line of compare took"),
     MayDiffer("versions/mergetune", "the version of the commit itself"),
     MayDiffer("shards/*/images/*/2", "when the demo wrote its image files"),
+    MayDiffer("images/mtime_ns/*", "when the demo wrote its image files"),
+    MayDiffer("checksum", "the checksum over these times"),
+    MayDiffer("mtime_ns", "when a cache was written"),
+    MayDiffer("inode", "where a cache was written"),
 )
 SECONDS_COLUMN = "s"  # of the tables in Markdown that compare writes: how long a line took
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from tiny import NAMES, cache, head, normal, parameter, prompt, tiny_clip
 
 from mergetune import FeatureCache, FitResult, FrozenClip, Head, Prompt, evaluate, fit, tune
+from mergetune.data.row_reading import TensorRows
 from mergetune.training.jobs import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -345,7 +346,7 @@ def test_a_run_that_explodes_stops_and_leaves_its_last_good_state(clip, tmp_path
 
 def test_features_that_turn_to_nan_after_they_were_checked(clip, tmp_path):
     features = cache()
-    broken = replace(features, shards=(torch.full_like(features.shards[0], float("nan")),))
+    broken = replace(features, source=TensorRows([torch.full((1, len(features), features.dim), float("nan"))]))
     with pytest.raises(FloatingPointError, match="the term 'endpoint' became nan at step 1"):
         tune(clip, broken, resume=tmp_path / "run", **QUICK)
     assert not epochs_on_disk(tmp_path / "run")
