@@ -164,10 +164,7 @@ def read_names(file: Path) -> list[str]:
     from mergetune.io import read_regular_text, require_file
 
     require_file(file, f"--classnames must be a text file with one class name per line, and {file} does not exist")
-    try:
-        names = [line.strip() for line in read_regular_text(file).split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--classnames must be a text file in UTF-8, got {file}: {error}") from error
+    names = [line.strip() for line in read_regular_text(file).split("\n") if line.strip()]
     if not names:
         raise ValueError(f"--classnames must be a text file with one class name per line, got {file} without a name")
     return names

@@ -13,7 +13,7 @@ from mergetune.data.image_files import image_names, prettify, require_files, sub
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference
 from mergetune.data.own_images import coop_split
 from mergetune.facts.brief import brief
-from mergetune.io import hidden, read_regular_text
+from mergetune.io import hidden, names_file, read_regular_text
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 VARIANTS = ("variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS))
@@ -170,6 +170,7 @@ def few_shot_path(name: str, root: str | Path, shots: int, seed: int) -> Path:
     return _folder(benchmark(name), root) / "split_fewshot" / f"shot_{shots}-seed_{seed}.pkl"
 
 
+@names_file("root")
 def CoOpDataset(name: str, root: str | Path) -> Dataset:
     """Reads a benchmark dataset with CoOp's splits, labels and class names.
 
@@ -315,7 +316,4 @@ def _variants(name: str, folder: Path, images: Path) -> Dataset:
 
 def _lines(file: Path) -> list[str]:
     """The stripped lines of a text file, without blank ones."""
-    try:
-        return [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be text in UTF-8: {error}") from error
+    return [line.strip() for line in read_regular_text(file).splitlines() if line.strip()]

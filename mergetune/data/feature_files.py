@@ -19,10 +19,14 @@ from tqdm.auto import tqdm
 from mergetune.data.cache import FeatureCache
 from mergetune.io import (
     hidden,
+    listing,
     load_torch,
+    names_file,
+    not_plain,
     read_npz,
     read_regular_text,
     read_safetensors,
+    reason,
     require_file,
     require_regular,
 )
@@ -34,6 +38,7 @@ ROWS = 1 << 16  # rows checked at once
 Labels = Sequence[int] | Sequence[str] | Tensor | np.ndarray | str | Path
 
 
+@names_file("path")
 def read_features(
     path: str | Path,
     *,
@@ -134,6 +139,8 @@ def _cache(
 def _numbers(labels: Any, classnames: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
     """Class numbers [N] and the names by number, from numbers, names or one-hot rows."""
     if isinstance(labels, Tensor):
+        if kind := not_plain(labels):
+            raise ValueError(f"labels must be N whole numbers or names, got {kind}")
         labels = labels.detach().cpu().to(torch.float32 if labels.is_floating_point() else labels.dtype).numpy()
     labels = np.asarray(labels)
     if labels.ndim == 2:  # Tip-Adapter's values
@@ -191,8 +198,7 @@ def _pick(file: Path, content: Any, names: tuple[str, ...]) -> Any:
         return content
     found = [name for name in names if name in content]
     if len(found) != 1:
-        got = ", ".join(str(name) for name in list(content)[:8])
-        raise ValueError(f"{file} must hold one of {', '.join(names)}, got {got or 'nothing'}")
+        raise ValueError(f"{file} must hold one of {', '.join(names)}, got {listing(content)}")
     return content[found[0]]
 
 
@@ -201,7 +207,7 @@ def _map_npy(file: Path) -> np.ndarray:
         require_regular(file)
         return np.load(file, mmap_mode="c", allow_pickle=False)  # "c": torch expects writable memory
     except Exception as error:  # numpy raises many kinds on damaged files
-        raise ValueError(f"{file} cannot be read as .npy: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} cannot be read as .npy: {reason(error)}") from error
 
 
 def _floats(file: Path, features: Any) -> Tensor:
@@ -211,7 +217,7 @@ def _floats(file: Path, features: Any) -> Tensor:
     if (
         not isinstance(features, Tensor)
         or not features.is_floating_point()
-        or features.layout != torch.strided
+        or not_plain(features) is not None
         or features.ndim != 2
         or not features.numel()
     ):
@@ -259,8 +265,8 @@ def _read_parquet(file: Path, columns: list[str]) -> dict[str, list[Any]]:
     try:
         found = parquet.ParquetFile(file)
         if missing := [name for name in columns if name not in found.schema_arrow.names]:
-            raise ValueError(f"the table must have column {missing[0]!r}, got {', '.join(found.schema_arrow.names)}")
+            raise ValueError(f"the table must have column {missing[0]!r}, got {listing(found.schema_arrow.names)}")
         table = found.read(columns=columns)
         return {name: table.column(name).to_pylist() for name in columns}
     except Exception as error:  # pyarrow raises many kinds
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from error

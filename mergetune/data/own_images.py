@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import operator
+import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from mergetune.data.image_files import (
 )
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
 from mergetune.data.stratified_split import stratify
-from mergetune.io import MAX_LIST, read_json, read_regular_text
+from mergetune.io import MAX_LIST, names_file, read_json, read_regular_text
 
 
 def ImageFolder(
@@ -72,6 +73,7 @@ def ImageFolder(
     return _dataset(root.resolve().name, root, splits, classnames)
 
 
+@names_file("path")
 def image_table(
     path: str | Path,
     *,
@@ -124,6 +126,7 @@ def image_table(
     return _dataset(path.stem, root, splits, classnames)
 
 
+@names_file("path")
 def listed_images(path: str | Path) -> Dataset:
     """Reads a dataset from a list file: a table of :func:`image_table`, or a split file of :func:`coop_split`.
 
@@ -141,10 +144,11 @@ def listed_images(path: str | Path) -> Dataset:
     folder = path.absolute().parent
     places = ["", "images", *(name for name in subfolders(folder) if name != "images")]
     first = content["train"][0][0] if content["train"] and isinstance(content["train"][0], list) else None
-    found = (place for place in places if isinstance(first, str) and (folder / place / first).is_file())
+    found = (place for place in places if isinstance(first, str) and os.path.isfile(folder / place / first))
     return coop_split(folder, path.name, next(found, ""))
 
 
+@names_file("json_file")
 def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = "") -> Dataset:
     """Reads a dataset from one of CoOp's ``split_zhou_*.json``.
 
@@ -253,11 +257,11 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
         try:
             reader = csv.DictReader(io.StringIO(read_regular_text(path), newline=""), skipinitialspace=True)
             rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} must be CSV in UTF-8: {error}") from error
+        except csv.Error as error:
+            raise ValueError(f"{path} must be CSV, got a mistake: {error}") from error
         missing = {"path", "label"} - set(reader.fieldnames or ())
         if missing:
-            raise ValueError(f"{path} must have the header path,label[,split], got {reader.fieldnames}")
+            raise ValueError(f"{path} must have the header path,label[,split], got {brief(reader.fieldnames)}")
     else:
         raise ValueError(f"path must end in .csv or .json, got {path}")
     if not rows:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,15 @@ from torch import Tensor
 from mergetune.data.image_files import images_below
 from mergetune.data.image_lists import Dataset, ImageList
 from mergetune.facts.brief import brief
-from mergetune.io import MAX_TABLE, check_picture, image_extensions, read_regular, require_file
+from mergetune.io import (
+    MAX_TABLE,
+    check_picture,
+    image_extensions,
+    names_file,
+    parse_json,
+    read_regular,
+    require_file,
+)
 
 LISTS = (".txt", ".csv", ".json")
 
@@ -133,6 +141,7 @@ def _images_of(folder: str) -> list[str]:
     return found
 
 
+@names_file("path")
 def _listed(path: str) -> list[str]:
     """The paths in a list, relative to the folder of the list."""
     require_file(path, f"a list of pictures must exist, and there is no file {path}")
@@ -160,10 +169,7 @@ def _column(path: str, text: str) -> list[str]:
 
 
 def _entries(path: str, text: str) -> list[str]:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
+    rows = parse_json(text, name=path)
     if not isinstance(rows, list):
         raise ValueError(f"{path} must be a list of paths, or of objects with path, got {type(rows).__name__}")
     return _texts(path, [row.get("path") if isinstance(row, dict) else row for row in rows])
@@ -172,5 +178,5 @@ def _entries(path: str, text: str) -> list[str]:
 def _texts(path: str, entries: list[Any]) -> list[str]:
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, str) or not entry:
-            raise ValueError(f"row {number} of {path} must have a path, got {entry!r}")
+            raise ValueError(f"row {number} of {path} must have a path, got {reprlib.repr(entry)}")
     return entries

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
         fault,
         jsonable,
         parse_document,
+        parse_json,
         read_document,
         read_json,
         write_json,
     )
-    from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name
+    from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name, not_plain
     from mergetune.io.files import (
         MAX_IMAGE,
         MAX_LIST,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
     from mergetune.io.progress import hidden
     from mergetune.io.ranks import torchrun_team
+    from mergetune.io.sentences import listing, named, names_file, reason, visible
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
     from mergetune.io.unpickling import Inert, Unpickler
     from mergetune.io.versions import installed_version
@@ -104,14 +106,19 @@ __all__ = [
     "installed_version",
     "is_torchscript",
     "jsonable",
+    "listing",
     "load_image",
     "load_tensors",
     "load_tensors_only",
     "load_torch",
     "locked",
+    "named",
+    "names_file",
+    "not_plain",
     "not_reached",
     "open_regular",
     "parse_document",
+    "parse_json",
     "quiet_retries",
     "read_at",
     "read_document",
@@ -122,6 +129,7 @@ __all__ = [
     "read_regular_text",
     "read_safetensors",
     "read_torchscript",
+    "reason",
     "release_locks",
     "remove_parts",
     "require_file",
@@ -131,6 +139,7 @@ __all__ = [
     "torchrun_team",
     "unaware_of_interrupts",
     "unreachable",
+    "visible",
     "write_atomically",
     "write_json",
     "writing_atomically",
@@ -141,9 +150,9 @@ make_lazy(
     {
         "mergetune.io.documents": (
             "Count Document Items JsonObject Number Sha256 Size check_document compact_json damaged fault jsonable "
-            "parse_document read_document read_json write_json"
+            "parse_document parse_json read_document read_json write_json"
         ),
-        "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
+        "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name not_plain",
         "mergetune.io.files": (
             "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "
             "read_regular_text remove_parts require_file require_output_folder require_regular sha256_regular "
@@ -159,6 +168,7 @@ make_lazy(
         "mergetune.io.progress": "hidden",
         "mergetune.io.ranks": "torchrun_team",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
+        "mergetune.io.sentences": "listing named names_file reason visible",
         "mergetune.io.unpickling": "Inert Unpickler",
         "mergetune.io.versions": "installed_version",
         "mergetune.io.workers": "begin_worker end_workers unaware_of_interrupts",

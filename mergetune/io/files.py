@@ -163,9 +163,14 @@ def read_regular_text(path: str | Path, *, limit: int = MAX_TABLE) -> str:
     """The UTF-8 text of a regular file without byte order mark; raises the errors of :func:`read_regular` as well.
 
     Raises:
-        UnicodeDecodeError: the file is not UTF-8.
+        ValueError: the file is not UTF-8.
     """
-    return read_regular(path, limit=limit).decode("utf-8-sig")
+    try:
+        return read_regular(path, limit=limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be text in UTF-8, got another byte at {error.start:,}: save the file as UTF-8"
+        ) from None
 
 
 def sha256_regular(path: str | Path, *, limit: int = MAX_IMAGE) -> str:

@@ -27,7 +27,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular, require_file, require_regular, write_atomically
-from mergetune.io.tensor_budgets import require_budget, tensor_views
+from mergetune.io.sentences import listing, named, reason
+from mergetune.io.tensor_budgets import require_budget, require_stored, tensor_views
 from mergetune.io.unpickling import Inert, Unpickler
 
 STORAGES = {
@@ -81,21 +82,22 @@ def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence
     if is_torchscript(file):
         return read_torchscript(file)
     try:
+        zipped = zipfile.is_zipfile(file)
+        if zipped:
+            require_stored(file)
         with torch.serialization.safe_globals(list(allowed)):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipped)
         require_budget(list(tensor_views(content)), os.stat(file).st_size)
         return content
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        detail = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))  # without torch's advice to run the file
-        what = f"an object of {found[1]}" if found else f"more than tensors ({detail[1] if detail else 'a pickle'})"
+        detail = named((re.search(r"WeightsUnpickler error:\s*(.*)", str(error)) or ("", ""))[1])  # without the advice
+        what = f"an object of {named(found[1])}" if found else f"more than tensors ({detail or 'a pickle'})"
         raise ValueError(
             f"{file} cannot be read as a checkpoint: it holds {what}, and pickled code is never run"
         ) from error
     except Exception as error:  # torch.load raises many kinds on files that are not checkpoints
-        advice = "weights_only" in str(error)  # torch's message advises to run the file
-        reason = "it holds more than tensors" if advice else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} cannot be read as a checkpoint: {reason}") from error
+        raise ValueError(f"{file} cannot be read as a checkpoint: {reason(error)}") from error
 
 
 def is_torchscript(file: str | Path) -> bool:
@@ -134,7 +136,7 @@ def _read_script(stream: BinaryIO, file: str | Path) -> dict[str, Tensor]:
             return _made(leaves, os.fstat(stream.fileno()).st_size)
     except Exception as error:  # a damaged file raises many kinds
         raise ValueError(
-            f"{file} cannot be read as a TorchScript archive without running it: {type(error).__name__}: {error}"
+            f"{file} cannot be read as a TorchScript archive without running it: {reason(error)}"
         ) from error
 
 
@@ -163,11 +165,9 @@ def _read(file: Path, only: str | None) -> tuple[dict[str, Tensor], dict[str, bo
         pieces = {name: leaf for name, leaf in found.items() if isinstance(leaf, _Piece)}
         tensors = _made({name: leaf for name, leaf in pieces.items() if _in(name, inside)}, file.stat().st_size)
     except Exception as error:  # a damaged file raises many kinds
-        raise ValueError(f"{file} cannot be read as a pickled module: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} cannot be read as a pickled module: {reason(error)}") from error
     if not tensors:
-        raise ValueError(
-            f"{file} must hold tensors{f' of {only}' if only else ''}, got {', '.join(list(pieces)[:5]) or 'none'}"
-        )
+        raise ValueError(f"{file} must hold tensors{f' of {only}' if only else ''}, got {listing(pieces)}")
     return tensors, {name: leaf for name, leaf in found.items() if isinstance(leaf, bool) and _in(name, inside)}
 
 
@@ -257,14 +257,14 @@ class TensorUnpickler(Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) < 2:
-            raise pickle.UnpicklingError(f"unknown persistent id {pid!r}")
+            raise pickle.UnpicklingError("a reference that is not understood")
         if pid[0] == "module":  # torch.save's older format names a module's class this way
             return Inert
         _, dtype, key, _, count, *view = pid
         if pid[0] != "storage" or not isinstance(dtype, torch.dtype) or any(part is not None for part in view):
-            raise pickle.UnpicklingError(f"a storage of a kind that is not understood: {pid!r}")
+            raise pickle.UnpicklingError("a storage of a kind that is not understood")
         if self.load_storage is None or not isinstance(key, str) or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError(f"a storage that is missing: {pid!r}")
+            raise pickle.UnpicklingError("a storage that is missing")
         if (key, dtype, count) not in self.storages:
             self.storages[key, dtype, count] = _Storage(dtype, count, self.load_storage(key))
         return self.storages[key, dtype, count]

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from mergetune.io.files import require_regular
 from mergetune.io.pickled_modules import load_tensors_only
+from mergetune.io.sentences import reason
 from mergetune.io.unpickling import Inert
 
 EXTRAS = ("classes_", "classnames", "scale", "normalize", "logit_scale")  # metadata of a head beside weight and bias
@@ -68,7 +69,7 @@ def read_safetensors(file: Path) -> dict[str, Any]:
                     content[key] = json.loads(text)
             return content | {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors, json and torch raise several kinds
-        raise ValueError(f"{file} cannot be read as .safetensors: {error}") from error
+        raise ValueError(f"{file} cannot be read as .safetensors: {reason(error)}") from error
 
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:
@@ -84,7 +85,7 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
                 )
             return {name: opened[name] for name in opened.files}
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files
-        raise ValueError(f"{file} cannot be read as .npz: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} cannot be read as .npz: {reason(error)}") from error
 
 
 def load_tensors(file: Path) -> dict[str, Any]:

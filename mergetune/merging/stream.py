@@ -83,6 +83,7 @@ def merge_files(
         FileNotFoundError: an input is missing.
         ValueError: the method does not work tensor by tensor, an input holds no weights, the inputs cannot be merged,
             or the output cannot be a safetensors file.
+        TypeError: a tensor has whole numbers in one file and floating point in another.
         OSError: the output file cannot be written.
     """
     plan = plan_of(method)

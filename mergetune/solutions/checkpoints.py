@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from mergetune.facts.brief import brief
-from mergetune.io import load_tensors, load_torch, read_npz, read_regular, read_safetensors, require_file
+from mergetune.io import (
+    listing,
+    load_tensors,
+    load_torch,
+    names_file,
+    not_plain,
+    read_npz,
+    read_regular,
+    read_safetensors,
+    require_file,
+)
 from mergetune.io.tensor_files import EXTRAS
 
 CLASS_DEPENDENT = ("token_prefix", "token_suffix", "token_midfix")  # depend on class names: never read
@@ -86,9 +96,10 @@ class HeadFile:
 def check_same_names(classnames: Sequence[str], named: Sequence[str]) -> None:
     """Raise ValueError unless the given class names are those that a file names, in any order."""
     if other := sorted(set(classnames) ^ set(named)):
-        raise ValueError(f"classnames must be those of the file, got other names: {', '.join(other[:5])}")
+        raise ValueError(f"classnames must be those of the file, got other names: {listing(other, most=5)}")
 
 
+@names_file("path")
 def read_prompt(path: str | Path) -> PromptFile:
     """Read the context vectors from a checkpoint of CoOp, KgCoOp, ProGrad or the official MERGETUNE.
 
@@ -110,11 +121,11 @@ def read_prompt(path: str | Path) -> PromptFile:
     unused = KGCOOP_UNUSED if "bias_vectors" in state else ()
     kept = [name for name in state if name not in CLASS_DEPENDENT + PRODA_ONLY and not name.startswith(unused)]
     ctx = state.get("ctx")
-    if not isinstance(ctx, Tensor) or ctx.ndim not in (2, 3) or not ctx.is_floating_point():
-        what = f"ctx {list(ctx.shape)}" if isinstance(ctx, Tensor) else ", ".join(kept[:5]) or "nothing"
+    if not isinstance(ctx, Tensor) or ctx.ndim not in (2, 3) or not ctx.is_floating_point() or not_plain(ctx):
+        what = f"ctx {list(ctx.shape)}" if isinstance(ctx, Tensor) else listing(kept, most=5)
         raise ValueError(f"{file} must hold context vectors 'ctx' [n, W] or [C, n, W], got {what}")
     if kept != ["ctx"]:
-        more = ", ".join(name for name in kept if name != "ctx")
+        more = listing((name for name in kept if name != "ctx"), most=5)
         raise ValueError(f"{file} must be a prompt of CoOp's form, got further parameters that would be lost: {more}")
     if ctx.ndim == 3 and any(name in state for name in PRODA_ONLY):
         if len(ctx) > 1:
@@ -149,6 +160,7 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
     return {str(name): _floats(f"{file}: {name}", value) for name, value in _read_dict(file).items()}
 
 
+@names_file("path")
 def read_head(path: str | Path, *, name: str | None = None, logit_scale: float | None = None) -> HeadFile:
     """Read a linear classifier from a .pt or .pth file (a tensor or a dict of tensors), .safetensors or .npz.
 
@@ -172,14 +184,14 @@ def read_head(path: str | Path, *, name: str | None = None, logit_scale: float |
     found = [key for key in ([name] if name else known) if key in content]
     if len(found) != 1:
         wanted = f"the weight {name!r}" if name else "one head's weight (name= says which it is)"
-        raise ValueError(f"{file} must hold {wanted}, got {', '.join(list(content)[:8]) or 'nothing'}")
+        raise ValueError(f"{file} must hold {wanted}, got {listing(content)}")
     layer = found[0].removesuffix("coef_").removesuffix("weight")
     beside = f"{layer}intercept_" if found[0].endswith("coef_") else f"{layer}bias"
     extras = {key.removeprefix(layer): value for key, value in content.items() if key.removeprefix(layer) in EXTRAS}
     more = [key for key in content if key not in (*found, beside) and key.removeprefix(layer) not in EXTRAS]
     if more and name is None:
         raise ValueError(
-            f"{file} must hold a head alone, got further parameters that would be lost: {', '.join(more[:5])}; "
+            f"{file} must hold a head alone, got further parameters that would be lost: {listing(more, most=5)}; "
             f"name={found[0]!r} takes the head without them"
         )
     if extras.get("normalize") is False:
@@ -192,7 +204,8 @@ def read_head(path: str | Path, *, name: str | None = None, logit_scale: float |
     try:
         logit_scale = float(extras.get("scale", 1.0)) if logit_scale is None else logit_scale
         rows = extras.get("classes_", extras.get("classnames"))
-        rows = rows.tolist() if isinstance(rows, Tensor | np.ndarray) else rows if rows is None else list(rows)
+        rows = np.atleast_1d(rows).tolist() if isinstance(rows, np.ndarray) else rows
+        rows = rows.reshape(-1).tolist() if isinstance(rows, Tensor) else rows if rows is None else list(rows)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file}: scale must be a number and the classes a list: {error}") from error
     weight, bias, rows = _head(str(file), content[found[0]], content.get(beside), rows, binary=beside != f"{layer}bias")
@@ -243,9 +256,10 @@ def _floats(name: str, values: Any) -> Tensor:
     """A float32 copy of a tensor or array."""
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         return torch.from_numpy(values.astype(np.float32))
-    if isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided:
+    if isinstance(values, Tensor) and values.is_floating_point() and not_plain(values) is None:
         return values.detach().float().clone()
-    raise ValueError(f"{name} must be floating point, got {getattr(values, 'dtype', type(values).__name__)}")
+    kind = not_plain(values) if isinstance(values, Tensor) else None
+    raise ValueError(f"{name} must be floating point, got {kind or getattr(values, 'dtype', type(values).__name__)}")
 
 
 def _read_dict(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
-from mergetune.io import damaged
+from mergetune.io import damaged, names_file
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
@@ -25,6 +25,7 @@ KINDS: dict[str, type[Solution]] = {kind.kind: kind for kind in (Prompt, Head, T
 S = TypeVar("S", bound=Solution)
 
 
+@names_file("path")
 def load_solution(path: str | Path) -> Solution:
     """Read a solution of any kind that was saved with ``solution.save(path)``.
 
@@ -69,6 +70,7 @@ def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[st
     return points[0]
 
 
+@names_file("path")
 def open_solution(
     path: str | Path, *, classnames: Sequence[str] | None = None, template: str | None = None, position: str = "end"
 ) -> Solution:

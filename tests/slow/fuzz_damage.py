@@ -177,8 +177,7 @@ def spoil_safetensors(content: bytes, dice: random.Random) -> bytes:
     if dice.random() < 0.5:
         tensors = load(content)
         metadata = json.loads(header).get("__metadata__")
-        name = dice.choice(list(tensors))
-        kind = dice.random()
+        name, kind = dice.choice(list(tensors) or [None]), dice.random() if tensors else 1
         if kind < 0.7:
             tensors[name] = other_tensor(tensors[name], dice)
         elif kind < 0.85:

@@ -6,11 +6,9 @@ A new reader is one line in ``READERS``.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -372,7 +370,7 @@ READERS = [
     Reader("weights", saved({"state_dict": STATE}, "w.pt"), ("w.pt",),
            lambda f: dict(merging.open_weights(f / "w.pt"))),
     Reader("shards", shards, ("*",), lambda f: dict(merging.open_weights(f))),
-    Reader("experts", experts, ("*.safetensors",), merged),
+    Reader("experts", experts, ("*.safetensors",), merged, also=(TypeError,)),
     Reader("adapters", adapters, ("*/*",), merged_adapters),
     # backbones
     Reader("backbone", backbone, ("*",), lambda f: mt.load_clip(f"local-dir:{f}"), share=2, also=(RuntimeError,)),

@@ -26,7 +26,7 @@ from fuzz_damage import damages_of
 SECONDS = 20.0  # longest time of a case; the machine may be shared
 MEMORY = 256 << 20  # most bytes of a case: tensors may have 64 MiB, and twice that on the way
 ADDRESSES = 3 << 30  # most addresses of a worker beyond those at its start: what is asked for, used or not
-LONGEST = 700  # characters of a message without the path of the folder
+LONGEST = 900  # characters of a message without the path of the folder
 DOCUMENTED = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 FOREIGN = (
     "Traceback", "weights_only", "pydantic", "input_value", "Input should", "Expecting value", "MemoryError",
@@ -90,8 +90,8 @@ def prepare(readers: Sequence[Reader], root: Path) -> None:
 # -- one case ----------------------------------------------------------------------------------------------------------
 
 
-def spoil(reader: Reader, seed: str, work: Path) -> str:
-    """Damages one file of a copy of the input; returns what was done."""
+def spoil(reader: Reader, seed: str, work: Path) -> tuple[str, str]:
+    """Damages one file of a copy of the input; returns what was done, and the name of the file."""
     dice = random.Random(seed)
     file = dice.choice(sorted({file for pattern in reader.files for file in work.glob(pattern)}))
     content = file.read_bytes()
@@ -99,10 +99,10 @@ def spoil(reader: Reader, seed: str, work: Path) -> str:
     file.write_bytes(damage(content, dice))
     if reader.mend is not None and dice.random() < 0.8:
         reader.mend(work)
-    return f"{damage.__name__} of {file.relative_to(work)}"
+    return f"{damage.__name__} of {file.relative_to(work)}", file.name
 
 
-def fault_of(error: BaseException, also: tuple[type[Exception], ...], work: Path) -> str | None:
+def fault_of(error: BaseException, also: tuple[type[Exception], ...], work: Path, file: str) -> str | None:
     """Why an exception is not the documented sentence; None if it is."""
     said = str(error)
     short = said.replace(str(work), "")
@@ -113,14 +113,14 @@ def fault_of(error: BaseException, also: tuple[type[Exception], ...], work: Path
         return f"a message of {len(short):,} characters: {short[:200]!r}...{short[-100:]!r}"
     if not said.isprintable():
         return f"a message with control characters: {short!r}"
-    if str(work) not in said:
+    if str(work) not in said and file not in said:
         return f"a message without its file: {short!r}"
     if found := [word for word in FOREIGN if word in said]:
         return f"a message that is not ours ({found[0]}): {short!r}"
     return None
 
 
-def judge(reader: Reader, work: Path) -> tuple[str, str]:
+def judge(reader: Reader, work: Path, file: str) -> tuple[str, str]:
     """The outcome of reading the damaged input, and what is wrong with it."""
     before, peak = _resident(), _peak()
     try:
@@ -129,7 +129,7 @@ def judge(reader: Reader, work: Path) -> tuple[str, str]:
             reader.read(work)
         outcome, wrong = "read", None
     except Exception as error:
-        outcome, wrong = "refused", fault_of(error, reader.also, work)
+        outcome, wrong = "refused", fault_of(error, reader.also, work, file)
     if wrong is None and peak < _peak() > before + MEMORY:
         wrong = f"{_peak() - before:,} bytes of memory"
     return (outcome, "") if wrong is None else ("failed", wrong)
@@ -148,10 +148,9 @@ def run_case(readers: Sequence[Reader], root: Path, seed: int, number: int, work
     reader = schedule(readers)[number % len(schedule(readers))]
     shutil.rmtree(work, ignore_errors=True)
     folder = shutil.copytree(root / reader.name, work / reader.name)
-    done = "damage"
     try:
-        done = spoil(reader, f"{seed} {number}", folder)
-        outcome, wrong = judge(reader, folder)
+        done, file = spoil(reader, f"{seed} {number}", folder)
+        outcome, wrong = judge(reader, folder, file)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return reader, outcome, wrong and f"case {number}: {reader.name}, {done}: {wrong}"
