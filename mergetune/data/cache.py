@@ -37,7 +37,7 @@ from mergetune.data.cache_identity import file_sha256, refuse_changed
 from mergetune.data.image_lists import ImageList
 from mergetune.data.row_reading import OpenFiles, RowReader, may_open
 from mergetune.facts.brief import brief
-from mergetune.io import MAX_WEIGHTS, hidden
+from mergetune.io import MAX_WEIGHTS, hidden, require_plain
 
 UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 MAX_MAPPED = 1 << 28  # largest number of bytes of features that are memory-mapped
@@ -167,6 +167,9 @@ class FeatureCache:
         Raises:
             ValueError: wrong shapes, no rows, NaN or inf, rows of norm zero or not of unit norm, labels out of range.
         """
+        for name, value in {"features": features, "labels": labels}.items():
+            if isinstance(value, Tensor):
+                require_plain(name, value)
         if features.dim() not in (2, 3) or not features.is_floating_point() or not features.numel():
             raise ValueError(
                 "features must be floating point of shape [N, D] or [V, N, D] with at least one row, "
@@ -390,6 +393,7 @@ class FeatureCache:
 
 
 def _check_range(name: str, value: Tensor, end: int) -> None:
+    require_plain(name, value)
     if value.is_floating_point() or value.dtype == torch.bool:
         raise IndexError(f"{name} must be integers, got {value.dtype}")
     if value.numel():

@@ -29,6 +29,7 @@ from mergetune.io import (
     reason,
     require_file,
     require_regular,
+    require_unpacked,
 )
 
 FEATURES = ("feature_list", "features", "image_features")  # lpclip's name first
@@ -242,9 +243,7 @@ def _clip_retrieval(folder: Path, labels: Labels | None) -> tuple[list[Tensor], 
     found, paths = [], []
     for file, part in zip(embedded, parts, strict=True):
         metadata = folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet")
-        table = _read_parquet(metadata, ["image_path"] if column is None else ["image_path", column])
-        if any(len(values) != len(part) for values in table.values()):
-            raise ValueError(f"{metadata} must have a row for each of the {len(part)} features of {file.name}")
+        table = _read_parquet(metadata, ["image_path"] if column is None else ["image_path", column], len(part))
         paths += table["image_path"]
         folders = [PurePosixPath(str(name)).parent.name for name in table["image_path"]]
         found += folders if column is None else table[column]
@@ -256,17 +255,42 @@ def _clip_retrieval(folder: Path, labels: Labels | None) -> tuple[list[Tensor], 
     return parts, found, tuple(paths) if unique else ()
 
 
-def _read_parquet(file: Path, columns: list[str]) -> dict[str, list[Any]]:
+def _read_parquet(file: Path, columns: list[str], rows: int) -> dict[str, list[Any]]:
+    """Columns of whole numbers or texts, whose sizes are checked first: repeated values need no space in a file."""
     try:
         import pyarrow.parquet as parquet
+        import pyarrow.types as types
     except ImportError as error:
         raise ImportError(f"{file} needs pyarrow: pip install pyarrow, or give the labels yourself") from error
     require_file(file, f"{file} with the labels must exist, got no such file: or pass labels")
     try:
-        found = parquet.ParquetFile(file)
-        if missing := [name for name in columns if name not in found.schema_arrow.names]:
-            raise ValueError(f"the table must have column {missing[0]!r}, got {listing(found.schema_arrow.names)}")
+        schema = parquet.read_schema(file)
+        if missing := [name for name in columns if name not in schema.names]:
+            raise ValueError(f"the table must have column {missing[0]!r}, got {listing(schema.names)}")
+        if nested := next((name for name in columns if types.is_nested(schema.field(name).type)), None):
+            raise ValueError(f"column {nested!r} must hold whole numbers or texts, got {schema.field(nested).type}")
+        texts = [name for name in columns if not types.is_integer(schema.field(name).type)]
+        found = parquet.ParquetFile(file, read_dictionary=texts)
+        facts = found.metadata
+        if facts.num_rows != rows:
+            raise ValueError(f"the table must have a row for each of the {rows:,} features, got {facts.num_rows:,}")
+        places = [i for i in range(facts.num_columns) if facts.schema.column(i).path in columns]
+        groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+        unpacked = sum(group.column(place).total_uncompressed_size for group in groups for place in places)
+        require_unpacked(unpacked, file.stat().st_size)
         table = found.read(columns=columns)
-        return {name: table.column(name).to_pylist() for name in columns}
+        return {name: _values(table.column(name)) for name in columns}
     except Exception as error:  # pyarrow raises many kinds
         raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; equal texts of a dictionary are one object."""
+    found: list[Any] = []
+    for chunk in column.chunks:
+        if hasattr(chunk, "dictionary"):
+            words = chunk.dictionary.to_pylist()
+            found += [None if place is None else words[place] for place in chunk.indices.to_pylist()]
+        else:
+            found += chunk.to_pylist()
+    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import operator
 import os
 import posixpath
@@ -23,7 +21,7 @@ from mergetune.data.image_files import (
 )
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
 from mergetune.data.stratified_split import stratify
-from mergetune.io import MAX_LIST, names_file, read_json, read_regular_text
+from mergetune.io import MAX_LIST, csv_rows, names_file, read_json, read_regular_text
 
 
 def ImageFolder(
@@ -254,14 +252,7 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} must be a list of objects with path and label, got {brief(rows)}")
     elif path.suffix.lower() == ".csv":
-        try:
-            reader = csv.DictReader(io.StringIO(read_regular_text(path), newline=""), skipinitialspace=True)
-            rows = list(reader)
-        except csv.Error as error:
-            raise ValueError(f"{path} must be CSV, got a mistake: {error}") from error
-        missing = {"path", "label"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} must have the header path,label[,split], got {brief(reader.fieldnames)}")
+        rows = list(csv_rows(read_regular_text(path), name=path, columns=("path", "label"), optional=("split",)))
     else:
         raise ValueError(f"path must end in .csv or .json, got {path}")
     if not rows:

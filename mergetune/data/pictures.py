@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import reprlib
 from collections import Counter
@@ -22,11 +20,13 @@ from mergetune.facts.brief import brief
 from mergetune.io import (
     MAX_TABLE,
     check_picture,
+    csv_rows,
     image_extensions,
     names_file,
     parse_json,
     read_regular,
     require_file,
+    require_plain,
 )
 
 LISTS = (".txt", ".csv", ".json")
@@ -109,6 +109,7 @@ def is_one_picture(given: Any) -> bool:
 
 def _pixels(pixels: Tensor) -> Iterator[FoundPicture]:
     """The pictures of a tensor of preprocessed pixels."""
+    require_plain("a tensor of pixels", pixels)
     if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3 or not pixels.dtype.is_floating_point:
         way_on = "" if pixels.dtype.is_floating_point else "; give pictures of uint8 as numpy arrays [H, W, 3]"
         raise ValueError(
@@ -158,14 +159,7 @@ def _lines(path: str, text: str) -> list[str]:
 
 
 def _column(path: str, text: str) -> list[str]:
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-        rows = list(reader)
-    except csv.Error as error:
-        raise ValueError(f"{path} must be CSV: {error}") from error
-    if "path" not in (reader.fieldnames or ()):
-        raise ValueError(f"{path} must have a header with the column path, got {reader.fieldnames}")
-    return _texts(path, [row["path"] for row in rows])
+    return _texts(path, [row["path"] for row in csv_rows(text, name=path, columns=("path",))])
 
 
 def _entries(path: str, text: str) -> list[str]:

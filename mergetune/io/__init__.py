@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         read_json,
         write_json,
     )
-    from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name, not_plain
+    from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name, not_plain, require_plain
     from mergetune.io.files import (
         MAX_IMAGE,
         MAX_LIST,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         MAX_TABLE,
         MAX_VOCABULARY,
         MAX_WEIGHTS,
+        naming_full_disk,
         open_regular,
         read_at,
         read_regular,
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     from mergetune.io.progress import hidden
     from mergetune.io.ranks import torchrun_team
     from mergetune.io.sentences import listing, named, names_file, reason, visible
+    from mergetune.io.tables import csv_rows
+    from mergetune.io.tensor_budgets import require_unpacked
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
     from mergetune.io.unpickling import Inert, Unpickler
     from mergetune.io.versions import installed_version
@@ -95,6 +98,7 @@ __all__ = [
     "check_picture",
     "compact_json",
     "convert_module",
+    "csv_rows",
     "damaged",
     "decoding_differs",
     "decoding_rules",
@@ -114,6 +118,7 @@ __all__ = [
     "locked",
     "named",
     "names_file",
+    "naming_full_disk",
     "not_plain",
     "not_reached",
     "open_regular",
@@ -134,7 +139,9 @@ __all__ = [
     "remove_parts",
     "require_file",
     "require_output_folder",
+    "require_plain",
     "require_regular",
+    "require_unpacked",
     "sha256_regular",
     "torchrun_team",
     "unaware_of_interrupts",
@@ -152,11 +159,11 @@ make_lazy(
             "Count Document Items JsonObject Number Sha256 Size check_document compact_json damaged fault jsonable "
             "parse_document parse_json read_document read_json write_json"
         ),
-        "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name not_plain",
+        "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name not_plain require_plain",
         "mergetune.io.files": (
-            "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "
-            "read_regular_text remove_parts require_file require_output_folder require_regular sha256_regular "
-            "write_atomically writing_atomically"
+            "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS naming_full_disk open_regular "
+            "read_at read_regular read_regular_text remove_parts require_file require_output_folder require_regular "
+            "sha256_regular write_atomically writing_atomically"
         ),
         "mergetune.io.images": (
             "IMAGE_FORMATS Picture check_picture decoding_differs image_extensions load_image read_picture"
@@ -167,6 +174,8 @@ make_lazy(
         "mergetune.io.pickled_modules": "convert_module is_torchscript load_tensors_only read_torchscript",
         "mergetune.io.progress": "hidden",
         "mergetune.io.ranks": "torchrun_team",
+        "mergetune.io.tables": "csv_rows",
+        "mergetune.io.tensor_budgets": "require_unpacked",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
         "mergetune.io.sentences": "listing named names_file reason visible",
         "mergetune.io.unpickling": "Inert Unpickler",

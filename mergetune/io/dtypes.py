@@ -42,3 +42,9 @@ def not_plain(tensor: torch.Tensor) -> str | None:
     if tensor.layout != torch.strided:
         return f"a {'sparse' if 'sparse' in str(tensor.layout) else tensor.layout} tensor"
     return "a nested tensor" if tensor.is_nested else None
+
+
+def require_plain(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError, naming the argument, for the tensors of :func:`not_plain`."""
+    if kind := not_plain(tensor):
+        raise ValueError(f"{name} must be a tensor of plain numbers, got {kind}")

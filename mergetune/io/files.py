@@ -13,6 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what writing raises without the file's name
+
+
+@contextmanager
+def naming_full_disk(file: Path) -> Iterator[None]:
+    """Context manager in which the error of a full disk, quota or failing disk names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
 
 @contextmanager
 def writing_atomically(file: Path) -> Iterator[BinaryIO]:
@@ -23,14 +36,14 @@ def writing_atomically(file: Path) -> Iterator[BinaryIO]:
 
     Raises:
         IsADirectoryError: the file is a folder.
-        OSError: the folder does not exist or cannot be written.
+        OSError: the folder does not exist or cannot be written, or the disk is full; the message names the file.
     """
     if file.is_dir():
         raise IsADirectoryError(errno.EISDIR, "must be a file that can be written, got a folder", str(file))
     _remove_dead(file.parent, file.name)
     part, stream = _new_part(file)
     try:
-        with stream:
+        with naming_full_disk(file), stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

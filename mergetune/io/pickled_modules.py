@@ -45,7 +45,7 @@ STORAGES = {
 }
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle in torch.save's format before torch 1.6
 MAX_MODULES = 1 << 16  # most modules of a TorchScript archive, counted per use: shared modules can multiply
-MAX_CODE = 1 << 28  # most bytes of a TorchScript archive's code after decompression
+MAX_CODE = 1 << 26  # most bytes of a TorchScript archive's code after decompression
 
 
 def read_module(file: str | Path, *, only: str | None = None) -> dict[str, Tensor]:

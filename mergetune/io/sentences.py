@@ -46,9 +46,9 @@ def named(name: object) -> str:
 
 
 def listing(names: Iterable[object], *, most: int = 8) -> str:
-    """The first names of a file's content in a message, or "nothing"."""
+    """The first names of a file's content in a message, or "none"."""
     first = list(itertools.islice(names, most + 1))
-    return ", ".join([*map(named, first[:most]), *(["..."] if len(first) > most else [])]) or "nothing"
+    return ", ".join([*map(named, first[:most]), *(["..."] if len(first) > most else [])]) or "none"
 
 
 def reason(error: BaseException) -> str:

@@ -15,6 +15,8 @@ from mergetune.io.sentences import named
 
 MAX_REPEATED = 4  # most bytes of all tensors per byte of the file: tied weights and views repeat a storage
 MAX_EXPANDED = 1 << 26  # bytes of all tensors that are always allowed
+MAX_UNPACKED = 16  # most bytes of a compressed file's content per byte of the file: weights compress little
+FREE_UNPACKED = 1 << 26  # bytes of the content that are always allowed
 
 
 class Sized(Protocol):
@@ -34,6 +36,15 @@ def require_budget(tensors: Collection[Sized], stored: int) -> None:
         raise ValueError(
             f"its tensors have {needed:,} bytes, the largest of them shape {list(largest.shape)}, and the file has "
             f"{stored:,}: tensors may have {MAX_REPEATED} times the bytes of the file, or {MAX_EXPANDED:,} bytes in all"
+        )
+
+
+def require_unpacked(unpacked: int, stored: int) -> None:
+    """Raises ValueError if the content of a compressed file of ``stored`` bytes has far more bytes."""
+    if unpacked > max(MAX_UNPACKED * stored, FREE_UNPACKED):
+        raise ValueError(
+            f"its arrays have {unpacked:,} bytes and the file has {stored:,}: arrays must have at most {MAX_UNPACKED} "
+            f"times the bytes of the file, or {FREE_UNPACKED:,}"
         )
 
 

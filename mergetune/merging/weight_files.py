@@ -180,7 +180,9 @@ def _torch_file(path: Path, ema: bool) -> tuple[StateDict, bool]:
         if kind := not_plain(tensor):
             raise ValueError(f"{path}: {named(name)!r} must be a tensor of plain numbers, got {kind}")
         if dtype_name(tensor.dtype) not in STORED_NAMES:
-            raise ValueError(f"{path}: {named(name)!r} must be {', '.join(STORED_NAMES)}, got {dtype_name(tensor.dtype)}")
+            raise ValueError(
+                f"{path}: {named(name)!r} must be {', '.join(STORED_NAMES)}, got {dtype_name(tensor.dtype)}"
+            )
     return View(_aligned({name: partial(source, state, name) for name in state}), title=str(path)), averaged
 
 

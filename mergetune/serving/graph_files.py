@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from mergetune.clip import FrozenClip
 from mergetune.facts.function_options import BACKGROUND
-from mergetune.io import background_colour, read_regular, write_atomically
+from mergetune.io import background_colour, naming_full_disk, read_regular, write_atomically
 from mergetune.serving.graphs import check_logits, facts_of, traced
 from mergetune.solutions import Solution
 
@@ -188,7 +188,7 @@ def _installed(package: str) -> bool:
 def _staged(file: Path) -> Iterator[Path]:
     """A path in an empty folder beside the file; what is written there takes its place at the end, if nothing fails."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=file.parent) as folder:
+    with naming_full_disk(file), tempfile.TemporaryDirectory(prefix=".export-", dir=file.parent) as folder:
         part = Path(folder) / file.name
         yield part
         for made in sorted(Path(folder).iterdir(), key=lambda path: path == part):  # the graph last, after its weights

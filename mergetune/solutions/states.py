@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergetune.io import not_plain
+from mergetune.io import require_plain
 
 State = dict[str, Tensor]
 """Tensors by name. A stacked state holds M states: each of its tensors has a leading dimension M."""
@@ -52,8 +52,7 @@ def inputs(x: Tensor, weights: Tensor) -> Tensor:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the tensor is floating point and finite."""
-    if kind := not_plain(tensor):
-        raise ValueError(f"{name} must be a tensor of plain numbers, got {kind}")
+    require_plain(name, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if not tensor.isfinite().all():

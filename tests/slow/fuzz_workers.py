@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from fuzz_damage import damages_of
 
-SECONDS = 20.0  # longest time of a case; the machine may be shared
+SECONDS = 10.0  # longest processor time of a case
+PATIENCE = 120.0  # longest time of a case by the clock: a reader may wait for something; the machine may be shared
 MEMORY = 256 << 20  # most bytes of a case: tensors may have 64 MiB, and twice that on the way
 ADDRESSES = 3 << 30  # most addresses of a worker beyond those at its start: what is asked for, used or not
 LONGEST = 900  # characters of a message without the path of the folder
@@ -32,6 +33,9 @@ FOREIGN = (
     "Traceback", "weights_only", "pydantic", "input_value", "Input should", "Expecting value", "MemoryError",
     "allocate memory", "std::", "site-packages", "docs/stable", "0x7f", "Error(",
 )  # fmt: skip
+
+
+CLOCK = struct.Struct("qdd")  # number of the case of a worker, time and processor time at its start
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def campaign(
         patience: failures after which the campaign ends.
     """
     found, began = Found(), time.monotonic()
-    clocks = mmap(-1, 16 * workers)
+    clocks = mmap(-1, CLOCK.size * workers)
     queues = [list(cases[k::workers])[::-1] for k in range(workers)]
     running: dict[int, int] = {}
     gc.collect()
@@ -187,13 +191,14 @@ def campaign(
         while running or (any(queues) and len(found.failures) < patience):
             for k in range(workers):
                 if k not in running and queues[k] and len(found.failures) < patience:
-                    struct.pack_into("qd", clocks, 16 * k, -1, time.monotonic())
+                    CLOCK.pack_into(clocks, CLOCK.size * k, -1, time.monotonic(), 0.0)
                     running[k] = _fork(readers, root, seed, queues[k], clocks, k)
             time.sleep(0.05)
             for k, process in list(running.items()):
-                number, since = struct.unpack_from("qd", clocks, 16 * k)
+                number, since, used = CLOCK.unpack_from(clocks, CLOCK.size * k)
                 ended, status = os.waitpid(process, os.WNOHANG)
-                late = not ended and time.monotonic() - since > SECONDS
+                waited = time.monotonic() - since
+                late = not ended and waited > SECONDS and (waited > PATIENCE or _processor(process) - used > SECONDS)
                 if late:
                     os.kill(process, signal.SIGKILL)
                     os.waitpid(process, 0)
@@ -207,7 +212,11 @@ def campaign(
                     if late or (ended and status):
                         queues[k] = [n for n in queues[k] if n != number]
                         name = schedule(readers)[number % len(schedule(readers))].name
-                        why = f"more than {SECONDS:.0f} s" if late else f"its process ended with status {status}"
+                        why = (
+                            f"more than {SECONDS:.0f} s of processor time, or {PATIENCE:.0f} s"
+                            if late
+                            else f"its process ended with status {status}"
+                        )
                         found.outcomes[name, "failed"] += 1
                         found.failures.append(f"case {number}: {name}: {why}")
     finally:
@@ -217,6 +226,12 @@ def campaign(
         gc.unfreeze()
     found.seconds = time.monotonic() - began
     return found
+
+
+def _processor(process: int) -> float:
+    """Processor time of a process in seconds."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _collect(file: Path, found: Found) -> set[int]:
@@ -253,6 +268,6 @@ def _work(readers: Sequence[Reader], root: Path, seed: int, queue: list[int], cl
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with (root / f"outcomes-{k}").open("w", buffering=1) as outcomes:
         for number in reversed(queue):
-            struct.pack_into("qd", clocks, 16 * k, number, time.monotonic())
+            CLOCK.pack_into(clocks, CLOCK.size * k, number, time.monotonic(), time.process_time())
             reader, outcome, wrong = run_case(readers, root, seed, number, root / f"work-{k}")
             outcomes.write(f"{json.dumps([number, reader.name, outcome, wrong])}\n")
