@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
     from mergetune.io.progress import hidden
     from mergetune.io.ranks import torchrun_team
-    from mergetune.io.sentences import listing, named, names_file, reason, visible
+    from mergetune.io.sentences import listing, named, names_file, naming_file, reason, visible
     from mergetune.io.tables import csv_rows
     from mergetune.io.tensor_budgets import require_unpacked
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
@@ -118,6 +118,7 @@ __all__ = [
     "locked",
     "named",
     "names_file",
+    "naming_file",
     "naming_full_disk",
     "not_plain",
     "not_reached",
@@ -177,7 +178,7 @@ make_lazy(
         "mergetune.io.tables": "csv_rows",
         "mergetune.io.tensor_budgets": "require_unpacked",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
-        "mergetune.io.sentences": "listing named names_file reason visible",
+        "mergetune.io.sentences": "listing named names_file naming_file reason visible",
         "mergetune.io.unpickling": "Inert Unpickler",
         "mergetune.io.versions": "installed_version",
         "mergetune.io.workers": "begin_worker end_workers unaware_of_interrupts",

@@ -27,7 +27,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular, require_file, require_regular, write_atomically
-from mergetune.io.sentences import listing, named, reason
+from mergetune.io.sentences import listing, named, names_file, reason
 from mergetune.io.tensor_budgets import require_budget, require_stored, tensor_views
 from mergetune.io.unpickling import Inert, Unpickler
 
@@ -111,6 +111,7 @@ def is_torchscript(file: str | Path) -> bool:
     return any("/code/" in name or name.rpartition("/")[2] == "constants.pkl" for name in names)
 
 
+@names_file("file")
 def read_torchscript(file: str | Path) -> dict[str, Tensor]:
     """The state dict of a traced or scripted module, without running the archive as ``torch.jit.load`` would.
 
@@ -140,6 +141,7 @@ def _read_script(stream: BinaryIO, file: str | Path) -> dict[str, Tensor]:
         ) from error
 
 
+@names_file("file")
 def convert_module(file: str | Path, out: str | Path, *, only: str | None = None) -> list[str]:
     """Writes the tensors of a pickled module to a .safetensors file, which ``Head.from_checkpoint`` reads.
 

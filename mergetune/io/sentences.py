@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 LONGEST = 600  # characters of a message, and of the reason that another library gives
@@ -16,6 +18,12 @@ MAX_PATH = 1 << 12  # characters of a path that systems allow
 LONGEST_NAME = 80  # characters of a name in a file, such as that of a tensor
 # Control characters, halves of surrogate pairs, separators of lines, and marks that turn the direction of writing.
 UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+
+# What torch and safetensors write before the reason.
+_PREAMBLE = re.compile(
+    r"^(\[enforce fail at [\w.:]+\] \. |"
+    r"Error\(s\) in loading state_dict for \w+:\s*|Error while deserializing header: )"
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,12 +70,14 @@ def reason(error: BaseException) -> str:
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return f"it has bytes that are not UTF-8, the first at {error.start:,}"
+    if isinstance(error, json.JSONDecodeError):
+        return "it has text that is not JSON"
     if isinstance(error, EOFError):
         return "it ends too early"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = [line.strip() for line in text[: 1 << 14].splitlines() if line.strip()]
     line = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else ""
-    line = re.sub(r"^(\[enforce fail at [\w.:]+\] \. |Error\(s\) in loading state_dict for \w+:\s*)", "", line)
+    line = _PREAMBLE.sub("", line)
     line = re.sub(r" at 0x[0-9a-f]+", "", line)
     line = re.split(r"(?<=[a-z)'\"])\. (?=[A-Z])", line)[0].rstrip(".")  # the first sentence
     if "weights_only" in line:
@@ -77,8 +87,18 @@ def reason(error: BaseException) -> str:
     return visible(line, longest=LONGEST_REASON)
 
 
+@contextmanager
+def naming_file(path: Any) -> Iterator[None]:
+    """Context manager in which ValueError and FileNotFoundError become one line and name the file."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        _tidy(error, path)
+        raise
+
+
 def names_file(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a reader whose ValueError and FileNotFoundError become one line and name the file.
+    """Decorator of a reader: :func:`naming_file` around each call.
 
     Args:
         argument: name of the argument with the path.
@@ -89,12 +109,8 @@ def names_file(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(function)
         def reader(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
+            with naming_file(args[place] if place < len(args) else kwargs.get(argument)):
                 return function(*args, **kwargs)
-            except (ValueError, FileNotFoundError) as error:
-                path = args[place] if place < len(args) else kwargs.get(argument)
-                _tidy(error, path)
-                raise
 
         return reader
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from mergetune.io.files import require_regular
 from mergetune.io.pickled_modules import load_tensors_only
-from mergetune.io.sentences import named, reason
+from mergetune.io.sentences import named, names_file, reason
 from mergetune.io.tensor_budgets import require_unpacked
 from mergetune.io.unpickling import Inert
 
@@ -103,6 +103,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
     return content
 
 
+@names_file("file")
 def load_torch(file: Path, *, mmap: bool = False) -> Any:
     """:func:`mergetune.io.load_tensors_only` for checkpoints, which may also hold optimisers and numpy scalars.
 

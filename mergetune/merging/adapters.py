@@ -164,12 +164,12 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} must hold the settings of an adapter, got {type(config).__name__}")
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(
-            f"{file}: peft_type must be LORA, got {config['peft_type']!r}: its factors have no product B A"
+            f"{file}: peft_type must be LORA, got {short(config['peft_type'])}: its factors have no product B A"
         )
     for name, why in _REFUSED.items():
         if config.get(name):
             raise ValueError(
-                f"{file}: {name} must be off, got {config[name]!r}: {why}, so the adapter cannot be merged"
+                f"{file}: {name} must be off, got {short(config[name])}: {why}, so the adapter cannot be merged"
             )
     for name, kinds in {"r": int, "lora_alpha": (int, float)}.items():
         value = config.get(name, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -104,7 +105,7 @@ def spoil_value(value: Any, dice: random.Random) -> Any:
         return value
     if type(value) in (int, float) and dice.random() < 0.5:
         return dice.choice([-value, value + 1, value * 2, value * 10**6, float(value), str(value), [value]])
-    return dice.choice(JUNK)
+    return copy.deepcopy(dice.choice(JUNK))
 
 
 def spoil_json(content: bytes, dice: random.Random) -> bytes:
@@ -216,7 +217,8 @@ def spoil_content(value: Any, dice: random.Random) -> Any:
             value[key] = spoil_content(value[key], dice)
         return value
     if not isinstance(value, torch.Tensor) or dice.random() < 0.1:
-        return dice.choice([*JUNK[:12], "x", [], {}, ["a"], (1,), torch.zeros(2), torch.float32, {"a": {"b": []}}])
+        others = [*JUNK[:12], "x", [], {}, ["a"], (1,), torch.zeros(2), torch.float32, {"a": {"b": []}}]
+        return copy.deepcopy(dice.choice(others))
     if dice.random() < 0.6:
         return other_tensor(value, dice)
     return dice.choice(

@@ -21,7 +21,7 @@ from mmap import mmap
 from pathlib import Path
 
 import torch
-from fuzz_damage import damages_of
+from fuzz_damage import damages_of, flip_bits
 
 SECONDS = 10.0  # longest processor time of a case
 PATIENCE = 120.0  # longest time of a case by the clock: a reader may wait for something; the machine may be shared
@@ -100,7 +100,11 @@ def spoil(reader: Reader, seed: str, work: Path) -> tuple[str, str]:
     file = dice.choice(sorted({file for pattern in reader.files for file in work.glob(pattern)}))
     content = file.read_bytes()
     damage = dice.choice(damages_of(content))
-    file.write_bytes(damage(content, dice))
+    try:
+        damaged = damage(content, dice)
+    except Exception:  # not every damage fits every content
+        damage, damaged = flip_bits, flip_bits(content, dice)
+    file.write_bytes(damaged)
     if reader.mend is not None and dice.random() < 0.8:
         reader.mend(work)
     return f"{damage.__name__} of {file.relative_to(work)}", file.name
