@@ -393,7 +393,6 @@ class FeatureCache:
 
 
 def _check_range(name: str, value: Tensor, end: int) -> None:
-    require_plain(name, value)
     if value.is_floating_point() or value.dtype == torch.bool:
         raise IndexError(f"{name} must be integers, got {value.dtype}")
     if value.numel():
