@@ -62,7 +62,9 @@ def parquet(**columns: object) -> Callable[[Path], None]:
         rows = {"image_path": ["a/b.jpg"], "label": [0]} | columns
         longest = max(map(len, rows.values()))  # pyright: ignore[reportArgumentType]
         table = pa.table({name: list(values) * (longest // len(values)) for name, values in rows.items()})  # pyright: ignore
-        writer.write_table(table, folder / "metadata" / "metadata_0.parquet", compression="zstd", write_statistics=False)
+        writer.write_table(
+            table, folder / "metadata" / "metadata_0.parquet", compression="zstd", write_statistics=False
+        )
 
     return make
 
