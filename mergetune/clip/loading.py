@@ -24,7 +24,7 @@ from mergetune.clip.backbone_weights import check_weights
 from mergetune.clip.precisions import PRECISIONS
 from mergetune.clip.text_tower import checked_model
 from mergetune.facts.backbones import ICON_CLIP, spelled
-from mergetune.io import CACHED, is_torchscript, not_reached, quiet_retries, require_regular, unreachable
+from mergetune.io import CACHED, is_torchscript, not_reached, quiet_retries, reason, require_regular, unreachable
 
 
 def load_clip(
@@ -103,16 +103,17 @@ def load_clip(
                 cache_dir=cache_dir,
                 **source.settings,
             )
-        except AssertionError as error:  # from open_clip's resizing of position embeddings
-            raise RuntimeError(f"the weights {weights or name} do not fit the model {name!r}: {error}") from error
-        except Exception as error:  # open_clip and torch raise many types of error on bad settings
-            others = isinstance(error, torch.OutOfMemoryError) or "state_dict" in str(error)  # weights of another model
-            if source.folder is None or others:
+            if tensors is not None:
+                _load_archive(model, tensors)
+        except Exception as error:  # open_clip and torch raise many types of error on bad settings and weights
+            # open_clip asserts when it resizes position embeddings
+            if isinstance(error, AssertionError) or "state_dict" in str(error):
+                what = f"the weights {weights or name} do not fit the model {name!r}"
+                raise RuntimeError(f"{what}: {reason(error)}") from error
+            if source.folder is None or isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = f"{type(error).__name__}: {str(error).replace(str(source.folder), name)}"
-            raise ValueError(f"{CONFIG} of {name!r} must describe a network that can be built, got {reason}") from error
-        if tensors is not None:
-            _load_archive(model, tensors)
+            said = reason(error).replace(str(source.folder), name)
+            raise ValueError(f"{CONFIG} of {name!r} must describe a network that can be built, got: {said}") from error
         tokenizer = _load_tokenizer(name, source, cache_dir)
     temperature = checked_model(model).logit_scale
     logit_scale = temperature.detach().clone()
@@ -218,12 +219,12 @@ def _load_tokenizer(name: str, source: Backbone, cache_dir: str | None) -> Calla
             raise
         if panic:
             raise ValueError(
-                f"tokenizer.json of {name!r} must be a file that the package tokenizers can load, got: {error}"
+                f"tokenizer.json of {name!r} must be a file that the package tokenizers can load, got: {reason(error)}"
             ) from error
         if unreachable(error):
             raise not_reached(f"the tokenizer of {name!r} could not be downloaded", error, way_on=CACHED) from None
-        reason = str(error).replace(str(source.folder), name) if source.folder else " ".join(str(error).split())
-        raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+        said = reason(error).replace(str(source.folder), name) if source.folder else reason(error)
+        raise RuntimeError(f"the tokenizer of {name!r} cannot be loaded: {said}") from error
     if torch.equal(cat, dog):  # transformers returns an empty tokenizer if it finds no vocabulary
         raise RuntimeError(
             f"the tokenizer of {name!r} must have a vocabulary, got the same tokens for 'cat' and 'dog': download its "

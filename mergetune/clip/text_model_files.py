@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mergetune.clip.tokenizer_files import SCALAR, brief, read_json, word_set
+from mergetune.io import reason
 
 TEXT_CONFIG = "config.json"
 BERT = word_set(
@@ -79,6 +80,5 @@ def count_numbers(settings: dict[str, Any], file: Path) -> int:
         with torch.device("meta"):
             network = AutoModel.from_config(AutoConfig.for_model(**settings), trust_remote_code=False)
     except Exception as error:  # transformers raises many types of error on bad settings
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} must describe a text model that can be built, got {reason}") from error
+        raise ValueError(f"{file} must describe a text model that can be built, got: {reason(error)}") from error
     return sum(tensor.numel() for tensor in chain(network.parameters(), network.buffers()))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergetune import io
 from mergetune.clip.tokenizer_json import check_tokenizer_json
 from mergetune.io import MAX_SETTINGS, MAX_VOCABULARY, read_regular
 
@@ -76,11 +77,7 @@ SCALAR = (str, int, float, bool, type(None))
 
 def read_json(file: Path, *, limit: int = MAX_SETTINGS) -> dict[str, Any]:
     """The JSON object in a regular file of at most ``limit`` bytes; raises ValueError for anything else."""
-    text = read_regular(file, limit=limit)
-    try:
-        content = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON: {error}") from error
+    content = io.read_json(file, limit=limit)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold an object, got {type(content).__name__}")
     return content

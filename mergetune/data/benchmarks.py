@@ -14,7 +14,7 @@ from mergetune.data.image_files import image_names, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference
 from mergetune.data.own_images import coop_split
 from mergetune.facts.brief import brief
-from mergetune.io import hidden, lines_of, read_text
+from mergetune.io import hidden, lines_of, names_file, read_text
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 VARIANTS = ("variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS))
@@ -185,6 +185,7 @@ def few_shot_path(name: str, root: str | Path, shots: int, seed: int) -> Path:
     return _folder(benchmark(name), root) / "split_fewshot" / f"shot_{shots}-seed_{seed}.pkl"
 
 
+@names_file("root")
 def CoOpDataset(name: str, root: str | Path) -> Dataset:
     """Reads a benchmark dataset with CoOp's splits, labels and class names.
 

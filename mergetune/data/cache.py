@@ -30,6 +30,7 @@ from mergetune.data.cache_version_1 import Manifest1, open_shards, verify_shards
 from mergetune.data.image_lists import ImageList
 from mergetune.data.row_reading import ROWS, Extent, FileRows, Rows, TensorRows, UnitNorms
 from mergetune.facts.brief import brief
+from mergetune.io import require_plain
 
 UNIT_NORM_ATOL = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 MAX_MAPPED = 1 << 28  # largest number of bytes of features that are memory-mapped
@@ -152,6 +153,9 @@ class FeatureCache:
         Raises:
             ValueError: wrong shapes, no rows, NaN or inf, rows of norm zero or not of unit norm, labels out of range.
         """
+        for name, value in {"features": features, "labels": labels}.items():
+            if isinstance(value, Tensor):
+                require_plain(name, value)
         if features.dim() not in (2, 3) or not features.is_floating_point() or not features.numel():
             raise ValueError(
                 "features must be floating point of shape [N, D] or [V, N, D] with at least one row, "

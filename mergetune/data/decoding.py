@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mergetune.data.pictures import FoundPicture
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
-from mergetune.io import begin_worker, read_picture
+from mergetune.io import begin_worker, read_picture, visible
 
 
 def decode_in_workers(
@@ -119,7 +119,7 @@ class _Reader(Dataset):
         try:
             return self.preprocess(read_picture(picture, **self.reading))
         except Exception as error:  # also what the transform raises: each picture gets its row
-            return str(error) or type(error).__name__
+            return visible(str(error)) or type(error).__name__
 
 
 def _stack_readable(results: list[Tensor | str | None]) -> tuple[Tensor, list[str | None]]:

@@ -23,12 +23,17 @@ from mergetune.io import (
     hidden,
     kind_of_content,
     lines_of,
+    listing,
     load_torch,
+    names_file,
+    not_plain,
     read_npz,
     read_safetensors,
     read_text,
+    reason,
     require_file,
     require_regular,
+    require_unpacked,
 )
 
 FEATURES = ("feature_list", "features", "image_features")  # lpclip's name first
@@ -38,6 +43,7 @@ ROWS = 1 << 16  # rows checked at once
 Labels = Sequence[int] | Sequence[str] | Tensor | np.ndarray | str | Path
 
 
+@names_file("path")
 def read_features(
     path: str | Path,
     *,
@@ -146,6 +152,8 @@ def _cache(
 def _numbers(labels: Any, classnames: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
     """Class numbers [N] and the names by number, from numbers, names or one-hot rows."""
     if isinstance(labels, Tensor):
+        if kind := not_plain(labels):
+            raise ValueError(f"labels must be N whole numbers or names, got {kind}")
         labels = labels.detach().cpu().to(torch.float32 if labels.is_floating_point() else labels.dtype).numpy()
     labels = np.asarray(labels)
     if labels.ndim == 2:  # Tip-Adapter's values
@@ -211,8 +219,7 @@ def _pick(file: Path, content: Any, names: tuple[str, ...]) -> Any:
         return content
     found = [name for name in names if name in content]
     if len(found) != 1:
-        got = ", ".join(str(name) for name in list(content)[:8])
-        raise ValueError(f"{file} must hold one of {', '.join(names)}, got {got or 'nothing'}")
+        raise ValueError(f"{file} must hold one of {', '.join(names)}, got {listing(content)}")
     return content[found[0]]
 
 
@@ -221,7 +228,7 @@ def _map_npy(file: Path) -> np.ndarray:
         require_regular(file)
         return np.load(file, mmap_mode="c", allow_pickle=False)  # "c": torch expects writable memory
     except Exception as error:  # numpy raises many kinds on damaged files
-        raise ValueError(f"{file} cannot be read as .npy: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} cannot be read as .npy: {reason(error)}") from error
 
 
 def _floats(file: Path, features: Any) -> Tensor:
@@ -231,7 +238,7 @@ def _floats(file: Path, features: Any) -> Tensor:
     if (
         not isinstance(features, Tensor)
         or not features.is_floating_point()
-        or features.layout != torch.strided
+        or not_plain(features) is not None
         or features.ndim != 2
         or not features.numel()
     ):
@@ -250,9 +257,7 @@ def _clip_retrieval(folder: Path, labels: Labels | None) -> tuple[list[Tensor], 
     found, paths = [], []
     for file, part in zip(embedded, parts, strict=True):
         metadata = folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet")
-        table = _read_parquet(metadata, ["image_path"] if column is None else ["image_path", column])
-        if any(len(values) != len(part) for values in table.values()):
-            raise ValueError(f"{metadata} must have a row for each of the {len(part)} features of {file.name}")
+        table = _read_parquet(metadata, ["image_path"] if column is None else ["image_path", column], len(part))
         paths += table["image_path"]
         folders = [PurePosixPath(str(name)).parent.name for name in table["image_path"]]
         found += folders if column is None else table[column]
@@ -275,17 +280,42 @@ def _embedded(folder: Path) -> list[Path]:
     return sorted(numbered, key=numbered.__getitem__)
 
 
-def _read_parquet(file: Path, columns: list[str]) -> dict[str, list[Any]]:
+def _read_parquet(file: Path, columns: list[str], rows: int) -> dict[str, list[Any]]:
+    """Columns of whole numbers or texts, whose sizes are checked first: repeated values need no space in a file."""
     try:
         import pyarrow.parquet as parquet
+        import pyarrow.types as types
     except ImportError as error:
         raise ImportError(f"{file} needs pyarrow: pip install pyarrow, or give the labels yourself") from error
     require_file(file, f"{file} with the labels must exist, got no such file: or pass labels")
     try:
-        found = parquet.ParquetFile(file)
-        if missing := [name for name in columns if name not in found.schema_arrow.names]:
-            raise ValueError(f"the table must have column {missing[0]!r}, got {', '.join(found.schema_arrow.names)}")
+        schema = parquet.read_schema(file)
+        if missing := [name for name in columns if name not in schema.names]:
+            raise ValueError(f"the table must have column {missing[0]!r}, got {listing(schema.names)}")
+        if nested := next((name for name in columns if types.is_nested(schema.field(name).type)), None):
+            raise ValueError(f"column {nested!r} must hold whole numbers or texts, got {schema.field(nested).type}")
+        texts = [name for name in columns if not types.is_integer(schema.field(name).type)]
+        found = parquet.ParquetFile(file, read_dictionary=texts)
+        facts = found.metadata
+        if facts.num_rows != rows:
+            raise ValueError(f"the table must have a row for each of the {rows:,} features, got {facts.num_rows:,}")
+        places = [i for i in range(facts.num_columns) if facts.schema.column(i).path in columns]
+        groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+        unpacked = sum(group.column(place).total_uncompressed_size for group in groups for place in places)
+        require_unpacked(unpacked, file.stat().st_size)
         table = found.read(columns=columns)
-        return {name: table.column(name).to_pylist() for name in columns}
+        return {name: _values(table.column(name)) for name in columns}
     except Exception as error:  # pyarrow raises many kinds
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; equal texts of a dictionary are one object."""
+    found: list[Any] = []
+    for chunk in column.chunks:
+        if hasattr(chunk, "dictionary"):
+            words = chunk.dictionary.to_pylist()
+            found += [None if place is None else words[place] for place in chunk.indices.to_pylist()]
+        else:
+            found += chunk.to_pylist()
+    return found

@@ -8,7 +8,7 @@ import pickletools
 import re
 from pathlib import Path
 
-from mergetune.io import Inert, Unpickler, read_regular
+from mergetune.io import Inert, Unpickler, read_regular, reason
 
 DATUM = ("dassl.data.datasets.base_dataset", "Datum")  # class of the records in CoOp's few-shot files
 DATUM_OPCODES = re.compile(  # what pickle protocols 2 to 5 need for dicts and lists of such records; none calls code
@@ -39,6 +39,6 @@ def read_few_shot(path: Path, split: str) -> list[tuple[str, int]]:
             raise TypeError("its records must have a path and a label")
     except Exception as error:  # damaged pickles raise exceptions of any type
         raise ValueError(
-            f"{path} must be a few-shot file of CoOp with images under {split!r}: {type(error).__name__}: {error}"
+            f"{path} must be a few-shot file of CoOp with images under {split!r}: {reason(error)}"
         ) from error
     return records

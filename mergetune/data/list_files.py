@@ -18,7 +18,7 @@ from typing import Any
 
 from mergetune.data.folder_layouts import split_of
 from mergetune.data.image_files import brief, leaves_root
-from mergetune.io import MAX_LIST, image_extensions, lines_of, read_json, read_text
+from mergetune.io import MAX_LIST, image_extensions, lines_of, listing, read_json, read_text
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -111,7 +111,7 @@ def cells(path: Path, text: str, needed: Sequence[str] = ("path", "label")) -> l
         return [_row(path, number, row, places, len(header)) for number, row in enumerate(rows[skipped:], start=1)]
     wanted = "the header path,label[,split]" if len(needed) > 1 else f"a header with the column {needed[0]}"
     raise ValueError(
-        f"{path} must have {wanted}, got {headers[','] or 'nothing'}: columns may be separated by "
+        f"{path} must have {wanted}, got {listing(headers[','])}: columns may be separated by "
         f"{', '.join(SEPARATORS.values())}"
     )
 

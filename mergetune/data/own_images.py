@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mergetune.data.image_files import brief, folder_identity, images_below, req
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
 from mergetune.data.list_files import paths_below, table_rows
 from mergetune.data.stratified_split import stratify
-from mergetune.io import MAX_LIST, read_json
+from mergetune.io import MAX_LIST, names_file, read_json
 
 
 def ImageFolder(
@@ -73,6 +74,7 @@ def ImageFolder(
     return _dataset(root.resolve().name, root, splits, classnames, what="class folder")
 
 
+@names_file("path")
 def image_table(
     path: str | Path,
     *,
@@ -123,6 +125,7 @@ def image_table(
     return _dataset(path.stem, root, splits, classnames, what="label")
 
 
+@names_file("path")
 def listed_images(
     path: str | Path,
     *,
@@ -158,10 +161,11 @@ def listed_images(
     places = ["", "images", *(name for name in subfolders(folder) if name != "images")]
     item = content["train"][0] if content["train"] else None
     first = item[0].replace("\\", "/") if isinstance(item, list) and item and isinstance(item[0], str) else None
-    found = (place for place in places if isinstance(first, str) and (folder / place / first).is_file())
+    found = (place for place in places if first is not None and os.path.isfile(folder / place / first))
     return _renamed(coop_split(folder, path.name, next(found, "")), classnames)
 
 
+@names_file("json_file")
 def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = "") -> Dataset:
     """Reads a dataset from one of CoOp's ``split_zhou_*.json``.
 

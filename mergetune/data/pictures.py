@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,18 @@ from mergetune.data.image_files import describe_ignored, ignored_files, images_b
 from mergetune.data.image_lists import Dataset, ImageList
 from mergetune.data.list_files import cells, columns_of, with_slashes
 from mergetune.facts.brief import brief
-from mergetune.io import MAX_TABLE, check_picture, decode_text, image_extensions, lines_of, read_regular, require_file
+from mergetune.io import (
+    MAX_TABLE,
+    check_picture,
+    decode_text,
+    image_extensions,
+    lines_of,
+    names_file,
+    parse_json,
+    read_regular,
+    require_file,
+    require_plain,
+)
 
 LISTS = (".txt", ".csv", ".json")
 
@@ -100,6 +111,7 @@ def is_one_picture(given: Any) -> bool:
 
 def _pixels(pixels: Tensor) -> Iterator[FoundPicture]:
     """The pictures of a tensor of preprocessed pixels."""
+    require_plain("a tensor of pixels", pixels)
     if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3 or not pixels.dtype.is_floating_point:
         way_on = "" if pixels.dtype.is_floating_point else "; give pictures of uint8 as numpy arrays [H, W, 3]"
         raise ValueError(
@@ -129,6 +141,7 @@ def _images_of(folder: str) -> list[str]:
     return found
 
 
+@names_file("path")
 def _listed(path: str) -> list[str]:
     """The paths in a list, relative to the folder of the list."""
     require_file(path, f"a list of pictures must exist, and there is no file {path}")
@@ -150,10 +163,7 @@ def _column(path: str, text: str) -> list[str]:
 
 
 def _entries(path: str, text: str) -> list[str]:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
+    rows = parse_json(text, name=path)
     if not isinstance(rows, list):
         raise ValueError(f"{path} must be a list of paths, or of objects with path, got {type(rows).__name__}")
     return _texts(path, [_path_of(row) if isinstance(row, dict) else row for row in rows])
@@ -168,5 +178,5 @@ def _path_of(row: dict[str, Any]) -> Any:
 def _texts(path: str, entries: list[Any]) -> list[str]:
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, str) or not entry:
-            raise ValueError(f"row {number} of {path} must have a path, got {entry!r}")
+            raise ValueError(f"row {number} of {path} must have a path, got {reprlib.repr(entry)}")
     return entries

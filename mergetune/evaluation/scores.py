@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mergetune.data import Batches, FeatureCache
 from mergetune.facts.brief import brief
+from mergetune.io import require_plain
 from mergetune.solutions import inputs
 
 ImageMap = Callable[[Tensor], Tensor]
@@ -69,6 +70,7 @@ class Classifier:
                 f"x must be image inputs of B images, a tensor [B, D], got {type(x).__name__}: call "
                 "logits(classnames, x)"
             )
+        require_plain("x", x)
         weights = self.weights(classnames)
         x = x.to(weights)
         return inputs(x if self.images is None else self.images(x), weights) @ weights.T
@@ -149,6 +151,7 @@ def right_answers(
     weights: Tensor, features: Batches, *, images: ImageMap | None = None, first: int = 0, batch_size: int = 2048
 ) -> Tensor:
     """Whether each image is classified correctly, [N] bool; the arguments are those of :func:`count_hits`."""
+    require_plain("weights", weights)
     answers = []
     for x, _, _ in features.batches(batch_size):
         x = x.to(weights) if images is None else images(x.to(weights))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mergetune.evaluation.figures import save_figure
+from mergetune.evaluation.figures import save_figure, shown
 from mergetune.experiments.cells import Cell
 from mergetune.experiments.engine import Record
 from mergetune.experiments.tables import RESAMPLES, Interval, Line, lines_of, main_column
@@ -159,9 +159,9 @@ def plot(comparison: Comparison, file: str | Path) -> None:
         axis.plot(ends or (mean, mean), [i, i], color=color, linewidth=1.2)
         axis.plot([mean], [i], "o", color=color, markersize=4)
     axis.axvline(0, color="#bbbbbb", linewidth=1)
-    axis.set_yticks(range(len(lines)), [line.row for line in lines], fontsize=7)
+    axis.set_yticks(range(len(lines)), [shown(line.row) for line in lines], fontsize=7)
     axis.set_ylim(len(lines) - 0.5, -0.5)
-    axis.set_xlabel(f"{main}, difference to {comparison.reference} (points), 95 % over classes", fontsize=8)
+    axis.set_xlabel(f"{main}, difference to {shown(comparison.reference)} (points), 95 % over classes", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
     save_figure(figure, file)

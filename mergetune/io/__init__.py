@@ -21,11 +21,12 @@ if TYPE_CHECKING:
         fault,
         jsonable,
         parse_document,
+        parse_json,
         read_document,
         read_json,
         write_json,
     )
-    from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name
+    from mergetune.io.dtypes import FLOAT_DTYPES, STORED_DTYPES, STORED_NAMES, dtype_name, not_plain, require_plain
     from mergetune.io.files import (
         MAX_IMAGE,
         MAX_LIST,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         MAX_TABLE,
         MAX_VOCABULARY,
         MAX_WEIGHTS,
+        naming_full_disk,
         open_regular,
         read_at,
         read_regular,
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
     from mergetune.io.progress import hidden
     from mergetune.io.ranks import torchrun_team
+    from mergetune.io.sentences import listing, named, names_file, naming_file, reason, visible
+    from mergetune.io.tensor_budgets import require_unpacked
     from mergetune.io.tensor_files import load_tensors, load_torch, read_npz, read_safetensors
     from mergetune.io.text_files import decode_text, lines_of, read_text
     from mergetune.io.torchscript import is_torchscript, read_torchscript
@@ -116,14 +120,21 @@ __all__ = [
     "jsonable",
     "kind_of_content",
     "lines_of",
+    "listing",
     "load_image",
     "load_tensors",
     "load_tensors_only",
     "load_torch",
     "locked",
+    "named",
+    "names_file",
+    "naming_file",
+    "naming_full_disk",
+    "not_plain",
     "not_reached",
     "open_regular",
     "parse_document",
+    "parse_json",
     "plain",
     "quiet_retries",
     "read_at",
@@ -136,17 +147,21 @@ __all__ = [
     "read_safetensors",
     "read_text",
     "read_torchscript",
+    "reason",
     "release_locks",
     "remove_parts",
     "require_file",
     "require_output_folder",
+    "require_plain",
     "require_regular",
+    "require_unpacked",
     "scratch_folder",
     "sha256_regular",
     "torchrun_team",
     "unaware_of_interrupts",
     "unreachable",
     "unwrapped",
+    "visible",
     "write_atomically",
     "write_json",
     "writing_atomically",
@@ -161,12 +176,12 @@ make_lazy(
         "mergetune.io.contents": "kind_of_content",
         "mergetune.io.documents": (
             "Count Document Items JsonObject Number Sha256 Size check_document compact_json damaged fault jsonable "
-            "parse_document read_document read_json write_json"
+            "parse_document parse_json read_document read_json write_json"
         ),
-        "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name",
+        "mergetune.io.dtypes": "FLOAT_DTYPES STORED_DTYPES STORED_NAMES dtype_name not_plain require_plain",
         "mergetune.io.files": (
-            "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS open_regular read_at read_regular "
-            "require_file require_output_folder require_regular sha256_regular"
+            "MAX_IMAGE MAX_LIST MAX_SETTINGS MAX_TABLE MAX_VOCABULARY MAX_WEIGHTS naming_full_disk open_regular "
+            "read_at read_regular require_file require_output_folder require_regular sha256_regular"
         ),
         "mergetune.io.images": (
             "IMAGE_FORMATS Picture check_picture decoding_differs image_extensions load_image read_picture"
@@ -178,7 +193,9 @@ make_lazy(
         "mergetune.io.pickled_modules": "convert_module load_tensors_only",
         "mergetune.io.progress": "hidden",
         "mergetune.io.ranks": "torchrun_team",
+        "mergetune.io.tensor_budgets": "require_unpacked",
         "mergetune.io.tensor_files": "load_tensors load_torch read_npz read_safetensors",
+        "mergetune.io.sentences": "listing named names_file naming_file reason visible",
         "mergetune.io.text_files": "decode_text lines_of read_text",
         "mergetune.io.torchscript": "is_torchscript read_torchscript",
         "mergetune.io.unpickling": "Inert Unpickler",

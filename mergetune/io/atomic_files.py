@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mergetune.io.files import naming_full_disk
+
 
 @contextmanager
 def writing_atomically(file: Path) -> Iterator[BinaryIO]:
@@ -29,14 +31,14 @@ def writing_atomically(file: Path) -> Iterator[BinaryIO]:
 
     Raises:
         IsADirectoryError: the file is a folder.
-        OSError: the folder does not exist or cannot be written.
+        OSError: the folder does not exist or cannot be written, or the disk is full; the message names the file.
     """
     if file.is_dir():
         raise IsADirectoryError(errno.EISDIR, "must be a file that can be written, got a folder", str(file))
     _remove_dead(file.parent, file.name)
     part, descriptor = _new_part(file.parent, file.name, _new_file)
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with naming_full_disk(file), os.fdopen(descriptor, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -199,11 +199,15 @@ def read_json(file: str | Path, *, limit: int = MAX_SETTINGS) -> Any:
         OSError: the file does not exist or cannot be read.
         ValueError: the file is not a regular file, is too large or is not JSON; the message names the file.
     """
-    content = decode_text(file, read_regular(file, limit=limit))
+    return parse_json(decode_text(file, read_regular(file, limit=limit)), name=file)
+
+
+def parse_json(content: bytes | str, *, name: str | Path) -> Any:
+    """:func:`read_json` for content that was read already; ``name`` is the file in the message."""
     try:
         return _parse(content)
     except ValueError as error:
-        raise ValueError(f"{file} must be JSON, got {error}") from None
+        raise ValueError(f"{name} must be JSON, got {error}") from None
 
 
 def _parse(content: bytes | str) -> Any:

@@ -31,3 +31,20 @@ STORED_NAMES: Final = {dtype_name(dtype): name for name, dtype in STORED_DTYPES.
 
 FLOAT_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Name -> dtype, for the dtypes of stored features and of running models."""
+
+
+def not_plain(tensor: torch.Tensor) -> str | None:
+    """What a tensor is if it does not hold its numbers one by one, such as "a sparse tensor"; None if it does."""
+    if tensor.device.type == "meta":
+        return "a tensor on the device meta, which has no numbers"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.layout != torch.strided:
+        return f"a {'sparse' if 'sparse' in str(tensor.layout) else tensor.layout} tensor"
+    return "a nested tensor" if tensor.is_nested else None
+
+
+def require_plain(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError, naming the argument, for the tensors of :func:`not_plain`."""
+    if kind := not_plain(tensor):
+        raise ValueError(f"{name} must be a tensor of plain numbers, got {kind}")

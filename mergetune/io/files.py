@@ -4,8 +4,24 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what writing raises without the file's name
+
+
+@contextmanager
+def naming_full_disk(file: Path) -> Iterator[None]:
+    """Context manager in which the error of a full disk, quota or failing disk names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
 
 # Largest sizes in bytes of files that are read into memory. Each limit is far above usual sizes, which follow.
 MAX_SETTINGS = 1 << 26  # a JSON document with settings, of a backbone or a solution: 0.1 MB

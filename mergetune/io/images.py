@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 from mergetune.io.files import MAX_IMAGE, read_regular
 from mergetune.io.picture_colours import as_rgb
+from mergetune.io.sentences import names_file, reason
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 """A picture: the path of a file, a PIL image, or an array of pixels, [H, W, 3] or [H, W] (grey), uint8."""
@@ -51,6 +52,7 @@ _MARKER, _SCAN, _END = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]"), 0xDA, 0xD9
 MAX_RESIZED = MAX_PIXELS  # most pixels of a picture that is resized before it is cropped
 
 
+@names_file("path")
 def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, background: str = BACKGROUND) -> Image.Image:
     """Decodes an image as RGB: transparency on a background, greys of more than 8 bits scaled, see :func:`as_rgb`.
 
@@ -84,7 +86,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, background: st
     except (
         Exception
     ) as error:  # decoders raise exceptions of any type: OSError, SyntaxError, struct.error, EOFError, ...
-        raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
+        raise ValueError(f"cannot read image {path}: {reason(error)}") from error
 
 
 def decoding_differs(path: str | Path) -> bool:
@@ -173,7 +175,7 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"cannot read image {name}: {error or type(error).__name__}") from error
+        raise ValueError(f"cannot read image {name}: {reason(error)}") from error
 
 
 def _rgb(picture: np.ndarray | Image.Image, max_pixels: int, background: str) -> Image.Image:

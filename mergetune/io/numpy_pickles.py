@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mergetune.io.files import MAX_WEIGHTS, read_regular
+from mergetune.io.sentences import reason
 from mergetune.io.unpickling import Inert, Unpickler
 
 INERT = ("sklearn.", "joblib.", "numpy.random.", "numpy.ma.")
@@ -141,10 +142,8 @@ def read_numpy_pickle(file: str | Path, *, compressed: bool = False) -> Any:
         return _load(io.BytesIO(_inflated(content) if compressed else content))
     except OSError:
         raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} cannot be read as a checkpoint: {error}") from error
     except Exception as error:  # a damaged file raises many kinds
-        raise ValueError(f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} cannot be read as a checkpoint: {reason(error)}") from error
 
 
 def read_object_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:

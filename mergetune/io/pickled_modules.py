@@ -26,11 +26,10 @@ from mergetune.io.dtypes import STORED_NAMES, dtype_name
 from mergetune.io.files import open_regular, require_file, require_regular
 from mergetune.io.locks import writing_to
 from mergetune.io.pickled_contents import Contents, contents_of
-from mergetune.io.tensor_budgets import require_budget, tensor_views
+from mergetune.io.sentences import listing, named, names_file, reason
+from mergetune.io.tensor_budgets import require_budget, require_stored, tensor_views
 from mergetune.io.tensor_pickles import make_tensors, unpickle
 from mergetune.io.torchscript import is_torchscript, read_script, read_torchscript
-
-LONGEST = 300  # characters of another library's message that are shown
 
 
 @brief()
@@ -73,6 +72,7 @@ def read_module(file: str | Path, *, only: str | None = None, everything: bool =
     return _read(Path(file), only, everything)[0]
 
 
+@names_file("file")
 def convert_module(
     file: str | Path, out: str | Path, *, only: str | None = None, everything: bool = False
 ) -> Converted:
@@ -118,24 +118,25 @@ def load_tensors_only(file: str | Path, *, mmap: bool = False, allowed: Sequence
     if is_torchscript(file):
         return read_torchscript(file)
     try:
-        mmap = mmap and zipfile.is_zipfile(file)
+        zipped = zipfile.is_zipfile(file)
+        if zipped:
+            require_stored(file)
         misnamed = os.fspath(file).endswith(".safetensors")  # torch reads a path of this ending as safetensors
         with torch.serialization.safe_globals(list(allowed)), open_regular(file) as stream:
             source = stream if misnamed else file
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and not misnamed)
+            mapped = mmap and zipped and not misnamed
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
         require_budget(list(tensor_views(content)), os.stat(file).st_size)
         return content
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        detail = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))  # without torch's advice to run the file
-        what = f"an object of {found[1]}" if found else f"more than tensors ({detail[1] if detail else 'a pickle'})"
+        detail = named((re.search(r"WeightsUnpickler error:\s*(.*)", str(error)) or ("", ""))[1])  # without the advice
+        what = f"an object of {named(found[1])}" if found else f"more than tensors ({detail or 'a pickle'})"
         raise ValueError(
             f"{file} cannot be read as a checkpoint: it holds {what}, and pickled code is never run"
         ) from error
     except Exception as error:  # torch.load raises many kinds on files that are not checkpoints
-        advice = "weights_only" in str(error)  # torch's message advises to run the file
-        reason = "it holds more than tensors" if advice else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} cannot be read as a checkpoint: {reason}") from error
+        raise ValueError(f"{file} cannot be read as a checkpoint: {reason(error)}") from error
 
 
 def _read(file: Path, only: str | None, everything: bool) -> tuple[dict[str, Tensor], Contents]:
@@ -146,9 +147,8 @@ def _read(file: Path, only: str | None, everything: bool) -> tuple[dict[str, Ten
         found = found.with_rest() if everything else found
         tensors = make_tensors(found.leaves(), file.stat().st_size)
     except Exception as error:  # a damaged file raises many kinds
-        reason = f"{type(error).__name__}: {str(error)[:LONGEST]}"
-        raise ValueError(f"{file} cannot be read as a pickled module: {reason}") from error
+        raise ValueError(f"{file} cannot be read as a pickled module: {reason(error)}") from error
     if not tensors:
-        there = ", ".join(name[:60] for name in found.all_names[:5]) or "none"
+        there = listing(found.all_names)
         raise ValueError(f"{file} must hold tensors{f' of {only}' if only else ''}, got {there}")
     return tensors, found

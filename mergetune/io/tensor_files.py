@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,11 @@ from safetensors import safe_open
 from mergetune.io.files import require_regular
 from mergetune.io.numpy_pickles import read_object_array
 from mergetune.io.pickled_modules import load_tensors_only
+from mergetune.io.sentences import named, names_file, reason
+from mergetune.io.tensor_budgets import require_unpacked
 from mergetune.io.unpickling import Inert
 
 EXTRAS = ("classes_", "classnames", "scale", "normalize", "logit_scale")  # metadata of a head beside weight and bias
-
-
-MAX_UNPACKED = 16  # most bytes of all arrays of a .npz file per byte of the file: weights compress little
-FREE_UNPACKED = 1 << 26  # bytes of all arrays that are always allowed
 
 
 class _Forgetful(Inert):
@@ -69,7 +69,7 @@ def read_safetensors(file: Path) -> dict[str, Any]:
                     content[key] = json.loads(text)
             return content | {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors, json and torch raise several kinds
-        raise ValueError(f"{file} cannot be read as .safetensors: {error}") from error
+        raise ValueError(f"{file} cannot be read as .safetensors: {reason(error)}") from error
 
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:
@@ -77,15 +77,23 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
     require_regular(file)
     try:
         with np.load(file, allow_pickle=False) as opened:
-            unpacked, stored = sum(entry.file_size for entry in opened.zip.infolist()), file.stat().st_size
-            if unpacked > max(MAX_UNPACKED * stored, FREE_UNPACKED):
-                raise ValueError(
-                    f"its arrays have {unpacked:,} bytes and the file has {stored:,}: arrays must have at most "
-                    f"{MAX_UNPACKED} times the bytes of the file, or {FREE_UNPACKED:,}"
-                )
+            entries = opened.zip.infolist()
+            require_unpacked(sum(entry.file_size for entry in entries), file.stat().st_size)
+            for entry in entries:
+                _check_array(opened.zip, entry)
             return {name: _member(opened, name) for name in opened.files}
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files
-        raise ValueError(f"{file} cannot be read as .npz: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} cannot be read as .npz: {reason(error)}") from error
+
+
+def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Raises ValueError for an array whose header states more numbers than the entry holds: numpy allocates them."""
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    if math.prod(shape) * dtype.itemsize > entry.file_size and not dtype.hasobject:
+        raise ValueError(f"{named(entry.filename)} must hold the numbers of its shape {list(shape)[:8]}, got fewer")
 
 
 def _member(opened: Any, name: str) -> np.ndarray:
@@ -106,6 +114,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
     return content
 
 
+@names_file("file")
 def load_torch(file: Path, *, mmap: bool = False) -> Any:
     """:func:`mergetune.io.load_tensors_only` for checkpoints, which may also hold optimisers and numpy scalars.
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mergetune.io.files import open_regular, require_regular
+from mergetune.io.sentences import names_file, reason
 from mergetune.io.tensor_pickles import (
     Found,
     Piece,
@@ -26,7 +27,7 @@ from mergetune.io.tensor_pickles import (
 )
 
 MAX_MODULES = 1 << 16  # most modules of a TorchScript archive, counted per use: shared modules can multiply
-MAX_CODE = 1 << 28  # most bytes of a TorchScript archive's code after decompression
+MAX_CODE = 1 << 26  # most bytes of a TorchScript archive's code after decompression
 
 
 def is_torchscript(file: str | Path) -> bool:
@@ -40,6 +41,7 @@ def is_torchscript(file: str | Path) -> bool:
     return any("/code/" in name or name.rpartition("/")[2] == "constants.pkl" for name in names)
 
 
+@names_file("file")
 def read_torchscript(file: str | Path) -> dict[str, Tensor]:
     """The state dict of a traced or scripted module, without running the archive as ``torch.jit.load`` would.
 
@@ -56,8 +58,7 @@ def read_torchscript(file: str | Path) -> dict[str, Tensor]:
         return make_tensors(pieces, os.stat(file).st_size)
     except Exception as error:  # a damaged file raises many kinds
         raise ValueError(
-            f"{file} cannot be read as a TorchScript archive without running it: {type(error).__name__}: "
-            f"{str(error)[:300]}"
+            f"{file} cannot be read as a TorchScript archive without running it: {reason(error)}"
         ) from error
 
 

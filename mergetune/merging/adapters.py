@@ -164,12 +164,12 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} must hold the settings of an adapter, got {type(config).__name__}")
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(
-            f"{file}: peft_type must be LORA, got {config['peft_type']!r}: its factors have no product B A"
+            f"{file}: peft_type must be LORA, got {short(config['peft_type'])}: its factors have no product B A"
         )
     for name, why in _REFUSED.items():
         if config.get(name):
             raise ValueError(
-                f"{file}: {name} must be off, got {config[name]!r}: {why}, so the adapter cannot be merged"
+                f"{file}: {name} must be off, got {short(config[name])}: {why}, so the adapter cannot be merged"
             )
     for name, kinds in {"r": int, "lora_alpha": (int, float)}.items():
         value = config.get(name, 8)
@@ -182,6 +182,13 @@ def _read_config(file: Path) -> dict[str, Any]:
                 f"{file}: {name} must hold positive numbers of at most {LARGEST:g} by the names of layers, got "
                 f"{short(values)}"
             )
+        if other := next((key for key in values if not re.fullmatch(r"\^?([\w-]|\\?\.)+", key)), None):
+            raise ValueError(f"{file}: {name} must hold names of layers, got {short(other)}")
+    for name in ("target_modules", "modules_to_save"):
+        value = config.get(name) or []
+        names = [value] if isinstance(value, str) and name == "target_modules" else value
+        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+            raise ValueError(f"{file}: {name} must be a list of names, got {short(value)}")
     return config
 
 
@@ -205,8 +212,6 @@ def _of_layer(pattern: Mapping[str, Any], layer: str) -> Any:
     """The entry of a layer: its name is the key, or ends with a dot and the key. "^" before a key is the whole name."""
     for key, value in pattern.items():
         name = key.removeprefix("^").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError(f"{CONFIG}: rank_pattern and alpha_pattern must hold names of layers, got {key[:80]!r}")
         if layer == name or (not key.startswith("^") and layer.endswith(f".{name}")):
             return value
     return None
@@ -235,18 +240,22 @@ def merged_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], full: S
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": _targets([adapter.config or {} for adapter in adapters]),
+        "target_modules": _targets(adapters),
         "modules_to_save": kept or None,
     }
 
 
-def _targets(configs: Sequence[Mapping[str, Any]]) -> Any:
+def _targets(adapters: Sequence[Adapter]) -> Any:
     """All adapted modules: the union of lists, or a regular expression that matches what one of several does."""
-    found = [config.get("target_modules") for config in configs]
+    found = [(adapter.config or {}).get("target_modules") for adapter in adapters]
     if all(targets == found[0] for targets in found):
         return found[0]
     if all(isinstance(targets, list) for targets in found):
         return sorted({name for targets in found for name in targets or ()})
     if all(isinstance(targets, str) for targets in found):
         return "|".join(f"({targets})" for targets in dict.fromkeys(found))
-    raise ValueError(f"{CONFIG}: target_modules must be lists or all texts to be joined, got {found}")
+    odd = next(adapter for adapter, targets in zip(adapters, found, strict=True) if type(targets) is not type(found[0]))
+    raise ValueError(
+        f"target_modules must be of one form to be joined, got a list of names in one {CONFIG} and a text or none in "
+        f"another: {adapters[0].title} and {odd.title}"
+    )

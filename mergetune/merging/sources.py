@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergetune.facts.brief import brief
-from mergetune.io import STORED_DTYPES, read_at
+from mergetune.io import STORED_DTYPES, read_at, reason
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class TensorFile(Mapping[str, Tensor]):
             with safe_open(self.path, "pt"):  # checks sizes, offsets and the header
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is not a safetensors file: {error}") from error
+            raise ValueError(f"{self.path} is not a safetensors file: {reason(error)}") from error
         self._file = self.path.open("rb", buffering=0)
         length = self._file.read(8)
         self.header = length + self._file.read(int.from_bytes(length, "little"))

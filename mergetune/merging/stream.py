@@ -17,6 +17,7 @@ from mergetune.io import (
     STORED_NAMES,
     dtype_name,
     hidden,
+    naming_file,
     read_json,
     read_regular,
     write_json,
@@ -95,6 +96,7 @@ def merge_files(
         FileNotFoundError: an input is missing.
         ValueError: the method does not work tensor by tensor, an input holds no weights, the inputs cannot be merged,
             or the output cannot be a safetensors file.
+        TypeError: a tensor has whole numbers in one file and floating point in another.
         OSError: the output file cannot be written.
     """
     plan = plan_of(method)
@@ -120,7 +122,7 @@ def merge_files(
     if lora is not None or lora_rank is not None:
         raise ValueError("lora and lora_rank must be None for files without LoRA factors")
     check(facts, base, experts)
-    with _writing(out, settings) as stream:
+    with naming_file(out), _writing(out, settings) as stream:
         given = prepared(facts, base, experts, missing=missing)
         step = plan(given.moving_base, given.moving, **options)
         size = sum(like.numel * like.dtype.itemsize for _, like in sources(given.reference))

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mergetune.io import (
@@ -20,6 +19,9 @@ from mergetune.io import (
     dtype_name,
     inner_state,
     load_torch,
+    named,
+    names_file,
+    not_plain,
     open_regular,
     read_json,
     read_regular,
@@ -47,6 +49,7 @@ ONE_FILE = ("ema_model.", "online_model.")  # prefixes of the average and of the
 DESCRIPTION = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's archives, no weights
 
 
+@names_file("path")
 def open_weights(path: str | Path, *, ema: bool = False) -> StateDict:
     """Opens the weights of a model in a file or folder as a state dict. Nothing in the file is run.
 
@@ -188,13 +191,13 @@ def _sharded(index: Path) -> StateDict:
     shards: dict[str, StateDict] = {}
     for file in sorted(set(places.values())):
         if file != Path(file).name or file in ("", ".", "..") or file.endswith(INDEX):
-            raise ValueError(f"{index}: weight_map must name files of the same folder, got {file!r}")
-        if not (index.parent / file).is_file():
-            raise FileNotFoundError(f"{index} needs the shard {file}, which does not exist in {index.parent}")
+            raise ValueError(f"{index}: weight_map must name files of the same folder, got {named(file)!r}")
+        if not os.path.isfile(index.parent / file):  # also of a name that is too long for the system
+            raise FileNotFoundError(f"{index} needs the shard {named(file)}, which does not exist in {index.parent}")
         shards[file] = _read_shard(index.parent / file)
     for name, file in places.items():
         if name not in shards[file]:
-            raise ValueError(f"{index}: {file} must hold {name!r}, got no such tensor")
+            raise ValueError(f"{index}: {file} must hold {named(name)!r}, got no such tensor")
     found = {name: partial(source, shards[file], name) for name, file in places.items()}
     return View(_aligned(found), title=str(index))
 
@@ -210,11 +213,12 @@ def _torch_file(path: Path, ema: bool) -> tuple[StateDict, bool]:
         raise ValueError(f"{path} must hold the weights of a model, a dict of tensors, got {type(content).__name__}")
     state, averaged = _chosen(content, path, ema)
     for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-            kind = "quantised" if tensor.is_quantized else "meta" if tensor.device.type == "meta" else tensor.layout
-            raise ValueError(f"{path}: {name!r} must be a tensor of plain numbers, got a {kind} tensor")
+        if kind := not_plain(tensor):
+            raise ValueError(f"{path}: {named(name)!r} must be a tensor of plain numbers, got {kind}")
         if dtype_name(tensor.dtype) not in STORED_NAMES:
-            raise ValueError(f"{path}: {name!r} must be {', '.join(STORED_NAMES)}, got {dtype_name(tensor.dtype)}")
+            raise ValueError(
+                f"{path}: {named(name)!r} must be {', '.join(STORED_NAMES)}, got {dtype_name(tensor.dtype)}"
+            )
     return View(_aligned({name: partial(source, state, name) for name in state}), title=str(path)), averaged
 
 

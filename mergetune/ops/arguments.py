@@ -19,6 +19,13 @@ def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def expect_numbers(names: Iterable[str], values: Iterable[object]) -> None:
+    """Raises ValueError with the argument's name if a tensor lies on the device meta, which stores no numbers."""
+    for name, value in zip(names, values, strict=False):
+        if isinstance(value, Tensor) and value.device.type == "meta":
+            raise ValueError(f"{name} must hold numbers, got a tensor on the device meta, which has none")
+
+
 def real_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which an op computes: float64 for float64 tensors, else float32.
 
@@ -45,6 +52,7 @@ class LossArguments(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError or TypeError with the argument's name if shapes or the labels' dtype do not fit."""
+        expect_numbers(self._fields, self)
         x, w = self.x, self.w
         if w.ndim != 2 or x.ndim != 2:
             raise ValueError(f"x and w must have shapes [B, D] and [C, D], got {list(x.shape)} and {list(w.shape)}")
@@ -83,6 +91,7 @@ class PathArguments(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError or TypeError with the argument's name if shapes or dtypes do not fit."""
+        expect_numbers(self._fields, self)
         dots, points = self.dots, len(self.anchor)
         if dots.dtype not in (torch.float32, torch.float64) or self.rscale.dtype != dots.dtype:
             raise TypeError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergetune.io import dtype_name
 from mergetune.ops import reference
-from mergetune.ops.arguments import AttentionArguments, expect_shape
+from mergetune.ops.arguments import AttentionArguments, expect_numbers, expect_shape
 from mergetune.ops.backends import OPS, Implementation, Op
 from mergetune.ops.library import library
 from mergetune.ops.native import core
@@ -51,6 +51,7 @@ def prefix_attention(
         The attention output, in the shape of q.
     """
     arguments = AttentionArguments(q, k, v, prefix_k, prefix_v, tuple(lengths), causal)
+    expect_numbers(arguments._fields, arguments)
     backend = choose("prefix_attention", "q", q, arguments, backend)
     if backend in ("torch", "compile"):
         return _defined(arguments, reference.prefix_attention if backend == "torch" else _compiled())
@@ -79,6 +80,7 @@ def prefix_attention_backward(
         q, k, v, prefix_k, prefix_v, lengths, causal, backend: as in :func:`prefix_attention`.
     """
     arguments = AttentionArguments(q, k, v, prefix_k, prefix_v, tuple(lengths), causal)
+    expect_numbers(("d_out", *arguments._fields), (d_out, *arguments))
     backend = choose("prefix_attention", "q", q, arguments, backend)
     if backend in ("torch", "compile"):
         return OPS["prefix_attention"].implementations[backend].run_backward(d_out, arguments)

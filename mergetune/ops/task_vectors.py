@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergetune.io import dtype_name
 from mergetune.ops import reference
-from mergetune.ops.arguments import expect_shape, real_dtype
+from mergetune.ops.arguments import expect_numbers, expect_shape, real_dtype
 from mergetune.ops.backends import check_backend
 from mergetune.ops.native import core
 
@@ -133,6 +133,7 @@ def _alike(rows: list[Tensor], kept: Tensor | None = None) -> tuple[str, list[Te
 
     Rows of different dtypes become float32, or float64 if one of them is float64.
     """
+    expect_numbers(["values"] * len(rows) + ["kept"], [*rows, kept])
     if wrong := [row.dtype for row in rows if not row.dtype.is_floating_point]:
         raise TypeError(f"values must be floating point, got {wrong[0]}")
     if len(devices := {str(t.device) for t in (*rows, kept) if t is not None}) > 1:

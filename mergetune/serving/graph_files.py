@@ -19,7 +19,14 @@ from torch.export import ExportedProgram
 
 from mergetune.clip import FrozenClip
 from mergetune.facts.function_options import BACKGROUND
-from mergetune.io import background_colour, read_regular, scratch_folder, write_atomically, writing_to
+from mergetune.io import (
+    background_colour,
+    naming_full_disk,
+    read_regular,
+    scratch_folder,
+    write_atomically,
+    writing_to,
+)
 from mergetune.serving.graphs import check_logits, facts_of, traced
 from mergetune.solutions import Solution
 
@@ -187,7 +194,7 @@ def _installed(package: str) -> bool:
 def _staged(file: Path) -> Iterator[Path]:
     """A path in an empty folder beside the file; what is written there takes its place at the end, if nothing fails."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with writing_to(file), scratch_folder(file) as folder:
+    with writing_to(file), naming_full_disk(file), scratch_folder(file) as folder:
         part = folder / file.name
         yield part
         for made in sorted(folder.iterdir(), key=lambda path: path == part):  # the graph last, after its weights

@@ -28,6 +28,8 @@ from mergetune.io import (
     JsonObject,
     Sha256,
     check_document,
+    listing,
+    names_file,
     read_document,
     read_json,
     read_regular,
@@ -401,6 +403,7 @@ def read_config(path: Path) -> SolutionFile:
     return read_document(path / CONFIG, SolutionFile, way_on=WAY_ON)
 
 
+@names_file("path")
 def read_solution(cls: type[S], path: str | Path) -> S:
     """The solution that :func:`write_solution` wrote into a folder; it must be of the kind ``cls``."""
     path = Path(path)
@@ -424,8 +427,8 @@ def read_solution(cls: type[S], path: str | Path) -> S:
     try:
         return cls.restore(description, tensors)
     except TypeError as error:  # tensors of other names
-        wanted, got = ", ".join(cls.tensors) or "the tensors of its parts", ", ".join(sorted(tensors)) or "none"
-        raise ValueError(f"{path / WEIGHTS} must hold {wanted}, got {got}; {WAY_ON}") from error
+        wanted = ", ".join(cls.tensors) or "the tensors of its parts"
+        raise ValueError(f"{path / WEIGHTS} must hold {wanted}, got {listing(sorted(tensors))}; {WAY_ON}") from error
     except ValueError as error:  # a name or text that the kind refuses, or shapes that do not fit the names
         raise ValueError(
             f"{path / CONFIG} does not describe a solution of kind {cls.kind!r}: {error}; {WAY_ON}"

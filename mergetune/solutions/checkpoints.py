@@ -13,9 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from mergetune.facts.brief import brief
-from mergetune.io import OWNERS, inner_state, kind_of_content, load_tensors, read_safetensors, unwrapped
+from mergetune.io import (
+    OWNERS,
+    inner_state,
+    kind_of_content,
+    listing,
+    load_tensors,
+    names_file,
+    not_plain,
+    read_safetensors,
+    unwrapped,
+)
 from mergetune.solutions.dassl_folders import checkpoint_file
-from mergetune.solutions.other_trainers import listed, tensors_of_other
+from mergetune.solutions.other_trainers import tensors_of_other
 
 EMBEDDED = ("token_prefix", "token_suffix", "token_midfix")  # texts of the classes, which a prompt embeds anew
 FORKS = ("tokenized_prompts", "name_lens")  # further buffers that depend on the classes alone
@@ -48,9 +58,10 @@ class PromptFile:
 def check_same_names(classnames: Sequence[str], named: Sequence[str]) -> None:
     """Raise ValueError unless the given class names are those that a file names, in any order."""
     if other := sorted(set(classnames) ^ set(named)):
-        raise ValueError(f"classnames must be those of the file, got other names: {', '.join(other[:5])}")
+        raise ValueError(f"classnames must be those of the file, got other names: {listing(other, most=5)}")
 
 
+@names_file("path")
 def read_prompt(path: str | Path) -> PromptFile:
     """Read the context vectors from a checkpoint of CoOp, KgCoOp, ProGrad or the official MERGETUNE.
 
@@ -79,11 +90,11 @@ def read_prompt(path: str | Path) -> PromptFile:
         raise ValueError(_whole_model(file, content, state))
     if isinstance(ctx, Tensor) and ctx.is_floating_point() and ctx.ndim in (3, 4):
         _check_one_prompt_per_class(file, ctx, state)
-    if not isinstance(ctx, Tensor) or ctx.ndim not in (2, 3) or not ctx.is_floating_point():
-        what = f"ctx {list(ctx.shape)}" if isinstance(ctx, Tensor) else listed(kept) or "nothing"
+    if not isinstance(ctx, Tensor) or ctx.ndim not in (2, 3) or not ctx.is_floating_point() or not_plain(ctx):
+        what = f"ctx {list(ctx.shape)}" if isinstance(ctx, Tensor) else listing(kept, most=5)
         raise ValueError(f"{file} must hold context vectors 'ctx' [n, W] or [C, n, W], got {what}")
     if kept != ["ctx"]:
-        more = listed([name for name in kept if name != "ctx"])
+        more = listing((name for name in kept if name != "ctx"), most=5)
         raise ValueError(f"{file} must be a prompt of CoOp's form, got further parameters that would be lost: {more}")
     if ctx.ndim == 3 and any(name in state for name in PRODA_ONLY):
         ctx = ctx[0]
@@ -175,8 +186,9 @@ def _whole_model(file: Path, content: Mapping[Any, Any], state: Mapping[str, Any
     what = "weights of its towers" if len(towers) == len(others) else "further parameters"
     return (
         f"{file} must hold a prompt alone, got a whole model: the prompt {ctx!r} and {len(others):,} {what} "
-        f"({listed(others, 2)}); if only the prompt was trained, `mergetune convert FILE prompt.safetensors --only "
-        f"{place}` takes it out, and --tuned reads it; if the towers were trained, too, no prompt equals the model"
+        f"({listing(others, most=2)}); if only the prompt was trained, `mergetune convert FILE prompt.safetensors "
+        f"--only {place}` takes it out, and --tuned reads it; if the towers were trained, too, no prompt equals the "
+        "model"
     )
 
 

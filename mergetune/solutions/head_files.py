@@ -22,10 +22,13 @@ from mergetune.io import (
     inner_state,
     kind_of_content,
     load_torch,
+    names_file,
+    not_plain,
     plain,
     read_npz,
     read_numpy_pickle,
     read_safetensors,
+    reason,
     require_file,
     unwrapped,
 )
@@ -120,6 +123,7 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
     return {name: _floats(f"{file}: {name}", found[own]) for name, own in unwrapped(list(found), OWNERS).items()}
 
 
+@names_file("path")
 def read_head(path: str | Path, *, name: str | None = None, logit_scale: float | None = None) -> HeadFile:
     """Read a linear classifier from a file of torch.save, safetensors, .npz, pickle or joblib; no code in it is run.
 
@@ -221,8 +225,7 @@ def _sklearn_file(file: Path, model: PickledObject, name: str | None, logit_scal
     try:
         found = read_sklearn(model)
     except Exception as error:  # a damaged model raises many kinds
-        reason = str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} cannot be read as a head: {reason}") from error
+        raise ValueError(f"{file} cannot be read as a head: {reason(error)}") from error
     return found if logit_scale is None else replace(found, scale=logit_scale)
 
 
@@ -340,7 +343,9 @@ def _rows(about: dict[str, Any]) -> list[Any] | None:
         rows = {number: name for name, number in numbered.items()}
         return [rows[number] for number in range(len(numbered))] if sorted(rows) == [*range(len(numbered))] else None
     rows = next((about[name] for name in ROWS if name in about), None)
-    return rows.tolist() if isinstance(rows, Tensor | np.ndarray) else rows if rows is None else list(rows)
+    if isinstance(rows, Tensor | np.ndarray):
+        return rows.reshape(-1).tolist()
+    return rows if rows is None else list(rows)
 
 
 def _listed(found: dict[str, Any], names: Sequence[str]) -> str:
@@ -394,10 +399,11 @@ def _floats(name: str, values: Any) -> Tensor:
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         with np.errstate(over="ignore"):
             made = torch.from_numpy(values.astype(np.float32))
-    elif isinstance(values, Tensor) and values.is_floating_point() and values.layout == torch.strided:
+    elif isinstance(values, Tensor) and values.is_floating_point() and not_plain(values) is None:
         made = values.detach().float().clone()
     if made is not None and made.isfinite().all():
         return made
     if made is not None:
         raise ValueError(f"{name} must be finite, got {int((~made.isfinite()).sum())} NaN or infinite values")
-    raise ValueError(f"{name} must be floating point, got {getattr(values, 'dtype', type(values).__name__)}")
+    kind = not_plain(values) if isinstance(values, Tensor) else None
+    raise ValueError(f"{name} must be floating point, got {kind or getattr(values, 'dtype', type(values).__name__)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
-from mergetune.io import damaged, kind_of_content
+from mergetune.io import damaged, kind_of_content, names_file
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.checkpoints import holds_context
 from mergetune.solutions.head import Head
@@ -27,6 +27,7 @@ KINDS: dict[str, type[Solution]] = {kind.kind: kind for kind in (Prompt, Head, T
 S = TypeVar("S", bound=Solution)
 
 
+@names_file("path")
 def load_solution(path: str | Path) -> Solution:
     """Read a solution of any kind that was saved with ``solution.save(path)``.
 
@@ -71,6 +72,7 @@ def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[st
     return points[0]
 
 
+@names_file("path")
 def open_solution(
     path: str | Path,
     *,

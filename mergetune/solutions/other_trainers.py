@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 DEEP = "prompts inside the towers, which no prompt before the class name equals"
@@ -57,9 +57,3 @@ def folder_of_other(folder: Path) -> str | None:
         if found := next(iter(sorted(folder.glob(pattern))), None):
             return f"{found.name} holds {words}"
     return None
-
-
-def listed(names: Collection[str], most: int = 5) -> str:
-    """The first names, each cut to 60 characters, for a message that stays short."""
-    shown = [name if len(name) <= 60 else f"{name[:57]}..." for name in list(names)[:most]]
-    return ", ".join(shown) + (f", and {len(names) - most:,} more" if len(names) > most else "")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
 from mergetune.facts.brief import brief
-from mergetune.io import Items, load_tensors
+from mergetune.io import Items, listing, load_tensors, names_file, not_plain
 from mergetune.solutions.base import Description, Solution
 from mergetune.solutions.checkpoints import state_dict_of
 from mergetune.solutions.dassl_folders import checkpoint_file
@@ -108,6 +108,7 @@ class Residual(Solution):
         return "Class residuals for CLIP", "class-residual", f"{size}, added to unit-norm class embeddings."
 
 
+@names_file("path")
 def read_taskres(path: str | Path) -> tuple[Tensor, Tensor]:
     """Read the class embeddings and the residuals of a TaskRes checkpoint, both [C, D] float32.
 
@@ -122,15 +123,14 @@ def read_taskres(path: str | Path) -> tuple[Tensor, Tensor]:
     file = checkpoint_file(path)
     state = state_dict_of(file, load_tensors(file))
     wanted = ("base_text_features", "text_feature_residuals")
-    found = [state.get(name) for name in wanted]
-    base, rows = (value.detach().float() if isinstance(value, Tensor) else None for value in found)
+    found = [value for name in wanted if isinstance(value := state.get(name), Tensor) and not_plain(value) is None]
+    base, rows = (value.detach().float() for value in found) if len(found) == 2 else (None, None)
     if base is None or rows is None or base.ndim != 2 or base.shape != rows.shape:
-        raise ValueError(
-            f"{file} must hold {' and '.join(wanted)} of one shape [C, D], got {', '.join(state) or 'none'}"
-        )
+        raise ValueError(f"{file} must hold {' and '.join(wanted)} of one shape [C, D], got {listing(state)}")
     return base, rows
 
 
+@names_file("path")
 def open_taskres(
     path: str | Path, *, classnames: Sequence[str], factor: float = 0.5, logit_scale: float = 100.0
 ) -> Stack:

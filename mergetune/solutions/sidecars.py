@@ -26,6 +26,7 @@ from mergetune.io import (
     Items,
     Number,
     Sha256,
+    listing,
     open_regular,
     parse_document,
     read_document,
@@ -166,7 +167,10 @@ def read_export(
 def _described(file: Path, found: Description, template: str | None) -> Solution:
     origin: dict[str, Any] = {"backbone": found.backbone, "fingerprint": found.fingerprint}
     if found.form == "classifier":
-        weight = read_arrays(file)["weight"].T.contiguous()  # the file holds [D, C]
+        arrays = read_arrays(file)
+        if "weight" not in arrays or arrays["weight"].ndim != 2:
+            raise ValueError(f"{file.name} must hold a weight [D, C], got {listing(arrays)}")
+        weight = arrays["weight"].T.contiguous()
         scale = (found.logit_scale or 1.0) / found.temperature
         return Head(weight, found.classnames, None, scale, notes={"checkpoint": file.name}, **origin)
     read = Prompt.from_checkpoint(file, classnames=found.classnames, template=template or found.template)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mergetune.io import require_plain
+
 State = dict[str, Tensor]
 """Tensors by name. A stacked state holds M states: each of its tensors has a leading dimension M."""
 
@@ -50,6 +52,7 @@ def inputs(x: Tensor, weights: Tensor) -> Tensor:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the tensor is floating point and finite."""
+    require_plain(name, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if not tensor.isfinite().all():

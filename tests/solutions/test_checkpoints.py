@@ -210,7 +210,7 @@ def test_nothing_there(tmp_path):
         (torch.zeros(2), "must hold a dict, got Tensor"),
         ({"state_dict": [1]}, "must hold a state_dict, got list"),
         ({"state_dict": {1: torch.zeros(2)}}, "state_dict"),
-        ({"state_dict": {}}, "context vectors 'ctx' .* got nothing"),
+        ({"state_dict": {}}, "context vectors 'ctx' .* got none"),
         ({"state_dict": {"weight": torch.zeros(2, 2)}}, "got weight"),
         ({"state_dict": {"ctx": "text"}}, "context vectors"),
         ({"state_dict": {"ctx": torch.zeros(4)}}, r"got ctx \[4\]"),
