@@ -275,9 +275,7 @@ def test_verify_compares_the_shards_of_version_0_1(images, cache):
         lambda: cache_features(NoMoreEncoding(), images, cache, **BUILD, verify=True),
         FeatureCache.open(cache).verify,
     ):
-        with pytest.raises(
-            ValueError, match=r"shard-00002.*: its checksum .* \(rows from 8 on\); overwrite=True"
-        ):
+        with pytest.raises(ValueError, match=r"shard-00002.*: its checksum .* \(rows from 8 on\); overwrite=True"):
             work()
 
 
