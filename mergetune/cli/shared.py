@@ -328,7 +328,7 @@ def _refuse_no_solution(path: Path) -> None:
     near = sorted(str(file.parent) for deep in ("*", "*/*") for file in above.glob(f"{deep}/solution.json"))
     what = "holds none of them" if path.is_dir() else "does not exist"
     ways = [f"solutions near it are {', '.join(near[:5])}"] if near else []
-    ways += filter(None, (folder_of_other(path), near_checkpoints(path)))
+    ways += filter(None, [folder_of_other(path) or near_checkpoints(path)])
     way_on = "; ".join(ways) or "the --out of a finished run is one"
     raise FileNotFoundError(
         f"path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head), got "

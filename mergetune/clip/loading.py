@@ -8,11 +8,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from warnings import warn
 
 import open_clip
 import torch
+from open_clip import CLIP
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -191,8 +192,7 @@ def _identity(file: Path) -> tuple[int, ...] | None:
 
 def _load_archive(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load tensors that open_clip does not read into the model, without values that are no part of a state dict."""
-    # Names of other projects, as open_clip converts them; it reads the model's attributes only.
-    state = convert_state_dict(model, dict(state))  # pyright: ignore[reportArgumentType]
+    state = convert_state_dict(cast(CLIP, model), dict(state))  # names of other projects, as open_clip converts them
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     described = {"input_resolution", "context_length", "vocab_size"}  # values in OpenAI's archives

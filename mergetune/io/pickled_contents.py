@@ -6,7 +6,6 @@ it, in dicts, lists, sets, modules, and in the arguments and attributes of other
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ ASIDE = re.compile(
 )
 """Keys at the top of a file for what a trainer needs to go on, and nothing else does."""
 
-OPTIMISER, ASIDE_OF = "state of the training", "beside the weights"
+TRAINING, ASIDE_OF = "state of the training", "beside the weights"
 TEMPORARY, ATTRIBUTE = "buffers that the module does not save", "attributes of modules that are no parameters"
 CONSTANT = "constants and attributes of the program"
 
@@ -140,7 +139,7 @@ def contents_of(content: Any, rest: Mapping[str, Any] | None = None) -> Contents
         place = "".join(f"{above}." for above in keys[:depth])
         for name, value in around.items():
             if name != key:
-                reason = OPTIMISER if ASIDE.fullmatch(str(name)) or _is_optimiser(value) else ASIDE_OF
+                reason = TRAINING if ASIDE.fullmatch(str(name)) or _is_optimiser(value) else ASIDE_OF
                 others += walk.below(value, f"{place}{name}", reason)
         around = around[key]
     for name, value in (rest or {}).items():
@@ -232,8 +231,8 @@ class _Walk:
         """An array of numpy: numbers are read, text is none, objects may be tensors."""
         try:
             found = plain(value)
-        except pickle.UnpicklingError as error:
-            yield Leaf(Refused(str(error)), path or "weight", reason)
+        except ValueError as error:
+            yield Leaf(Refused(str(error).removeprefix("it holds ")), path or "weight", reason)
             return
         if isinstance(found, np.ndarray) and found.dtype.kind in "fiub":
             found = found if found.itemsize <= 8 else Refused(f"an array of {found.dtype}")
@@ -246,7 +245,7 @@ class _Walk:
         if isinstance(value, Found) and _is_module(value):
             yield from self.module(value, path)
         elif isinstance(value, Found):
-            why = OPTIMISER if _is_optimiser(value) else ""
+            why = TRAINING if _is_optimiser(value) else ""
             given = value.arguments
             if len(given) == 1 and isinstance(given[0], list | tuple):  # a set, a deque
                 given = given[0]
@@ -260,7 +259,7 @@ class _Walk:
                     yield f"key {place}", key, ""
                     key = place
                 aside = path == "" and ASIDE.fullmatch(str(key)) and not isinstance(inside, Piece | Tagged)
-                yield key, inside, OPTIMISER if aside or _is_optimiser(inside) else ""
+                yield key, inside, TRAINING if aside or _is_optimiser(inside) else ""
             if isinstance(value, Ordered):
                 yield from (("attributes", inside, ATTRIBUTE) for inside in value.attributes)
         else:

@@ -25,7 +25,7 @@ from mergetune.io import (
     unwrapped,
 )
 from mergetune.solutions.dassl_folders import checkpoint_file
-from mergetune.solutions.other_trainers import tensors_of_other
+from mergetune.solutions.other_trainers import OtherTrainers, tensors_of_other
 
 EMBEDDED = ("token_prefix", "token_suffix", "token_midfix")  # texts of the classes, which a prompt embeds anew
 FORKS = ("tokenized_prompts", "name_lens")  # further buffers that depend on the classes alone
@@ -85,9 +85,9 @@ def read_prompt(path: str | Path) -> PromptFile:
     kept = [name for name in state if name not in buffers and not name.startswith(unused)]
     ctx = state.get("ctx")
     if kept != ["ctx"] and (other := tensors_of_other([*kept, *_names_below(state)])):
-        raise ValueError(f"{file} must hold a prompt of CoOp's form alone, got {other}")
+        raise OtherTrainers(f"{file} must hold a prompt of CoOp's form alone, got {other}")
     if ctx is None and any(f".{name}".endswith(f".{LEARNER}ctx") for name in map(_unwrapped_part, state)):
-        raise ValueError(_whole_model(file, content, state))
+        raise OtherTrainers(_whole_model(file, content, state))
     if isinstance(ctx, Tensor) and ctx.is_floating_point() and ctx.ndim in (3, 4):
         _check_one_prompt_per_class(file, ctx, state)
     if not isinstance(ctx, Tensor) or ctx.ndim not in (2, 3) or not ctx.is_floating_point() or not_plain(ctx):

@@ -13,6 +13,7 @@ from mergetune.solutions.checkpoints import holds_context
 from mergetune.solutions.head import Head
 from mergetune.solutions.head_files import holds_weights
 from mergetune.solutions.linear_map import LinearMap
+from mergetune.solutions.other_trainers import OtherTrainers
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.residual import Residual
 from mergetune.solutions.sidecars import read_export
@@ -125,6 +126,8 @@ def open_solution(
         return Head.from_checkpoint(path, classnames=classnames, name=name)
     try:
         return Prompt.from_checkpoint(path, template=template, classnames=classnames, position=position)
+    except OtherTrainers:
+        raise
     except ValueError as no_prompt:
         try:
             return Head.from_checkpoint(path, classnames=classnames)

@@ -42,6 +42,10 @@ FOLDERS = {  # name of a folder or file in the folder of a run -> what it holds
 }
 
 
+class OtherTrainers(ValueError):
+    """A file is another trainer's, or of a whole model, and no solution."""
+
+
 def tensors_of_other(names: Iterable[str]) -> str | None:
     """What tensors with these names are, in words, if they are of a trainer that is known; else None."""
     names = list(names)
