@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from mergetune.solutions import (
         Head,
         LinearMap,
+        LoRA,
         Prompt,
         Residual,
         Stack,
@@ -85,6 +86,7 @@ __all__ = [
     "ImageFolder",
     "ImageList",
     "LinearMap",
+    "LoRA",
     "Prediction",
     "Predictor",
     "Prompt",
@@ -158,8 +160,8 @@ make_lazy(
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
         "mergetune.serving": "to_onnx to_torch_export",
         "mergetune.solutions": (
-            "push_to_hub to_coop to_head to_hub zero_shot_classifier Head LinearMap Prompt Residual Stack Templates "
-            "interpolate load_solution open_solution open_taskres"
+            "push_to_hub to_coop to_head to_hub zero_shot_classifier Head LinearMap LoRA Prompt Residual Stack "
+            "Templates interpolate load_solution open_solution open_taskres"
         ),
         "mergetune.training": "fisher_diagonal FitResult fit tune",
     },

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         image_tokens,
         prepare_images,
     )
+    from mergetune.clip.edited_towers import block_prefix
     from mergetune.clip.edits import ClassRows, Context, Edit, TokenMap
     from mergetune.clip.loading import load_clip
     from mergetune.clip.packed_texts import TextEncoder, arrange, text_encoder
@@ -44,6 +45,7 @@ __all__ = [
     "TokenMap",
     "TokensBefore",
     "arrange",
+    "block_prefix",
     "check_classnames",
     "check_same_classes",
     "check_templates",
@@ -66,6 +68,7 @@ make_lazy(
         "mergetune.clip.edited_images": (
             "ImageFeatures ImageInput TokensBefore earliest_input image_tokens prepare_images"
         ),
+        "mergetune.clip.edited_towers": "block_prefix",
         "mergetune.clip.edits": "ClassRows Context Edit TokenMap",
         "mergetune.clip.loading": "load_clip",
         "mergetune.clip.packed_texts": "TextEncoder arrange text_encoder",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.solutions.base import TEMPERATURE, Solution, check_same_shapes, write_notes
+    from mergetune.solutions.base import TEMPERATURE, Solution, write_notes
     from mergetune.solutions.checkpoints import HeadFile, PromptFile, read_head, read_prompt
     from mergetune.solutions.coop_files import to_coop
     from mergetune.solutions.exports import to_head, zero_shot_classifier
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
         zero_shot_like,
     )
     from mergetune.solutions.linear_map import LinearMap
+    from mergetune.solutions.lora import LoRA
     from mergetune.solutions.prompt import Prompt
     from mergetune.solutions.residual import Residual, open_taskres
     from mergetune.solutions.space import Space, Span, image_features, measure, space_of, span
     from mergetune.solutions.stack import Stack
-    from mergetune.solutions.states import State, inputs, stack_states, stacked
+    from mergetune.solutions.states import State, check_same_shapes, inputs, stack_states, stacked
     from mergetune.solutions.temperatures import temperature_of, with_temperature
     from mergetune.solutions.templates import Templates
 
@@ -35,6 +36,7 @@ __all__ = [
     "Head",
     "HeadFile",
     "LinearMap",
+    "LoRA",
     "Prompt",
     "PromptFile",
     "Residual",
@@ -75,7 +77,7 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.solutions.base": "TEMPERATURE Solution check_same_shapes write_notes",
+        "mergetune.solutions.base": "TEMPERATURE Solution write_notes",
         "mergetune.solutions.checkpoints": "HeadFile PromptFile read_head read_prompt",
         "mergetune.solutions.coop_files": "to_coop",
         "mergetune.solutions.exports": "to_head zero_shot_classifier",
@@ -85,11 +87,12 @@ make_lazy(
             "KINDS check_compatible interpolate known_classes load_solution open_solution zero_shot_like"
         ),
         "mergetune.solutions.linear_map": "LinearMap",
+        "mergetune.solutions.lora": "LoRA",
         "mergetune.solutions.prompt": "Prompt",
         "mergetune.solutions.residual": "Residual open_taskres",
         "mergetune.solutions.space": "Space Span image_features measure space_of span",
         "mergetune.solutions.stack": "Stack",
-        "mergetune.solutions.states": "State inputs stack_states stacked",
+        "mergetune.solutions.states": "State check_same_shapes inputs stack_states stacked",
         "mergetune.solutions.temperatures": "temperature_of with_temperature",
         "mergetune.solutions.templates": "Templates",
     },

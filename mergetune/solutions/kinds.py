@@ -11,6 +11,7 @@ from mergetune.io import damaged
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
+from mergetune.solutions.lora import LoRA
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.residual import Residual
 from mergetune.solutions.sidecars import read_export
@@ -19,7 +20,9 @@ from mergetune.solutions.states import stacked
 from mergetune.solutions.templates import Templates
 
 #: {name: class} of the kinds of solutions.
-KINDS: dict[str, type[Solution]] = {kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, Stack)}
+KINDS: dict[str, type[Solution]] = {
+    kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, LoRA, Stack)
+}
 """The kinds of solutions by name. A new kind is registered here and nowhere else."""
 
 S = TypeVar("S", bound=Solution)

@@ -35,7 +35,7 @@ class Training:
         weight_decay: weight decay.
         warmup_epochs, warmup_lr: number of warm-up epochs and their learning rate.
         seed: seed of the batch order, the views and the random path points.
-        optimizer: "sgd" or "adam".
+        optimizer: "sgd", "adam" or "adamw".
     """
 
     epochs: int
@@ -175,12 +175,17 @@ def check_cuda_graph(wanted: bool, device: torch.device, *, random: bool = False
         )
 
 
-def tower_precision(precision: str, device: torch.device) -> str:
-    """Precision of the text tower. "auto" gives "bfloat16" if the device multiplies it faster than float32."""
+def tower_precision(precision: str, device: torch.device, *, changes_weights: bool = False) -> str:
+    """Precision of the towers. "auto" gives "bfloat16" if the device multiplies it faster than float32.
+
+    Where weights of the towers are trained, "auto" gives "float32": bfloat16 rounds small changes of weights away.
+    """
     if precision not in ("auto", *TOWER_PRECISIONS):
         raise ValueError(f"precision must be one of auto, {', '.join(TOWER_PRECISIONS)}, got {precision!r}")
     if precision != "auto":
         return precision
+    if changes_weights:
+        return "float32"
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

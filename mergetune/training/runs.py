@@ -168,10 +168,11 @@ class TrainingRun:
             for name, tensor in job.start.state().items()
         }
         parameters, decay = list(self.state.values()), training.weight_decay
+        adaptive = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(training.optimizer)
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(parameters, lr=training.lr, weight_decay=decay)
-            if training.optimizer == "adam"
-            else torch.optim.SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=decay)
+            torch.optim.SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=decay)
+            if adaptive is None
+            else adaptive(parameters, lr=training.lr, weight_decay=decay)
         )
         self.history: list[dict[str, float]] = []
         self.best, self.best_epoch = self._copy(), 0
