@@ -65,9 +65,12 @@ if TYPE_CHECKING:
         open_solution,
         open_taskres,
         push_to_hub,
+        to_clip_lora,
         to_coop,
         to_head,
         to_hub,
+        to_open_clip,
+        to_peft,
         zero_shot_classifier,
     )
     from mergetune.training import FitResult, fisher_diagonal, fit, tune
@@ -131,10 +134,13 @@ __all__ = [
     "summarise",
     "temperature_of",
     "templates_for",
+    "to_clip_lora",
     "to_coop",
     "to_head",
     "to_hub",
     "to_onnx",
+    "to_open_clip",
+    "to_peft",
     "to_torch_export",
     "tune",
     "weight_average",
@@ -160,8 +166,8 @@ make_lazy(
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
         "mergetune.serving": "to_onnx to_torch_export",
         "mergetune.solutions": (
-            "push_to_hub to_coop to_head to_hub zero_shot_classifier Head LinearMap LoRA Prompt Residual Stack "
-            "Templates interpolate load_solution open_solution open_taskres"
+            "push_to_hub to_clip_lora to_coop to_head to_hub to_open_clip to_peft zero_shot_classifier Head LinearMap "
+            "LoRA Prompt Residual Stack Templates interpolate load_solution open_solution open_taskres"
         ),
         "mergetune.training": "fisher_diagonal FitResult fit tune",
     },

@@ -25,6 +25,7 @@ from mergetune import (
     FitResult,
     Head,
     LinearMap,
+    LoRA,
     Prompt,
     Residual,
     Stack,
@@ -97,6 +98,7 @@ SOLUTIONS = {
     "cosine head": Head(normal(2, 8), NAMES, normalize=True),
     "residual": Residual(normal(2, 8), NAMES),
     "map": LinearMap(torch.eye(8)),
+    "lora": LoRA({"image.0.q.A": normal(2, 16), "image.0.q.B": normal(16, 2)}, {"image.0.q": 0.5}),
     "templates": Templates((TEMPLATE, "the {}")),
     "stack": Stack(Templates(), LinearMap(torch.eye(8)), Residual(normal(2, 8), NAMES)),
 }

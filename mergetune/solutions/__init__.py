@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     )
     from mergetune.solutions.linear_map import LinearMap
     from mergetune.solutions.lora import LoRA
+    from mergetune.solutions.lora_files import read_clip_lora, to_clip_lora
+    from mergetune.solutions.peft_files import read_peft, to_peft
     from mergetune.solutions.prompt import Prompt
     from mergetune.solutions.residual import Residual, open_taskres
     from mergetune.solutions.space import Space, Span, image_features, measure, space_of, span
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from mergetune.solutions.states import State, check_same_shapes, inputs, stack_states, stacked
     from mergetune.solutions.temperatures import temperature_of, with_temperature
     from mergetune.solutions.templates import Templates
+    from mergetune.solutions.whole_models import to_open_clip
 
 __all__ = [
     "KINDS",
@@ -57,7 +60,9 @@ __all__ = [
     "open_solution",
     "open_taskres",
     "push_to_hub",
+    "read_clip_lora",
     "read_head",
+    "read_peft",
     "read_prompt",
     "recorded_metrics",
     "space_of",
@@ -65,9 +70,12 @@ __all__ = [
     "stack_states",
     "stacked",
     "temperature_of",
+    "to_clip_lora",
     "to_coop",
     "to_head",
     "to_hub",
+    "to_open_clip",
+    "to_peft",
     "with_temperature",
     "write_notes",
     "zero_shot_classifier",
@@ -88,6 +96,8 @@ make_lazy(
         ),
         "mergetune.solutions.linear_map": "LinearMap",
         "mergetune.solutions.lora": "LoRA",
+        "mergetune.solutions.lora_files": "read_clip_lora to_clip_lora",
+        "mergetune.solutions.peft_files": "read_peft to_peft",
         "mergetune.solutions.prompt": "Prompt",
         "mergetune.solutions.residual": "Residual open_taskres",
         "mergetune.solutions.space": "Space Span image_features measure space_of span",
@@ -95,5 +105,6 @@ make_lazy(
         "mergetune.solutions.states": "State check_same_shapes inputs stack_states stacked",
         "mergetune.solutions.temperatures": "temperature_of with_temperature",
         "mergetune.solutions.templates": "Templates",
+        "mergetune.solutions.whole_models": "to_open_clip",
     },
 )

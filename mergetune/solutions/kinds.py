@@ -8,10 +8,13 @@ from typing import Any, TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
 from mergetune.io import damaged
+from mergetune.merging.adapters import adapter_folder
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.lora import LoRA
+from mergetune.solutions.lora_files import is_clip_lora, read_clip_lora
+from mergetune.solutions.peft_files import read_peft
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.residual import Residual
 from mergetune.solutions.sidecars import read_export
@@ -75,7 +78,7 @@ def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[st
 def open_solution(
     path: str | Path, *, classnames: Sequence[str] | None = None, template: str | None = None, position: str = "end"
 ) -> Solution:
-    """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, or the file of a head.
+    """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, a head, or a LoRA.
 
     Exports are read back with class names and scale: the files of :func:`mergetune.to_head`, and those of
     :func:`mergetune.to_coop` and :func:`mergetune.zero_shot_classifier` as long as FILE.mergetune.json stands beside
@@ -83,10 +86,11 @@ def open_solution(
 
     Args:
         path: a folder with ``solution.json``; a prompt checkpoint or its folder, see :meth:`Prompt.from_checkpoint`;
-            or a head as .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`.
+            a head as .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`; or a LoRA, see
+            :func:`mergetune.solutions.read_clip_lora` and :func:`mergetune.solutions.read_peft`.
         classnames: class names by label number, for a head or a class-specific prompt whose file has no names.
-        template, position: text and class-name position of a prompt checkpoint, see :meth:`Prompt.from_checkpoint`.
-            Not used for a solution that mergetune saved.
+        template, position: text and class-name position of a prompt checkpoint, see :meth:`Prompt.from_checkpoint`;
+            ``template`` is also the text of a LoRA's class embeddings. Not used for a solution that mergetune saved.
 
     Raises:
         FileNotFoundError: nothing is at ``path``.
@@ -109,6 +113,11 @@ def open_solution(
         )
     if (exported := read_export(path, classnames=classnames, template=template, position=position)) is not None:
         return exported
+    texts = check_templates(PLAIN if template is None else template)
+    if adapter_folder(path) is not None:
+        return read_peft(path, templates=texts)
+    if path.suffix in (".pt", ".pth") and is_clip_lora(path):
+        return read_clip_lora(path, templates=texts)
     if path.suffix in (".npz", ".safetensors", ".pkl", ".joblib"):
         return Head.from_checkpoint(path, classnames=classnames)
     try:

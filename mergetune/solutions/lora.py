@@ -358,6 +358,12 @@ def check_places(places: Iterable[str]) -> None:
             raise ValueError(f"places must not adapt a weight twice, got {place!r} and another place of these rows")
 
 
+def place_order(place: str) -> tuple[int, int, int]:
+    """Key that sorts places by tower, block and part."""
+    tower, block, part = place.split(".")
+    return TOWERS.index(tower), int(block), list(PARTS).index(part)
+
+
 def parameter_of(clip: FrozenClip, place: str) -> tuple[str, int | None]:
     """open_clip's name of the weight at a place, and the third of its rows that is adapted; None for all rows."""
     tower, block, part = place.split(".")
