@@ -26,7 +26,10 @@ SUFFIXES = {
 }
 """Forms of an export -> endings of the file to write; none for a folder."""
 GRAPHS = ("onnx", "torch-export")
-ADAPTERS = {"peft": "open_clip", "peft-transformers": "transformers"}  # forms of PEFT -> names of the layers
+ADAPTERS: dict[str, Any] = {
+    "peft": "open_clip",
+    "peft-transformers": "transformers",
+}  # forms of PEFT -> names of the layers
 OF_LORA = ("open-clip", "clip-lora", *ADAPTERS)  # forms without class names
 
 

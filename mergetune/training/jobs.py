@@ -142,14 +142,17 @@ def check_features(clip: FrozenClip, solution: Solution, features: Batches, val:
     for name, cache in (("features", features), ("val", val)):
         if cache is None:
             continue
-        if cache.holds != solution.image_input:
+        if cache.holds != (wanted := solution.image_input):
+            way_on = ": mergetune.data.PixelBatches.of(clip, images) reads them" if wanted == "pixels" else ""
             raise ValueError(
-                f"{name} must hold the image input of a {solution.kind}, {solution.image_input}, got {cache.holds}"
+                f"{name} must hold the image input of a {solution.kind}, {wanted}, got {cache.holds}{way_on}"
             )
         width = getattr(cache, "dim", clip.embed_dim)
         if width != clip.embed_dim:
             raise ValueError(f"{name} must have the embedding's width {clip.embed_dim}, got {width}")
         check_image_tower(clip, cache, name=name)
+        if (settings := getattr(cache, "preprocess_cfg", None)) is not None and settings != clip.preprocess_cfg:
+            raise ValueError(f"{name} must be preprocessed for {clip.name}, got {settings}: make them with this CLIP")
         if cache.classnames != features.classnames:
             raise ValueError(f"{name} must have the classes of features, got {list(cache.classnames)[:3]}...")
     if len(features.classnames) < 2:

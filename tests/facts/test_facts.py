@@ -229,7 +229,8 @@ def test_other_choices_are_refused_with_those_there_are(clip, name, option):
     images = FeatureCache.from_tensors(F.normalize(normal(4, 8), dim=-1), torch.arange(4) % 2, ("bird", "cat"))
     arguments = {"tune": (clip, images), "fit": (clip, images, prompt()), "cache_features": (clip, [], "nowhere")}[name]
     with pytest.raises(ValueError, match=f"{option.name} must be") as error:
-        getattr(mergetune, name)(*arguments, **{"method": m for m in option.methods[:1]}, **{option.name: "other"})
+        method = {"method": option.methods[0]} if option.methods else {}
+        getattr(mergetune, name)(*arguments, **method, **{option.name: "other"})
     assert str(error.value).endswith("got 'other'") and all(choice in str(error.value) for choice in option.choices)
 
 
