@@ -144,7 +144,7 @@ def _one_cache(folder: Path, split: str | None, option: str) -> Path:
 def read_solution(
     path: str, features: Any = None, position: str = "end", *, classnames: Sequence[str] | None = None
 ) -> Any:
-    """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head.
+    """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head or a LoRA.
 
     Args:
         path: the folder or file.
@@ -233,7 +233,7 @@ def clip_for(
 def _refuse_no_solution(path: Path) -> None:
     """Raises FileNotFoundError, with the solutions near ``path``, if nothing there could be a solution."""
     files = [file.name for file in path.iterdir()] if path.is_dir() else []
-    known = ("solution.json", "checkpoint", "prompt_learner", "prompt_mid_learner")
+    known = ("solution.json", "checkpoint", "prompt_learner", "prompt_mid_learner", "adapter_config.json")
     if (path.exists() and not path.is_dir()) or any(name in known or ".pth" in name for name in files):
         return
     above = path if path.is_dir() else path.parent
@@ -241,8 +241,8 @@ def _refuse_no_solution(path: Path) -> None:
     what = "holds none of them" if path.is_dir() else "does not exist"
     way_on = f"solutions near it are {', '.join(near[:5])}" if near else "the --out of a finished run is one"
     raise FileNotFoundError(
-        f"path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head), got "
-        f"{path}, which {what}: {way_on}"
+        f"path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head or a LoRA), "
+        f"got {path}, which {what}: {way_on}"
     )
 
 

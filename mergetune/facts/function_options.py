@@ -182,7 +182,10 @@ class TuneOptions:
     rank: int = _option("int", 2, "Rank of a LoRA.", least=1, methods=("lora",))
     alpha: float = _option("float", 1.0, "Scale of a LoRA, times the root of its rank.", methods=("lora",))
     parts: str | Sequence[str] = _option(
-        "strs", ("q", "k", "v"), "Adapted parts of a block: q, k, v, qkv, out, fc and proj.", methods=("lora",)
+        "strs",
+        ("q", "k", "v"),
+        "Adapted parts of a block: some of q, k, v, qkv, out, fc and proj.",
+        methods=("lora",),
     )
     tower: str = _option(
         "str", "both", "Adapted tower: text, image or both.", choices=("text", "image", "both"), methods=("lora",)

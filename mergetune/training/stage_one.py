@@ -190,6 +190,7 @@ def tune_job(
         options,
         zero_shot=list(texts) if with_texts else None,
         kg_weight=options.kg_weight if options.method == "kgcoop" else None,
+        parts=_listed(options.parts),
         precision=precision,
     )
     record = without_sgd(record)
@@ -233,14 +234,19 @@ def _start(
     if options.method == "head":
         return Head.zero_shot(clip, classnames, texts)
     if options.method == "lora":
-        parts = [options.parts] if isinstance(options.parts, str) else options.parts
-        form: dict[str, Any] = {"rank": options.rank, "alpha": options.alpha, "parts": parts, "tower": options.tower}
-        return LoRA.start(clip, **form, last_blocks=options.last_blocks, templates=texts, seed=options.seed)
+        return LoRA.start(
+            clip, rank=options.rank, alpha=options.alpha, parts=_listed(options.parts), tower=options.tower,
+            last_blocks=options.last_blocks, templates=texts, seed=options.seed,
+        )  # fmt: skip
     if options.n_ctx is None:
         start = Prompt.from_template(clip, options.template, position=options.position)
         return start.per_class(classnames) if options.class_specific else start
     names = classnames if options.class_specific else None
     return Prompt.random(clip, options.n_ctx, names, seed=options.seed, position=options.position)
+
+
+def _listed(parts: str | Sequence[str]) -> list[str]:
+    return [parts] if isinstance(parts, str) else list(parts)
 
 
 def _lora_epochs(features: Batches, options: TuneOptions) -> int:
