@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         Head,
         LinearMap,
         LoRA,
+        Parameters,
         Prompt,
         Residual,
         Stack,
@@ -90,6 +91,7 @@ __all__ = [
     "ImageList",
     "LinearMap",
     "LoRA",
+    "Parameters",
     "Prediction",
     "Predictor",
     "Prompt",
@@ -167,7 +169,7 @@ make_lazy(
         "mergetune.serving": "to_onnx to_torch_export",
         "mergetune.solutions": (
             "push_to_hub to_clip_lora to_coop to_head to_hub to_open_clip to_peft zero_shot_classifier Head LinearMap "
-            "LoRA Prompt Residual Stack Templates interpolate load_solution open_solution open_taskres"
+            "LoRA Parameters Prompt Residual Stack Templates interpolate load_solution open_solution open_taskres"
         ),
         "mergetune.training": "fisher_diagonal FitResult fit tune",
     },

@@ -241,7 +241,7 @@ def _refuse_no_solution(path: Path) -> None:
     what = "holds none of them" if path.is_dir() else "does not exist"
     way_on = f"solutions near it are {', '.join(near[:5])}" if near else "the --out of a finished run is one"
     raise FileNotFoundError(
-        f"path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head or a LoRA), "
+        "path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head or a LoRA), "
         f"got {path}, which {what}: {way_on}"
     )
 

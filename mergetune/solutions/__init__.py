@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mergetune.solutions.linear_map import LinearMap
     from mergetune.solutions.lora import LoRA
     from mergetune.solutions.lora_files import read_clip_lora, to_clip_lora
+    from mergetune.solutions.parameters import Parameters, layer_norms, read_model
     from mergetune.solutions.peft_files import read_peft, to_peft
     from mergetune.solutions.prompt import Prompt
     from mergetune.solutions.residual import Residual, open_taskres
@@ -40,6 +41,7 @@ __all__ = [
     "HeadFile",
     "LinearMap",
     "LoRA",
+    "Parameters",
     "Prompt",
     "PromptFile",
     "Residual",
@@ -55,6 +57,7 @@ __all__ = [
     "inputs",
     "interpolate",
     "known_classes",
+    "layer_norms",
     "load_solution",
     "measure",
     "open_solution",
@@ -62,6 +65,7 @@ __all__ = [
     "push_to_hub",
     "read_clip_lora",
     "read_head",
+    "read_model",
     "read_peft",
     "read_prompt",
     "recorded_metrics",
@@ -97,6 +101,7 @@ make_lazy(
         "mergetune.solutions.linear_map": "LinearMap",
         "mergetune.solutions.lora": "LoRA",
         "mergetune.solutions.lora_files": "read_clip_lora to_clip_lora",
+        "mergetune.solutions.parameters": "Parameters layer_norms read_model",
         "mergetune.solutions.peft_files": "read_peft to_peft",
         "mergetune.solutions.prompt": "Prompt",
         "mergetune.solutions.residual": "Residual open_taskres",

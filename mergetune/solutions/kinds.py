@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
 from mergetune.io import damaged
+from mergetune.merging import open_weights
 from mergetune.merging.adapters import adapter_folder
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.head import Head
 from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.lora import LoRA
 from mergetune.solutions.lora_files import is_clip_lora, read_clip_lora
+from mergetune.solutions.parameters import Parameters, is_model, read_model
 from mergetune.solutions.peft_files import read_peft
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.residual import Residual
@@ -24,7 +26,7 @@ from mergetune.solutions.templates import Templates
 
 #: {name: class} of the kinds of solutions.
 KINDS: dict[str, type[Solution]] = {
-    kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, LoRA, Stack)
+    kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, LoRA, Parameters, Stack)
 }
 """The kinds of solutions by name. A new kind is registered here and nowhere else."""
 
@@ -78,7 +80,7 @@ def zero_shot_like(clip: FrozenClip, like: Solution, template: str | Sequence[st
 def open_solution(
     path: str | Path, *, classnames: Sequence[str] | None = None, template: str | None = None, position: str = "end"
 ) -> Solution:
-    """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, a head, or a LoRA.
+    """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, a head, a LoRA or a model.
 
     Exports are read back with class names and scale: the files of :func:`mergetune.to_head`, and those of
     :func:`mergetune.to_coop` and :func:`mergetune.zero_shot_classifier` as long as FILE.mergetune.json stands beside
@@ -86,8 +88,9 @@ def open_solution(
 
     Args:
         path: a folder with ``solution.json``; a prompt checkpoint or its folder, see :meth:`Prompt.from_checkpoint`;
-            a head as .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`; or a LoRA, see
-            :func:`mergetune.solutions.read_clip_lora` and :func:`mergetune.solutions.read_peft`.
+            a head as .npz, .safetensors, .pt or .pth, see :meth:`Head.from_checkpoint`; a LoRA, see
+            :func:`mergetune.solutions.read_clip_lora` and :func:`mergetune.solutions.read_peft`; or a whole open_clip
+            model as .pt or .safetensors, see :func:`mergetune.solutions.read_model`.
         classnames: class names by label number, for a head or a class-specific prompt whose file has no names.
         template, position: text and class-name position of a prompt checkpoint, see :meth:`Prompt.from_checkpoint`;
             ``template`` is also the text of a LoRA's class embeddings. Not used for a solution that mergetune saved.
@@ -118,6 +121,8 @@ def open_solution(
         return read_peft(path, templates=texts)
     if path.suffix in (".pt", ".pth") and is_clip_lora(path):
         return read_clip_lora(path, templates=texts)
+    if path.suffix in (".pt", ".safetensors") and _holds_model(path):
+        return read_model(path, templates=texts)
     if path.suffix in (".npz", ".safetensors", ".pkl", ".joblib"):
         return Head.from_checkpoint(path, classnames=classnames)
     try:
@@ -129,6 +134,14 @@ def open_solution(
             return Head.from_checkpoint(path, classnames=classnames)
         except ValueError as no_head:
             raise ValueError(f"{path} must hold a prompt or a head: {no_prompt}; {no_head}") from no_head
+
+
+def _holds_model(path: Path) -> bool:
+    """Whether a file holds the weights of an open_clip model. False for a file that cannot be read."""
+    try:
+        return is_model(open_weights(path))
+    except (ValueError, OSError):
+        return False
 
 
 def known_classes(solution: Solution) -> tuple[str, ...] | None:
