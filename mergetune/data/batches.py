@@ -153,3 +153,17 @@ def check_batches(features: Any, name: str = "features") -> None:
         opens = "mergetune.FeatureCache.open(FOLDER) opens them"
         way_on = opens if path else f"{opens}, mergetune.cache_features(clip, IMAGES, FOLDER) makes them of images"
         raise TypeError(f"{name} must be cached features, got {got}: {way_on}")
+
+
+def check_holds(features: Batches, wanted: Any, owner: str, *, name: str = "features") -> None:
+    """Raise ValueError unless images have the form that a solution reads.
+
+    Args:
+        features: the images.
+        wanted: the image input of the solution.
+        owner: kind of the solution.
+        name: name of the argument.
+    """
+    if features.holds != wanted:
+        way_on = ": mergetune.data.PixelBatches.of(clip, images) reads them" if wanted == "pixels" else ""
+        raise ValueError(f"{name} must hold the image input of a {owner}, {wanted}, got {features.holds}{way_on}")

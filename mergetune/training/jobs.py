@@ -12,6 +12,7 @@ import torch
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.data.batches import check_holds
 from mergetune.data.cache_identity import check_image_tower
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import OPTIMIZERS
@@ -142,11 +143,7 @@ def check_features(clip: FrozenClip, solution: Solution, features: Batches, val:
     for name, cache in (("features", features), ("val", val)):
         if cache is None:
             continue
-        if cache.holds != (wanted := solution.image_input):
-            way_on = ": mergetune.data.PixelBatches.of(clip, images) reads them" if wanted == "pixels" else ""
-            raise ValueError(
-                f"{name} must hold the image input of a {solution.kind}, {wanted}, got {cache.holds}{way_on}"
-            )
+        check_holds(cache, solution.image_input, solution.kind, name=name)
         width = getattr(cache, "dim", clip.embed_dim)
         if width != clip.embed_dim:
             raise ValueError(f"{name} must have the embedding's width {clip.embed_dim}, got {width}")

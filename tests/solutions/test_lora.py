@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import NAMES, tiny_clip
+from tiny import NAMES, cache, tiny_clip
 from torch import Tensor, nn
 
 from mergetune import (
@@ -27,8 +27,10 @@ from mergetune import (
     merge_solutions,
     merging,
     path,
+    plane,
 )
 from mergetune.data import TensorBatches
+from mergetune.evaluation.spectra import hessian
 from mergetune.solutions import space_of, zero_shot_like
 
 PARTS = ("q", "k", "v", "out", "fc", "proj")
@@ -214,6 +216,7 @@ def test_the_distance_is_that_of_the_changes_whatever_their_factors():
 
 
 def test_predictions_and_paths_do_not_depend_on_the_factors():
+    """Not in the space of changes nor in that of features."""
     clip = quick_clip()
     a, b = drawn(clip, 1, rank=1), drawn(clip, 2)
     plain = [path(clip, a, b, batches(), points=4, space=space) for space in ("parameter", "embedding")]
@@ -313,3 +316,16 @@ def test_what_is_no_lora_is_refused(factors, scales, message):
 def test_a_start_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LoRA.start(quick_clip(), **options)
+
+
+def test_features_are_refused_where_a_lora_needs_pixels():
+    clip, features = quick_clip(), cache()
+    a, b, c = (drawn(clip, seed) for seed in (1, 2, 3))
+    for measure in (
+        lambda: evaluate(clip, a, features),
+        lambda: path(clip, a, b, features),
+        lambda: plane(clip, {"a": a, "b": b, "c": c}, features),
+        lambda: hessian(clip, a, features),
+    ):
+        with pytest.raises(ValueError, match="features must hold the image input of a lora, pixels, got feature: "):
+            measure()
