@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from mergetune.solutions import (
         Head,
         LinearMap,
+        LoRA,
+        Parameters,
         Prompt,
         Residual,
         Stack,
@@ -64,9 +66,12 @@ if TYPE_CHECKING:
         open_solution,
         open_taskres,
         push_to_hub,
+        to_clip_lora,
         to_coop,
         to_head,
         to_hub,
+        to_open_clip,
+        to_peft,
         zero_shot_classifier,
     )
     from mergetune.training import FitResult, fisher_diagonal, fit, tune
@@ -86,6 +91,8 @@ __all__ = [
     "ImageFolder",
     "ImageList",
     "LinearMap",
+    "LoRA",
+    "Parameters",
     "Prediction",
     "Predictor",
     "Prompt",
@@ -130,10 +137,13 @@ __all__ = [
     "summarise",
     "temperature_of",
     "templates_for",
+    "to_clip_lora",
     "to_coop",
     "to_head",
     "to_hub",
     "to_onnx",
+    "to_open_clip",
+    "to_peft",
     "to_torch_export",
     "tune",
     "weight_average",
@@ -159,8 +169,8 @@ make_lazy(
         "mergetune.experiments": "merge_solutions FolderResult fit_dataset",
         "mergetune.serving": "to_onnx to_torch_export",
         "mergetune.solutions": (
-            "push_to_hub to_coop to_head to_hub zero_shot_classifier Head LinearMap Prompt Residual Stack Templates "
-            "interpolate load_solution open_solution open_taskres"
+            "push_to_hub to_clip_lora to_coop to_head to_hub to_open_clip to_peft zero_shot_classifier Head LinearMap "
+            "LoRA Parameters Prompt Residual Stack Templates interpolate load_solution open_solution open_taskres"
         ),
         "mergetune.training": "fisher_diagonal FitResult fit tune",
     },

@@ -26,6 +26,7 @@ from mergetune import (
     FitResult,
     Head,
     LinearMap,
+    LoRA,
     Prompt,
     Residual,
     Stack,
@@ -115,6 +116,7 @@ SOLUTIONS = {
     "cosine head": Head(normal(2, 8), NAMES, normalize=True),
     "residual": Residual(normal(2, 8), NAMES),
     "map": LinearMap(torch.eye(8)),
+    "lora": LoRA({"image.0.q.A": normal(2, 16), "image.0.q.B": normal(16, 2)}, {"image.0.q": 0.5}),
     "templates": Templates((TEMPLATE, "the {}")),
     "stack": Stack(Templates(), LinearMap(torch.eye(8)), Residual(normal(2, 8), NAMES)),
 }
@@ -296,7 +298,7 @@ def refusal(case: Case, content: bytes) -> str | None:
 
 
 def spelled(path: tuple) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    return "".join(f".{step}" if str(step).isidentifier() else f"[{step!r}]" for step in path).removeprefix(".")
 
 
 def kind_of(value: Any) -> type:
@@ -316,6 +318,7 @@ def test_a_field_that_is_missing_is_named(case):
             or path[-1] in case.optional
             or path[0] in ("timings", "versions")
             or "history" in path[:-1]
+            or "scales" in path[:-1]
         ):
             continue
         message = refusal(case, changed(document, path, lambda inner, key: inner.pop(key)))

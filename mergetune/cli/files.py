@@ -17,22 +17,38 @@ SUFFIXES = {
     "head": (".safetensors", ".npz", ".pt", ".pth"),
     "onnx": (".onnx",),
     "torch-export": (".pt2",),
+    "open-clip": (".safetensors", ".pt", ".pth"),
+    "clip-lora": (".pt", ".pth"),
+    "peft": (),
+    "peft-transformers": (),
     "coop": (),
     "hub": (),
 }
 """Forms of an export -> endings of the file to write; none for a folder."""
 MOST_LEFT_OUT = 8  # parts of a file that `mergetune convert` names one by one
 GRAPHS = ("onnx", "torch-export")
+ADAPTERS: dict[str, Any] = {
+    "peft": "open_clip",
+    "peft-transformers": "transformers",
+}  # forms of PEFT -> names of the layers
+OF_LORA = ("open-clip", "clip-lora", *ADAPTERS)  # forms without class names
 
 
 def export(
     solution: Annotated[str, typer.Argument(help="Saved solution, CoOp checkpoint, head or classifier.")],
     form: Annotated[
-        str, typer.Option("--to", help="Format to write: classifier, head, onnx, torch-export, coop or hub.")
+        str,
+        typer.Option(
+            "--to",
+            help="Format to write: classifier, head, onnx, torch-export, coop or hub; of a LoRA also open-clip, peft, "
+            "peft-transformers or clip-lora.",
+        ),
     ],
     target: Annotated[
         Path,
-        typer.Option("--out", help="Folder to write (coop, hub), or file (.onnx, .pt2, .safetensors, .npz, .pt)."),
+        typer.Option(
+            "--out", help="Folder to write (coop, hub, peft), or file (.onnx, .pt2, .safetensors, .npz, .pt)."
+        ),
     ],
     backbone: BackboneIfNeeded = None,
     pretrained: Pretrained = None,
@@ -59,7 +75,9 @@ def export(
 
     onnx and torch-export are one graph from images to logits, without mergetune and open_clip; beside an ONNX file
     stands a small predictor. classifier is open_clip's matrix, head a linear layer, coop a checkpoint of CoOp,
-    and hub a folder for Hugging Face. The backbone is the one that the solution records, unless --backbone is given.
+    and hub a folder for Hugging Face. Of a LoRA, open-clip is the whole model with its changes; peft, peft-transformers
+    (names of CLIPModel) and clip-lora are the changes alone. The backbone is the one that the solution records, unless
+    --backbone is given.
     """
     from mergetune import serving, solutions
     from mergetune.evaluation import classes_of
@@ -73,10 +91,12 @@ def export(
         if names is not None:
             classes_of(found, names)  # refuses names that a head does not know, before the model is loaded
         needs_clip = form != "hub" and not (form == "head" and found.plain_head() is not None)
+        if form in ADAPTERS:
+            needs_clip = bool(found.backbone)
         missing = []
         if needs_clip and not (backbone or found.backbone):
             missing.append("--backbone (the solution records none)")
-        if form != "hub" and names is None and solutions.known_classes(found) is None:
+        if form not in ("hub", *OF_LORA) and names is None and solutions.known_classes(found) is None:
             missing.append("--classnames (the solution serves any classes)")
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given to export the {found.kind} {solution} to {form}")
@@ -95,17 +115,23 @@ def export(
                 tell(solutions.push_to_hub(found, push, license=license, metrics=metrics))
         elif form == "head":
             solutions.to_head(found, target, clip=clip, classnames=names)
+        elif form in ADAPTERS:
+            solutions.to_peft(found, target, clip=clip, names=ADAPTERS[form])
         else:
             assert clip is not None  # needed by all other forms
             if form == "coop":
                 dtype = "float16" if half else "float32"
                 solutions.to_coop(found, target, clip=clip, classnames=names, dtype=dtype)
+            elif form == "open-clip":
+                solutions.to_open_clip(found, target, clip=clip)
+            elif form == "clip-lora":
+                solutions.to_clip_lora(found, target, clip=clip)
             elif form == "classifier":
                 solutions.zero_shot_classifier(found, clip, names, file=target)
             else:
                 write = serving.to_onnx if form == "onnx" else serving.to_torch_export
                 write(found, target, clip=clip, classnames=names, background=background or BACKGROUND)
-        if form not in GRAPHS:
+        if form not in (*GRAPHS, "open-clip"):
             _suggest_use(target, found.backbone if clip is None else clip.name)
     tell(f"{form}: {target}")
     if form == "onnx":

@@ -201,7 +201,7 @@ def takes(options: type, *, but: Collection[str] = ()) -> Callable[[Command], Co
 def _parameter(option: Option) -> inspect.Parameter:
     kind, default = _TYPES[option.kind], option.default
     if kind in (list[str], list[float]):
-        default = [] if default is None else [default]
+        default = [] if default is None else list(default) if isinstance(default, tuple) else [default]
     elif option.none:
         kind = kind | None
     names = ["--" + option.name.replace("_", "-")] if kind is bool else []  # the flag alone, without --no-...

@@ -183,7 +183,7 @@ def read_solution(
     classnames: Sequence[str] | None = None,
     name: str | None = None,
 ) -> Any:
-    """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head.
+    """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head or a LoRA.
 
     Args:
         path: the folder or file.
@@ -321,7 +321,7 @@ def _refuse_no_solution(path: Path) -> None:
     from mergetune.solutions.other_trainers import folder_of_other
 
     files = [file.name for file in path.iterdir()] if path.is_dir() else []
-    known = ("solution.json", "checkpoint", *LEARNERS)
+    known = ("solution.json", "checkpoint", "adapter_config.json", *LEARNERS)
     if (path.exists() and not path.is_dir()) or any(name in known or ".pth" in name for name in files):
         return
     above = path if path.is_dir() else path.parent
@@ -331,8 +331,8 @@ def _refuse_no_solution(path: Path) -> None:
     ways += filter(None, [folder_of_other(path) or near_checkpoints(path)])
     way_on = "; ".join(ways) or "the --out of a finished run is one"
     raise FileNotFoundError(
-        f"path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head), got "
-        f"{path}, which {what}: {way_on}"
+        "path must be a solution (a folder with solution.json, a checkpoint of CoOp, or the file of a head or a LoRA), "
+        f"got {path}, which {what}: {way_on}"
     )
 
 

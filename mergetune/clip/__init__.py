@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         image_tokens,
         prepare_images,
     )
+    from mergetune.clip.edited_towers import block_prefix
     from mergetune.clip.edits import ClassRows, Context, Edit, TokenMap
     from mergetune.clip.feature_space import FeatureSpace
     from mergetune.clip.loading import load_clip
@@ -46,6 +47,7 @@ __all__ = [
     "TokenMap",
     "TokensBefore",
     "arrange",
+    "block_prefix",
     "check_classnames",
     "check_same_classes",
     "check_templates",
@@ -68,6 +70,7 @@ make_lazy(
         "mergetune.clip.edited_images": (
             "ImageFeatures ImageInput TokensBefore earliest_input image_tokens prepare_images"
         ),
+        "mergetune.clip.edited_towers": "block_prefix",
         "mergetune.clip.edits": "ClassRows Context Edit TokenMap",
         "mergetune.clip.feature_space": "FeatureSpace",
         "mergetune.clip.loading": "load_clip",

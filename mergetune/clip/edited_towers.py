@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergetune.clip.backbone import FrozenClip
 from mergetune.clip.edits import TOWERS, Edit, TokenMap
+from mergetune.clip.text_tower import checked_model, text_tower
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -70,6 +71,23 @@ def vision_transformer(clip: FrozenClip, argument: str) -> VisionTransformer:
             f"{type(visual).__name__}: only its weights can be edited"
         )
     return visual
+
+
+def block_prefix(clip: FrozenClip, tower: str) -> str:
+    """What open_clip's parameter names of a tower's blocks start with, for example "visual.transformer.resblocks.".
+
+    Args:
+        clip: the frozen CLIP.
+        tower: "text" or "image".
+
+    Raises:
+        TypeError: the tower is not made of open_clip's transformer blocks.
+    """
+    if tower == "image":
+        vision_transformer(clip, "an edit of image blocks")
+        return "visual.transformer.resblocks."
+    whole = text_tower(checked_model(clip.model)) is clip.model
+    return f"{'' if whole else 'text.'}transformer.resblocks."
 
 
 # -- one part of a tower -----------------------------------------------------------------------------------------------

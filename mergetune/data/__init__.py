@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergetune.data.image_lists import Dataset, ImageList
     from mergetune.data.own_images import ImageFolder, coop_split, image_table, listed_images
     from mergetune.data.pictures import FoundPicture, find_pictures, is_one_picture
+    from mergetune.data.pixel_batches import PixelBatches
     from mergetune.data.templates import TEMPLATES, templates_for
     from mergetune.io import image_extensions, load_image
 
@@ -29,6 +30,7 @@ __all__ = [
     "FoundPicture",
     "ImageFolder",
     "ImageList",
+    "PixelBatches",
     "TensorBatches",
     "benchmark",
     "cache_features",
@@ -57,6 +59,7 @@ make_lazy(
         "mergetune.data.feature_files": "read_features",
         "mergetune.data.image_lists": "Dataset ImageList",
         "mergetune.data.own_images": "ImageFolder coop_split image_table listed_images",
+        "mergetune.data.pixel_batches": "PixelBatches",
         "mergetune.data.pictures": "FoundPicture find_pictures is_one_picture",
         "mergetune.data.templates": "TEMPLATES templates_for",
         "mergetune.io": "image_extensions load_image",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +18,9 @@ from mergetune.facts.brief import brief
 
 
 class Batches(Protocol):
-    """Images with labels, in a form that a solution reads; :class:`FeatureCache` is one.
+    """Images with labels, in a form that a solution reads; :class:`FeatureCache` and :class:`PixelBatches` are such.
+
+    Images that are decoded when they are read also have ``stream``, see :meth:`PixelBatches.stream`.
 
     Attributes:
         holds: the form, "feature", "raw feature", "pixels" or tokens, see :func:`mergetune.clip.prepare_images`.
@@ -58,6 +60,26 @@ class Batches(Protocol):
     def shared_with(self, other: Any) -> Tensor:
         """The rows of ``other``, batches of the same form, whose images are here too."""
         ...
+
+
+def random_views(features: Batches, parts: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    """The inputs of each batch, [B, ...], with a random view of each image.
+
+    Args:
+        features: the images.
+        parts: the images of each batch.
+        generator: random generator of the views.
+    """
+
+    def views(index: Tensor) -> int | Tensor:
+        return torch.randint(features.views, (len(index),), generator=generator) if features.views > 1 else 0
+
+    stream: Any = getattr(features, "stream", None)
+    if stream is not None:  # it reads ahead, so all views are drawn first
+        yield from stream([(index, views(index)) for index in parts])
+        return
+    for index in parts:
+        yield features.rows(index, views(index))
 
 
 @brief()
@@ -131,3 +153,17 @@ def check_batches(features: Any, name: str = "features") -> None:
         opens = "mergetune.FeatureCache.open(FOLDER) opens them"
         way_on = opens if path else f"{opens}, mergetune.cache_features(clip, IMAGES, FOLDER) makes them of images"
         raise TypeError(f"{name} must be cached features, got {got}: {way_on}")
+
+
+def check_holds(features: Batches, wanted: Any, owner: str, *, name: str = "features") -> None:
+    """Raise ValueError unless images have the form that a solution reads.
+
+    Args:
+        features: the images.
+        wanted: the image input of the solution.
+        owner: kind of the solution.
+        name: name of the argument.
+    """
+    if features.holds != wanted:
+        way_on = ": mergetune.data.PixelBatches.of(clip, images) reads them" if wanted == "pixels" else ""
+        raise ValueError(f"{name} must hold the image input of a {owner}, {wanted}, got {features.holds}{way_on}")

@@ -32,7 +32,7 @@ from mergetune.data.cache_files import (
     write_plan,
 )
 from mergetune.data.cache_identity import KEY, examine, image_identity, refuse_changed, refuse_stale, relabelled
-from mergetune.data.decoding import decode_in_workers
+from mergetune.data.decoding import decode_in_workers, seeded_view
 from mergetune.data.image_lists import ImageList
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS
 from mergetune.io import (
@@ -348,11 +348,8 @@ class _Views(torch.utils.data.Dataset):
             return None, identity, str(error)
         views = [self.preprocess(image)]
         if self.augment is not None:
-            with torch.random.fork_rng(devices=[]):
-                for view in range(1, self.views):
-                    stream = f"{self.seed}\0{view}\0{self.files[i]}".encode(errors="surrogateescape")
-                    torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:8], "big"))
-                    views.append(self.augment(image))
+            for view in range(1, self.views):
+                views.append(seeded_view(self.augment, image, seed=self.seed, view=view, file=self.files[i]))
         return torch.stack(views), identity, None
 
 

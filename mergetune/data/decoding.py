@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,14 @@ def decode_in_workers(
         generator=torch.Generator(),  # the loader draws a seed; it must not change the caller's random stream
     )
     return iter(loader)
+
+
+def seeded_view(augment: Callable[[Any], Tensor], image: Any, *, seed: int | None, view: int, file: str) -> Tensor:
+    """A random view of an image, [3, H, W], with a random stream of its own; torch's global stream does not move."""
+    stream = f"{seed}\0{view}\0{file}".encode(errors="surrogateescape")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:8], "big"))
+        return augment(image)
 
 
 @brief("pixels", pictures=lambda found: len(found.pictures), errors=lambda found: len(found.errors))

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergetune.clip import FrozenClip
 from mergetune.clip.backbone import check_clip
 from mergetune.data import Batches
-from mergetune.data.batches import check_batches
+from mergetune.data.batches import check_batches, check_holds
 from mergetune.data.cache_identity import check_image_tower
 from mergetune.evaluation.scores import Classifier, Report, accuracy
 from mergetune.solutions import Solution, image_features, span, stacked
@@ -151,6 +151,8 @@ def evaluate(clip: FrozenClip, solution: Solution | str | Sequence[str], feature
     check_clip(clip)
     check_batches(features)
     _check_fit(clip, features)
+    if isinstance(solution, Solution):
+        check_holds(features, solution.image_input, solution.kind)
     return accuracy(classifier(clip, solution), features)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mergetune.clip import FrozenClip
 from mergetune.clip.backbone import check_clip
 from mergetune.data import Batches
-from mergetune.data.batches import check_batches
+from mergetune.data.batches import check_batches, check_holds
 from mergetune.facts.brief import brief
 from mergetune.solutions import Solution, inputs, measure, span
 
@@ -88,6 +88,8 @@ def path(
     check_batches(features)
     if points < 2:
         raise ValueError(f"points must be at least 2, for both ends, got {points}")
+    for end in (a, b):
+        check_holds(features, end.image_input, end.kind)
     at = span(clip, (a, b), features.classnames, space=space)
     alphas = torch.linspace(0, 1, points, dtype=torch.float64)
     return Path(tuple(alphas.tolist()), *measure(at, torch.stack([1 - alphas, alphas], 1), features))

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.data.batches import check_holds
 from mergetune.facts.brief import brief
 from mergetune.io import hidden
 from mergetune.solutions import Solution, measure, span
@@ -85,6 +86,8 @@ def plane(
         raise ValueError(f"points must be at least 2 per side, got {points}")
     if not 0 <= margin < float("inf"):
         raise ValueError(f"margin must be at least 0 and finite, got {margin}")
+    for corner in solutions.values():
+        check_holds(features, corner.image_input, corner.kind)
     at = span(clip, tuple(solutions.values()), features.classnames, space=space)
     ends = torch.cat([end.double().flatten(1) for name, end in at.ends.items() if name != SHARES], 1)
     first, second = ends[1:] - ends[0]

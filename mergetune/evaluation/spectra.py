@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from mergetune.clip import FrozenClip
 from mergetune.data import Batches
+from mergetune.data.batches import check_holds
 from mergetune.facts.brief import brief
 from mergetune.io import hidden
 from mergetune.solutions import Solution, Space, Span, State, inputs, span
@@ -169,6 +170,8 @@ def hessian(clip: FrozenClip, solution: Solution, features: Batches, *, space: s
 
 def _twice(clip: FrozenClip, solutions: tuple[Solution, ...], features: Batches, space: str) -> Span:
     """The span of the solutions in float64, in a space that is differentiable twice."""
+    for point in solutions:
+        check_holds(features, point.image_input, point.kind)
     return span(clip, solutions, features.classnames, space=space, precision=torch.float64, backend="torch")
 
 

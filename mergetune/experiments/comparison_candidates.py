@@ -20,7 +20,7 @@ from mergetune.experiments.cells import Fold
 from mergetune.experiments.engine import Candidate, Together
 from mergetune.experiments.solution_merging import merge_solutions
 from mergetune.facts import CompareOptions, FitOptions, TuneOptions
-from mergetune.facts.function_options import TUNE_METHODS, used_by
+from mergetune.facts.function_options import PATH_SETTINGS, TUNE_METHODS, used_by
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import METHODS
 from mergetune.solutions import Solution, interpolate, zero_shot_like
@@ -276,7 +276,8 @@ def _tries(setup: CompareOptions, folder: Path, count: int) -> list[tuple[dict[s
     """What is tried for MERGETUNE of ``count`` experts: options, none first; the arguments; where the run is kept."""
     tries = []
     for options in [{}, *_product(setup.grid)]:
-        arguments = {name: getattr(FitOptions, name) for name in setup.grid} | setup.fit | options
+        usual = vars(FitOptions()) | PATH_SETTINGS[False]
+        arguments = {name: usual[name] for name in setup.grid} | setup.fit | options
         name = "-".join(f"{key}-{arguments[key]:g}" for key in setup.grid)
         tries.append((options, arguments, folder / f"mergetune-{count}" / name))
     return tries

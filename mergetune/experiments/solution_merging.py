@@ -65,7 +65,12 @@ def merge_solutions(
         check_compatible(first, other)
     if base is None and needs_base(method, len(experts), options):
         raise ValueError(f"{method} of {len(experts)} expert(s) needs a base, the zero-shot solution, got None")
-    states = [solution.state() for solution in solutions]
+    if facts.from_images and first.changes_weights:
+        raise ValueError(
+            f"method must be one without images for a {first.kind}, got {method}: image features of the towers that "
+            f"a {first.kind} changes cannot be cached"
+        )
+    states = [solution.merging_state() for solution in solutions]
     start, states = (states[-1], states[:-1]) if base is not None else (None, states)
     if start is not None and method in AVERAGES:
         start, states = None, [start, *states]
@@ -83,7 +88,7 @@ def merge_solutions(
     options |= _from_images(facts, options, first, states, clip, features)
     if missing := facts.missing(options):
         raise ValueError(f"{method} needs the option {missing[0]!r} ({facts.needs})")
-    return first.with_state(facts.load()(start, states, **options), notes=notes)
+    return first.with_merged(facts.load()(start, states, **options), notes=notes)
 
 
 def _from_images(

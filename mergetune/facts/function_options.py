@@ -22,7 +22,8 @@ Solution = Any  # a prompt or a head; this file must not import the room of solu
 TUNE_METHODS = {"coop": "CoOp", "kgcoop": "KgCoOp", "head": "linear head"}  # methods of stage 1 -> titles
 TOP_METHODS = {"residual": "residual", "map": "map"}  # put on a solution, and their titles in "CoOp + residual"
 PROMPT_METHODS = ("coop", "kgcoop")  # methods that train a prompt
-OPTIMIZERS = ("sgd", "adam")
+TOWER_METHODS = {"lora": "LoRA"}  # methods that change weights of the towers, trained on pixels, and their titles
+OPTIMIZERS = ("sgd", "adam", "adamw")
 COOP_SETTINGS: Mapping[str, Any] = {
     "epochs": 50, "batch_size": 32, "lr": 2e-3, "momentum": 0.9, "weight_decay": 5e-4, "warmup_epochs": 1,
     "warmup_lr": 1e-5, "optimizer": "sgd", "lam": None,
@@ -36,8 +37,20 @@ TUNE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
         }
         for method, lam in (("residual", 8.0), ("map", 0.5))
     },
+    "lora": COOP_SETTINGS | {
+        "epochs": None, "lr": 2e-4, "weight_decay": 1e-2, "warmup_epochs": 0, "optimizer": "adamw",
+    },
 }  # fmt: skip
-"""The settings of each method of tune where an option is None. batch_size None: all images in each step."""
+"""The settings of each method of tune where an option is None. batch_size None: all images in each step. epochs None:
+as many as ``LORA_STEPS`` needs. LoRA's are those of CLIP-LoRA (github.com/MaxZanella/CLIP-LoRA: run_utils.py, lora.py).
+"""
+LORA_STEPS = 500  # training steps per shot, that is per mean number of training images of a class
+PATH_SETTINGS: Mapping[bool, dict[str, Any]] = {
+    False: {"space": "embedding", "grid": "even", "points": 5},
+    True: {"space": "parameter", "grid": "random", "points": 1},
+}
+"""The settings of fit's paths where an option is None; True: for solutions that change weights of the towers. One
+random point per step is an unbiased estimate of the path loss, for one more pass through the towers."""
 POSITIONS = ("end", "middle", "front")  # places of the class name in a prompt
 PATH_GRIDS = ("even", "official", "random")
 SURROGATES = ("identity", "fisher", "cosine", "l2")
@@ -140,8 +153,9 @@ class TuneOptions:
     """The options of :func:`mergetune.tune`."""
 
     method: str = _option(
-        "str", "coop", "Method of stage 1: coop, kgcoop or head; or residual or map, which are put on a base.",
-        choices=(*TUNE_METHODS, *TOP_METHODS),
+        "str", "coop",
+        "Method of stage 1: coop, kgcoop or head; residual or map, which are put on a base; or lora, on pixels.",
+        choices=(*TUNE_METHODS, *TOP_METHODS, *TOWER_METHODS),
     )  # fmt: skip
     template: str = _option(
         "str", "a photo of a {}.", "Template whose words initialise the context; {} stands for the class name."
@@ -168,25 +182,43 @@ class TuneOptions:
         "float", None, "Weight of the distance to the base. Default: 8 for a residual, 0.5 for a map.", none=True,
         methods=tuple(TOP_METHODS),
     )  # fmt: skip
+    rank: int = _option("int", 2, "Rank of a LoRA.", least=1, methods=("lora",))
+    alpha: float = _option("float", 1.0, "Scale of a LoRA, times the root of its rank.", methods=("lora",))
+    parts: str | Sequence[str] = _option(
+        "strs",
+        ("q", "k", "v"),
+        "Adapted parts of a block: some of q, k, v, qkv, out, fc and proj.",
+        methods=("lora",),
+    )
+    tower: str = _option(
+        "str", "both", "Adapted tower: text, image or both.", choices=("text", "image", "both"), methods=("lora",)
+    )
+    last_blocks: int | None = _option(
+        "int", None, "Number of adapted blocks of a tower, the last ones. Default: all.", none=True, least=1,
+        methods=("lora",),
+    )  # fmt: skip
     precision: str = _precision()
     epochs: int | None = _option(
-        "int", None, "Passes over the training images. Default: 50; 300 for a residual or a map.", none=True
-    )
+        "int", None,
+        "Passes over the training images. Default: 50; 300 for a residual or a map; 500 steps per shot for LoRA.",
+        none=True,
+    )  # fmt: skip
     batch_size: int | None = _option(
         "int", None, "Images per step. Default: 32; all images for a residual or a map.", none=True
     )
     lr: float | None = _option(
-        "float", None, "Learning rate. Default: 0.002; 0.001 for a residual or a map.", none=True
+        "float", None, "Learning rate. Default: 0.002; 0.001 for a residual or a map; 0.0002 for LoRA.", none=True
     )
     optimizer: str | None = _option(
-        "str", None, "Optimiser: sgd or adam. Default: sgd; adam for a residual or a map.", none=True
-    )
+        "str", None, "Optimiser: sgd, adam or adamw. Default: sgd; adam for a residual or a map; adamw for LoRA.",
+        none=True,
+    )  # fmt: skip
     momentum: float | None = _option("float", None, "Momentum of SGD. Default: 0.9.", none=True)
     weight_decay: float | None = _option(
-        "float", None, "Weight decay. Default: 0.0005; 0 for a residual or a map.", none=True
+        "float", None, "Weight decay. Default: 0.0005; 0 for a residual or a map; 0.01 for LoRA.", none=True
     )
     warmup_epochs: int | None = _option(
-        "int", None, "Epochs at the warm-up learning rate. Default: 1; 0 for a residual or a map.", none=True
+        "int", None, "Epochs at the warm-up learning rate. Default: 1; 0 for a residual, a map or LoRA.", none=True
     )
     warmup_lr: float | None = _option("float", None, "Learning rate of the warm-up. Default: 0.00001.", none=True)
     seed: int = _option("int", 1, "Seed of the random start and of the batch order.")
@@ -209,17 +241,21 @@ class FitOptions:
         "float or floats", BETA, "Weight of the path to the fine-tuned solution; one for all, or one per solution."
     )
     tau: float = _option("float", 0.3, "Where training starts: 0 is zero-shot, 1 is the fine-tuned solution.")
-    points: int = _option("int", 5, "Number of points on each path.")
-    grid: str | Sequence[float] = _option(
-        "str or floats", "even",
-        "Points on each path: even, official or random; or the points in [0, 1] with commas between.",
+    points: int | None = _option("int", None, "Number of points on each path. Default: 5; 1 for LoRA.", none=True)
+    grid: str | Sequence[float] | None = _option(
+        "str or floats", None,
+        "Points on each path: even, official or random; or the points in [0, 1] with commas between. Default: even; "
+        "random for LoRA.",
+        none=True,
     )  # fmt: skip
     surrogate: str = _option(
         "str", "identity", "Surrogate of the zero-shot path: identity, fisher, cosine or l2.", choices=SURROGATES
     )
-    space: str = _option(
-        "str", "embedding", "What paths interpolate: class embeddings (embedding) or trained parameters (parameter).",
-        choices=SPACES,
+    space: str | None = _option(
+        "str", None,
+        "What paths interpolate: class embeddings (embedding) or trained parameters (parameter). Default: embedding; "
+        "parameter for LoRA.",
+        none=True, choices=SPACES,
     )  # fmt: skip
     weight_ensemble: bool = _option(
         "bool", False, "Average the result with the zero-shot solution, half and half (the paper's MT + WE).",
@@ -229,7 +265,7 @@ class FitOptions:
     epochs: int = _option("int", 50, "Passes over the training images.")
     batch_size: int = _option("int", 128, "Images per step.")
     lr: float = _option("float", 2e-3, "Learning rate.")
-    optimizer: str = _option("str", "sgd", "Optimiser: sgd or adam.", choices=OPTIMIZERS)
+    optimizer: str = _option("str", "sgd", "Optimiser: sgd, adam or adamw.", choices=OPTIMIZERS)
     momentum: float = _option("float", 0.9, "Momentum of SGD.")
     weight_decay: float = _option("float", 5e-4, "Weight decay.")
     warmup_epochs: int = _option("int", 1, "Epochs at the warm-up learning rate, before the cosine schedule.")

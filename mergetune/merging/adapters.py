@@ -200,7 +200,8 @@ def _scale(config: Mapping[str, Any] | None, layer: str, rank: int, title: str) 
     """The factor of the product: alpha / r, or alpha / sqrt(r) with use_rslora; 1 without a configuration."""
     if config is None:
         return 1.0
-    name = layer.removeprefix("base_model.model.")
+    # PEFT gives the output projection of an nn.MultiheadAttention the rank of the whole attention.
+    name = layer.removeprefix("base_model.model.").removesuffix(".base_layer.out_proj")
     r, alpha = (_of_layer(config.get(key) or {}, name) for key in ("rank_pattern", "alpha_pattern"))
     r, alpha = config.get("r", 8) if r is None else r, config.get("lora_alpha", 8) if alpha is None else alpha
     if r != rank:

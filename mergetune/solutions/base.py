@@ -38,7 +38,7 @@ from mergetune.io import (
     writing_in,
 )
 from mergetune.solutions.resaving import TEMPERATURE, bounded, kept_temperature
-from mergetune.solutions.states import State, mix, stacked, weighted_sums
+from mergetune.solutions.states import State, check_same_shapes, mix, stack_states, stacked, weighted_sums
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,6 +107,8 @@ class Solution:
     surrogate_on: ClassVar[str] = "state"
     """On what :func:`mergetune.fit` measures the distance to zero-shot: "state", "classes" (embeddings) or "rows",
     class weights that are trained themselves: their length is free, so ``lam`` is in the unit of their loss."""
+    changes_weights: ClassVar[bool] = False
+    """Whether the state changes weights of the towers: they compute in float32, and paths lead through states."""
 
     # Fields of each kind, which narrows their types (checkers take no narrower type of a field that may be written).
     classnames: Any
@@ -175,6 +177,10 @@ class Solution:
             shares: weight of each state in each mixture, possibly negative, [M, K] float64; each row sums to 1.
         """
         return weighted_sums(ends, shares)
+
+    def stack(self, solutions: Sequence[Solution], device: torch.device | None = None) -> State:
+        """The states of several solutions on one path, stacked."""
+        return stack_states([solution.state() for solution in solutions], device)
 
     def mean_of(self, ends: State) -> State:
         """Mean of stacked states, as a stacked state of one setting (M = 1)."""
@@ -267,6 +273,14 @@ class Solution:
         given = {name: tensor.detach().float().clone().contiguous() for name, tensor in state.items()}
         return dataclasses.replace(self, **given, **changes)  # pyright: ignore[reportArgumentType]
 
+    def merging_state(self) -> State:
+        """The tensors that merging methods take: :meth:`state`, unless a kind overrides this method."""
+        return self.state()
+
+    def with_merged(self, state: State, **changes: Any) -> Self:
+        """A copy of this solution with a merged :meth:`merging_state`."""
+        return self.with_state(state, **changes)
+
     @property
     def numbers(self) -> int:
         """Number of values in the state."""
@@ -335,15 +349,6 @@ class Solution:
 
 
 S = TypeVar("S", bound=Solution)
-
-
-def check_same_shapes(a: Solution, b: Solution) -> None:
-    """Raise ValueError unless the states of two solutions have the same shapes."""
-    shapes = [{name: list(tensor.shape) for name, tensor in solution.state().items()} for solution in (a, b)]
-    for name in {**shapes[0], **shapes[1]}:
-        here, there = (found.get(name) for found in shapes)
-        if here != there:
-            raise ValueError(f"solutions on one path must have equal shapes, got {here} and {there} for {name}")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

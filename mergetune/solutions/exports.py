@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from mergetune.solutions.published import public_backbone
 from mergetune.solutions.sidecars import with_description, write_sidecar
 from mergetune.solutions.space import image_features, span
 from mergetune.solutions.temperatures import temperature_of
+from mergetune.solutions.written_files import checked_suffix, plain_tensor, torch_bytes
 
 HEAD_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 CLASSIFIER_SUFFIXES = (".pt", ".pth")
@@ -140,16 +140,6 @@ def zero_shot_classifier(
     return classifier
 
 
-def checked_suffix(file: str | Path, suffixes: Sequence[str]) -> Path:
-    """The path of a file to write; raises ValueError for a folder or another file ending."""
-    file = Path(file)
-    if file.suffix not in suffixes:
-        raise ValueError(f"file must end in {', '.join(suffixes)}, got {file.name!r}")
-    if file.is_dir():
-        raise ValueError(f"file must be the path of a file, got the folder {file}")
-    return file
-
-
 def classnames_of(solution: Solution, classnames: Sequence[str] | None) -> tuple[str, ...]:
     """The given class names, or those of the solution, or those that it was trained on."""
     if classnames is not None:
@@ -195,13 +185,3 @@ def as_head(
     weights = at.space.unit(at.ends["classes"])[0]
     bias = weights[:, -1].contiguous() if weights.shape[1] > clip.embed_dim else None
     return Head(weights[:, : clip.embed_dim].contiguous(), names, bias, logit_scale=at.space.scale)
-
-
-def plain_tensor(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def torch_bytes(content: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    return stream.getvalue()

@@ -8,12 +8,18 @@ from typing import Any, TypeVar
 
 from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
 from mergetune.io import damaged, kind_of_content, names_file
+from mergetune.merging import open_weights
+from mergetune.merging.adapters import adapter_folder
 from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
 from mergetune.solutions.checkpoints import holds_context
 from mergetune.solutions.head import Head
 from mergetune.solutions.head_files import holds_weights
 from mergetune.solutions.linear_map import LinearMap
+from mergetune.solutions.lora import LoRA
+from mergetune.solutions.lora_files import is_clip_lora, read_clip_lora
 from mergetune.solutions.other_trainers import OtherTrainers
+from mergetune.solutions.parameters import Parameters, is_model, read_model
+from mergetune.solutions.peft_files import read_peft
 from mergetune.solutions.prompt import Prompt
 from mergetune.solutions.residual import Residual
 from mergetune.solutions.sidecars import read_export
@@ -22,7 +28,9 @@ from mergetune.solutions.states import stacked
 from mergetune.solutions.templates import Templates
 
 #: {name: class} of the kinds of solutions.
-KINDS: dict[str, type[Solution]] = {kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, Stack)}
+KINDS: dict[str, type[Solution]] = {
+    kind.kind: kind for kind in (Prompt, Head, Templates, Residual, LinearMap, LoRA, Parameters, Stack)
+}
 """The kinds of solutions by name. A new kind is registered here and nowhere else."""
 
 S = TypeVar("S", bound=Solution)
@@ -82,7 +90,7 @@ def open_solution(
     position: str = "end",
     name: str | None = None,
 ) -> Solution:
-    """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, or the file of a head.
+    """Open a solution in any supported format: saved by mergetune, a CoOp-family checkpoint, a head, a LoRA or a model.
 
     Exports are read back with class names and scale: the files of :func:`mergetune.to_head` and
     :func:`mergetune.zero_shot_classifier`, and those of :func:`mergetune.to_coop` as long as FILE.mergetune.json stands
@@ -90,10 +98,12 @@ def open_solution(
 
     Args:
         path: a folder with ``solution.json``; a prompt checkpoint or its folder, see :meth:`Prompt.from_checkpoint`;
-            or the file of a head, see :meth:`Head.from_checkpoint`.
+            the file of a head, see :meth:`Head.from_checkpoint`; a LoRA, see
+            :func:`mergetune.solutions.read_clip_lora` and :func:`mergetune.solutions.read_peft`; or a whole open_clip
+            model, see :func:`mergetune.solutions.read_model`.
         classnames: class names by label number, for a head or a class-specific prompt whose file has no names.
-        template, position: text and class-name position of a prompt checkpoint, see :meth:`Prompt.from_checkpoint`.
-            Not used for a solution that mergetune saved.
+        template, position: text and class-name position of a prompt checkpoint, see :meth:`Prompt.from_checkpoint`;
+            ``template`` is also the text of a LoRA's class embeddings. Not used for a solution that mergetune saved.
         name: name of the weight in the file of a head that holds several. A solution that mergetune saved has none.
 
     Raises:
@@ -117,11 +127,18 @@ def open_solution(
             f"{path} must be a solution, got a graph from images to logits, which cannot be turned back: give the "
             "solution that it was exported from"
         )
+    kind = kind_of_content(path) if path.is_file() else "torch"
     if name is None:
         exported = read_export(path, classnames=classnames, template=template, position=position)
         if exported is not None:
             return exported
-    kind = kind_of_content(path) if path.is_file() else "torch"
+        texts = check_templates(PLAIN if template is None else template)
+        if adapter_folder(path) is not None:
+            return read_peft(path, templates=texts)
+        if path.is_file() and kind == "torch" and is_clip_lora(path):
+            return read_clip_lora(path, templates=texts)
+        if path.is_file() and kind in ("torch", "safetensors") and _holds_model(path):
+            return read_model(path, templates=texts)
     if name is not None or not (kind == "torch" or (kind == "safetensors" and holds_context(path))):
         return Head.from_checkpoint(path, classnames=classnames, name=name)
     try:
@@ -137,6 +154,14 @@ def open_solution(
             if path.suffix not in (".pt", ".pth"):  # the usual endings of heads
                 raise no_prompt from None
             raise ValueError(f"{path} must hold a prompt or a head: {no_prompt}; {no_head}") from no_head
+
+
+def _holds_model(path: Path) -> bool:
+    """Whether a file holds the weights of an open_clip model. False for a file that cannot be read."""
+    try:
+        return is_model(open_weights(path))
+    except (ValueError, OSError):
+        return False
 
 
 def known_classes(solution: Solution) -> tuple[str, ...] | None:

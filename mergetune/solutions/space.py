@@ -45,6 +45,7 @@ class Space:
         width: D.
         encoder: the packed text tower if class features come from context vectors, else None.
         mixture: function that mixes several states, see :meth:`Solution.mixture`.
+        weights: number of values in the tower weights that one point replaces.
     """
 
     classes: Callable[[State], Tensor]
@@ -55,6 +56,7 @@ class Space:
     width: int
     encoder: TextEncoder | None = None
     mixture: Callable[[State, Tensor], State] = weighted_sums
+    weights: int = 0
 
     def unit(self, weights: Tensor) -> Tensor:
         """Class features as the logits use them: scaled to unit norm if ``normalize``."""
@@ -114,6 +116,7 @@ def space_of(
         normalize=edit.normalize,
         width=clip.embed_dim,
         encoder=classes.encoder,
+        weights=sum(weight[0].numel() for weight in edit.weights.values()),
     )
 
 
@@ -186,7 +189,7 @@ def span(
                 f"solutions must have a state in space 'parameter', got {last.kind}: use space='embedding'"
             )
         found = space_of(clip, last, classnames, precision=precision, backend=backend)
-        return Span(found, _to(precision, stack_states([solution.state() for solution in solutions], clip.device)))
+        return Span(found, _to(precision, last.stack(solutions, clip.device)))
     return _embedded(clip, solutions, classnames, precision)
 
 
@@ -246,7 +249,7 @@ def measure(at: Span, mixtures: Tensor, images: Batches) -> tuple[tuple[float, .
     """
     losses, hits, space = [], [], at.space
     device = next(iter(at.ends.values())).device
-    numbers = max(at.size, len(images.classnames) * space.width)
+    numbers = max(at.size, space.weights, len(images.classnames) * space.width)
     for chunk in mixtures.to(device).split(max(1, CHUNK // numbers)):
         states = at.points(chunk)
         weights = space.unit(space.classes(states))

@@ -123,6 +123,10 @@ class Stack(Solution):
         return self.top.surrogate_on
 
     @property
+    def changes_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.top.changes_weights
+
+    @property
     def classnames(self) -> tuple[str, ...] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The classes of the base; the other parts do not limit the classes, they fall back to the base."""
         return self.parts[0].classnames
@@ -143,7 +147,9 @@ class Stack(Solution):
 
     def with_state(self, state: State, **changes: Any) -> Stack:
         """A stack of the same parts in which the top has another state."""
-        top = self.top.with_state(self._of_top(state))
+        return self._with_top(self.top.with_state(self._of_top(state)), **changes)
+
+    def _with_top(self, top: Solution, **changes: Any) -> Stack:
         given = {"notes": self.notes, "backbone": self.backbone, "fingerprint": self.fingerprint} | changes
         return Stack(*self.parts[:-1], top, **given)
 
@@ -176,6 +182,10 @@ class Stack(Solution):
     def mixture(self, ends: State, shares: Tensor) -> State:
         return self._named(len(self.parts) - 1, self.top.mixture(self._of_top(ends), shares))
 
+    def stack(self, solutions: Sequence[Solution], device: torch.device | None = None) -> State:
+        tops = [part.top for part in solutions if isinstance(part, Stack)]
+        return self._named(len(self.parts) - 1, self.top.stack(tops, device))
+
     def mean_of(self, ends: State) -> State:
         return self._named(len(self.parts) - 1, self.top.mean_of(self._of_top(ends)))
 
@@ -188,6 +198,19 @@ class Stack(Solution):
     def rescaled(self, logit_scale: float) -> Stack:
         """The stack itself. Other kinds fold another logit scale into their tensors; the top of a stack cannot."""
         return self
+
+    def in_form_of(self, like: Solution) -> Stack:
+        """This stack with a top in the form of the top of another stack."""
+        if not isinstance(like, Stack) or type(self.top) is not type(like.top) or not self.top.state():
+            return self
+        top = self.top.in_form_of(like.top)
+        return self if top is self.top else self._with_top(top)
+
+    def merging_state(self) -> State:
+        return self._named(len(self.parts) - 1, self.top.merging_state())
+
+    def with_merged(self, state: State, **changes: Any) -> Stack:
+        return self._with_top(self.top.with_merged(self._of_top(state)), **changes)
 
     def check_width(self, clip: FrozenClip) -> None:
         for part in self.parts:

@@ -6,6 +6,7 @@ Shapes: M states computed together, K solutions, B images, C classes, D embeddin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,3 +58,12 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, got {int((~tensor.isfinite()).sum())} NaN or infinite values")
+
+
+def check_same_shapes(a: Any, b: Any) -> None:
+    """Raise ValueError unless the states of two solutions have the same shapes."""
+    shapes = [{name: list(tensor.shape) for name, tensor in solution.state().items()} for solution in (a, b)]
+    for name in {**shapes[0], **shapes[1]}:
+        here, there = (found.get(name) for found in shapes)
+        if here != there:
+            raise ValueError(f"solutions on one path must have equal shapes, got {here} and {there} for {name}")

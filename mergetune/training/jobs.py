@@ -13,6 +13,7 @@ import torch
 from mergetune.clip import FrozenClip
 from mergetune.clip.class_texts import check_texts
 from mergetune.data import Batches
+from mergetune.data.batches import check_holds
 from mergetune.data.cache_identity import check_image_tower
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import OPTIMIZERS
@@ -36,7 +37,7 @@ class Training:
         weight_decay: weight decay.
         warmup_epochs, warmup_lr: number of warm-up epochs and their learning rate.
         seed: seed of the batch order, the views and the random path points.
-        optimizer: "sgd" or "adam".
+        optimizer: "sgd", "adam" or "adamw".
     """
 
     epochs: int
@@ -150,14 +151,13 @@ def check_features(clip: FrozenClip, solution: Solution, features: Batches, val:
     for name, cache in (("features", features), ("val", val)):
         if cache is None:
             continue
-        if cache.holds != solution.image_input:
-            raise ValueError(
-                f"{name} must hold the image input of a {solution.kind}, {solution.image_input}, got {cache.holds}"
-            )
+        check_holds(cache, solution.image_input, solution.kind, name=name)
         width = getattr(cache, "dim", clip.embed_dim)
         if width != clip.embed_dim:
             raise ValueError(f"{name} must have the embedding's width {clip.embed_dim}, got {width}")
         check_image_tower(clip, cache, name=name)
+        if (settings := getattr(cache, "preprocess_cfg", None)) is not None and settings != clip.preprocess_cfg:
+            raise ValueError(f"{name} must be preprocessed for {clip.name}, got {settings}: make them with this CLIP")
         if cache.classnames != features.classnames:
             raise ValueError(f"{name} must have the classes of features, got {list(cache.classnames)[:3]}...")
     if len(features.classnames) < 2:
@@ -185,12 +185,17 @@ def check_cuda_graph(wanted: bool, device: torch.device, *, random: bool = False
         )
 
 
-def tower_precision(precision: str, device: torch.device) -> str:
-    """Precision of the text tower. "auto" gives "bfloat16" if the device multiplies it faster than float32."""
+def tower_precision(precision: str, device: torch.device, *, changes_weights: bool = False) -> str:
+    """Precision of the towers. "auto" gives "bfloat16" if the device multiplies it faster than float32.
+
+    Where weights of the towers are trained, "auto" gives "float32": bfloat16 rounds small changes of weights away.
+    """
     if precision not in ("auto", *TOWER_PRECISIONS):
         raise ValueError(f"precision must be one of auto, {', '.join(TOWER_PRECISIONS)}, got {precision!r}")
     if precision != "auto":
         return precision
+    if changes_weights:
+        return "float32"
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

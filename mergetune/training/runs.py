@@ -18,6 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.data import Batches
+from mergetune.data.batches import random_views
 from mergetune.evaluation import accuracy
 from mergetune.facts.brief import brief
 from mergetune.io import (
@@ -167,10 +168,11 @@ class TrainingRun:
             for name, tensor in job.start.state().items()
         }
         parameters, decay = list(self.state.values()), training.weight_decay
+        adaptive = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(training.optimizer)
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(parameters, lr=training.lr, weight_decay=decay)
-            if training.optimizer == "adam"
-            else torch.optim.SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=decay)
+            torch.optim.SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=decay)
+            if adaptive is None
+            else adaptive(parameters, lr=training.lr, weight_decay=decay)
         )
         self.history: list[dict[str, float]] = []
         self.best, self.best_epoch = self._copy(), 0
@@ -193,13 +195,10 @@ class TrainingRun:
         """
         features, size = self.job.features, self.job.batch_size
         generator = torch.Generator().manual_seed((self.job.training.seed << 20) + epoch)
-        order = torch.randperm(len(features), generator=generator)
-        order_there = order.to(self.labels.device)
-        for step in range(self.job.batches):
-            here = slice(step * size, (step + 1) * size)
-            index, there = order[here], order_there[here]
-            views = torch.randint(features.views, (len(index),), generator=generator) if features.views > 1 else 0
-            x = features.rows(index, views).to(self.labels.device, non_blocking=True)
+        parts = torch.randperm(len(features), generator=generator)[: self.job.batches * size].split(size)
+        for index, x in zip(parts, random_views(features, parts, generator), strict=True):
+            there = index.to(self.labels.device)
+            x = x.to(self.labels.device, non_blocking=True)
             yield x, self.labels[there], generator, None if products is None else products[:, there]
 
     def end(self, epoch: int, record: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Stage 1: tune() trains a prompt, a head, a class residual or an image map on cached features."""
+"""Stage 1: tune() trains a prompt, a head, a class residual or an image map on cached features, or a LoRA on pixels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from mergetune.clip.backbone import check_clip
 from mergetune.data import Batches
 from mergetune.data.batches import check_batches
 from mergetune.facts import TuneOptions, recorded
-from mergetune.facts.function_options import TOP_METHODS, TUNE_SETTINGS, check_method, check_types
-from mergetune.solutions import Head, LinearMap, Prompt, Residual, Solution, Stack, Templates, space_of, stacked
+from mergetune.facts.function_options import (
+    LORA_STEPS,
+    TOP_METHODS,
+    TOWER_METHODS,
+    TUNE_SETTINGS,
+    check_method,
+    check_types,
+    options_of,
+)
+from mergetune.solutions import Head, LinearMap, LoRA, Prompt, Residual, Solution, Stack, Templates, space_of, stacked
 from mergetune.solutions.exports import as_head
 from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
 from mergetune.training.loop import train_together
@@ -38,6 +46,11 @@ def tune(
     zero_shot: str | Sequence[str] | Solution | None = None,
     kg_weight: float = 8.0,
     lam: float | None = None,
+    rank: int = 2,
+    alpha: float = 1.0,
+    parts: str | Sequence[str] = ("q", "k", "v"),
+    tower: str = "both",
+    last_blocks: int | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
@@ -54,12 +67,13 @@ def tune(
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> FitResult:
-    """Stage 1: fine-tune a solution of one kind on cached few-shot features.
+    """Stage 1: fine-tune a solution of one kind on few-shot images, most kinds on their cached features.
 
     Args:
         clip: the frozen CLIP that the features come from. Where ``zero_shot`` or ``base`` is a head, a
             :class:`mergetune.FeatureSpace` is enough for the methods "head", "residual" and "map".
-        features: few-shot features of the classes to learn.
+        features: few-shot features of the classes to learn; for a LoRA of the image tower their pixels, see
+            :class:`mergetune.data.PixelBatches`.
         method: what is trained:
 
             - "coop": a prompt (arXiv 2109.01134);
@@ -67,7 +81,9 @@ def tune(
               ``kg_weight`` * mean(1 - cos);
             - "head": a linear head that starts at the zero-shot weights;
             - "residual": a vector per class that is added to the class embeddings of ``base``;
-            - "map": a matrix on image features, with the class embeddings of ``base``.
+            - "map": a matrix on image features, with the class embeddings of ``base``;
+            - "lora": low-rank changes of weights of the towers (CLIP-LoRA, arXiv 2405.18541), without the dropout that
+              the published code applies to the inputs of the adapted layers.
 
             "residual" and "map" return a :class:`mergetune.Stack` of the unchanged base and the trained part.
         base: solution below a residual or a map. None takes the zero-shot class embeddings of ``zero_shot``.
@@ -81,12 +97,14 @@ def tune(
         kg_weight: weight of KgCoOp's distance.
         lam: weight of the distance to the base: ``lam * mean_c 1/2 |r_c|^2`` for a residual r,
             ``lam * |A - I|^2`` for a map A. None takes 8 for a residual, 0.5 for a map.
+        rank, alpha, parts, tower, last_blocks: the weights that a LoRA adapts, and how, see :meth:`LoRA.start`.
         epochs, batch_size, lr, optimizer, momentum, weight_decay, warmup_epochs, warmup_lr: optimiser and schedule, see
             :class:`mergetune.training.jobs.Training`. None takes the method's default: for prompts and heads SGD, 50
-            epochs, 32 images per step, lr 2e-3; for residuals and maps Adam, 300 steps of all images, lr 1e-3.
+            epochs, 32 images per step, lr 2e-3; for residuals and maps Adam, 300 steps of all images, lr 1e-3; for a
+            LoRA AdamW, 500 steps per shot, 32 images per step, lr 2e-4.
         seed: seed of the random start and of the batch order.
-        precision: precision of the text tower, "float32", "bfloat16", or "auto" for the faster one on this device. The
-            trained tensors, the optimiser and the loss are float32.
+        precision: precision of the towers, "float32", "bfloat16", or "auto" for the faster one on this device; for a
+            LoRA "auto" is "float32". The trained tensors, the optimiser and the loss are float32.
         backend: implementation of the fused loss, see :func:`mergetune.ops.lmc_loss`.
         cuda_graph: capture one step as a CUDA graph and replay it; needs a CLIP on a GPU.
         val: validation features that select the best epoch. Do not pass the test set.
@@ -113,10 +131,10 @@ def tune(
     job = tune_job(
         clip, features,
         method=method, base=base, template=template, n_ctx=n_ctx, class_specific=class_specific, position=position,
-        zero_shot=zero_shot, kg_weight=kg_weight, lam=lam, precision=precision, epochs=epochs, batch_size=batch_size,
-        lr=lr, optimizer=optimizer, momentum=momentum, weight_decay=weight_decay, warmup_epochs=warmup_epochs,
-        warmup_lr=warmup_lr, seed=seed, backend=backend, cuda_graph=cuda_graph, val=val, resume=resume,
-        progress=progress,
+        zero_shot=zero_shot, kg_weight=kg_weight, lam=lam, rank=rank, alpha=alpha, parts=parts, tower=tower,
+        last_blocks=last_blocks, precision=precision, epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer,
+        momentum=momentum, weight_decay=weight_decay, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, seed=seed,
+        backend=backend, cuda_graph=cuda_graph, val=val, resume=resume, progress=progress,
     )  # fmt: skip
     return train_together([job])[0]
 
@@ -151,8 +169,10 @@ def tune_job(
     check_method(options)
     settings = TUNE_SETTINGS[options.method]
     options = replace(options, **{name: value for name, value in settings.items() if getattr(options, name) is None})
+    if options.epochs is None:
+        options = replace(options, epochs=_lora_epochs(features, options))
     training = training_of(options)
-    precision = tower_precision(options.precision, clip.device)
+    precision = tower_precision(options.precision, clip.device, changes_weights=options.method in TOWER_METHODS)
     check_cuda_graph(options.cuda_graph, clip.device)
     if options.backend is None:
         ops.ensure_verified(clip.device, progress=progress)
@@ -178,6 +198,7 @@ def tune_job(
         options,
         zero_shot=None if not with_texts else _recorded(texts),
         kg_weight=options.kg_weight if options.method == "kgcoop" else None,
+        parts=_listed(options.parts),
         precision=precision,
     )
     record = without_sgd(record)
@@ -185,6 +206,9 @@ def tune_job(
         record["base"] = None if base is None else short_digest(*base.whole_identity)
     else:
         del record["lam"]
+    if options.method not in TOWER_METHODS:
+        for name in (option.name for option in options_of(TuneOptions) if option.methods == tuple(TOWER_METHODS)):
+            del record[name]
     in_words = {} if base is None else {"base": solution_in_words(base)}
     in_words |= {"zero_shot": solution_in_words(texts)} if with_texts and isinstance(texts, Solution) else {}
     return Job(
@@ -198,8 +222,8 @@ def _zero_shot(options: TuneOptions) -> tuple[str, ...] | Solution:
     given = options.template if options.zero_shot is None else options.zero_shot
     if not isinstance(given, Solution):
         return check_templates(given)
-    if options.method == "coop":
-        raise ValueError("zero_shot must be left out for method 'coop', which stays near no solution, got a solution")
+    if options.method in ("coop", "lora"):
+        raise ValueError(f"zero_shot must be templates or left out for method {options.method!r}, got a {given.kind}")
     return given
 
 
@@ -243,8 +267,25 @@ def _start(
             known = texts.fingerprint if texts.tower == "image" else None
             return replace(start, backbone=clip.name or texts.backbone, fingerprint=clip.image_fingerprint or known)
         return Head.zero_shot(clip, classnames, texts)
+    if options.method == "lora":
+        assert not isinstance(texts, Solution)
+        return LoRA.start(
+            clip, rank=options.rank, alpha=options.alpha, parts=_listed(options.parts), tower=options.tower,
+            last_blocks=options.last_blocks, templates=texts, seed=options.seed,
+        )  # fmt: skip
     if options.n_ctx is None:
         start = Prompt.from_template(clip, options.template, position=options.position)
         return start.per_class(classnames) if options.class_specific else start
     names = classnames if options.class_specific else None
     return Prompt.random(clip, options.n_ctx, names, seed=options.seed, position=options.position)
+
+
+def _listed(parts: str | Sequence[str]) -> list[str]:
+    return [parts] if isinstance(parts, str) else list(parts)
+
+
+def _lora_epochs(features: Batches, options: TuneOptions) -> int:
+    """The fewest epochs with ``LORA_STEPS`` steps per shot."""
+    size = min(options.batch_size or len(features), len(features))
+    shots = len(features) / len(features.classnames)
+    return math.ceil(LORA_STEPS * shots / (len(features) // size))

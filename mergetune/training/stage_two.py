@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mergetune.clip.backbone import check_clip
 from mergetune.data import Batches
 from mergetune.data.batches import check_batches
 from mergetune.facts import FitOptions, recorded
-from mergetune.facts.function_options import SPACES, SURROGATES, check_types
+from mergetune.facts.function_options import PATH_SETTINGS, SPACES, SURROGATES, check_types
 from mergetune.solutions import (
     Solution,
     Space,
@@ -45,10 +46,10 @@ def fit(
     lam: float = 8.0,
     beta: float | Sequence[float] = 0.5,
     tau: float = 0.3,
-    points: int = 5,
-    grid: str | Sequence[float] = "even",
+    points: int | None = None,
+    grid: str | Sequence[float] | None = None,
     surrogate: str = "identity",
-    space: str = "embedding",
+    space: str | None = None,
     weight_ensemble: bool = False,
     epochs: int = 50,
     batch_size: int = 128,
@@ -75,7 +76,7 @@ def fit(
     Args:
         clip: the frozen CLIP that the features come from. Where ``tuned`` and ``zero_shot`` are heads, a
             :class:`mergetune.FeatureSpace` is enough.
-        features: the few-shot features that ``tuned`` was trained on.
+        features: the few-shot features, or for a LoRA of the image tower the pixels, that ``tuned`` was trained on.
         tuned: the fine-tuned solution w2, or several solutions of one kind.
         zero_shot: the zero-shot solution w1, as one or more templates or as a solution. None takes "a photo of a {}.".
             The start of a prompt mixes ``tuned`` with the words of the first template that has as many tokens as
@@ -86,22 +87,23 @@ def fit(
             hold the weight itself as ``lam_effective``.
         beta: weight of the path to each w2, one number or one per solution; 0.1 to 5 in the paper.
         tau: start of the training, ``(1 - tau) w1 + tau w2``, in [0, 1]; several w2 are averaged.
-        points: N, number of points on each path; 5 to 10 in the paper.
+        points: N, number of points on each path; 5 to 10 in the paper. None takes 5, and 1 for a LoRA.
         grid: "even", "official", "random" or a list of points, see
-            :func:`mergetune.training.objective.path_points`.
+            :func:`mergetune.training.objective.path_points`. None takes "even", and "random" for a LoRA: one random
+            point per step is an unbiased estimate of the path loss.
         surrogate: "identity" (paper: 1/2 |t - t1|^2, which equals 1 - cos for unit class embeddings), "fisher"
             (diagonal Gauss-Newton), "cosine" or "l2" (official code). Prompts and heads are compared by their class
             weights t, in both spaces; other kinds by their states, with "identity" only.
         space: what the paths interpolate: "embedding" the class embeddings (official code), "parameter" the trained
             states. For heads both are the same, and the loss is convex in their weights, so that no path has a barrier:
-            the surrogate, not ``beta``, keeps a head near w1.
+            the surrogate, not ``beta``, keeps a head near w1. None takes "embedding", and "parameter" for a LoRA.
         weight_ensemble: return the mean of w1 and the trained w, ``(w1 + w) / 2``, which is "MT + WE" in the paper; for
             solutions that have a zero-shot state of the same shape. ``val`` chooses the epoch before the mean is taken.
         epochs, batch_size, lr: 50, 128 and 2e-3 in the paper.
         optimizer, momentum, weight_decay, warmup_epochs, warmup_lr: see :class:`mergetune.training.jobs.Training`.
         seed: seed of the batch order, the views and the random grid.
-        precision: precision of the text tower, "float32", "bfloat16", or "auto" for the faster one on this device. The
-            trained tensors, the optimiser and the loss are float32.
+        precision: precision of the towers, "float32", "bfloat16", or "auto" for the faster one on this device; for a
+            LoRA "auto" is "float32". The trained tensors, the optimiser and the loss are float32.
         backend: implementation of the fused loss, see :func:`mergetune.ops.lmc_loss`.
         cuda_graph: capture one step as a CUDA graph and replay it; needs a CLIP on a GPU and a fixed ``grid``.
         val: validation features that select the best epoch. Do not pass the test set.
@@ -160,7 +162,6 @@ def fit_job(
     options = FitOptions(**given)
     check_types(options)
     training = training_of(options)
-    precision = tower_precision(options.precision, clip.device)
     anchors = [tuned] if isinstance(tuned, Solution | str) else list(tuned)
     if others := [anchor for anchor in anchors if not isinstance(anchor, Solution)]:
         raise TypeError(
@@ -168,6 +169,9 @@ def fit_job(
         )
     if not anchors:
         raise ValueError("tuned must hold at least one solution, got none")
+    options = _with_usual_paths(options, changes_weights=anchors[0].changes_weights)
+    assert options.space is not None and options.grid is not None and options.points is not None
+    precision = tower_precision(options.precision, clip.device, changes_weights=anchors[0].changes_weights)
     betas = _betas(options, len(anchors))
     alphas = path_points(options.grid, options.points)
     check_cuda_graph(options.cuda_graph, clip.device, random=alphas is None)
@@ -175,6 +179,7 @@ def fit_job(
     anchors = [anchor.for_clip(clip).rescaled(clip.logit_scale) for anchor in anchors if isinstance(anchor, Solution)]
     classnames = features.classnames
     anchors = [anchor.in_order_of(classnames) for anchor in anchors]
+    anchors = [anchor.in_form_of(anchors[0]) for anchor in anchors]
     solution = anchors[0]
     if not solution.state():
         raise ValueError(f"tuned must have a state to train, got {solution.kind}: tune a residual or a map on it")
@@ -194,14 +199,16 @@ def fit_job(
         start = solution.between(zero_state, start, options.tau)
     start = {name: tensor[0] for name, tensor in start.items()}
     own = [_own_space(clip, anchor, solution, space, classnames, PRECISIONS[precision]) for anchor in anchors]
-    paths = Anchors(
+    paths: Anchors | None = Anchors(
         classes=torch.stack([_classes_in(at, anchor, clip) for at, anchor in zip(own, anchors, strict=True)]),
         betas=torch.tensor(betas, device=clip.device),
         alphas=None if alphas is None else alphas.to(clip.device),
         points=options.points,
-        images=None if space.images is None else _images_of(clip, anchors, own),
+        images=None if space.images is None or options.space == "parameter" else _images_of(clip, anchors, own),
         state=states if options.space == "parameter" else None,
     )
+    if solution.changes_weights and not any(betas):
+        paths = None  # each point is a pass through the towers
     settings = {"stage": "fit", "tuned": [short_digest(*anchor.identity) for anchor in anchors]}
     settings |= recorded(
         options,
@@ -224,6 +231,14 @@ def fit_job(
         begins_from=(clip.text_fingerprint, w1, *settings["tuned"]),
         older_settings={"zero_shot": older_w1},
     )  # fmt: skip
+
+
+def _with_usual_paths(options: FitOptions, *, changes_weights: bool) -> FitOptions:
+    """The options, with the settings of ``PATH_SETTINGS`` where an option of the paths is None."""
+    usual = PATH_SETTINGS[changes_weights]
+    if options.grid is not None:  # one point is enough only if it is random
+        usual = usual | {"points": PATH_SETTINGS[False]["points"]}
+    return replace(options, **{name: value for name, value in usual.items() if getattr(options, name) is None})
 
 
 def _zero_shot_in_words(zero_shot: Any) -> str:

@@ -270,7 +270,7 @@ def test_what_is_exported_comes_back(work, model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--to", "onnxx"], "--to must be classifier, head, onnx, torch-export, coop or hub, got 'onnxx'"),
+        (["--to", "onnxx"], "peft, peft-transformers, coop or hub, got 'onnxx'"),
         (["--to", "onnx"], "--out must be a file that ends in .onnx for --to onnx, got 'out.x'"),
         (["--to", "torch-export"], "--out must be a file that ends in .pt2"),
         (["--to", "classifier"], "--out must be a file that ends in .pt or .pth"),

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import NAMES, cache, normal, prompt, tiny_clip
 
 import mergetune
-from mergetune import FeatureCache, FitResult, Head, ImageList, LinearMap, Residual, Stack, Templates
+from mergetune import FeatureCache, FitResult, Head, ImageList, LinearMap, LoRA, Residual, Stack, Templates
 from mergetune.evaluation import BaseNovel, Path, Report
 from mergetune.evaluation.planes import Plane
 from mergetune.evaluation.spectra import Spectrum
@@ -65,6 +65,9 @@ def examples():
         "Prompt(ctx=float32 [4, 16], template=": prompt(1),
         "Residual(rows=float32 [3, 8], classnames=['cat',": Residual(normal(3, 8), NAMES),
         "LinearMap(matrix=float32 [8, 8], ": LinearMap(torch.eye(8)),
+        "LoRA(templates=['a photo of a {}.'], backbone=None, notes={}, rank=2, places=1)": LoRA(
+            {"text.0.q.A": normal(2, 16), "text.0.q.B": normal(16, 2)}, {"text.0.q": 1.0}
+        ),
         "Templates(texts=['a photo of a {}.', 'a {}'], ": Templates(("a photo of a {}.", "a {}")),
         "Stack(parts=[Templates(": Stack(Templates(("a {}",)), Residual(normal(3, 8), NAMES)),
         "FitResult(solution=Head, settings={lam: 8}, timings={}, epochs=2, last={loss: 0.5})": FitResult(

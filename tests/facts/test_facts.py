@@ -203,7 +203,8 @@ def test_a_command_takes_what_its_function_takes(name):
     defaults = {parameter.name: parameter.default for parameter in command.params}
     for option in options_of(FUNCTIONS[name]):
         if option.name != "zero_shot":  # its default is written out on the command line
-            assert defaults[option.name] in (option.default, [option.default]), option.name
+            several = [*option.default] if isinstance(option.default, tuple) else [option.default]
+            assert defaults[option.name] in (option.default, several), option.name
 
 
 @pytest.mark.parametrize("options", [TuneOptions, FitOptions])
@@ -230,7 +231,8 @@ def test_other_choices_are_refused_with_those_there_are(clip, name, option):
     images = FeatureCache.from_tensors(F.normalize(normal(4, 8), dim=-1), torch.arange(4) % 2, ("bird", "cat"))
     arguments = {"tune": (clip, images), "fit": (clip, images, prompt()), "cache_features": (clip, [], "nowhere")}[name]
     with pytest.raises(ValueError, match=f"{option.name} must be") as error:
-        getattr(mergetune, name)(*arguments, **{option.name: "other"})
+        method = {"method": option.methods[0]} if option.methods else {}
+        getattr(mergetune, name)(*arguments, **method, **{option.name: "other"})
     assert str(error.value).endswith("got 'other'") and all(choice in str(error.value) for choice in option.choices)
 
 

@@ -157,7 +157,10 @@ def test_the_wrong_kind_is_refused(clip, tmp_path):
         ({"format": "something"}, "must have format"),
         ({"version": 2}, "must have version 1, got 2; update mergetune"),
         ({"version": None}, "must have version 1, got null"),
-        ({"kind": "adapter"}, "kind must be one of prompt, head, templates, residual, map, stack, got 'adapter'"),
+        (
+            {"kind": "adapter"},
+            "kind must be one of prompt, head, templates, residual, map, lora, parameters, stack, got 'adapter'",
+        ),
     ],
 )
 def test_a_damaged_description_is_refused(clip, tmp_path, content, match):

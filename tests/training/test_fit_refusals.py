@@ -65,7 +65,7 @@ BAD_FIT = [
     ({"tuned": replace(prompt(), fingerprint="x" * 64)}, "clip must be the one that the prompt was made for"),
 ]
 BAD_TUNE = [
-    ({"method": "cocoop"}, "method must be one of coop, kgcoop, head, residual, map, got 'cocoop'"),
+    ({"method": "cocoop"}, "method must be one of coop, kgcoop, head, residual, map, lora, got 'cocoop'"),
     ({"kg_weight": -1}, "kg_weight must be finite and not negative"),
     ({"n_ctx": 0}, "n_ctx must be at least 1, got 0"),
     ({"n_ctx": 40}, "must fit the text tower's 16 tokens"),
