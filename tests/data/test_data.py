@@ -362,7 +362,7 @@ def test_table_without_splits_is_stratified(tmp_path):
         ("a.json", '{"path": "0.png"}', "must be a list of objects"),
         ("a.json", '[{"path": "0.png", "label": 3}]', "class name as label, got path='0.png', label=3"),
         ("a.json", "[" * 100_000, "must be JSON"),
-        ("a.csv", "path,label\n0.png," + "x" * 200_000, "must be CSV in UTF-8: field larger"),
+        ("a.csv", "path,label\n0.png," + "x" * 200_000, "must be CSV, got a mistake in line 2: field larger"),
         ("a.txt", "", "must end in .csv or .json"),
     ],
 )
@@ -382,7 +382,7 @@ def test_table_names_missing_files(tmp_path):
 
 def test_table_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "a.csv").write_bytes("path,label\n0.png,\xe9\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="a.csv must be CSV in UTF-8"):
+    with pytest.raises(ValueError, match="a.csv must be text in UTF-8"):
         image_table(tmp_path / "a.csv")
 
 
