@@ -141,7 +141,8 @@ def listed_images(path: str | Path) -> Dataset:
         return image_table(path)
     folder = path.absolute().parent
     places = ["", "images", *(name for name in subfolders(folder) if name != "images")]
-    first = content["train"][0][0] if content["train"] and isinstance(content["train"][0], list) else None
+    item = content["train"][0] if content["train"] else None
+    first = item[0] if item and isinstance(item, list) else None
     found = (place for place in places if isinstance(first, str) and os.path.isfile(folder / place / first))
     return coop_split(folder, path.name, next(found, ""))
 
