@@ -24,7 +24,7 @@ from mergetune.clip import FrozenClip
 from mergetune.data import FeatureCache
 from mergetune.evaluation import Classifier, Hits, Report, classifier, logit_ensemble, score, weight_average
 from mergetune.experiments.records import HOME, RecordFile, model_of, other_settings
-from mergetune.io import MAX_TABLE, jsonable, read_document, write_json
+from mergetune.io import MAX_TABLE, jsonable, names_file, read_document, write_json
 from mergetune.solutions import Solution, space_of, stack_states
 from mergetune.training.runs import NAMED
 
@@ -149,6 +149,7 @@ def reports(record: Record, names: Mapping[str, Sequence[str]]) -> dict[str, dic
     return found
 
 
+@names_file("file")
 def begun(file: Path, head: Mapping[str, Any]) -> Record:
     """The record of a cell: as an earlier call left it, or its head, which is kept before any work.
 
