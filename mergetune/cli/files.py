@@ -7,9 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from mergetune.cli.clip_choice import clip_for
 from mergetune.cli.options import AllowTorchscript, BackboneIfNeeded, HeadName, Position, Precision, Pretrained
 from mergetune.cli.running import suggest
-from mergetune.cli.shared import clip_for, errors, read_names, read_solution, tell
+from mergetune.cli.shared import (
+    errors,
+    read_names,
+    read_solution,
+    tell,
+)
 from mergetune.facts.function_options import BACKGROUND
 
 SUFFIXES = {

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mergetune.cli.clip_choice import clip_for
 from mergetune.cli.dry_runs import DryRun, print_forecast
 from mergetune.cli.options import (
     AllowTorchscript,
@@ -27,7 +28,14 @@ from mergetune.cli.options import (
     takes,
 )
 from mergetune.cli.running import first_rank, suggest
-from mergetune.cli.shared import announce, clip_for, errors, finish, ignored_in, open_images, refuse_out_inside
+from mergetune.cli.shared import (
+    announce,
+    errors,
+    finish,
+    ignored_in,
+    open_images,
+    refuse_out_inside,
+)
 from mergetune.facts import CacheOptions
 
 SPLITS = ("train", "val", "test")

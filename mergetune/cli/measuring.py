@@ -27,6 +27,7 @@ from mergetune.cli.answers import (
     print_temperatures,
     save_temperatures,
 )
+from mergetune.cli.clip_choice import clip_for
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
@@ -47,7 +48,6 @@ from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     HALVES,
     announce,
-    clip_for,
     errors,
     new_table,
     open_cache,

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from mergetune.cli.clip_choice import clip_for
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
@@ -34,7 +35,6 @@ from mergetune.cli.options import (
 from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
-    clip_for,
     errors,
     open_cache,
     out,

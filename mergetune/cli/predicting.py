@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mergetune.cli.clip_choice import clip_for
 from mergetune.cli.options import (
     AllowTorchscript,
     BackboneIfNeeded,
@@ -29,7 +30,12 @@ from mergetune.cli.options import (
     Pretrained,
     Workers,
 )
-from mergetune.cli.shared import announce, clip_for, errors, read_names, read_solution
+from mergetune.cli.shared import (
+    announce,
+    errors,
+    read_names,
+    read_solution,
+)
 from mergetune.cli.terminal import visible
 from mergetune.facts.function_options import BACKGROUND, MAX_PIXELS, POSITIONS
 

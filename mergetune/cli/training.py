@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mergetune.cli.clip_choice import clip_for
 from mergetune.cli.dry_runs import DryRun, dry_run_of_fit, dry_run_of_images, dry_run_of_tune
 from mergetune.cli.options import (
     AllowTorchscript,
@@ -40,7 +41,6 @@ from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
     check_folder,
-    clip_for,
     err,
     errors,
     finish,

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from mergetune.io.text_files import decode_text, lines_of, read_text
     from mergetune.io.torchscript import is_torchscript, read_torchscript
     from mergetune.io.unpickling import Inert, Unpickler
-    from mergetune.io.versions import installed_version
+    from mergetune.io.versions import installed_version, own_versions
     from mergetune.io.workers import begin_worker, end_workers, unaware_of_interrupts
     from mergetune.io.wrappers import AVERAGED, BUFFERS, OWNERS, PLAIN, inner_state, unwrapped
 
@@ -133,6 +133,7 @@ __all__ = [
     "not_plain",
     "not_reached",
     "open_regular",
+    "own_versions",
     "parse_document",
     "parse_json",
     "plain",
@@ -199,7 +200,7 @@ make_lazy(
         "mergetune.io.text_files": "decode_text lines_of read_text",
         "mergetune.io.torchscript": "is_torchscript read_torchscript",
         "mergetune.io.unpickling": "Inert Unpickler",
-        "mergetune.io.versions": "installed_version",
+        "mergetune.io.versions": "installed_version own_versions",
         "mergetune.io.workers": "begin_worker end_workers unaware_of_interrupts",
         "mergetune.io.wrappers": "AVERAGED BUFFERS OWNERS PLAIN inner_state unwrapped",
     },

@@ -1,5 +1,6 @@
 """Versions of installed packages."""
 
+import platform
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -9,3 +10,9 @@ def installed_version(package: str = "mergetune", *, otherwise: str = "unknown")
         return version(package)
     except PackageNotFoundError:
         return otherwise
+
+
+def own_versions() -> dict[str, str]:
+    """The versions of Python, mergetune and the packages that compute, for records of results."""
+    packages = ("mergetune", "torch", "open_clip_torch")
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mergetune.facts.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from mergetune.solutions.base import TEMPERATURE, Solution, write_notes
+    from mergetune.solutions.base import Solution
     from mergetune.solutions.checkpoints import PromptFile, read_prompt
     from mergetune.solutions.coop_files import to_coop
     from mergetune.solutions.exports import to_head, zero_shot_classifier
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from mergetune.solutions.parameters import Parameters, layer_norms, read_model
     from mergetune.solutions.peft_files import read_peft, to_peft
     from mergetune.solutions.prompt import Prompt
+    from mergetune.solutions.resaving import TEMPERATURE
     from mergetune.solutions.residual import Residual, open_taskres
+    from mergetune.solutions.solution_folders import write_notes
     from mergetune.solutions.space import Space, Span, image_features, measure, space_of, span
     from mergetune.solutions.stack import Stack
     from mergetune.solutions.states import State, check_same_shapes, inputs, stack_states, stacked
@@ -90,7 +92,7 @@ __all__ = [
 make_lazy(
     __name__,
     {
-        "mergetune.solutions.base": "TEMPERATURE Solution write_notes",
+        "mergetune.solutions.base": "Solution",
         "mergetune.solutions.checkpoints": "PromptFile read_prompt",
         "mergetune.solutions.coop_files": "to_coop",
         "mergetune.solutions.exports": "to_head zero_shot_classifier",
@@ -110,6 +112,8 @@ make_lazy(
         "mergetune.solutions.space": "Space Span image_features measure space_of span",
         "mergetune.solutions.stack": "Stack",
         "mergetune.solutions.states": "State check_same_shapes inputs stack_states stacked",
+        "mergetune.solutions.resaving": "TEMPERATURE",
+        "mergetune.solutions.solution_folders": "write_notes",
         "mergetune.solutions.temperatures": "temperature_of with_temperature",
         "mergetune.solutions.templates": "Templates",
         "mergetune.solutions.whole_models": "to_open_clip",

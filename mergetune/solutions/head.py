@@ -14,8 +14,9 @@ from torch import Tensor
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
 from mergetune.facts.brief import brief
 from mergetune.io import Items, Number
-from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.base import Solution
 from mergetune.solutions.head_files import HeadFile, read_head, read_sklearn
+from mergetune.solutions.solution_folders import Description
 from mergetune.solutions.states import State, check_finite
 
 LARGEST_SCALE = 1e12

@@ -10,7 +10,7 @@ from mergetune.clip import PLAIN, FrozenClip, check_classnames, check_templates
 from mergetune.io import damaged, kind_of_content, names_file
 from mergetune.merging import open_weights
 from mergetune.merging.adapters import adapter_folder
-from mergetune.solutions.base import CONFIG, TEMPERATURE, Solution, read_config
+from mergetune.solutions.base import Solution
 from mergetune.solutions.checkpoints import holds_context
 from mergetune.solutions.head import Head
 from mergetune.solutions.head_files import holds_weights
@@ -21,8 +21,10 @@ from mergetune.solutions.other_trainers import OtherTrainers
 from mergetune.solutions.parameters import Parameters, is_model, read_model
 from mergetune.solutions.peft_files import read_peft
 from mergetune.solutions.prompt import Prompt
+from mergetune.solutions.resaving import TEMPERATURE
 from mergetune.solutions.residual import Residual
 from mergetune.solutions.sidecars import read_export
+from mergetune.solutions.solution_folders import CONFIG, read_config
 from mergetune.solutions.stack import Stack
 from mergetune.solutions.states import stacked
 from mergetune.solutions.templates import Templates

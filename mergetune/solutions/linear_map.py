@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mergetune.clip import Edit, FrozenClip
 from mergetune.facts.brief import brief
-from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.base import Solution
 from mergetune.solutions.head_files import read_arrays
+from mergetune.solutions.solution_folders import Description
 from mergetune.solutions.states import State, check_finite
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from mergetune.clip import PLAIN, Edit, FrozenClip, ImageInput, block_prefix, check_templates
 from mergetune.facts.brief import brief
 from mergetune.io import Items, Number
-from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.base import Solution
+from mergetune.solutions.solution_folders import Description
 from mergetune.solutions.states import State, check_finite, stacked
 
 if TYPE_CHECKING:

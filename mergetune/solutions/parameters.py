@@ -15,7 +15,8 @@ from mergetune.clip import PLAIN, Edit, FrozenClip, ImageInput, check_templates
 from mergetune.facts.brief import brief
 from mergetune.io import Items, Number
 from mergetune.merging import open_weights
-from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.base import Solution
+from mergetune.solutions.solution_folders import Description
 from mergetune.solutions.states import State, check_finite, check_same_shapes
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from mergetune.clip import (
     words_before_name,
 )
 from mergetune.facts.brief import brief
-from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.base import Solution
 from mergetune.solutions.checkpoints import read_prompt
 from mergetune.solutions.prompt_tokens import (
     NAMES,
@@ -31,6 +31,7 @@ from mergetune.solutions.prompt_tokens import (
     rows_of_names,
     token_notes,
 )
+from mergetune.solutions.solution_folders import Description
 from mergetune.solutions.states import State, check_finite
 
 POSITIONS = ("end", "middle", "front")

@@ -13,10 +13,11 @@ from torch import Tensor
 from mergetune.clip import ClassRows, Edit, FrozenClip, check_classnames
 from mergetune.facts.brief import brief
 from mergetune.io import Items, listing, load_tensors, names_file, not_plain
-from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.base import Solution
 from mergetune.solutions.checkpoints import state_dict_of
 from mergetune.solutions.dassl_folders import checkpoint_file
 from mergetune.solutions.head import Head
+from mergetune.solutions.solution_folders import Description
 from mergetune.solutions.stack import Stack
 from mergetune.solutions.states import State, check_finite
 

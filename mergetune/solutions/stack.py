@@ -14,7 +14,8 @@ from torch import Tensor
 from mergetune.clip import Edit, FrozenClip, ImageInput, earliest_input
 from mergetune.facts.brief import brief
 from mergetune.io import Document, Items, fault
-from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.base import Solution
+from mergetune.solutions.solution_folders import Description
 from mergetune.solutions.states import State, stacked
 
 

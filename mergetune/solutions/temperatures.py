@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from reprlib import repr as short
 
-from mergetune.solutions.base import TEMPERATURE, Solution
+from mergetune.solutions.base import Solution
+from mergetune.solutions.resaving import TEMPERATURE
 
 LOWEST, HIGHEST = 1e-3, 1e3
 """Temperatures that are accepted: logits divided by them stay finite in float32 and differ."""

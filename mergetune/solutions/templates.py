@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from mergetune.clip import PLAIN, Edit, FrozenClip, check_templates
 from mergetune.facts.brief import brief
 from mergetune.io import Items
-from mergetune.solutions.base import Description, Solution
+from mergetune.solutions.base import Solution
+from mergetune.solutions.solution_folders import Description
 from mergetune.solutions.states import State
 
 

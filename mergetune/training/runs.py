@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,8 @@ from mergetune.io import (
     JsonObject,
     Number,
     fault,
-    installed_version,
     jsonable,
+    own_versions,
     parse_document,
     read_document,
     remove_parts,
@@ -131,7 +130,7 @@ class FitResult:
             with contextlib.suppress(OSError, ValueError):  # a damaged file is written again
                 saved = read_document(Path(path) / RESULT, ResultFile, way_on="")
                 timings = saved.timings if saved.settings == jsonable(self.settings) else timings
-        record = {"history": self.history, "settings": self.settings, "timings": timings, "versions": _versions()}
+        record = {"history": self.history, "settings": self.settings, "timings": timings, "versions": own_versions()}
         write_json(Path(path) / RESULT, record, indent=2)
 
     @classmethod
@@ -424,8 +423,3 @@ def short_digest(*parts: Tensor | str) -> str:
         else:
             digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    packages = ("mergetune", "torch", "open_clip_torch")
-    return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}
