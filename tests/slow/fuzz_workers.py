@@ -50,6 +50,7 @@ class Reader:
         mend: brings the checksums of a folder up to date, so that the damage reaches the readers behind them.
         share: how often the reader is tried; slow readers have less.
         also: further exceptions that the reader documents.
+        refuses: whether some damage is an error. `runs` lists damaged runs with their errors, and any line is a path.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Reader:
     mend: Callable[[Path], object] | None = None
     share: int = 4
     also: tuple[type[Exception], ...] = ()
+    refuses: bool = True
 
 
 @dataclass
