@@ -205,6 +205,9 @@ def campaign(
                 ended, status = os.waitpid(process, os.WNOHANG)
                 waited = time.monotonic() - since
                 late = not ended and waited > SECONDS and (waited > PATIENCE or _processor(process) - used > SECONDS)
+                if late:  # the worker may have been writing its clock
+                    time.sleep(0.01)
+                    late = CLOCK.unpack_from(clocks, CLOCK.size * k) == (number, since, used)
                 if late:
                     os.kill(process, signal.SIGKILL)
                     os.waitpid(process, 0)
