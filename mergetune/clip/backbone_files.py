@@ -218,17 +218,17 @@ def _check_config(file: Path) -> dict[str, Any]:
     if trunk is not None and not (
         isinstance(trunk, str) and re.fullmatch(r"\w+(\.\w+)?", trunk) and timm.is_model(trunk)
     ):
-        raise ValueError(f"{where}.vision_cfg.timm_model_name must be a built-in model of timm, got {trunk!r}")
+        raise ValueError(f"{where}.vision_cfg.timm_model_name must be a built-in model of timm, got {brief(trunk)}")
     if text.get("tokenizer_mode") not in TOKENIZER_MODES:
         raise ValueError(
-            f"{where}.text_cfg.tokenizer_mode must be one of {TOKENIZER_MODES}, got {text['tokenizer_mode']!r}"
+            f"{where}.text_cfg.tokenizer_mode must be one of {TOKENIZER_MODES}, got {brief(text['tokenizer_mode'])}"
         )
     named = text.get("hf_tokenizer_name")
     if named is not None and not isinstance(named, str):
-        raise ValueError(f"{where}.text_cfg.hf_tokenizer_name must be a name, got {named!r}")
+        raise ValueError(f"{where}.text_cfg.hf_tokenizer_name must be a name, got {brief(named)}")
     kwargs = text.get("tokenizer_kwargs")
     if not isinstance(kwargs, dict | None):
-        raise ValueError(f"{where}.text_cfg.tokenizer_kwargs must be an object, got {kwargs!r}")
+        raise ValueError(f"{where}.text_cfg.tokenizer_kwargs must be an object, got {brief(kwargs)}")
     for key, value in (kwargs or {}).items():
         check_tokenizer_setting(key, value, f"{where}.text_cfg.tokenizer_kwargs.{key}")
     for name, section in sections.items():
@@ -240,7 +240,7 @@ def _check_config(file: Path) -> dict[str, Any]:
     if "preprocess_cfg" in content:
         preprocess = content["preprocess_cfg"]
         if not isinstance(preprocess, dict):
-            raise ValueError(f"{file}: preprocess_cfg must be an object, got {preprocess!r}")
+            raise ValueError(f"{file}: preprocess_cfg must be an object, got {brief(preprocess)}")
         checked["preprocess_cfg"] = {key: value for key, value in preprocess.items() if key in PREPROCESS}
         for key, value in checked["preprocess_cfg"].items():
             _check_setting(key, value, f"{file}: preprocess_cfg.{key}")
@@ -307,7 +307,7 @@ def _block_numbers(layers: int | Sequence[int], width: int, mlp_ratio: float) ->
 def _section(parent: Mapping[str, Any], name: str, allowed: frozenset[str], file: Path) -> dict[str, Any]:
     section = parent.get(name.rpartition(".")[2])
     if not isinstance(section, dict):
-        raise ValueError(f"{file}: {name} must be an object, got {section!r}")
+        raise ValueError(f"{file}: {name} must be an object, got {brief(section)}")
     for key in section:
         if key not in allowed:
             raise ValueError(f"{file}: {name}.{key} must be absent: a downloaded backbone may not have this setting")
@@ -385,4 +385,4 @@ def _check_repository(name: Any, where: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{where} must be the name of a repository, such as org/name, got {name!r}") from error
+        raise ValueError(f"{where} must be the name of a repository, such as org/name, got {brief(name)}") from error

@@ -104,7 +104,7 @@ def check_plain(value: Any, where: str, *, nested: bool = False) -> None:
     """Raise ValueError unless the value is a number, text, flag or list of these (``nested``: or a dict of these)."""
     inner = value.values() if nested and isinstance(value, dict) else value if isinstance(value, list) else [value]
     if not all(isinstance(one, SCALAR) for one in inner):
-        raise ValueError(f"{where} must be a number, a text, a flag or a list of them, got {value!r}")
+        raise ValueError(f"{where} must be a number, a text, a flag or a list of them, got {brief(value)}")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -151,7 +151,7 @@ def _check_special_tokens(tokens: dict[str, Any], file: Path) -> dict[str, Any]:
 def _check_added_tokens(tokens: dict[str, Any], file: Path) -> dict[str, Any]:
     for key, value in tokens.items():
         if type(value) is not int:
-            raise ValueError(f"{file}: {key} must have a number, got {value!r}")
+            raise ValueError(f"{file}: {key} must have a number, got {brief(value)}")
     return tokens
 
 
@@ -169,15 +169,16 @@ def _refuse_code(config: Mapping[str, Any], file: Path) -> None:
     code = config.get("auto_map")
     if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
         raise ValueError(
-            f"{file}: auto_map must not name a tokenizer's code, got {code!r}: code of a downloaded backbone is never "
-            "run"
+            f"{file}: auto_map must not name a tokenizer's code, got {brief(code)}: code of a downloaded backbone is "
+            "never run"
         )
 
 
 def _check_class(name: Any, file: Path) -> None:
     known = isinstance(name, str) and name.removesuffix("Fast").removesuffix("Tokenizer") in FAMILIES
     if name is not None and name != "TokenizersBackend" and not known:
-        raise ValueError(f"{file}: tokenizer_class must be a tokenizer of {', '.join(sorted(FAMILIES))}, got {name!r}")
+        families = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{file}: tokenizer_class must be a tokenizer of {families}, got {brief(name)}")
 
 
 def _check_tokens(value: Any, where: str, *, named: bool = False) -> None:
@@ -189,4 +190,4 @@ def _check_tokens(value: Any, where: str, *, named: bool = False) -> None:
             isinstance(one, dict) and one.keys() <= TOKEN and all(isinstance(field, SCALAR) for field in one.values())
         )
         if not isinstance(one, SCALAR) and not token:
-            raise ValueError(f"{where} must be a plain value, a token or a list of them, got {one!r}")
+            raise ValueError(f"{where} must be a plain value, a token or a list of them, got {brief(one)}")

@@ -346,7 +346,7 @@ READERS = [
     Reader("state", trained, ("state.safetensors",),
            lambda f: mt.fit(tiny_clip(), cache(), prompt(), resume=f, **QUICK), share=1),
     Reader("result", trained, ("result.json", *HEADS), mt.FitResult.load, seal),
-    Reader("runs", reported, ("**/*.json",), list_runs, seal),
+    Reader("runs", reported, ("**/*.json",), list_runs, seal, refuses=False),
     Reader("metrics", reported, ("*.json",), recorded_metrics),
     *(Reader(f"{name} record", record(name), ("*.json",),
              partial(lambda n, f: begun(f / f"{n}.json", RECORDS[n]), name)) for name in RECORDS),
@@ -392,7 +392,7 @@ READERS = [
     Reader("table.csv", table("t.csv"), ("t.csv",), lambda f: mt.image_table(f / "t.csv")),
     Reader("table.json", table("t.json"), ("t.json",), lambda f: listed_images(f / "t.json")),
     *(Reader(f"pictures{name}", picture_list(f"l{name}", content), (f"l{name}",),
-             partial(lambda n, f: list(find_pictures([f / f"l{n}"])), name), share=2)
+             partial(lambda n, f: list(find_pictures([f / f"l{n}"])), name), share=2, refuses=name != ".txt")
       for name, content in {".txt": "c0/000.png\nc1/001.png\n", ".csv": "path,x\nc0/000.png,1\n",
                             ".json": '["c0/000.png", {"path": "c1/001.png"}]'}.items()),
     Reader("few-shot file", few_shot, (DATUM,),
@@ -408,5 +408,5 @@ READERS = [
     Reader("convert", module, ("m.pt",), command("convert", "{m.pt}", "{o.safetensors}"), share=2),
     Reader("merge", experts, ("*.safetensors",),
            command("merge", "average", "{a.safetensors}", "{b.safetensors}", "--out", "{o.safetensors}"), share=2),
-    Reader("list of runs", reported, ("**/*.json",), command("runs", "{}"), share=2),
+    Reader("list of runs", reported, ("**/*.json",), command("runs", "{}"), share=2, refuses=False),
 ]  # fmt: skip

@@ -50,6 +50,7 @@ class Reader:
         mend: brings the checksums of a folder up to date, so that the damage reaches the readers behind them.
         share: how often the reader is tried; slow readers have less.
         also: further exceptions that the reader documents.
+        refuses: whether some damage is an error. `runs` lists damaged runs with their errors, and any line is a path.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Reader:
     mend: Callable[[Path], object] | None = None
     share: int = 4
     also: tuple[type[Exception], ...] = ()
+    refuses: bool = True
 
 
 @dataclass
@@ -203,6 +205,9 @@ def campaign(
                 ended, status = os.waitpid(process, os.WNOHANG)
                 waited = time.monotonic() - since
                 late = not ended and waited > SECONDS and (waited > PATIENCE or _processor(process) - used > SECONDS)
+                if late:  # the worker may have been writing its clock
+                    time.sleep(0.01)
+                    late = CLOCK.unpack_from(clocks, CLOCK.size * k) == (number, since, used)
                 if late:
                     os.kill(process, signal.SIGKILL)
                     os.waitpid(process, 0)

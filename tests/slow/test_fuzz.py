@@ -14,7 +14,7 @@ from fuzz_workers import campaign, prepare, run_case
 pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("FUZZ_SEED", "14"))
-CASES = int(os.environ.get("FUZZ_CASES", "22000"))
+CASES = int(os.environ.get("FUZZ_CASES", "40000"))
 ONE = os.environ.get("FUZZ_CASE")
 ONLY = os.environ.get("FUZZ_ONLY", "")
 
@@ -36,4 +36,4 @@ def test_damaged_files_raise_documented_errors_within_limits(tmp_path, capsys):
     assert found.cases == CASES
     assert ONLY or found.cases >= 20_000
     for reader in readers:
-        assert found.outcomes[reader.name, "refused"], f"no damage of {reader.name} was noticed"
+        assert found.outcomes[reader.name, "refused"] or not reader.refuses, f"no damage of {reader.name} was noticed"
