@@ -172,6 +172,16 @@ def test_a_finished_run_is_not_run_again(clip, tmp_path, run):
     assert torch.equal(parameter(result.solution), parameter(before.solution))
 
 
+def test_a_head_of_version_0_1_keeps_its_lam_and_says_so(clip, tmp_path):
+    shutil.copytree("fit-head-interrupted", tmp_path / "run")
+    with pytest.warns(UserWarning, match="began: its lam is the weight of the surrogate itself"):
+        old = again(clip, "fit-head", tmp_path / "run")
+    assert old.settings == FitResult.load("fit-head").settings and "lam_effective" not in old.settings
+    entry, beta = old.history[-1], old.settings["beta"][0]
+    total = entry["endpoint"] + old.settings["lam"] * entry["surrogate"] + beta * entry["path_1"]
+    assert entry["loss"] == pytest.approx(total, rel=1e-5)
+
+
 @pytest.mark.parametrize("run", ["coop", "fit-head"])
 def test_an_interrupted_run_goes_on_to_the_end_of_the_finished_one(clip, tmp_path, run):
     shutil.copytree(f"{run}-interrupted", tmp_path / "run")

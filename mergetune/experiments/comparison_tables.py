@@ -54,6 +54,7 @@ class Comparison:
         cells: the cells.
         left_out: method and number of experts -> reason why it was not tested.
         main: the column that compares the lines.
+        precision: precision of the text tower in MERGETUNE's training.
     """
 
     lines: tuple[ComparedLine, ...]
@@ -63,19 +64,21 @@ class Comparison:
     cells: tuple[Cell, ...]
     left_out: dict[str, str]
     main: str
+    precision: str = "auto"
 
     def to_json(self) -> dict[str, Any]:
         return jsonable(asdict(self)) | {"caption": self.caption()}
 
     def caption(self) -> str:
-        """What the differences are, and what hyper-parameters were chosen on, in three sentences."""
+        """What the differences are, what hyper-parameters were chosen on, and the precision, in four sentences."""
         classes = {"base": "the base classes: no label of a novel class was used"}
         classes["both"] = "base and novel classes (harmonic mean): labels of novel classes were used"
         on = "all classes" if self.main == "all" else classes[self.select]
         whose = "other datasets" if self.choose == "others" else "the same cell"
         return (
             f"Differences are in {self.main} to {self.reference!r}, over {len(self.cells)} cells. Hyper-parameters "
-            f"were chosen on validation images of {whose}, of {on}. Nothing was chosen on test images."
+            f"were chosen on validation images of {whose}, of {on}. Nothing was chosen on test images. "
+            f"Text tower in training: {self.precision}."
         )
 
     def markdown(self) -> str:
@@ -138,7 +141,9 @@ def summarise(
         )
     left_out = {method: why for record in records for method, why in record["left_out"].items()}
     cells = tuple(Cell(**record["cell"]) for record in records)
-    return Comparison(tuple(lines), reference, choose, select, cells, left_out, main_column(lines))
+    trained = [record.get("settings", {}).get("fit", {}) for record in records]
+    precision = " or ".join(sorted({options.get("precision", "auto") for options in trained}))
+    return Comparison(tuple(lines), reference, choose, select, cells, left_out, main_column(lines), precision)
 
 
 def _short(value: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mergetune.solutions import Solution, State
 from mergetune.training.objective import Objective
 
 TOWER_PRECISIONS = ("float32", "bfloat16")
+LAM_WEIGHT = "lam_effective"  # setting of runs of heads: the weight that lam stands for; version 0.1 did not have it
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,26 @@ class Job:
     begins_from: tuple[str, ...] = ()
     older_settings: dict[str, Any] = field(default_factory=dict)
     average_with: State | None = None
+
+    def finished(self, state: State) -> State:
+        """The state of the result: the trained state, or its mean with ``average_with``."""
+        if self.average_with is None:
+            return state
+        ends = self.average_with, {name: tensor[None] for name, tensor in state.items()}
+        return {name: tensor[0] for name, tensor in self.start.between(*ends, 0.5).items()}
+
+    def of_version_0_1(self) -> Job:
+        """This run of a head as version 0.1 trained it: ``lam`` is the weight of the surrogate itself."""
+        near = self.objective.near
+        assert near is not None  # only fit has this setting
+        warnings.warn(
+            f"resume: {self.resume} holds a run of a head that version 0.1 began: its lam is the weight of the "
+            "surrogate itself, not in the unit of the head's loss; give another folder to train with the unit",
+            stacklevel=2,
+        )
+        objective = replace(self.objective, near=replace(near, lam=self.settings["lam"]))
+        settings = {name: value for name, value in self.settings.items() if name != LAM_WEIGHT}
+        return replace(self, objective=objective, settings=settings)
 
     @property
     def batches(self) -> int:

@@ -38,7 +38,7 @@ from mergetune.io import (
     writing_in,
 )
 from mergetune.solutions import Solution, State, load_solution
-from mergetune.training.jobs import Job
+from mergetune.training.jobs import LAM_WEIGHT, Job
 from mergetune.training.objective import Batch
 from mergetune.training.run_settings import differences, images_in_words
 
@@ -222,10 +222,7 @@ class TrainingRun:
 
     def result(self) -> FitResult:
         """The result: the solution of the best epoch, or of the last one without ``val``."""
-        start, clip, best = self.job.start, self.job.clip, self.best
-        if self.job.average_with is not None:
-            ends = self.job.average_with, {name: tensor[None] for name, tensor in best.items()}
-            best = {name: tensor[0] for name, tensor in start.between(*ends, 0.5).items()}
+        start, clip, best = self.job.start, self.job.clip, self.job.finished(self.best)
         notes = {"settings": self.settings, "best_epoch": self.best_epoch, "start": start.notes}
         return FitResult(
             solution=start.with_state(
@@ -276,6 +273,9 @@ class TrainingRun:
         if not path.exists():
             return
         record, tensors = self._read_state(path)
+        if self.settings.keys() - record.settings.keys() == {LAM_WEIGHT}:
+            self.job = self.job.of_version_0_1()
+            self.settings = settings_of(self.job)
         other = differences(
             record.settings, self.settings, there_in_words=record.in_words, here_in_words=in_words_of(self.job)
         )

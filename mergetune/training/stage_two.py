@@ -30,7 +30,15 @@ from mergetune.solutions import (
     stacked,
 )
 from mergetune.training.curvature import fisher_diagonal, head_lam
-from mergetune.training.jobs import Job, check_cuda_graph, check_features, tower_precision, training_of, without_sgd
+from mergetune.training.jobs import (
+    LAM_WEIGHT,
+    Job,
+    check_cuda_graph,
+    check_features,
+    tower_precision,
+    training_of,
+    without_sgd,
+)
 from mergetune.training.loop import train_together
 from mergetune.training.objective import Anchors, Near, Objective, path_points
 from mergetune.training.run_settings import shown, solution_in_words
@@ -219,7 +227,7 @@ def fit_job(
         precision=precision,
     )
     if solution.surrogate_on == "rows":
-        settings["lam_effective"] = near.lam
+        settings[LAM_WEIGHT] = near.lam
     return Job(
         clip, Objective(space, paths, near, options.backend), solution.with_state(start), features, training,
         without_sgd(settings), cuda_graph=options.cuda_graph, val=val, resume=resume, progress=progress,

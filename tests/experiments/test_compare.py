@@ -273,6 +273,7 @@ def test_compare_repeats_resumes_and_refuses_other_settings(clip, tmp_path, monk
     for file in tmp_path.rglob("cell.json"):  # a record of an earlier version, which chose on both
         old = json.loads(file.read_text())
         assert old.pop("select") == found.select == "base" and "labels of novel" not in found.caption()
+        assert found.caption().endswith("Text tower in training: float32.")
         for entry in old["candidates"]:
             del entry["scores"]
         file.write_text(json.dumps(old))
