@@ -1,6 +1,8 @@
 """Where `mergetune merge` writes: not in place of an input, and not over another model."""
 
 import json
+import os
+import socket
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mergetune.cli import app
+from mergetune.io import LOCK
 
 
 def folder_of(path, **settings):
@@ -40,6 +43,27 @@ def test_another_model_in_out_is_kept(inputs, tmp_path, there):
 def test_an_earlier_result_is_replaced(inputs, tmp_path):
     for _ in range(2):
         assert merge(tmp_path / "out", *inputs).exit_code == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("moment", ["before the settings", "before the weights", "at the end"])
+def test_a_merge_that_was_killed_can_be_run_again(inputs, tmp_path, monkeypatch, moment):
+    """The settings come first: weights without settings would be those of another model."""
+
+    def die(part, file):
+        if file.name == {"before the settings": "config.json", "before the weights": "model.safetensors"}.get(moment):
+            raise KeyboardInterrupt
+        return replace(part, file)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", die)
+        stopped = merge(tmp_path / "out", *inputs)
+        assert (stopped.exit_code == 0) == (moment == "at the end")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / ".model.safetensors.99999999-0123abcd.part").write_bytes(b"half")
+    (tmp_path / "out" / LOCK).write_text(f"99999999 {socket.gethostname()}\n")
+    assert merge(tmp_path / "out", *inputs).exit_code == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
 

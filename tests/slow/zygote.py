@@ -101,7 +101,10 @@ def main() -> None:
                 if not found:
                     status = None
                     if after is not None and time.monotonic() - began >= after:
-                        os.killpg(pid, signal.SIGKILL)
+                        try:
+                            os.killpg(pid, signal.SIGKILL)
+                        except ProcessLookupError:  # the child has no session of its own yet
+                            os.kill(pid, signal.SIGKILL)
                         _, status = os.waitpid(pid, 0)
                     else:
                         time.sleep(0.0005)
