@@ -58,7 +58,7 @@ BAD_FIT = [
     ),
     ({"zero_shot": "no place"}, "exactly one {}"),
     ({"tuned": prompt().per_class(NAMES[::-1])}, "class 0 must be 'dog', got 'cat'"),
-    ({"tuned": replace(head(), classnames=NAMES[::-1])}, "class 0 must be 'dog', got 'cat'"),
+    ({"tuned": replace(head(), classnames=("cow", *NAMES[1:]))}, "class 0 must be 'cow', got 'cat'"),
     ({"tuned": Head(torch.ones(3, 6), NAMES)}, "weight must have the embedding's width 8, got"),
     ({"tuned": Head(torch.ones(2, 8), NAMES[:2])}, "2 classes of the solution in the same order, got 3"),
     ({"tuned": [prompt(), replace(prompt(), ctx=torch.ones(2, 16))]}, "equal shapes"),
