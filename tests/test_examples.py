@@ -26,6 +26,7 @@ WITHOUT = {
     "plot_spectrum": "draws a figure",
     "plot_wrong_answers": "draws a figure",
     "push_to_hub": "needs a network",
+    "to_clip_lora": "writes a file of another project",
 }
 
 

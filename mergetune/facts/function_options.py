@@ -104,7 +104,8 @@ def check_method(options: Any) -> None:
     """
     for option in options_of(type(options)):
         value = getattr(options, option.name)
-        if option.methods and options.method not in option.methods and value != option.default:
+        given = tuple(value) if isinstance(value, list) else value
+        if option.methods and options.method not in option.methods and given != option.default:
             raise ValueError(
                 f"{option.name} must be left out for method {options.method!r}, which does not use it, got {value!r}: "
                 f"it is for {' and '.join(option.methods)}"

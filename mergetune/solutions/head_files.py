@@ -22,6 +22,7 @@ from mergetune.io import (
     inner_state,
     kind_of_content,
     load_torch,
+    named,
     names_file,
     not_plain,
     plain,
@@ -351,7 +352,7 @@ def _rows(about: dict[str, Any]) -> list[Any] | None:
 def _listed(found: dict[str, Any], names: Sequence[str]) -> str:
     """Names with the shapes of their tensors, for a message."""
     shown = [
-        f"{name} {list(found[name].shape)}" if isinstance(found[name], Tensor | np.ndarray) else name
+        f"{named(name)} {list(found[name].shape)}" if isinstance(found[name], Tensor | np.ndarray) else named(name)
         for name in names[:LISTED]
     ]
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""

@@ -909,8 +909,9 @@ def test_an_archive_is_run_for_who_allows_it(marker, tmp_path):
 
 def test_the_command_line_tells_how_to_allow_it(marker, tiny_name, tmp_path):
     torch.jit.save(torch.jit.script(Returns(str(marker))), tmp_path / "weights.pt")
-    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / "cat" / "a.png")
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / name / "a.png")
     call = ["cache", tmp_path / "images", "--out", tmp_path / "cache"]
     call += ["--backbone", tiny_name, "--pretrained", tmp_path / "weights.pt"]
     refused = CliRunner().invoke(app, [*map(str, call)])

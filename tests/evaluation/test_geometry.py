@@ -499,7 +499,7 @@ def test_path_makes_plane_and_report(clip, command, tmp_path):
 
 def test_the_report_of_a_weight_average_goes_without_the_plane(command, monkeypatch, tmp_path):
     average = mergetune.interpolate(prompt(3), prompt(1), 0.5)
-    monkeypatch.setattr(measuring, "read_solution", lambda name, *args: {"coop": prompt(1), "merged": average}[name])
+    monkeypatch.setattr(measuring, "read_solution", lambda path, *args, **_: {"coop": prompt(1), "merged": average}[path])
     arguments = ["--report", tmp_path / "r.html", "--space", "parameter", "--curvature", 0]
     result = command(*arguments)
     assert result.exit_code == 0 and "the report has no plane" in result.stderr and "Report: " in result.stdout

@@ -48,8 +48,9 @@ def test_a_download_without_a_network_is_one_sentence(no_network, arguments, wha
 
 
 def test_on_the_command_line_it_is_one_line(no_network):
-    (no_network / "photos" / "train" / "cat").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(no_network / "photos" / "train" / "cat" / "a.png")
+    for name in ("cat", "dog"):
+        (no_network / "photos" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(no_network / "photos" / "train" / name / "a.png")
     arguments = ["cache", no_network / "photos", "--out", no_network / "out", "--backbone", "hf-hub:org/clip"]
     shown = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert shown.exit_code == 1 and len(shown.stderr.strip().splitlines()) == 1

@@ -37,7 +37,7 @@ def test_stage_1_of_a_head_starts_at_the_logits_of_the_solution(clip):
         found = mt.tune(clip, x, method="head", zero_shot=given, lr=1e-12, weight_decay=0.0, warmup_lr=1e-12, **SHORT)
         torch.testing.assert_close(found.solution.rescaled(3.0).weight, start.weight)
         torch.testing.assert_close(found.solution.rescaled(3.0).bias, start.bias)
-    with pytest.raises(ValueError, match="zero_shot must be left out for method 'coop'"):
+    with pytest.raises(ValueError, match="zero_shot must be templates or left out for method 'coop', got a head"):
         mt.tune(clip, x, zero_shot=start, **SHORT)
 
 
