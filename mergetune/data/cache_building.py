@@ -41,6 +41,7 @@ from mergetune.io import (
     hidden,
     jsonable,
     read_picture,
+    remove_dead_locks,
     torchrun_team,
     writing_in,
 )
@@ -195,6 +196,7 @@ def _begin(
     If blocks must be built, the lock of the folder is taken and held until ``stack`` closes.
     """
     if not overwrite and examine(path, wanted, images, trust=trust) == (True, None):
+        remove_dead_locks(path)  # of a process that was killed when all was done
         return None
     foreign = [entry.name for entry in path.iterdir() if not OURS.fullmatch(entry.name)] if path.is_dir() else []
     if foreign:

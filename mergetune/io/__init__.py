@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         load_image,
         read_picture,
     )
-    from mergetune.io.locks import LOCK, locked, release_locks, writing_in, writing_to
+    from mergetune.io.locks import LOCK, locked, release_locks, remove_dead_locks, writing_in, writing_to
     from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
     from mergetune.io.numpy_pickles import PickledObject, plain, read_numpy_pickle
     from mergetune.io.pickled_modules import convert_module, load_tensors_only
@@ -150,6 +150,7 @@ __all__ = [
     "read_torchscript",
     "reason",
     "release_locks",
+    "remove_dead_locks",
     "remove_parts",
     "require_file",
     "require_output_folder",
@@ -187,7 +188,7 @@ make_lazy(
         "mergetune.io.images": (
             "IMAGE_FORMATS Picture check_picture decoding_differs image_extensions load_image read_picture"
         ),
-        "mergetune.io.locks": "LOCK locked release_locks writing_in writing_to",
+        "mergetune.io.locks": "LOCK locked release_locks remove_dead_locks writing_in writing_to",
         "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
         "mergetune.io.numpy_pickles": "PickledObject plain read_numpy_pickle",
         "mergetune.io.picture_colours": "FIRST_DECODING as_rgb background_colour decoding_rules",

@@ -99,7 +99,7 @@ def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
         RuntimeError: another process or thread holds the lock.
     """
     key = _key(file)
-    _remove_dead(file.parent)
+    remove_dead_locks(file.parent)
     descriptor = None if _mine(_held.get(key)) else _acquired(file, busy, wait)
     if descriptor is None:
         yield
@@ -110,10 +110,12 @@ def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
     finally:
         if _held.get(key) is lock:  # otherwise release_locks has closed the descriptor
             del _held[key]
-            with contextlib.suppress(OSError):
-                if _stands(file, descriptor):  # otherwise the file is gone, or another process has made a new one
-                    file.unlink()  # before the lock is freed: nobody else can take it
-            os.close(descriptor)
+            try:
+                with contextlib.suppress(OSError):
+                    if _stands(file, descriptor):  # otherwise the file is gone, or another process has made a new one
+                        file.unlink()  # before the lock is freed: nobody else can take it
+            finally:
+                os.close(descriptor)
 
 
 def release_locks() -> None:
@@ -229,7 +231,7 @@ def _is_dead(number: int, host: str) -> bool:
     return False
 
 
-def _remove_dead(folder: Path) -> None:
+def remove_dead_locks(folder: Path) -> None:
     """Removes files of locks of killed processes: they name a process that has ended, and nobody holds the lock."""
     try:
         names = [entry.name for entry in os.scandir(folder) if _NAME.fullmatch(entry.name)]

@@ -465,7 +465,7 @@ def command(clip, monkeypatch, tmp_path):
     solutions = {"coop": prompt(1), "merged": prompt(2)}
     monkeypatch.setattr(mergetune, "load_clip", lambda *args, **kwargs: clip)
     monkeypatch.setattr(measuring, "open_cache", lambda *args, **kwargs: features())
-    monkeypatch.setattr(measuring, "read_solution", lambda name, *args: solutions[name])
+    monkeypatch.setattr(measuring, "read_solution", lambda path, *args, **_: solutions[path])
 
     def run(*arguments):
         fixed = ["path", "--cache", "c", "--tuned", "coop", "--solution", "merged", "--backbone", "icon-clip"]
@@ -499,7 +499,8 @@ def test_path_makes_plane_and_report(clip, command, tmp_path):
 
 def test_the_report_of_a_weight_average_goes_without_the_plane(command, monkeypatch, tmp_path):
     average = mergetune.interpolate(prompt(3), prompt(1), 0.5)
-    monkeypatch.setattr(measuring, "read_solution", lambda path, *args, **_: {"coop": prompt(1), "merged": average}[path])
+    solutions = {"coop": prompt(1), "merged": average}
+    monkeypatch.setattr(measuring, "read_solution", lambda path, *args, **_: solutions[path])
     arguments = ["--report", tmp_path / "r.html", "--space", "parameter", "--curvature", 0]
     result = command(*arguments)
     assert result.exit_code == 0 and "the report has no plane" in result.stderr and "Report: " in result.stdout
