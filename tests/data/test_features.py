@@ -191,6 +191,7 @@ def test_killed_at_any_step_of_writing_it_goes_on_with_the_same_bits(images, tmp
     assert step > 20, "every write and removal was a step"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_with_the_same_bits(tmp_path):
     images = draw_images(tmp_path / "images", 60)
     clip = TinyClip(seconds=0.004)

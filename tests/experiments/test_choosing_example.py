@@ -26,6 +26,7 @@ def example(monkeypatch):
     return {name: importlib.import_module(name) for name in ("tables", "run")}  # run.py makes other tables visible
 
 
+@pytest.mark.slow
 def test_one_short_cell(example, tmp_path, monkeypatch):
     run, tables = example["run"], example["tables"]
     for method in TOP_METHODS:

@@ -331,7 +331,7 @@ class Stopped(BaseException):
     """Whatever ends a process."""
 
 
-@pytest.mark.parametrize("moment", ["experts", "runs", "cells"])
+@pytest.mark.parametrize("moment", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("experts", "runs")), "cells"])
 def test_cells_that_were_stopped_go_on(clip, tmp_path, monkeypatch, moment):
     """While experts are trained, or before MERGETUNE is, or with one of two cells done."""
     from mergetune.experiments import comparison, comparison_candidates

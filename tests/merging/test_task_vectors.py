@@ -339,12 +339,12 @@ def test_compeft_size() -> None:
     assert (got.dense, got.masks, got.entropy) == (2 * size, math.ceil((2 * size + 16) / 8), math.ceil(bits / 8))
 
 
-@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
 def test_golomb_size_is_that_of_codes_written_out(density: float) -> None:
     """Gaps between what is kept, each as a quotient in unary and a remainder in b bits; b is the best one."""
     generator = torch.Generator().manual_seed(0)
-    expert = {"x": torch.randn(200_000, generator=generator)}
-    base = {"x": torch.zeros(200_000)}
+    expert = {"x": torch.randn(100_000, generator=generator)}
+    base = {"x": torch.zeros(100_000)}
     got = m.compeft_size(base, [expert], density=density)
     places = m.compeft(base, [expert], density=density)["x"].nonzero().flatten().numpy()
     gaps = np.diff(places, prepend=-1) - 1

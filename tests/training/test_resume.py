@@ -42,6 +42,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", RUNS)
 def test_runs_that_are_killed_at_random_moments_go_on(which, tmp_path):
     tiny_clip()  # before the fork
