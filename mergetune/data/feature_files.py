@@ -27,7 +27,9 @@ from mergetune.io import (
     load_torch,
     names_file,
     not_plain,
+    open_regular,
     read_npz,
+    read_object_array,
     read_safetensors,
     read_text,
     reason,
@@ -192,7 +194,19 @@ def _read_labels(file: Path) -> Any:
     if file.suffix == ".txt":
         lines = [line.strip() for line in lines_of(read_text(file)) if line.strip()]
         return [int(line) for line in lines] if all(re.fullmatch(r"\d{1,9}", line) for line in lines) else lines
-    return _map_npy(file) if kind_of_content(file) == "npy" else _pick(file, _content(file), LABELS)
+    return _npy_labels(file) if kind_of_content(file) == "npy" else _pick(file, _content(file), LABELS)
+
+
+def _npy_labels(file: Path) -> np.ndarray:
+    with open_regular(file) as stream:
+        objects = b"'|O'" in stream.read(128)  # the header, which says the dtype
+        if not objects:
+            return _map_npy(file)
+        try:
+            stream.seek(0)
+            return read_object_array(stream, file.name)
+        except Exception as error:  # a damaged pickle raises many kinds
+            raise ValueError(f"{file} cannot be read as .npy: {reason(error)}") from error
 
 
 def _companion(path: Path, content: Any) -> Any:

@@ -208,7 +208,10 @@ def arrays(folder: Path) -> None:
 
 def named_arrays(folder: Path) -> None:
     """Labels as Python's texts, which numpy pickles."""
-    np.savez(folder / "f.npz", features=FEATURES.numpy(), labels=np.array(CLASSES, dtype=object)[LABELS])
+    labels = np.array(CLASSES, dtype=object)[LABELS]
+    np.savez(folder / "f.npz", features=FEATURES.numpy(), labels=labels)
+    np.save(folder / "f.npy", FEATURES.numpy())
+    np.save(folder / "objects.npy", labels)
 
 
 def plain_array(folder: Path) -> None:

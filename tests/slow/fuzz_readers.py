@@ -178,6 +178,8 @@ READERS = [
     Reader("features.npz", arrays, ("f.npz",), lambda f: read_features(f / "f.npz", classnames=CLASSES)),
     Reader("features.npz of objects", named_arrays, ("f.npz",), lambda f: read_features(f / "f.npz")),
     Reader("features.npy", plain_array, ("*",), lambda f: read_features(f / "f.npy", labels=f / "labels.txt")),
+    Reader("features.npy and objects.npy", named_arrays, ("*.npy",),
+           lambda f: read_features(f / "f.npy", labels=f / "objects.npy")),
     Reader("features.pt", saved({"features": FEATURES, "labels": torch.tensor(LABELS)}, "f.pt"), ("f.pt",),
            lambda f: read_features(f / "f.pt", classnames=CLASSES)),
     Reader("features.safetensors", weights("f.safetensors", features=FEATURES, labels=torch.tensor(LABELS)), ("*",),
