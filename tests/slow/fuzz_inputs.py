@@ -35,7 +35,7 @@ from mergetune.cli import app
 from mergetune.data import decode_pictures, find_pictures
 from mergetune.data.cache_blocks import Damage, reopen
 from mergetune.data.cache_files import read_manifest
-from mergetune.io import LOCK
+from mergetune.io import LOCK, naming_file
 from mergetune.training import run_folder
 
 PIXELS = 1 << 18
@@ -336,6 +336,13 @@ def class_prompt(folder: Path) -> None:
     texts = clip.text.token_embedding.weight[clip.tokenize([f"X X X X {name}." for name in reversed(CLASSES)])].detach()
     state = {"ctx": normal(3, 4, 16), "token_prefix": texts[:, :1].clone(), "token_suffix": texts[:, 5:].clone()}
     saved({"state_dict": state, "epoch": 50}, "model.pth.tar-50")(folder)
+
+
+def for_clip(folder: Path) -> None:
+    """The prompt in the file, with its rows in the order of the names; a prompt in memory does not know its path."""
+    found = mt.open_solution(folder / "model.pth.tar-50", classnames=CLASSES)
+    with naming_file(folder):
+        found.for_clip(tiny_clip())
 
 
 def backbone(folder: Path) -> None:

@@ -38,6 +38,7 @@ from fuzz_inputs import (
     exported,
     few_shot,
     folder_and_names,
+    for_clip,
     locked_folder,
     lora,
     merged,
@@ -101,7 +102,6 @@ SKLEARN = (
     ("pipeline", ("m.pkl", "LogisticRegression", "Normalizer", "StandardScaler", "MinMaxScaler"), {}),
     ("joblib pipeline", ("m.joblib", "SGDClassifier", "RobustScaler"), {"compress": 1}),
 )  # fmt: skip
-COOP = "model.pth.tar-50"
 HEADS = ("solution.json", "solution.safetensors")
 DATUM = "shot.pkl"
 head = partial(mt.open_solution, classnames=CLASSES)
@@ -143,8 +143,7 @@ READERS = [
            read_prompt),
     Reader("CoOp's note", all_of(saved(coop_checkpoint(), "model.pth.tar-5"), text("checkpoint", "model.pth.tar-5\n")),
            ("checkpoint",), read_prompt, share=1),
-    Reader("class-specific CoOp", class_prompt, ("model*",),
-           lambda f: mt.open_solution(f / COOP, classnames=CLASSES).for_clip(tiny_clip())),
+    Reader("class-specific CoOp", class_prompt, ("model*",), for_clip),
     Reader("TaskRes", taskres, ("**/model*",), partial(mt.open_taskres, classnames=CLASSES)),
     Reader("head.pt", saved(STATE, "h.pt"), ("h.pt",), lambda f: head(f / "h.pt")),
     Reader("head.pth", saved({"state_dict": STATE}, "h.pth"), ("h.pth",), lambda f: head(f / "h.pth")),
