@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mergetune.clip import PLAIN, Edit, FrozenClip, ImageInput, check_templates
 from mergetune.facts.brief import brief
-from mergetune.io import Items, Number, listing, names_file
+from mergetune.io import Items, Number, listing, named, names_file
 from mergetune.merging import open_weights
 from mergetune.solutions.base import Solution
 from mergetune.solutions.solution_folders import Description
@@ -204,13 +204,14 @@ def read_model(path: str | Path, *, templates: Sequence[str] = (PLAIN,), ema: bo
         )
     values = {name: weights[name] for name in weights if name not in SCALES}
     floats = {name: tensor.float() for name, tensor in values.items() if tensor.is_floating_point()}
-    scale = weights["logit_scale"].float().exp() if "logit_scale" in weights else None
-    if scale is not None and not (scale.numel() == 1 and 0 < scale < torch.inf):
-        raise ValueError(f"{path} must hold one finite number as logit_scale, got {list(scale.shape)}")
+    scale = None
+    if "logit_scale" in weights:
+        stored = weights["logit_scale"].float()
+        if stored.numel() != 1 or not 0 < (scale := float(stored.exp())) < torch.inf:
+            found = named(stored.flatten()[:3].tolist())
+            raise ValueError(f"{path} must hold one number as logit_scale, the logarithm of the scale, got {found}")
     try:
-        return Parameters(
-            floats, tuple(templates), None if scale is None else float(scale), notes={"checkpoint": path.name}
-        )
+        return Parameters(floats, tuple(templates), scale, notes={"checkpoint": path.name})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a model: {error}") from error
 

@@ -43,10 +43,7 @@ FILES: dict[str, tuple[Callable[..., object], dict]] = {
     "opened CLIP-LoRA": (open_solution, {"weights": {"layer_0": {"q_proj": FACTORS}}, "metadata": ABOUT}),
     "whole model": (
         read_model,
-        {
-            name: MODEL[name]
-            for name in ("token_embedding.weight", "visual.proj", "logit_scale", "positional_embedding")
-        },
+        {name: MODEL[name] for name in ("token_embedding.weight", "visual.proj", "logit_scale", "text_projection")},
     ),
 }
 
