@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
-from mergetune.io import MAX_LIST, lines_of, read_json, read_text, require_file
+from mergetune.io import MAX_LIST, lines_of, naming_file, read_json, read_text, require_file
 
 GivenNames = Mapping[str, str] | Sequence[str] | str | os.PathLike[str] | None
 """Names of classes: {key: name}, one name per class in their order, or a file with either, see :func:`read_names`."""
@@ -56,11 +56,18 @@ def class_names(keys: Sequence[str], given: GivenNames, *, what: str) -> tuple[s
     Raises:
         ValueError: an empty name, a name that is no text, or two names that mean the same.
     """
+    if isinstance(given, str | os.PathLike):
+        with naming_file(given):
+            return _names_of(keys, given, what)
+    return _names_of(keys, given, what)
+
+
+def _names_of(keys: Sequence[str], given: GivenNames, what: str) -> tuple[str, ...]:
     told = _given(keys, given)
     names = [told.get(key, prettify(key)) for key in keys]
     owner: dict[str, str] = {}
     for key, name in zip(keys, names, strict=True):
-        _check_name(name, f"{what} {key!r}")
+        _check_name(name, f"classnames of {key!r}" if key in told else f"{what} {key!r}")
         other = owner.setdefault(meaning(name), key)
         if other != key and not (key in told and other in told and told[key] == told[other]):
             theirs = told.get(other, prettify(other))
@@ -150,7 +157,7 @@ def _of_file(file: Path, keys: Sequence[str]) -> Mapping[str, str] | list[str]:
     if file.suffix.lower() == ".json":
         require_file(file, f"classnames must be a file of class names, and {file} does not exist")
         content = read_json(file, limit=MAX_LIST)
-        if isinstance(content, dict) and all(isinstance(pair, list) and len(pair) == 2 for pair in content.values()):
+        if isinstance(content, dict) and all(map(_is_pair, content.values())):
             content = dict(content.values())
         values = list(content.values()) if isinstance(content, dict) else content
         if not isinstance(values, list) or not values or not all(isinstance(name, str) for name in values):
@@ -169,6 +176,10 @@ def _of_file(file: Path, keys: Sequence[str]) -> Mapping[str, str] | list[str]:
     if lacking := [key for key in keys if key not in named]:
         raise ValueError(f"{file} must name every class, a key and its name per line, but lacks {lacking[0]!r}")
     return named
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _pretty(names: Sequence[str]) -> list[str]:

@@ -27,7 +27,9 @@ from mergetune.io import (
     load_torch,
     names_file,
     not_plain,
+    open_regular,
     read_npz,
+    read_object_array,
     read_safetensors,
     read_text,
     reason,
@@ -155,25 +157,36 @@ def _numbers(labels: Any, classnames: Sequence[str] | None) -> tuple[Tensor, tup
         if kind := not_plain(labels):
             raise ValueError(f"labels must be N whole numbers or names, got {kind}")
         labels = labels.detach().cpu().to(torch.float32 if labels.is_floating_point() else labels.dtype).numpy()
+    texts = _texts(labels)
+    if texts is not None:
+        keys = in_order(set(texts)) if classnames is None else list(classnames)
+        names = class_names(keys, None, what="label") if classnames is None else tuple(classnames)
+        number = {name: i for keys in (map(prettify, names), keys) for i, name in enumerate(keys)}
+        found = [number.get(label, number.get(prettify(label))) for label in texts]
+        if None in found:
+            unknown = texts[found.index(None)]
+            raise ValueError(f"labels must be among the {len(names)} classnames, got {unknown!r}")
+        return torch.tensor(found), names
     labels = np.asarray(labels)
+    if labels.ndim == 1 and labels.dtype.hasobject and all(type(label) is int for label in labels):
+        labels = np.array(labels.tolist())
     if labels.ndim == 2:  # Tip-Adapter's values
         if labels.dtype.kind not in "biuf" or not ((labels != 0).sum(1) == 1).all() or not (labels.max(1) == 1).all():
             raise ValueError(f"labels [N, C] must be one-hot, got other rows in {list(labels.shape)}")
         labels = labels.argmax(1)
-    if labels.ndim != 1 or labels.dtype.kind not in "iuU":
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(f"labels must be N whole numbers or names, got {labels.dtype} {list(labels.shape)}")
-    if labels.dtype.kind == "U":
-        keys = in_order(set(labels.tolist())) if classnames is None else list(classnames)
-        names = class_names(keys, None, what="label") if classnames is None else tuple(classnames)
-        number = {name: i for keys in (map(prettify, names), keys) for i, name in enumerate(keys)}
-        found = [number.get(label, number.get(prettify(label))) for label in labels.tolist()]
-        if None in found:
-            unknown = labels.tolist()[found.index(None)]
-            raise ValueError(f"labels must be among the {len(names)} classnames, got {unknown!r}")
-        return torch.tensor(found), names
     if classnames is None:
         raise ValueError("classnames must be given, got None: the labels are numbers")
     return torch.from_numpy(labels.astype(np.int64)), tuple(classnames)
+
+
+def _texts(labels: Any) -> list[str] | None:
+    """The names if the labels are N names in a list or an array, also in one of Python objects, as pandas has them."""
+    if not isinstance(labels, list | tuple):
+        array = np.asarray(labels)
+        labels = array.tolist() if array.ndim == 1 and array.dtype.kind in "UO" else ()
+    return list(labels) if labels and all(isinstance(label, str) for label in labels) else None
 
 
 def _read_labels(file: Path) -> Any:
@@ -181,7 +194,19 @@ def _read_labels(file: Path) -> Any:
     if file.suffix == ".txt":
         lines = [line.strip() for line in lines_of(read_text(file)) if line.strip()]
         return [int(line) for line in lines] if all(re.fullmatch(r"\d{1,9}", line) for line in lines) else lines
-    return _map_npy(file) if kind_of_content(file) == "npy" else _pick(file, _content(file), LABELS)
+    return _npy_labels(file) if kind_of_content(file) == "npy" else _pick(file, _content(file), LABELS)
+
+
+def _npy_labels(file: Path) -> np.ndarray:
+    with open_regular(file) as stream:
+        objects = b"'|O'" in stream.read(128)  # the header, which says the dtype
+        if not objects:
+            return _map_npy(file)
+        try:
+            stream.seek(0)
+            return read_object_array(stream, file.name)
+        except Exception as error:  # a damaged pickle raises many kinds
+            raise ValueError(f"{file} cannot be read as .npy: {reason(error)}") from error
 
 
 def _companion(path: Path, content: Any) -> Any:

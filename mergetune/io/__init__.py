@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     )
     from mergetune.io.locks import LOCK, locked, release_locks, remove_dead_locks, writing_in, writing_to
     from mergetune.io.network import CACHED, not_reached, quiet_retries, unreachable
-    from mergetune.io.numpy_pickles import PickledObject, plain, read_numpy_pickle
+    from mergetune.io.numpy_pickles import PickledObject, plain, read_numpy_pickle, read_object_array
     from mergetune.io.pickled_modules import convert_module, load_tensors_only
     from mergetune.io.picture_colours import FIRST_DECODING, as_rgb, background_colour, decoding_rules
     from mergetune.io.progress import hidden
@@ -143,6 +143,7 @@ __all__ = [
     "read_json",
     "read_npz",
     "read_numpy_pickle",
+    "read_object_array",
     "read_picture",
     "read_regular",
     "read_safetensors",
@@ -190,7 +191,7 @@ make_lazy(
         ),
         "mergetune.io.locks": "LOCK locked release_locks remove_dead_locks writing_in writing_to",
         "mergetune.io.network": "CACHED not_reached quiet_retries unreachable",
-        "mergetune.io.numpy_pickles": "PickledObject plain read_numpy_pickle",
+        "mergetune.io.numpy_pickles": "PickledObject plain read_numpy_pickle read_object_array",
         "mergetune.io.picture_colours": "FIRST_DECODING as_rgb background_colour decoding_rules",
         "mergetune.io.pickled_modules": "convert_module load_tensors_only",
         "mergetune.io.progress": "hidden",

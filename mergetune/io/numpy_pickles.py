@@ -10,12 +10,11 @@ import io
 import math
 import pickle
 import re
-import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -146,13 +145,20 @@ def read_numpy_pickle(file: str | Path, *, compressed: bool = False) -> Any:
         raise ValueError(f"{file} cannot be read as a checkpoint: {reason(error)}") from error
 
 
-def read_object_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of Python objects, such as class names, in a .npz file: its pickle is read and nothing in it is run."""
-    with archive.open(name) as stream:
-        version = np.lib.format.read_magic(stream)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, _, _ = reader(stream)
-        found = plain(_load(io.BytesIO(stream.read())))
+def read_object_array(stream: IO[bytes], name: str) -> np.ndarray:
+    """An array of Python objects, such as class names, in numpy's format: its pickle is read and nothing in it is run.
+
+    Args:
+        stream: the content of a .npy file, or of an entry of a .npz file.
+        name: name of the file or entry, for messages.
+
+    Raises:
+        Exception: the content is damaged or holds other objects; of many kinds.
+    """
+    version = np.lib.format.read_magic(stream)
+    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, _ = reader(stream)
+    found = plain(_load(io.BytesIO(stream.read())))
     if not isinstance(found, np.ndarray) or found.shape != shape:
         raise ValueError(f"{name} must hold an array of shape {list(shape)}")
     return found

@@ -103,7 +103,9 @@ def _member(opened: Any, name: str) -> np.ndarray:
     except ValueError as error:
         if "allow_pickle" not in str(error):
             raise
-        return read_object_array(opened.zip, f"{name}.npy" if f"{name}.npy" in opened.zip.namelist() else name)
+        entry = f"{name}.npy" if f"{name}.npy" in opened.zip.namelist() else name
+        with opened.zip.open(entry) as stream:
+            return read_object_array(stream, entry)
 
 
 def load_tensors(file: Path) -> dict[str, Any]:

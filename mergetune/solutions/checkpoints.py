@@ -155,7 +155,7 @@ def _check_one_prompt_per_class(file: Path, ctx: Tensor, state: Mapping[str, Any
 def _texts(state: Mapping[str, Any], name: str, ctx: Tensor) -> Tensor | None:
     """The buffer of this name if it holds embedded tokens of the context vectors' width, [C, L, W]; else None."""
     found = state.get(name)
-    if not isinstance(found, Tensor) or found.ndim != 3 or not found.is_floating_point():
+    if not isinstance(found, Tensor) or found.ndim != 3 or not found.is_floating_point() or not_plain(found):
         return None
     return found.detach() if found.shape[2] == ctx.shape[-1] and found.numel() else None
 

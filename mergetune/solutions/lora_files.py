@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mergetune.clip import PLAIN, FrozenClip
-from mergetune.io import load_torch, write_atomically
+from mergetune.io import listing, load_torch, named, names_file, not_plain, write_atomically
 from mergetune.merging.adapters import LARGEST
 from mergetune.solutions.base import Solution
 from mergetune.solutions.lora import LoRA, blocks_of, place_order
@@ -43,6 +43,7 @@ def is_clip_lora(path: Path) -> bool:
     return isinstance(content, dict) and {"weights", "metadata"} <= content.keys()
 
 
+@names_file("path")
 def read_clip_lora(path: str | Path, *, templates: Sequence[str] = (PLAIN,)) -> LoRA:
     """Read a file of CLIP-LoRA, ``lora_weights.pt``. No code in the file is run.
 
@@ -64,35 +65,39 @@ def read_clip_lora(path: str | Path, *, templates: Sequence[str] = (PLAIN,)) -> 
     rank, alpha = (metadata.get(name) for name in ("r", "alpha"))
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not (rank > 0 and 0 < alpha <= LARGEST):
         raise ValueError(f"{path}: metadata must hold positive numbers r and alpha, got {rank!r} and {alpha!r}")
-    if sorted(weights) != sorted(f"layer_{i}" for i in range(len(weights))) or not weights:
-        raise ValueError(f"{path}: weights must hold layer_0, layer_1 and so on, got {', '.join(map(str, weights))}")
+    if weights.keys() != {f"layer_{i}" for i in range(len(weights))} or not weights:
+        raise ValueError(f"{path}: weights must hold layer_0, layer_1 and so on, got {listing(weights)}")
     layers = [weights[f"layer_{i}"] for i in range(len(weights))]
     factors: State = {}
     for (tower, block), layer in zip(_blocks_of_layers(path, layers, metadata), layers, strict=True):
         for name, found in layer.items():
             if name not in PUBLISHED or not isinstance(found, dict) or found.keys() != {"w_lora_A", "w_lora_B"}:
                 raise ValueError(
-                    f"{path}: a layer must hold w_lora_A and w_lora_B of {', '.join(PUBLISHED)}, got {name!r}"
+                    f"{path}: a layer must hold w_lora_A and w_lora_B of {', '.join(PUBLISHED)}, got {named(name)}"
                 )
             a, b = found["w_lora_A"], found["w_lora_B"]
-            if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or len(a) != rank:
-                raise ValueError(f"{path}: w_lora_A and w_lora_B of {name!r} must be tensors of rank r = {rank}")
+            if not (_is_matrix(a) and _is_matrix(b)) or len(a) != rank:
+                raise ValueError(f"{path}: w_lora_A and w_lora_B of {name!r} must be matrices of rank r = {rank}")
             place = f"{tower}.{block}.{PUBLISHED[name]}"
             factors |= {f"{place}.A": a.float(), f"{place}.B": b.float()}
     scales = dict.fromkeys((name[:-2] for name in factors if name.endswith("A")), alpha / math.sqrt(rank))
     return lora_of(path, factors, scales, templates)
 
 
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point() and not not_plain(value)
+
+
 def _blocks_of_layers(path: Path, layers: Sequence[Any], metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Tower and block of each adapted layer of a file of CLIP-LoRA."""
     encoder, position = metadata.get("encoder"), metadata.get("position")
-    if encoder not in ENCODERS:
+    if not isinstance(encoder, str) or encoder not in ENCODERS:
         raise ValueError(f"{path}: encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
     widths = []
     for layer in layers:
         first = next(iter(layer.values()), None) if isinstance(layer, dict) else None
         a = first.get("w_lora_A") if isinstance(first, dict) else None
-        if not isinstance(a, Tensor) or a.ndim != 2:
+        if not _is_matrix(a):
             raise ValueError(f"{path}: each layer must hold w_lora_A, [r, n]")
         widths.append(a.shape[1])
     texts = next((i for i, width in enumerate(widths) if width != widths[0]), len(widths))

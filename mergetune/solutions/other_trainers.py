@@ -11,8 +11,12 @@ MAPLE = f"MaPLe's {DEEP}"
 PROMPTSRC = f"PromptSRC's or IVLP's {DEEP}"
 PROMPTKD = "PromptKD's student, prompts in the image tower and a map to its teacher's features"
 MMA = "MMA's adapters, which change the towers"
-LORA = "CLIP-LoRA's low-rank weights, which change the towers"
-PEFT = "a peft adapter, which changes the towers (`mergetune merge` combines such adapters)"
+LORA = "CLIP-LoRA's low-rank weights: give the file itself"
+PEFT = "a peft adapter without its adapter_config.json, which says its scale: put that file beside it"
+LORA_ALONE = (
+    "low-rank weights (LoRA) without their scale, which stands in 'metadata' of CLIP-LoRA's file, beside 'weights', or "
+    "in PEFT's adapter_config.json"
+)
 CLIP_ADAPTER = "CLIP-Adapter's network on image features, which is no linear map"
 TASKRES = "TaskRes's class residuals: mergetune.solutions.open_taskres reads them"
 TIP = "the keys of Tip-Adapter-F, one per training image, not per class"
@@ -22,7 +26,7 @@ NAMES = (  # (pattern in the names of the tensors, what they are), the surest fi
     (r"VPT_image_trans\.", PROMPTKD),
     (r"\bVPT(_shallow)?$|\bZS_image_encoder\.", PROMPTSRC),
     (r"^(text|visual|shared)_adapter\.", MMA),
-    (r"lora_[AB]\b", "low-rank weights (LoRA), which change the towers"),
+    (r"lora_[AB]\b", LORA_ALONE),
     (r"\btext_feature_residuals$", TASKRES),
     (r"\bprompt_embeddings$", f"VPT's or ProVP's {DEEP}"),
     (r"\bmeta_net\.", "CoCoOp's or TCP's prompt with a network (meta_net) that changes it for each image or class"),

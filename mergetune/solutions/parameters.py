@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mergetune.clip import PLAIN, Edit, FrozenClip, ImageInput, check_templates
 from mergetune.facts.brief import brief
-from mergetune.io import Items, Number
+from mergetune.io import Items, Number, listing, named, names_file
 from mergetune.merging import open_weights
 from mergetune.solutions.base import Solution
 from mergetune.solutions.solution_folders import Description
@@ -181,6 +181,7 @@ def layer_norms(clip: FrozenClip, tower: str = "both") -> tuple[str, ...]:
     return tuple(found)
 
 
+@names_file("path")
 def read_model(path: str | Path, *, templates: Sequence[str] = (PLAIN,), ema: bool = False) -> Parameters:
     """Read a whole fine-tuned model: ``epoch_N.pt`` of open_clip's trainer, or any state dict with open_clip's names.
 
@@ -199,11 +200,16 @@ def read_model(path: str | Path, *, templates: Sequence[str] = (PLAIN,), ema: bo
     weights = open_weights(path, ema=ema)
     if not is_model(weights):
         raise ValueError(
-            f"{path} must hold the weights of an open_clip model, with both towers, got {', '.join(list(weights)[:3])}"
+            f"{path} must hold the weights of an open_clip model, with both towers, got {listing(weights, most=3)}"
         )
     values = {name: weights[name] for name in weights if name not in SCALES}
     floats = {name: tensor.float() for name, tensor in values.items() if tensor.is_floating_point()}
-    scale = float(weights["logit_scale"].float().exp()) if "logit_scale" in weights else None
+    scale = None
+    if "logit_scale" in weights:
+        stored = weights["logit_scale"].float()
+        if stored.numel() != 1 or not 0 < (scale := float(stored.exp())) < torch.inf:
+            found = named(stored.flatten()[:3].tolist())
+            raise ValueError(f"{path} must hold one number as logit_scale, the logarithm of the scale, got {found}")
     try:
         return Parameters(floats, tuple(templates), scale, notes={"checkpoint": path.name})
     except (TypeError, ValueError) as error:

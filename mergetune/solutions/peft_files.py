@@ -13,7 +13,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mergetune.clip import PLAIN, FrozenClip, block_prefix
-from mergetune.io import write_atomically, write_json
+from mergetune.io import names_file, write_atomically, write_json
 from mergetune.merging.adapters import CONFIG, WEIGHTS, open_adapter
 from mergetune.solutions.base import Solution
 from mergetune.solutions.lora import LoRA
@@ -36,6 +36,7 @@ TRANSFORMERS_PARTS = {
 }  # fmt: skip
 
 
+@names_file("path")
 def read_peft(path: str | Path, *, templates: Sequence[str] = (PLAIN,)) -> LoRA:
     """Read a LoRA adapter of PEFT for open_clip's models or for transformers' CLIPModel.
 

@@ -132,6 +132,7 @@ def read_taskres(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 @names_file("path")
+@names_file("path")
 def open_taskres(
     path: str | Path, *, classnames: Sequence[str], factor: float = 0.5, logit_scale: float = 100.0
 ) -> Stack:

@@ -213,6 +213,10 @@ def test_class_names_are_taken_from_a_file(tmp_path, file, content, names):
         ("a.txt", "Fish\nfish\n", "class names must differ"),
         ("a.txt", " \n", "without a name"),
         ("a.txt", "tench\n__\n", "name 2 in .* must give a class name"),
+        ("a.json", '["tench", "__"]', "classnames of 'n01443537' must give a class name, got ''"),
+        ("a.json", '{"n01443537": " "}', "classnames of 'n01443537' must give a class name, got ''"),
+        ("a.json", '["tench", "\\ud800"]', "classnames of 'n01443537' must be text in UTF-8"),
+        ("a.json", '{"0": [[], "tench"]}', "must be an object {folder: name}, or a list of names"),
         ("a.json", "3", "must be an object {folder: name}, or a list of names"),
         ("a.json", '{"n01440764": 3}', "must be an object {folder: name}, or a list of names"),
         ("a.json", '{"cat": "a cat"}', "must name the classes by folder or label, such as 'n01440764', got 'cat'"),
@@ -221,8 +225,9 @@ def test_class_names_are_taken_from_a_file(tmp_path, file, content, names):
 def test_a_file_that_does_not_name_the_classes_is_refused(tmp_path, file, content, message):
     folders(tmp_path / "images", *IDS)
     (tmp_path / file).write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         ImageFolder(tmp_path / "images", classnames=tmp_path / file)
+    assert str(tmp_path / file) in str(refused.value)
     with pytest.raises(FileNotFoundError, match="classnames must be a .*file"):
         ImageFolder(tmp_path / "images", classnames=tmp_path / f"gone-{file}")
 

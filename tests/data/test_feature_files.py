@@ -256,7 +256,7 @@ def test_a_folder_without_features_is_refused(tmp_path):
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
-ANYWHERE = [".npy", ".npz", ".txt", "list", "array"]
+ANYWHERE = [".npy", ".npz", ".txt", "list", "array", "objects", "objects.npy", "objects.npz"]
 
 
 @pytest.mark.parametrize(
@@ -267,9 +267,11 @@ def test_labels_from_anywhere(tmp_path, names, suffix):
     np.save(tmp_path / "f.npy", features().numpy())
     values = [NAMES[label] for label in LABELS] if names else LABELS
     given = tmp_path / f"labels{suffix}"
-    if suffix == ".npy":
+    if suffix.startswith("objects"):  # as pandas has texts
+        values = np.array(values, dtype=object)
+    if suffix.endswith(".npy"):
         np.save(given, values)
-    elif suffix == ".npz":
+    elif suffix.endswith(".npz"):
         np.savez(given, labels=values)
     elif suffix == ".txt":
         given.write_text("\n".join(map(str, values)) + "\n\n")
@@ -278,7 +280,7 @@ def test_labels_from_anywhere(tmp_path, names, suffix):
     elif suffix == ".safetensors":
         save_file({"labels": torch.tensor(values)}, given)
     else:
-        given = {"list": list, "tensor": torch.tensor, "array": np.array}[suffix](values)
+        given = {"list": list, "objects": np.array, "tensor": torch.tensor, "array": np.array}[suffix](values)
     assert_holds(read_features(tmp_path / "f.npy", labels=given, classnames=NAMES), features())
     if names:
         assert read_features(tmp_path / "f.npy", labels=given).classnames == NAMES

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from safetensors.torch import load, save
@@ -139,12 +140,24 @@ def spoil_lines(content: bytes, dice: random.Random) -> bytes:
     lines = content.split(b"\n")
     at = dice.randrange(len(lines))
     junk = [str(value).encode("utf-8", "surrogatepass") for value in JUNK]
-    cells = lines[at].split(b",")
+    sign = next((sign for sign in (b"\t", b";", b",") if sign in content), b" ")
+    cells = lines[at].split(sign)
     cells[dice.randrange(len(cells))] = dice.choice(junk)
     lines[at : at + 1] = dice.choice(
-        [[], [lines[at]] * 3, [dice.choice(junk)], [b",".join(cells)], [b'"' + lines[at]], [lines[at] + b"\r"]]
+        [[], [lines[at]] * 3, [dice.choice(junk)], [sign.join(cells)], [b'"' + lines[at]], [lines[at] + b"\r"]]
     )
     return b"\n".join(lines)
+
+
+def spoil_json_line(content: bytes, dice: random.Random) -> bytes:
+    lines = content.split(b"\n")
+    at = dice.randrange(len(lines) - 1)
+    lines[at] = spoil_json(lines[at], dice)
+    return b"\n".join(lines)
+
+
+def is_json_lines(content: bytes) -> bool:
+    return content[:1] == b"{" and not is_json(content) and is_json(content.partition(b"\n")[0])
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -272,13 +285,15 @@ def other_array(array: np.ndarray, dice: random.Random) -> np.ndarray:
 
 
 def spoil_array(content: bytes, dice: random.Random) -> bytes:
+    if (at := content.find(pickle.PROTO)) > 0 and dice.random() < 0.5:  # an array of objects
+        return content[:at] + dice.choice(damages_of(content[at:]))(content[at:], dice)
     out = io.BytesIO()
-    np.save(out, other_array(np.load(io.BytesIO(content)), dice), allow_pickle=True)
+    np.save(out, other_array(np.load(io.BytesIO(content), allow_pickle=True), dice), allow_pickle=True)
     return out.getvalue()
 
 
 def spoil_arrays(content: bytes, dice: random.Random) -> bytes:
-    with np.load(io.BytesIO(content)) as opened:
+    with np.load(io.BytesIO(content), allow_pickle=True) as opened:
         arrays = dict(opened)
     name = dice.choice(list(arrays))
     kind = dice.random()
@@ -305,7 +320,7 @@ def spoil_entry(content: bytes, dice: random.Random) -> bytes:
     at, kind = dice.randrange(len(entries)), dice.random()
     name, inner = entries[at]
     if kind < 0.7:
-        entries[at] = name, dice.choice(BYTES[:-1])(inner, dice)
+        entries[at] = name, dice.choice(damages_of(inner))(inner, dice)
     elif kind < 0.8:
         del entries[at]
     elif kind < 0.9:
@@ -354,17 +369,60 @@ def is_pickle(content: bytes) -> bool:
     return content[:1] == pickle.PROTO and not is_zip(content)
 
 
+# -- models and joblib -------------------------------------------------------------------------------------------------
+
+
+def spoil_model(content: bytes, dice: random.Random) -> bytes:
+    """A field of a fitted model of scikit-learn, or of a step of its pipeline, is dropped or replaced."""
+    model = joblib.load(io.BytesIO(content))
+    part = dice.choice([model, *(step for _, step in getattr(model, "steps", ()))])
+    name = dice.choice([name for name, value in vars(part).items() if name.endswith("_") or dice.random() < 0.3])
+    value, kind = getattr(part, name), dice.random()
+    if kind < 0.1:
+        delattr(part, name)
+    else:
+        array = isinstance(value, np.ndarray) and kind < 0.8
+        setattr(part, name, other_array(value, dice) if array else copy.deepcopy(dice.choice(JUNK)))
+    out = io.BytesIO()
+    form = dice.choice([{}, {"protocol": 5}, {"compress": 3}, None])
+    if form is None:
+        return pickle.dumps(model, protocol=dice.choice([0, 2, 4, 5]))
+    joblib.dump(model, out, **form)
+    return out.getvalue()
+
+
+def is_model(content: bytes) -> bool:
+    return b"sklearn" in (inflated(content) or content)
+
+
+def spoil_deflated(content: bytes, dice: random.Random) -> bytes:
+    """What zlib or gzip has inside is damaged; its checksum is right."""
+    inner = inflated(content)
+    return zlib.compress(dice.choice(damages_of(inner))(inner, dice))
+
+
+def inflated(content: bytes) -> bytes:
+    """The content of zlib or gzip; nothing for other bytes."""
+    try:
+        return zlib.decompressobj(wbits=47).decompress(content)
+    except zlib.error:
+        return b""
+
+
 # -- all ---------------------------------------------------------------------------------------------------------------
 
-MEANINGS: list[tuple[Callable[[bytes], bool], Damage]] = [
+MEANINGS: list[tuple[Callable[[bytes], object], Damage]] = [
     (is_json, spoil_json),
     (is_safetensors, spoil_safetensors),
     (is_checkpoint, spoil_checkpoint),
     (lambda content: content[:6] == b"\x93NUMPY", spoil_array),
     (lambda content: is_zip(content) and b".npy" in content, spoil_arrays),
     (is_zip, spoil_entry),
+    (is_model, spoil_model),
+    (inflated, spoil_deflated),
     (lambda content: content.startswith(PNG), spoil_png),
     (is_pickle, spoil_pickle),
+    (is_json_lines, spoil_json_line),
     (lambda content: b"\0" not in content and not is_json(content), spoil_lines),
 ]
 """Which files a damage to the meaning fits."""

@@ -116,7 +116,8 @@ def fault_of(error: BaseException, also: tuple[type[Exception], ...], work: Path
     """Why an exception is not the documented sentence; None if it is."""
     said = str(error)
     short = said.replace(str(work), "")
-    if type(error) not in (*DOCUMENTED, *also):
+    ours = type(error).__module__.startswith("mergetune.") and isinstance(error, DOCUMENTED)
+    if not ours and type(error) not in (*DOCUMENTED, *also):
         where = traceback.extract_tb(error.__traceback__)[-3:]
         return f"{type(error).__name__}: {said[:300]!r} from {[f'{Path(f.filename).name}:{f.lineno}' for f in where]}"
     if len(short) > LONGEST:

@@ -14,7 +14,7 @@ from fuzz_workers import campaign, prepare, run_case
 pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("FUZZ_SEED", "14"))
-CASES = int(os.environ.get("FUZZ_CASES", "40000"))
+CASES = int(os.environ.get("FUZZ_CASES", "24000"))
 ONE = os.environ.get("FUZZ_CASE")
 ONLY = os.environ.get("FUZZ_ONLY", "")
 

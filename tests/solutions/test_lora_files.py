@@ -276,7 +276,7 @@ def test_positions_are_those_of_the_published_towers(tmp_path, position, text, v
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["metadata"].update(r=3), "must be tensors of rank r = 3"),
+        (lambda c: c["metadata"].update(r=3), "must be matrices of rank r = 3"),
         (lambda c: c["metadata"].update(alpha="1"), "positive numbers r and alpha, got 2 and '1'"),
         (lambda c: c["metadata"].update(encoder="audio"), "encoder must be one of text, vision, both, got 'audio'"),
         (lambda c: c["metadata"].update(position="top3"), "position 'top3' must name the 2 blocks"),
