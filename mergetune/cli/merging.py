@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,7 +127,7 @@ def merge(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge trained solutions, or state dicts in files, with TIES, DARE, WiSE-FT or another method. Example:
+    """Merge trained solutions, or state dicts in files, with TIES, DARE, WiSE-FT or another method.
 
     mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." -o density=0.3
     """
@@ -270,7 +271,8 @@ def compare(
         list[str],
         typer.Option(
             "--expert",
-            help="Solution to merge: METHOD:NUMBER trains one (coop:1, coop:2, kgcoop:1, head:1); or a saved solution.",
+            help="Solution to merge: METHOD:NUMBER trains one (coop:1, coop:2, kgcoop:1), heads (head:1, head:2) with "
+            "heads only; or a saved solution.",
         ),
     ] = ["coop:1", "coop:2", "coop:3", "kgcoop:1"],
     partitions: Annotated[
@@ -315,13 +317,18 @@ def compare(
             raise ValueError(
                 f"--expert must be METHOD:NUMBER each time or a saved solution each time, got {', '.join(experts)}"
             )
+        setup = CompareOptions(
+            experts=tuple(experts) if all(trained) else ("coop:1",),  # saved ones are put in their place below
+            shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
+            select=select,
+        )  # fmt: skip
         if embedded and not caches and not backbone:
             from mergetune.experiments import icons
 
             if precision != "float32":
                 raise ValueError(f"--precision cannot be used with --demo, got {precision}: leave it out")
             clip, tasks = icons_task(folder, report=announce(as_json))
-            tune = icons.STAGE_1 | tune
+            setup = replace(setup, tune=icons.STAGE_1 | tune)
         elif caches and not embedded:
             clip, tasks = None, [_task(cache, template) for cache in caches]
         else:
@@ -333,12 +340,8 @@ def compare(
                 caches=[cache for task in tasks for cache in (task.train, task.val, task.test) if cache is not None],
                 solutions=saved,
             )  # fmt: skip
-        saved = {path: expert.for_clip(clip) for path, expert in saved.items()}
-        setup = CompareOptions(
-            experts=saved or tuple(experts),
-            shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
-            select=select,
-        )  # fmt: skip
+        if saved:
+            setup = replace(setup, experts={path: expert.for_clip(clip) for path, expert in saved.items()})
         wanted = (None,) if all_classes else tuple(partitions)
         heads = comparison.heads(clip, tasks, setup, wanted, seeds)
         folder = experiments.cells_folder(folder, heads, overwrite=overwrite, held=held)

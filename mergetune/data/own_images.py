@@ -16,7 +16,7 @@ from mergetune.data.image_files import brief, folder_identity, images_below, req
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
 from mergetune.data.list_files import paths_below, table_rows
 from mergetune.data.stratified_split import stratify
-from mergetune.io import MAX_LIST, names_file, read_json
+from mergetune.io import MAX_LIST, listing, names_file, read_json
 
 
 def ImageFolder(
@@ -259,9 +259,12 @@ def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
     classes = {}
     for name in subfolders(parent):
         files = images_below(parent / name, above)
-        if not files:
-            raise ValueError(f"class folder {parent / name} must hold at least one image, got none")
         classes[name] = sorted(path.relative_to(root).as_posix() for path in files)
+    if empty := [str(parent / name) for name, files in classes.items() if not files]:
+        raise ValueError(
+            f"class folder {listing(empty, most=3)} must hold at least one image, got none: add images, or remove the "
+            "folder"
+        )
     if not classes:
         raise ValueError(f"{parent} must hold one folder per class, got no folders")
     return classes
