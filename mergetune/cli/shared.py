@@ -160,16 +160,13 @@ def _warn(line: str) -> None:
 
 def _one_cache(folder: Path, split: str | None, option: str) -> Path:
     """The folder itself if it is a cache, finished or not; else the cache ``split`` in it."""
-    from mergetune.data.cache_files import MANIFEST, PLAN
-
-    def is_cache(path: Path) -> bool:
-        return any((path / name).is_file() for name in (MANIFEST, PLAN))
+    from mergetune.data.cache_files import caches_below, is_cache
 
     if is_cache(folder):
         return folder
     if split is not None and is_cache(folder / split):
         return folder / split
-    inside = [str(path) for path in sorted(folder.iterdir()) if is_cache(path)] if folder.is_dir() else []
+    inside = [str(path) for path in caches_below(folder)]
     way_on = f"give {' or '.join(inside[:5])}" if inside else "`mergetune cache IMAGES --out FOLDER` writes caches"
     what = "is none" if folder.exists() else "does not exist"
     raise FileNotFoundError(f"{option} must be a feature cache, got {folder}, which {what}: {way_on}")
