@@ -181,7 +181,7 @@ def merge(
             if needed:
                 start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
             merged = experiments.merge_solutions(
-                method, solutions, base=start, clip=clip, features=data, options=options
+                method, solutions, base=start, clip=clip, features=data, options=options, names=experts
             )
             if out_path.suffix in HEAD_SUFFIXES:
                 to_head(merged, out_path)

@@ -105,6 +105,19 @@ def test_heads_without_class_names_are_merged_with_given_names_only(tmp_path, fo
     assert "--classnames must be those of the file, got other names" in refusal(*named)
 
 
+def test_a_missing_bias_counts_as_zeros_and_heads_that_do_not_fit_are_named(tmp_path):
+    one = head()
+    a, b = write(one, tmp_path / "a.npz"), write(mt.Head(one.weight, CLASSES, logit_scale=10.0), tmp_path / "b")
+    for pair in ((a, b), (b, a)):
+        run("merge", "average", *pair, "--out", tmp_path / "merged.npz")
+        torch.testing.assert_close(mt.open_solution(tmp_path / "merged.npz").bias, one.bias / 2)
+    mt.Head(one.weight[:2], CLASSES[:2]).save(tmp_path / "two")
+    mt.Prompt(torch.zeros(4, 6), "X X X X {}.").save(tmp_path / "prompt")
+    for other in ("two", "prompt"):
+        said = refusal("merge", "average", a, tmp_path / other, "--out", tmp_path / "no")
+        assert f"{a} and {tmp_path / other} cannot be merged: " in said
+
+
 def test_a_merged_solution_is_never_written_below_the_ending_of_another_format(tmp_path):
     mt.Prompt(torch.zeros(4, 6), "X X X X {}.").save(tmp_path / "prompt")
     a = write(head(), tmp_path / "a.npz")
