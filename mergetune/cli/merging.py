@@ -21,6 +21,7 @@ from mergetune.cli.options import (
     Classes,
     Device,
     Fitting,
+    HeadClassNames,
     HeadName,
     Json,
     Overwrite,
@@ -37,11 +38,11 @@ from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
     errors,
+    names_of_rows,
     open_cache,
     out,
     print_json,
     print_table,
-    read_names,
     read_solution,
     suggest_use,
     tell,
@@ -108,10 +109,7 @@ def merge(
     device: Device = "cpu",
     precision: Precision = "float32",
     weight: HeadName = None,
-    names: Annotated[
-        Path | None,
-        typer.Option("--classnames", help="Class names for heads whose files name none: a text file, one per line."),
-    ] = None,
+    names: HeadClassNames = None,
     features: CacheIfNeeded = None,
     classes: Classes = "all",
     shots: Annotated[
@@ -163,8 +161,7 @@ def merge(
             if out_path.suffix not in HEAD_SUFFIXES:
                 require_output_folder(out_path)
             data = None if features is None else open_cache(features, classes, shots=shots, seed=seed)
-            called = None if names is None else read_names(names)
-            opened = partial(read_solution, features=data if called is None else None, classnames=called, name=weight)
+            opened = partial(read_solution, features=data, classnames=names_of_rows(names), name=weight)
             solutions = [opened(path) for path in experts]
             _check_place(out_path, solutions[0])
             start: Any = None
@@ -333,7 +330,7 @@ def compare(
             clip, tasks = None, [_task(cache, template) for cache in caches]
         else:
             raise ValueError("give folders of caches, or --demo without caches and --backbone")
-        saved = {} if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts}
+        saved = {} if all(trained) else {path: read_solution(path, tasks[0].train, way_on="") for path in experts}
         if clip is None:
             clip = clip_for(
                 backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
