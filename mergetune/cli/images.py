@@ -113,10 +113,9 @@ def cache(
 
 def _caches_in(folder: Path) -> list[Path]:
     """The caches in the folder, also unfinished ones, or the folder itself."""
-    from mergetune.data.cache_files import MANIFEST, PLAN
+    from mergetune.data.cache_files import is_cache
 
-    places = (folder, *(folder / split for split in SPLITS))
-    return [path for path in places if any((path / name).is_file() for name in (MANIFEST, PLAN))]
+    return [path for path in (folder, *(folder / split for split in SPLITS)) if is_cache(path)]
 
 
 def _recorded(folder: Path) -> Sequence[Any]:

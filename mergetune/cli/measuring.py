@@ -35,6 +35,7 @@ from mergetune.cli.options import (
     Cache,
     Classes,
     Device,
+    HeadClassNames,
     HeadName,
     Json,
     MaxPixels,
@@ -49,6 +50,7 @@ from mergetune.cli.shared import (
     HALVES,
     announce,
     errors,
+    names_of_rows,
     new_table,
     open_cache,
     out,
@@ -78,6 +80,7 @@ def evaluate(
     template: Templates = ["a photo of a {}."],
     position: Position = "end",
     weight: HeadName = None,
+    names: HeadClassNames = None,
     confusion: ConfusionFile = None,
     per_class: PerClassFile = None,
     wrong: WrongFile = None,
@@ -101,7 +104,8 @@ def evaluate(
         wanted.check(solution or [ZERO_SHOT], base_novel=base_novel)
         check_temperature(temperature, val, base_novel=base_novel)
         test = open_cache(features, "base" if base_novel else classes, split="test")
-        opened = {path: read_solution(path, test, position, name=weight) for path in solution}
+        called = names_of_rows(names)
+        opened = {path: read_solution(path, test, position, classnames=called, name=weight) for path in solution}
         for path, found in opened.items():  # what the names decide is said before the model is loaded
             known = test.classnames if found.classnames is None or found.kind == "residual" else found.classnames
             if unknown := [label for label in test.classnames if label not in known]:
@@ -213,6 +217,7 @@ def path(
     ] = 5,
     position: Position = "end",
     weight: HeadName = None,
+    names: HeadClassNames = None,
     as_json: Json = False,
 ) -> None:
     """Measure loss, accuracy and barriers on the straight paths between three solutions, and draw them.
@@ -227,7 +232,10 @@ def path(
         if curvature == 1:
             raise ValueError("--curvature must be 0 or at least 2 (both ends of a path count), got 1")
         data = open_cache(features, classes, split="test")
-        merged, start = (read_solution(path, data, position, name=weight) for path in (solution, tuned))
+        called = names_of_rows(names)
+        merged, start = (
+            read_solution(path, data, position, classnames=called, name=weight) for path in (solution, tuned)
+        )
         clip = clip_for(
             backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
             caches=[data], solutions={tuned: start, solution: merged},

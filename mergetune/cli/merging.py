@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from mergetune.cli.options import (
     Classes,
     Device,
     Fitting,
+    HeadClassNames,
     HeadName,
     Json,
     Overwrite,
@@ -36,11 +38,11 @@ from mergetune.cli.running import suggest
 from mergetune.cli.shared import (
     announce,
     errors,
+    names_of_rows,
     open_cache,
     out,
     print_json,
     print_table,
-    read_names,
     read_solution,
     suggest_use,
     tell,
@@ -107,10 +109,7 @@ def merge(
     device: Device = "cpu",
     precision: Precision = "float32",
     weight: HeadName = None,
-    names: Annotated[
-        Path | None,
-        typer.Option("--classnames", help="Class names for heads whose files name none: a text file, one per line."),
-    ] = None,
+    names: HeadClassNames = None,
     features: CacheIfNeeded = None,
     classes: Classes = "all",
     shots: Annotated[
@@ -126,7 +125,7 @@ def merge(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge trained solutions, or state dicts in files, with TIES, DARE, WiSE-FT or another method. Example:
+    """Merge trained solutions, or state dicts in files, with TIES, DARE, WiSE-FT or another method.
 
     mergetune merge ties coop-1 coop-2 kgcoop --out merged --base "a photo of a {}." -o density=0.3
     """
@@ -162,8 +161,7 @@ def merge(
             if out_path.suffix not in HEAD_SUFFIXES:
                 require_output_folder(out_path)
             data = None if features is None else open_cache(features, classes, shots=shots, seed=seed)
-            called = None if names is None else read_names(names)
-            opened = partial(read_solution, features=data if called is None else None, classnames=called, name=weight)
+            opened = partial(read_solution, features=data, classnames=names_of_rows(names), name=weight)
             solutions = [opened(path) for path in experts]
             _check_place(out_path, solutions[0])
             start: Any = None
@@ -180,7 +178,7 @@ def merge(
             if needed:
                 start = zero_shot_like(clip, solutions[0], base or "a photo of a {}.")
             merged = experiments.merge_solutions(
-                method, solutions, base=start, clip=clip, features=data, options=options
+                method, solutions, base=start, clip=clip, features=data, options=options, names=experts
             )
             if out_path.suffix in HEAD_SUFFIXES:
                 to_head(merged, out_path)
@@ -270,7 +268,8 @@ def compare(
         list[str],
         typer.Option(
             "--expert",
-            help="Solution to merge: METHOD:NUMBER trains one (coop:1, coop:2, kgcoop:1, head:1); or a saved solution.",
+            help="Solution to merge: METHOD:NUMBER trains one (coop:1, coop:2, kgcoop:1), heads (head:1, head:2) with "
+            "heads only; or a saved solution.",
         ),
     ] = ["coop:1", "coop:2", "coop:3", "kgcoop:1"],
     partitions: Annotated[
@@ -315,30 +314,31 @@ def compare(
             raise ValueError(
                 f"--expert must be METHOD:NUMBER each time or a saved solution each time, got {', '.join(experts)}"
             )
+        setup = CompareOptions(
+            experts=tuple(experts) if all(trained) else ("coop:1",),  # saved ones are put in their place below
+            shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
+            select=select,
+        )  # fmt: skip
         if embedded and not caches and not backbone:
             from mergetune.experiments import icons
 
             if precision != "float32":
                 raise ValueError(f"--precision cannot be used with --demo, got {precision}: leave it out")
             clip, tasks = icons_task(folder, report=announce(as_json))
-            tune = icons.STAGE_1 | tune
+            setup = replace(setup, tune=icons.STAGE_1 | tune)
         elif caches and not embedded:
             clip, tasks = None, [_task(cache, template) for cache in caches]
         else:
             raise ValueError("give folders of caches, or --demo without caches and --backbone")
-        saved = {} if all(trained) else {path: read_solution(path, tasks[0].train) for path in experts}
+        saved = {} if all(trained) else {path: read_solution(path, tasks[0].train, way_on="") for path in experts}
         if clip is None:
             clip = clip_for(
                 backbone, pretrained, device=device, precision=precision, allow_torchscript=allow_torchscript,
                 caches=[cache for task in tasks for cache in (task.train, task.val, task.test) if cache is not None],
                 solutions=saved,
             )  # fmt: skip
-        saved = {path: expert.for_clip(clip) for path, expert in saved.items()}
-        setup = CompareOptions(
-            experts=saved or tuple(experts),
-            shots=shots, tune=tune, fit=fit, grid={"lam": tuple(lam), "tau": tuple(tau)}, choose=choose,
-            select=select,
-        )  # fmt: skip
+        if saved:
+            setup = replace(setup, experts={path: expert.for_clip(clip) for path, expert in saved.items()})
         wanted = (None,) if all_classes else tuple(partitions)
         heads = comparison.heads(clip, tasks, setup, wanted, seeds)
         folder = experiments.cells_folder(folder, heads, overwrite=overwrite, held=held)

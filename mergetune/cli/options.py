@@ -89,14 +89,11 @@ Root = Annotated[
         "For a list: the folder of its images.",
     ),
 ]
-ClassNames = Annotated[
-    Path | None,
-    typer.Option(
-        "--classnames",
-        help="Names of the classes: a text file with one name per line in the order of the classes, or with a folder "
-        "(or label) and its name per line; or .json {folder: name}. Default: the names of the folders.",
-    ),
-]
+CLASSNAMES_HELP = (
+    "Names of the classes: a text file with one name per line in the order of the classes, or with a folder (or label) "
+    "and its name per line; or .json {folder: name}. Default: the names of the folders."
+)
+ClassNames = Annotated[Path | None, typer.Option("--classnames", help=CLASSNAMES_HELP)]
 ValShare = Annotated[
     float | None,
     typer.Option(
@@ -146,6 +143,14 @@ Position = Annotated[
 HeadName = Annotated[
     str | None,
     typer.Option("--name", help="Name of the weight in the file of a head that holds several matrices."),
+]
+HeadClassNames = Annotated[
+    Path | None,
+    typer.Option(
+        "--classnames",
+        help="Class names of heads whose files name none: a text file with one name per line, in the order of the rows "
+        "or of the label numbers. Default: the order of the cache, with a warning.",
+    ),
 ]
 
 # Settings and output.

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +161,13 @@ def _warn(line: str) -> None:
 
 def _one_cache(folder: Path, split: str | None, option: str) -> Path:
     """The folder itself if it is a cache, finished or not; else the cache ``split`` in it."""
-    from mergetune.data.cache_files import MANIFEST, PLAN
-
-    def is_cache(path: Path) -> bool:
-        return any((path / name).is_file() for name in (MANIFEST, PLAN))
+    from mergetune.data.cache_files import caches_below, is_cache
 
     if is_cache(folder):
         return folder
     if split is not None and is_cache(folder / split):
         return folder / split
-    inside = [str(path) for path in sorted(folder.iterdir()) if is_cache(path)] if folder.is_dir() else []
+    inside = [str(path) for path in caches_below(folder)]
     way_on = f"give {' or '.join(inside[:5])}" if inside else "`mergetune cache IMAGES --out FOLDER` writes caches"
     what = "is none" if folder.exists() else "does not exist"
     raise FileNotFoundError(f"{option} must be a feature cache, got {folder}, which {what}: {way_on}")
@@ -182,21 +180,48 @@ def read_solution(
     *,
     classnames: Sequence[str] | None = None,
     name: str | None = None,
+    way_on: str = "; --classnames FILE names them",
 ) -> Any:
     """Returns a solution from a saved folder, a checkpoint of CoOp's family or the file of a head or a LoRA.
+
+    A warning says that a head without class names is taken in the order of the classes of ``features``.
 
     Args:
         path: the folder or file.
         features: feature cache or dataset whose class names are used if the file has none.
         position: place of the class name in a CoOp checkpoint.
-        classnames: these names in place of those of ``features``.
+        classnames: these names in place of those of ``features``; they must be those of the file if it has names.
         name: name of the weight in the file of a head. Folders have none.
+        way_on: end of the warning.
     """
     from mergetune.solutions import open_solution
 
     _refuse_no_solution(Path(path))
-    names = classnames if features is None else features.classnames
-    return open_solution(path, classnames=names, position=position, name=None if Path(path).is_dir() else name)
+    opened = partial(open_solution, path, position=position, name=None if Path(path).is_dir() else name)
+    if classnames is not None or features is None:
+        return opened(classnames=classnames)
+    with suppress(ValueError):  # a file without names, or one that cannot be read at all, which is said below
+        return opened()
+    names = features.classnames
+    try:
+        found = opened(classnames=names)
+    except ValueError:
+        if (whole := _whole_classnames(features)) == tuple(names):
+            raise
+        names, found = whole, opened(classnames=whole)
+    if found.kind == "head":
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        what = "images" if hasattr(features, "full_train") else "cache"
+        _warn(f"{path} names no classes: its rows are taken in the order of the {what} ({shown}){way_on}")
+    return found
+
+
+def _whole_classnames(features: Any) -> tuple[str, ...]:
+    """The class names of the whole cache on disk of which ``features`` may be a half."""
+    from mergetune.data.cache_files import read_manifest
+
+    folder = getattr(features, "path", None)
+    return tuple(features.classnames if folder is None else read_manifest(folder).classnames)
 
 
 def is_saved(text: Any) -> bool:
@@ -218,6 +243,11 @@ def read_names(file: Path) -> list[str]:
     from mergetune.data.class_names import read_names as read
 
     return read(file)
+
+
+def names_of_rows(file: Path | None) -> list[str] | None:
+    """Returns the class names of ``--classnames``; None without the option."""
+    return None if file is None else read_names(file)
 
 
 def _refuse_no_solution(path: Path) -> None:

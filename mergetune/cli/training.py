@@ -13,13 +13,14 @@ import typer
 from mergetune.cli.clip_choice import clip_for
 from mergetune.cli.dry_runs import DryRun, dry_run_of_fit, dry_run_of_images, dry_run_of_tune
 from mergetune.cli.options import (
+    CLASSNAMES_HELP,
     AllowTorchscript,
     BackboneIfNeeded,
     Background,
     Cache,
     Classes,
-    ClassNames,
     Device,
+    HeadClassNames,
     HeadName,
     Json,
     MaxPixels,
@@ -47,6 +48,7 @@ from mergetune.cli.shared import (
     first_rank,
     ignored_in,
     is_saved,
+    names_of_rows,
     open_cache,
     open_images,
     print_json,
@@ -82,6 +84,7 @@ def tune(
     ] = None,
     val: Val = None,
     weight: HeadName = None,
+    names: HeadClassNames = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -104,11 +107,12 @@ def tune(
         data = open_cache(features, classes, shots=shots, seed=options["seed"], split="train")
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         given = keywords(TuneOptions, options)
-        below = None if base is None else read_solution(str(base), data, name=weight)
+        opened = partial(read_solution, features=data, classnames=names_of_rows(names), name=weight)
+        below = None if base is None else opened(str(base))
         known = {} if below is None else {str(base): below}
         if is_saved(given["zero_shot"]):
             path = given["zero_shot"]
-            given["zero_shot"] = known[path] = read_solution(path, data, name=weight)
+            given["zero_shot"] = known[path] = opened(path)
         clip = clip_for(
             backbone, pretrained, device=device, allow_torchscript=allow_torchscript,
             caches=[cache for cache in (data, chosen_on) if cache is not None],
@@ -198,7 +202,13 @@ def fit(
     ] = [],
     val: Val = None,
     root: Root = None,
-    classnames: ClassNames = None,
+    classnames: Annotated[
+        Path | None,
+        typer.Option(
+            "--classnames",
+            help=f"{CLASSNAMES_HELP} With --cache: class names of --tuned heads whose files name none, one per line.",
+        ),
+    ] = None,
     val_share: ValShare = None,
     test_share: TestShare = None,
     split_seed: SplitSeed = None,
@@ -248,8 +258,7 @@ def fit(
             raise ValueError(f"--tune is for stage 1 on images and cannot be used with --cache, got {tuning[0]!r}")
         for option, value in (
             ("--no-measure", no_measure), ("--no-choose", no_choose), ("--retain", retain),
-            ("--classnames", classnames), ("--val-share", val_share), ("--test-share", test_share),
-            ("--split-seed", split_seed),
+            ("--val-share", val_share), ("--test-share", test_share), ("--split-seed", split_seed),
         ):  # fmt: skip
             if images is None and value is not None and value is not False:
                 raise ValueError(f"{option} needs images and cannot be used with --cache: leave it out")
@@ -265,11 +274,16 @@ def fit(
         learned = data.base_novel()[0] if images and classes == "base" else data
         if images is not None:
             warn_of_few(shots, learned.few_shot(shots, seed))
-        solutions = [read_solution(path, learned, position, name=weight) for path in tuned]
+        called = names_of_rows(classnames) if images is None else None
+        hint = "" if images is not None else "; --classnames FILE names them"
+        tuned_from = partial(
+            read_solution, features=learned, position=position, classnames=called, name=weight, way_on=hint
+        )
+        solutions = [tuned_from(path) for path in tuned]
         zero_shot: Any = template
         known = dict(zip(tuned, solutions, strict=True))
         if images is None and len(template) == 1 and is_saved(template[0]):
-            zero_shot = known[template[0]] = read_solution(template[0], learned, position, name=weight)
+            zero_shot = known[template[0]] = tuned_from(template[0])
         chosen_on = None if val is None else open_cache(val, classes, split="val", option="--val")
         ignored = {} if images is None or root is not None else ignored_in(images, data)
         if images is not None:  # what names and labels decide is said before the model is loaded

@@ -24,10 +24,19 @@ from torch import Tensor
 from mergetune.clip import PRECISIONS
 from mergetune.data.cache_blocks import damaged_rows, refuse_damage
 from mergetune.data.cache_documents import FEATURES, Manifest
-from mergetune.data.cache_files import ARRAYS, MANIFEST, PLAN, mend, read_manifest, read_plan, read_records
+from mergetune.data.cache_files import (
+    ARRAYS,
+    MANIFEST,
+    PLAN,
+    caches_below,
+    mend,
+    read_manifest,
+    read_plan,
+    read_records,
+)
 from mergetune.data.cache_identity import image_identities, refuse_changed
 from mergetune.data.cache_version_1 import Manifest1, open_shards, verify_shards
-from mergetune.data.image_lists import ImageList
+from mergetune.data.image_lists import ImageList, some_of
 from mergetune.data.row_reading import ROWS, Extent, FileRows, Rows, TensorRows, UnitNorms
 from mergetune.facts.brief import brief
 from mergetune.io import require_plain
@@ -105,7 +114,9 @@ class FeatureCache:
                 raise ValueError(
                     f"feature cache {path} is unfinished ({done} of {total} blocks): call cache_features again"
                 )
-            raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}")
+            below = " or ".join(map(str, caches_below(path)[:5]))
+            way_on = f": give {below}" if below else ""
+            raise FileNotFoundError(f"path must be a feature cache, got {path} without {MANIFEST}{way_on}")
         manifest = read_manifest(path)
         skipped = manifest.skipped
         kept = [i for i, file in enumerate(manifest.files) if file not in skipped]
@@ -275,7 +286,11 @@ class FeatureCache:
             if len(lacking) == len(images):
                 raise ValueError(f"images must hold at least one readable image, all {len(images)} were skipped")
             reason = self.skipped[lacking[0]]
-            warn(f"{len(lacking)} unreadable images are left out, the first: {reason}", stacklevel=2)
+            warn(
+                f"{len(lacking)} unreadable images of {self._name} are left out: {some_of(lacking, 3)}; the first: "
+                f"{reason}",
+                stacklevel=2,
+            )
             files = tuple(itertools.compress(files, kept.tolist()))
         return replace(
             self, labels=labels[kept], classnames=images.classnames, files=files, stored=self.stored[rows[kept]]

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from mergetune.clip import FrozenClip
 
 SHARD_SIZE = 1024  # images per block
+SKIP = "on_error='skip' (on the command line --skip-unreadable)"  # for messages
 UNIT_NORM_ATOL = 1e-2  # largest distance of an encoded norm from 1
 
 
@@ -182,8 +183,8 @@ def cache_features(
     unreadable = [file for file in images.files if file in cache.skipped]
     if unreadable and on_error == "raise":
         raise ValueError(
-            f"{cache.skipped[unreadable[0]]} ({len(unreadable)} such images when {path} was built); on_error='skip' "
-            "leaves them out, overwrite=True tries again"
+            f"{cache.skipped[unreadable[0]]} ({len(unreadable)} such images when {path} was built); {SKIP} leaves "
+            "them out, overwrite=True tries again"
         )
     return cache.select(images)
 
@@ -276,7 +277,7 @@ def _build(
                 files = [plan.files[i] for i in batch]
                 for i, reason in errors.items():
                     if on_error == "raise":
-                        raise ValueError(reason)
+                        raise ValueError(f"{reason}; {SKIP} leaves such images out")
                     skipped[files[i]] = reason
                 if pixels is not None:
                     rows = [i - number * plan.shard_size for i in batch if plan.files[i] not in skipped]

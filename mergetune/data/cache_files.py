@@ -123,6 +123,16 @@ def write_images(path: Path, manifest: Plan, identities: Iterable[Identity]) -> 
     )
 
 
+def is_cache(path: Path) -> bool:
+    """Whether a folder is a cache, finished or not."""
+    return any((path / name).is_file() for name in (MANIFEST, PLAN))
+
+
+def caches_below(folder: Path) -> list[Path]:
+    """The caches in a folder such as that of train, val and test, finished or not."""
+    return [path for path in sorted(folder.iterdir()) if is_cache(path)] if folder.is_dir() else []
+
+
 # -- an unfinished cache -----------------------------------------------------------------------------------------------
 
 

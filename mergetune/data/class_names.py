@@ -129,9 +129,9 @@ def _given(keys: Sequence[str], given: GivenNames) -> dict[str, str]:
     """{key: name} of the names that are given."""
     if given is None:
         return {}
-    where = "classnames"
+    where, file = "classnames", None
     if isinstance(given, str | os.PathLike):
-        where = f"classnames in {given}"
+        where, file = f"classnames in {given}", given
         given = _of_file(Path(given), keys)
     if isinstance(given, Mapping):
         if given and not given.keys() & set(keys):
@@ -145,7 +145,12 @@ def _given(keys: Sequence[str], given: GivenNames) -> dict[str, str]:
             f"{where} must hold one name for each of the {len(keys):,} classes, in their order ({keys[0]!r} first), "
             f"got {len(names):,}"
         )
-    return dict(zip(keys, names, strict=True))
+    pairs = dict(zip(keys, names, strict=True))
+    if file is not None and any(meaning(key) != meaning(name) for key, name in pairs.items()):
+        shown = ", ".join(f"{key!r} is {name!r}" for key, name in list(pairs.items())[:3])
+        more = f" and so on for {len(pairs):,} classes" if len(pairs) > 3 else ""
+        warn(f"{file} names the classes in their order: {shown}{more}", stacklevel=5)
+    return pairs
 
 
 def _of_file(file: Path, keys: Sequence[str]) -> Mapping[str, str] | list[str]:

@@ -26,17 +26,27 @@ def leaves_root(file: str) -> bool:
     return posixpath.isabs(file) or (".." in file and posixpath.normpath(file).split("/", 1)[0] == "..")
 
 
-def require_files(root: Path, files: Sequence[str], table: Path) -> None:
-    """Checks that listed images exist below root. Each folder is listed once, which is faster than a look-up per image.
+def require_files(root: Path, files: Sequence[str], table: Path, *, way_on: str = "") -> None:
+    """Checks that listed images exist below root.
 
     Args:
         root: folder that ``files`` are relative to.
         files: paths of the images.
         table: the file that lists the images, for messages.
+        way_on: what to do about missing images, for messages.
 
     Raises:
         FileNotFoundError: images are missing; the message names their number and the first.
     """
+    if missing := missing_files(root, files):
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(files)} images listed in {table} are missing, the first is {root / missing[0]}"
+            + (f": {way_on}" if way_on else "")
+        )
+
+
+def missing_files(root: Path, files: Sequence[str]) -> list[str]:
+    """The paths below root without a file. Each folder is listed once, which is faster than a look-up per image."""
     names: dict[str, set[str]] = {}
     missing = []
     for file in files:
@@ -46,10 +56,7 @@ def require_files(root: Path, files: Sequence[str], table: Path) -> None:
         # A file system may accept another spelling of a name (case, Unicode form), so isfile decides.
         if name not in names[folder] and not os.path.isfile(os.path.join(root, file)):
             missing.append(file)
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(files)} images listed in {table} are missing, the first is {root / missing[0]}"
-        )
+    return missing
 
 
 def subfolders(parent: str | Path) -> list[str]:

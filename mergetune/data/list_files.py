@@ -80,7 +80,8 @@ def _records(path: Path, kind: str) -> list[dict[str, Any]]:
     if not rows:
         return []
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    columns = columns_of(keys) or {name: name for name in ("path", "label")}
+    if not (columns := columns_of(keys)):
+        raise ValueError(f"{path} must have the keys path and label, got {listing(keys)}: {_accepted([*COLUMNS])}")
     return [{name: row[key] for name, key in columns.items() if key in row} for row in rows]
 
 
@@ -110,10 +111,17 @@ def cells(path: Path, text: str, needed: Sequence[str] = ("path", "label")) -> l
         rows = [row for row in _split(io.StringIO(text, newline=""), sign, path) if any(map(str.strip, row))]
         return [_row(path, number, row, places, len(header)) for number, row in enumerate(rows[skipped:], start=1)]
     wanted = "the header path,label[,split]" if len(needed) > 1 else f"a header with the column {needed[0]}"
+    sign = max(headers, key=lambda sign: len(headers[sign]))
     raise ValueError(
-        f"{path} must have {wanted}, got {listing(headers[','])}: columns may be separated by "
-        f"{', '.join(SEPARATORS.values())}"
+        f"{path} must have {wanted}, got {listing(headers[sign])}: columns may be separated by "
+        f"{', '.join(SEPARATORS.values())}; {_accepted(needed if len(needed) == 1 else [*COLUMNS])}"
     )
+
+
+def _accepted(columns: Sequence[str]) -> str:
+    """The names that columns may have, for messages."""
+    names = "; ".join(f"{column} may be {', '.join(COLUMNS[column])}" for column in columns)
+    return f"{names}, in any case of letters"
 
 
 def _split(lines: Iterable[str], separator: str, path: Path) -> Iterator[list[str]]:
@@ -170,7 +178,7 @@ def paths_below(root: Path) -> Callable[[str, str], str]:
         if leaves_root(found) or re.match(r"[A-Za-z]:/", found):
             raise ValueError(
                 f"{where} must lie below root = {above}, got {file!r}: write paths relative to root, the folder of the "
-                "list unless another is given"
+                "list unless another is given (root=, on the command line --root FOLDER)"
             )
         return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,13 @@ from warnings import warn
 
 from mergetune.data.class_names import GivenNames, class_names, hint_at_names, in_order, prettify
 from mergetune.data.folder_layouts import class_parent, split_folders, unwrapped
-from mergetune.data.image_files import brief, folder_identity, images_below, require_files, subfolders
+from mergetune.data.image_files import brief, folder_identity, images_below, missing_files, require_files, subfolders
 from mergetune.data.image_lists import SPLITS, Dataset, ImageList, difference, refuse_repeats, some_of
 from mergetune.data.list_files import paths_below, table_rows
 from mergetune.data.stratified_split import stratify
-from mergetune.io import MAX_LIST, names_file, read_json
+from mergetune.io import MAX_LIST, listing, names_file, read_json
+
+ROOT_WAY_ON = "root (on the command line --root FOLDER) is the folder that the paths in a list are relative to"
 
 
 def ImageFolder(
@@ -116,7 +117,7 @@ def image_table(
         files.append(below(row["path"], f"row {number} of {path}"))
     listed = [file for classes in splits.values() for files in classes.values() for file in files]
     refuse_repeats(f"path in {path}", listed)
-    require_files(root, listed, path)
+    require_files(root, listed, path, way_on=ROOT_WAY_ON)
     if has_splits:
         _refuse_shares(val, test, f"{path} has a split column")
     else:
@@ -138,7 +139,7 @@ def listed_images(
     """Reads a dataset from a list file: a table of :func:`image_table`, or a split file of :func:`coop_split`.
 
     A split file is recognised by its content. Its images lie relative to its folder, or to a folder beside it, such as
-    ``images/``.
+    ``images/``: the folder that holds most of them is taken, with a warning if it is another one than these.
 
     Args:
         path: the list file.
@@ -156,13 +157,29 @@ def listed_images(
         return image_table(path, root=root, val=val, test=test, seed=seed, classnames=classnames)
     _refuse_shares(val, test, f"{path} holds train, val and test")
     folder = path.absolute().parent
-    if root is not None:
-        return _renamed(coop_split(folder, path.name, Path(root).absolute()), classnames)
+    place = _place_of(folder, path, content) if root is None else Path(root).absolute()
+    return _renamed(_coop_split(folder, path.name, place, way_on=ROOT_WAY_ON), classnames)
+
+
+def _place_of(folder: Path, path: Path, content: Mapping[str, Any]) -> str:
+    """The subfolder that holds most images of a split file, the first of equals; "" for the folder itself."""
+    lists = [content[split] for split in SPLITS if isinstance(content.get(split), list)]
+    paths = [item[0] for items in lists for item in items if isinstance(item, list) and item]
+    files = [path.replace("\\", "/") for path in paths if isinstance(path, str) and path]
     places = ["", "images", *(name for name in subfolders(folder) if name != "images")]
-    item = content["train"][0] if content["train"] else None
-    first = item[0].replace("\\", "/") if isinstance(item, list) and item and isinstance(item[0], str) else None
-    found = (place for place in places if first is not None and os.path.isfile(folder / place / first))
-    return _renamed(coop_split(folder, path.name, next(found, "")), classnames)
+    place, fewest = "", len(files)
+    for other in places:
+        if (missing := len(missing_files(folder / other, files))) < fewest:
+            place, fewest = other, missing
+        if not fewest:
+            break
+    if place not in ("", "images"):
+        warn(
+            f"images in {path} are taken from {folder / place}, which holds {len(files) - fewest:,} of {len(files):,}: "
+            "root (on the command line --root) names another folder",
+            stacklevel=4,
+        )
+    return place
 
 
 @names_file("json_file")
@@ -181,6 +198,10 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
         FileNotFoundError: the file does not exist, or listed images are missing (the message names the first).
         ValueError: the file is not a split file, a label has two names, or a label has no images in train.
     """
+    return _coop_split(root, json_file, image_dir)
+
+
+def _coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path, *, way_on: str = "") -> Dataset:
     json_file, images = Path(root, json_file), Path(root, image_dir)
     content = read_json(json_file, limit=MAX_LIST)
     if not isinstance(content, dict) or not isinstance(content.get("train"), list) or not content["train"]:
@@ -207,7 +228,7 @@ def coop_split(root: str | Path, json_file: str | Path, image_dir: str | Path = 
         raise ValueError(
             f"labels in {json_file} must be 0 to {len(names) - 1} without a gap, got {some_of(sorted(names))}"
         )
-    require_files(images, [file for items in splits.values() for file, _ in items], json_file)
+    require_files(images, [file for items in splits.values() for file, _ in items], json_file, way_on=way_on)
     classnames = tuple(names[label] for label in range(len(names)))
     lists = {
         split: ImageList(images, tuple(file for file, _ in items), tuple(label for _, label in items), classnames)
@@ -259,9 +280,12 @@ def _class_files(root: Path, parent: Path) -> dict[str, list[str]]:
     classes = {}
     for name in subfolders(parent):
         files = images_below(parent / name, above)
-        if not files:
-            raise ValueError(f"class folder {parent / name} must hold at least one image, got none")
         classes[name] = sorted(path.relative_to(root).as_posix() for path in files)
+    if empty := [str(parent / name) for name, files in classes.items() if not files]:
+        raise ValueError(
+            f"class folder {listing(empty, most=3)} must hold at least one image, got none: add images, or remove the "
+            "folder"
+        )
     if not classes:
         raise ValueError(f"{parent} must hold one folder per class, got no folders")
     return classes

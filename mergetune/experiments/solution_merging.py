@@ -17,7 +17,7 @@ from mergetune.evaluation import accuracy, cross_entropy
 from mergetune.merging import StateDict
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import Method, find
-from mergetune.solutions import Solution, Space, check_compatible, inputs, space_of, stacked
+from mergetune.solutions import Head, Solution, Space, check_compatible, inputs, space_of, stacked
 from mergetune.training import fisher_diagonal
 
 FISHER_IMAGES = 256  # images for the Fisher diagonal of a prompt: each image needs a pass through the text tower
@@ -31,13 +31,14 @@ def merge_solutions(
     clip: FrozenClip | None = None,
     features: FeatureCache | None = None,
     options: Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Solution:
     """Merges solutions of one kind into one solution.
 
     Args:
         method: name of a merging method, see ``mergetune merge METHOD --list``.
         experts: solutions of one kind and shape. Heads are converted to the logit scale and the class
-            order of the first expert.
+            order of the first expert; a missing bias counts as zeros.
         base: the zero-shot solution; None for methods that do not need it. Averaging methods (``AVERAGES``) average the
             base as well, as the first solution.
         clip, features: cached image features and their CLIP, for methods that need data. Fisher diagonals and second
@@ -45,6 +46,7 @@ def merge_solutions(
             without labels. ``metrics_average`` computes losses, and ``evolve`` and ``natural_niches`` accuracies, with
             labels. Do not use test images.
         options: options of the method. ``evolve`` without options searches one coefficient per expert in [0, 1].
+        names: what messages call the experts, such as their files; None numbers them.
 
     Returns:
         A solution in the form of the first expert; its notes describe the merge.
@@ -59,10 +61,17 @@ def merge_solutions(
         raise ValueError("experts must hold at least one solution, got none")
     if clip is not None:
         experts, base = [expert.for_clip(clip) for expert in experts], None if base is None else base.for_clip(clip)
+    solutions = [*experts, *([] if base is None else [base])]
     first = experts[0]
-    solutions = [solution.in_form_of(first) for solution in [*experts, *([] if base is None else [base])]]
-    for other in solutions[1:]:
-        check_compatible(first, other)
+    if isinstance(first, Head) and any(isinstance(other, Head) and other.bias is not None for other in solutions):
+        first = first.with_bias()
+    solutions = [solution.in_form_of(first) for solution in solutions]
+    called = [f"expert {number}" for number in range(1, 1 + len(experts))] if names is None else names
+    for name, other in zip([*called, "the base"][1:], solutions[1:], strict=False):
+        try:
+            check_compatible(first, other)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{called[0]} and {name} cannot be merged: {error}") from error
     if base is None and needs_base(method, len(experts), options):
         raise ValueError(f"{method} of {len(experts)} expert(s) needs a base, the zero-shot solution, got None")
     if facts.from_images and first.changes_weights:

@@ -27,8 +27,9 @@ def verdict(
        surely below the fine-tuned one there: zero-shot is poor, a head is advised.
     2. The solution is surely below the fine-tuned one in the harmonic mean: it is not to be used.
     3. The solution is surely below zero-shot CLIP in the harmonic mean: it is not to be used.
-    4. No difference to the fine-tuned solution is sure: that is said; the simpler one, the fine-tuned, may be kept.
-    5. Otherwise the differences are told.
+    4. No difference among the three is sure: tuning changed nothing measurable; the simplest, zero-shot, may be kept.
+    5. No difference to the fine-tuned solution is sure: that is said; the simpler one, the fine-tuned, may be kept.
+    6. Otherwise the differences are told.
 
     Args:
         right: row -> part -> which test images are classified correctly. Parts are "base" and "novel"; or one part, if
@@ -58,6 +59,12 @@ def verdict(
     if row == tuned:
         return f"The {tuned} solution is the best choice here: {beside}."
     if not any(gain.above or gain.below for gain in to_tuned.values()):
+        from_zero = gains(right[tuned], right[zero_shot], labels)
+        if not any(gain.above or gain.below for gain in (*to_zero.values(), *from_zero.values())):
+            return (
+                f"Tuning changed nothing measurable here: {_told(to_tuned, whole, title)}; {beside}; keep the simplest "
+                "one, zero-shot CLIP."
+            )
         same = f"{row} and {title} cannot be told apart here: {_told(to_tuned, whole, title)}"
         return f"{same}; {beside}; keep the simpler one, {title}."
     return f"{row}: {_told(to_tuned, whole, title)}; {beside}."

@@ -356,11 +356,19 @@ class CompareOptions:
         if not self.experts:
             raise ValueError("experts must hold at least one expert, got none")
         if isinstance(self.experts, Mapping):
+            if len({solution.kind for solution in self.experts.values()}) > 1:
+                kinds = ", ".join(f"{name} ({solution.kind})" for name, solution in self.experts.items())
+                raise ValueError(f"experts must be of one kind, got {kinds}: compare each kind in a run of its own")
             return
         for expert in self.experts:
             method, _, number = expert.partition(":")
             if method not in TUNE_METHODS or not number.isdigit() or not int(number):
                 methods = ", ".join(TUNE_METHODS)
                 raise ValueError(f"experts must be like coop:1, a method ({methods}) and a number, got {expert!r}")
+        if len({expert.partition(":")[0] in PROMPT_METHODS for expert in self.experts}) > 1:
+            raise ValueError(
+                f"experts must be of one kind, all heads or all prompts ({', '.join(PROMPT_METHODS)}), got "
+                f"{', '.join(self.experts)}: compare heads in a run of their own"
+            )
         if len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts must not repeat, got {', '.join(self.experts)}")

@@ -71,6 +71,8 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, background: st
     """
     try:
         content = read_regular(path, limit=MAX_IMAGE)
+        if not content:
+            raise ValueError("it is empty")
         with _open_image(content, max_pixels) as image:
             return as_rgb(image, background)
     except Image.DecompressionBombError as error:

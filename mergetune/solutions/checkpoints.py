@@ -19,6 +19,7 @@ from mergetune.io import (
     kind_of_content,
     listing,
     load_tensors,
+    named,
     names_file,
     not_plain,
     read_safetensors,
@@ -55,6 +56,10 @@ class PromptFile:
     suffix: Tensor | None = None
 
 
+class NoContext(ValueError):
+    """A file can be read and holds no context vectors."""
+
+
 def check_same_names(classnames: Sequence[str], named: Sequence[str]) -> None:
     """Raise ValueError unless the given class names are those that a file names, in any order."""
     if other := sorted(set(classnames) ^ set(named)):
@@ -88,11 +93,18 @@ def read_prompt(path: str | Path) -> PromptFile:
         raise OtherTrainers(f"{file} must hold a prompt of CoOp's form alone, got {other}")
     if ctx is None and any(f".{name}".endswith(f".{LEARNER}ctx") for name in map(_unwrapped_part, state)):
         raise OtherTrainers(_whole_model(file, content, state))
+    if ctx is None and (places := [name for name in (*state, *_names_below(state)) if name.endswith(".ctx")]):
+        place = places[0].removesuffix(".ctx")
+        raise ValueError(
+            f"{file} must hold context vectors 'ctx' at its top or in a state_dict, got {named(places[0])}: "
+            f"`mergetune convert FILE prompt.safetensors --only {named(place)}` takes them out, and --tuned reads that"
+        )
     if isinstance(ctx, Tensor) and ctx.is_floating_point() and ctx.ndim in (3, 4):
         _check_one_prompt_per_class(file, ctx, state)
     if not isinstance(ctx, Tensor) or ctx.ndim not in (2, 3) or not ctx.is_floating_point() or not_plain(ctx):
         what = f"ctx {list(ctx.shape)}" if isinstance(ctx, Tensor) else listing(kept, most=5)
-        raise ValueError(f"{file} must hold context vectors 'ctx' [n, W] or [C, n, W], got {what}")
+        error = NoContext if ctx is None else ValueError
+        raise error(f"{file} must hold context vectors 'ctx' [n, W] or [C, n, W], got {what}")
     if kept != ["ctx"]:
         more = listing((name for name in kept if name != "ctx"), most=5)
         raise ValueError(f"{file} must be a prompt of CoOp's form, got further parameters that would be lost: {more}")
@@ -127,7 +139,7 @@ def holds_context(file: Path) -> bool:
     Raises:
         ValueError: the file is damaged.
     """
-    return "ctx" in unwrapped(list(read_safetensors(file)), OWNERS)
+    return any(name.rpartition(".")[2] == "ctx" for name in read_safetensors(file))
 
 
 def _check_one_prompt_per_class(file: Path, ctx: Tensor, state: Mapping[str, Any]) -> None:

@@ -203,9 +203,17 @@ class Head(Solution):
             self, weight=self.weight[rows], classnames=names, bias=None if self.bias is None else self.bias[rows]
         )
 
+    def with_bias(self) -> Head:
+        """The same head with a bias of zeros; self if there is a bias, or if rows of unit norm cannot have one."""
+        if self.bias is not None or self.normalize:
+            return self
+        return replace(self, bias=self.weight.new_zeros(len(self.weight)))
+
     def in_form_of(self, like: Solution) -> Head:
-        """This head with the logit scale of ``like``, and with its rows in the order of the classes of ``like``."""
+        """This head with the logit scale and the class order of ``like``, and with a bias if ``like`` has one."""
         found = super().in_form_of(like)
+        if isinstance(like, Head) and like.bias is not None:
+            found = found.with_bias()
         return found if like.classnames is None else found.in_order_of(like.classnames)
 
     def settings(self) -> dict[str, Any]:

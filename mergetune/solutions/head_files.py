@@ -197,6 +197,15 @@ def is_head(path: str | Path) -> bool:
     return alone and bool(about or key.rpartition(".")[2] in BIASES)
 
 
+def bare_shape(path: str | Path) -> list[int] | None:
+    """Shape of the matrix that a file holds without a name around it; None for other files: for a message."""
+    try:
+        content = _content(Path(path), mmap=True)
+    except (OSError, TypeError, ValueError):
+        return None
+    return list(content.shape) if isinstance(content, Tensor | np.ndarray) and content.ndim == 2 else None
+
+
 def holds_weights(path: str | Path) -> bool:
     """Whether all matrices of a file have names of layers' weights, as those of heads: for the choice of a message."""
     try:
@@ -333,8 +342,12 @@ def _bias_of(found: dict[str, Any], key: str) -> str | None:
     layer = f"{layer}." if layer else ""
     if last in BIASES:
         return f"{layer}{BIASES[last]}" if f"{layer}{BIASES[last]}" in found else None
-    vectors = [n for n in _tensors(found) if n.startswith(layer) and tuple(found[n].shape) == (len(found[key]),)]
-    return vectors[0] if len(vectors) == 1 else None
+    inside = [name for name in _tensors(found) if name.startswith(layer) and found[name].ndim == 1]
+    for count in found[key].shape:  # [C, D], then [D, C]
+        vectors = [name for name in inside if len(found[name]) == count]
+        if len(vectors) == 1:
+            return vectors[0]
+    return None
 
 
 def _rows(about: dict[str, Any]) -> list[Any] | None:
@@ -369,13 +382,19 @@ def _about(found: dict[str, Any], layer: str) -> dict[str, Any]:
 
 
 def _head(origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, scale: float = 1.0, binary: bool) -> HeadFile:
-    """Checked weight and bias, float32, and the class name or label number of each row."""
+    """Checked weight and bias, float32, and the class name or label number of each row.
+
+    A weight [D, C] is transposed if the number of biases or of classes says so.
+    """
     weight, bias = (
         _floats(f"{origin}: the weight", weight),
         None if bias is None else _floats(f"{origin}: the bias", bias),
     )
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(f"{origin}: the weight must have shape [C, D], got {list(weight.shape)}")
+    count = bias.numel() if bias is not None else len(rows or ())
+    if count == weight.shape[1] != len(weight) and not (binary and len(weight) == 1):
+        weight = weight.T.contiguous()  # [D, C], as Keras and matrix products on the right have it
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{origin}: the bias must have shape [C] = [{len(weight)}], got {list(bias.shape)}")
     if binary and len(weight) == 1:

@@ -11,9 +11,9 @@ from mergetune.io import damaged, kind_of_content, names_file
 from mergetune.merging import open_weights
 from mergetune.merging.adapters import adapter_folder
 from mergetune.solutions.base import Solution
-from mergetune.solutions.checkpoints import holds_context
+from mergetune.solutions.checkpoints import NoContext, holds_context
 from mergetune.solutions.head import Head
-from mergetune.solutions.head_files import holds_weights
+from mergetune.solutions.head_files import bare_shape, holds_weights
 from mergetune.solutions.linear_map import LinearMap
 from mergetune.solutions.lora import LoRA
 from mergetune.solutions.lora_files import is_clip_lora, read_clip_lora
@@ -151,11 +151,16 @@ def open_solution(
         try:
             return Head.from_checkpoint(path, classnames=classnames)
         except (ValueError, OSError) as no_head:
+            if shape := bare_shape(path):
+                raise ValueError(
+                    f"{no_head}: context vectors [n, W] without a name, as the tensor {shape} might be, must be saved "
+                    "as {'ctx': tensor}"
+                ) from no_head
             if holds_weights(path):
                 raise
-            if path.suffix not in (".pt", ".pth"):  # the usual endings of heads
-                raise no_prompt from None
-            raise ValueError(f"{path} must hold a prompt or a head: {no_prompt}; {no_head}") from no_head
+            if isinstance(no_prompt, NoContext) and path.suffix in (".pt", ".pth"):  # the usual endings of heads
+                raise ValueError(f"{no_prompt}: nor is it the weight [C, D] of a head") from no_head
+            raise no_prompt from None
 
 
 def _holds_model(path: Path) -> bool:

@@ -105,6 +105,66 @@ def test_heads_without_class_names_are_merged_with_given_names_only(tmp_path, fo
     assert "--classnames must be those of the file, got other names" in refusal(*named)
 
 
+UNNAMED = "names no classes: its rows are taken in the order of the cache (class 0, class 1, class 2)"
+
+
+@pytest.mark.parametrize("form", [".safetensors", ".npz", ".pt", ".pkl"])
+def test_the_order_of_rows_without_names_is_said_and_can_be_given(work, tmp_path, form):
+    order = ("class 2", "class 0", "class 1")
+    tuned = mt.open_solution(work / "tuned.safetensors").rescaled(1.0)
+    tuned = mt.Head(tuned.weight, CLASSES, torch.zeros(3))
+    named = write(tuned, tmp_path / f"named{form}")
+    plain = write(tuned.in_order_of(order), tmp_path / f"plain{form}", names=False)
+    (tmp_path / "names.txt").write_text("\n".join(order))
+    names, cache = ("--classnames", tmp_path / "names.txt"), ("--cache", work / "cache")
+    train = (*cache, "--epochs", 1, "--out")
+    right = run("eval", *cache, "--solution", named)[str(named)]
+    commands = [
+        ("eval", *cache, "--solution", plain),
+        ("tune", "--method", "head", "--zero-shot", plain, *train, tmp_path / "tune"),
+        ("fit", "--tuned", plain, "--zero-shot", named, *train, tmp_path / "fit"),
+        ("merge", "average", plain, plain, *cache, "--out", tmp_path / "merged.npz"),
+    ]
+    for command in commands if form == ".pkl" else commands[:1]:
+        said = invoke(*command, "--json")
+        assert said.exit_code == 0 and json.loads(said.stdout), said.stderr
+        assert f"{plain} {UNNAMED}; --classnames FILE" in " ".join(said.stderr.split()), command
+        if command[0] == "eval":
+            assert json.loads(said.stdout)[str(plain)]["accuracy"] < right["accuracy"]
+        given = invoke(*command, *names, "--json", *([] if command[0] in ("eval", "merge") else ["--overwrite"]))
+        assert given.exit_code == 0 and "names no classes" not in given.stderr, given.stderr
+        if command[0] == "eval":
+            assert json.loads(given.stdout)[str(plain)]["accuracy"] == right["accuracy"]
+    assert "names no classes" not in invoke("eval", *cache, "--solution", named).stderr
+
+
+def test_heads_of_all_classes_are_measured_on_halves(tmp_path):
+    """With names in the file or without, the rows of the half are taken."""
+    images = draw_images(tmp_path / "images", 16, classes=4)
+    features = mt.cache_features(TinyClip(), images, tmp_path / "cache", progress=False)
+    rows = torch.stack([features.tensor()[features.labels == c].mean(0) for c in range(4)])
+    one = mt.Head(rows, features.classnames, torch.zeros(4))
+    files = [write(one, tmp_path / f"named{form}") for form in ("", ".npz", ".pkl")]
+    files += [write(one, tmp_path / f"plain{form}", names=False) for form in (".npz", ".safetensors")]
+    solutions = [word for file in files for word in ("--solution", file)]
+    for part in (["--classes", "base"], ["--classes", "novel"], ["--base-novel"]):
+        found = run("eval", "--cache", tmp_path / "cache", *solutions, *part)
+        assert all(found[str(file)] == found[str(files[0])] for file in files), part
+
+
+def test_a_missing_bias_counts_as_zeros_and_heads_that_do_not_fit_are_named(tmp_path):
+    one = head()
+    a, b = write(one, tmp_path / "a.npz"), write(mt.Head(one.weight, CLASSES, logit_scale=10.0), tmp_path / "b")
+    for pair in ((a, b), (b, a)):
+        run("merge", "average", *pair, "--out", tmp_path / "merged.npz")
+        torch.testing.assert_close(mt.open_solution(tmp_path / "merged.npz").bias, one.bias / 2)
+    mt.Head(one.weight[:2], CLASSES[:2]).save(tmp_path / "two")
+    mt.Prompt(torch.zeros(4, 6), "X X X X {}.").save(tmp_path / "prompt")
+    for other in ("two", "prompt"):
+        said = refusal("merge", "average", a, tmp_path / other, "--out", tmp_path / "no")
+        assert f"{a} and {tmp_path / other} cannot be merged: " in said
+
+
 def test_a_merged_solution_is_never_written_below_the_ending_of_another_format(tmp_path):
     mt.Prompt(torch.zeros(4, 6), "X X X X {}.").save(tmp_path / "prompt")
     a = write(head(), tmp_path / "a.npz")

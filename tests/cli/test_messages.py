@@ -1,5 +1,7 @@
 """What a newcomer reads: errors that name options, help in a narrow terminal, and warnings."""
 
+import inspect
+
 import pytest
 from miniature import write_miniature
 from typer.testing import CliRunner
@@ -97,3 +99,10 @@ def test_more_shots_than_images_are_told(capsys):
         assert message in capsys.readouterr().err
     warn_of_few(100_000, drawn)
     assert "every class has fewer than --shots 100000 images: 1 to 3" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_summary_of_every_command_is_a_whole_sentence():
+    """The first paragraph of a docstring stands in the list of commands."""
+    summaries = {found.callback: inspect.getdoc(found.callback).split("\n\n")[0] for found in app.registered_commands}
+    assert len(summaries) > 10
+    assert [text for text in summaries.values() if not text.endswith(".")] == []

@@ -24,9 +24,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_unreadable_image_raises_and_keeps_what_was_built(images, tmp_path):
     bad = images.root / "009.png"
     whole = bad.read_bytes()
-    bad.write_bytes(whole[:40])
-    for _ in range(2):
-        with pytest.raises(ValueError, match="cannot read image .*009.png"):
+    for content, why in ((whole[:40], ".*"), (b"", "it is empty")):
+        bad.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=f"cannot read image .*009.png: {why}; on_error='skip' .*--skip-unreadable"
+        ):
             cache_features(TinyClip(), images, tmp_path / "cache", **BUILD)
         with pytest.raises(ValueError, match=r"unfinished \(2 of 3 blocks\)"):
             FeatureCache.open(tmp_path / "cache")
@@ -37,7 +39,10 @@ def test_unreadable_image_raises_and_keeps_what_was_built(images, tmp_path):
 def test_unreadable_images_can_be_skipped(images, tmp_path):
     for i in (1, 8, 9, 10):  # all of the last block
         (images.root / f"{i:03d}.png").write_bytes(b"not an image")
-    with pytest.warns(UserWarning, match="4 unreadable images are left out, the first: cannot read image .*001.png"):
+    named = "'001.png', '008.png', '009.png' and 1 more"
+    with pytest.warns(
+        UserWarning, match=f"4 unreadable .* are left out: {named}; the first: cannot read image .*001.png"
+    ):
         cache = cache_features(TinyClip(), images, tmp_path / "cache", **BUILD, on_error="skip")
     assert cache.files == tuple(f"{i:03d}.png" for i in (0, 2, 3, 4, 5, 6, 7))
     opened = FeatureCache.open(cache.path)
@@ -46,8 +51,10 @@ def test_unreadable_images_can_be_skipped(images, tmp_path):
     expected = clip.encode_image(torch.stack([clip.preprocess(load_image(images.root / file)) for file in cache.files]))
     torch.testing.assert_close(opened.tensor(), expected)
     torch.testing.assert_close(opened.rows(torch.tensor([6, 0])), expected[[6, 0]])
-    with pytest.warns(UserWarning, match="1 unreadable images are left out"):
+    with pytest.warns(UserWarning, match="1 unreadable images of .* are left out: '001.png'; the"):
         chosen = opened.select(images.take([1, 2]))
+    with pytest.raises(FileNotFoundError, match=f"got {tmp_path} without manifest.json: give {cache.path}"):
+        FeatureCache.open(tmp_path)
     assert chosen.files == ("002.png",) and chosen.labels.tolist() == [2] and len(chosen) == 1
     with pytest.raises(ValueError, match="all 1 were skipped"):
         opened.select(images.take([1]))

@@ -181,6 +181,7 @@ def test_identifiers_as_names_are_hinted_at_once(tmp_path, names, kind):
 IDS = ("n01440764", "n01443537")
 
 
+@pytest.mark.filterwarnings("ignore:.*names the classes in their order")
 @pytest.mark.parametrize(
     ("file", "content", "names"),
     [
@@ -201,6 +202,7 @@ def test_class_names_are_taken_from_a_file(tmp_path, file, content, names):
     assert ImageFolder(tmp_path / "images", classnames=tmp_path / file).classnames == names
 
 
+@pytest.mark.filterwarnings("ignore:.*names the classes in their order")
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -230,6 +232,25 @@ def test_a_file_that_does_not_name_the_classes_is_refused(tmp_path, file, conten
     assert str(tmp_path / file) in str(refused.value)
     with pytest.raises(FileNotFoundError, match="classnames must be a .*file"):
         ImageFolder(tmp_path / "images", classnames=tmp_path / f"gone-{file}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("a.txt", "tench\ngold fish\nray\nhen\n", "'0' is 'tench', '1' is 'gold fish', '10' is 'ray' and so on for 4"),
+        ("a.json", '["tench", "gold fish", "ray", "hen"]', "'0' is 'tench', .* and so on for 4 classes"),
+        ("a.txt", "0 tench\n1 gold fish\n10 ray\n11a hen\n", None),
+        ("a.txt", "0\n1\n10\n11A\n", None),
+    ],
+)
+def test_names_that_are_given_by_their_order_alone_are_shown_beside_the_folders(tmp_path, file, content, said):
+    folders(tmp_path / "images", "0", "1", "10", "11a")
+    (tmp_path / file).write_text(content)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ImageFolder(tmp_path / "images", classnames=tmp_path / file)
+    shown = [str(warning.message) for warning in found if "in their order" in str(warning.message)]
+    assert len(shown) == (said is not None) and all(re.search(said, line) for line in shown)
 
 
 def test_names_have_one_spelling_wherever_they_come_from(tmp_path):

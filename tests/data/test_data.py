@@ -273,7 +273,8 @@ def test_folder_refuses(tmp_path):
         ImageFolder(tmp_path)
     root = draw_classes(tmp_path / "empty", {"cat": 3})
     (root / "dog").mkdir()
-    with pytest.raises(ValueError, match="class folder .*dog must hold at least one image, got none"):
+    (root / "eel").mkdir()
+    with pytest.raises(ValueError, match="dog.*, .*eel.* must hold at least one image, got none: add .*, or remove"):
         ImageFolder(root)
     twice = draw_classes(tmp_path / "twice", {"a_cat": 3, "a cat": 3})
     with pytest.raises(ValueError, match="class names must differ, got 'a cat' for 'a cat' and 'a_cat'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,34 @@ def test_other_json_lists_are_tables(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps({"train": [["gone/1.png", 0, "cat"]]}))
     with pytest.raises(FileNotFoundError, match=r"the first is .*gone/1\.png"):
         listed_images(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize(
+    ("places", "taken", "warns"),
+    [
+        ({"a-thumbs": 1, "photos": 6}, "photos", True),
+        ({"": 6, "photos": 6}, "", False),
+        ({"": 1, "images": 6, "a-thumbs": 5}, "images", False),
+        ({"images": 2, "photos": 5}, "photos", True),
+    ],
+)
+def test_the_folder_with_most_images_of_a_split_file_is_taken(tmp_path, places, taken, warns):
+    """Also where other folders hold the first images of the list."""
+    files = [f"{animal}/{i}.jpg" for animal in ("cat", "dog") for i in range(3)]
+    for place, count in places.items():
+        for file in files[:count]:
+            (tmp_path / place / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / file).touch()
+    items = [[file, int(file.startswith("dog")), file[:3]] for file in files]
+    (tmp_path / "split_zhou_Pets.json").write_text(json.dumps({"train": items[::3], "test": [*items[1:3], *items[4:]]}))
+    whole = max(places.values()) == len(files)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if whole:
+            assert listed_images(tmp_path / "split_zhou_Pets.json").train.root == tmp_path / taken
+        else:
+            with pytest.raises(FileNotFoundError, match="1 of 6 images .* are missing, .*photos/.*--root FOLDER"):
+                listed_images(tmp_path / "split_zhou_Pets.json")
+    assert [f"are taken from {tmp_path / taken}, which holds" in str(warning.message) for warning in said] == (
+        [True] if warns else []
+    )

@@ -158,5 +158,24 @@ def test_absolute_paths_below_a_root_with_links_and_dots(tmp_path, root, way):
 def test_paths_elsewhere_are_refused_with_the_way_on(tmp_path, path):
     draw(tmp_path)
     (tmp_path / "a.csv").write_text(f"path,label\n{path},cat\n")
-    with pytest.raises(ValueError, match="row 1 of .* must lie below root = .*write paths relative to root"):
+    with pytest.raises(ValueError, match="row 1 of .* must lie below root = .*write paths relative to root.*--root"):
         image_table(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "Datei,Klasse\n0.png,cat\n"),
+        ("a.csv", "Datei;Klasse;Split\n0.png;cat;train\n"),
+        ("a.json", '[{"Datei": "0.png", "Klasse": "cat"}]'),
+        ("a.jsonl", '{"Datei": "0.png", "label": "cat"}'),
+    ],
+)
+def test_unknown_columns_are_answered_with_the_accepted_names(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as refused:
+        image_table(tmp_path / name)
+    said = str(refused.value)
+    assert "got Datei, " in said and "path may be path, filepath, " in said and "label may be classname, " in said
+    if ";" in content:
+        assert "got Datei, Klasse, Split: " in said

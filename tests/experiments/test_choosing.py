@@ -123,8 +123,16 @@ def test_a_loss_is_called_a_loss():
 
 
 def test_no_difference_is_called_none():
-    assert said((300, 300), (301, 300), (300, 301)).startswith("MERGETUNE and CoOp cannot be told apart here")
-    assert said((300, 300), (301, 300), (300, 301)).endswith("; keep the simpler one, CoOp.")
+    above_zero_shot = said((300, 300), (301, 300), (250, 301))
+    assert above_zero_shot.startswith("MERGETUNE and CoOp cannot be told apart here")
+    assert above_zero_shot.endswith("; keep the simpler one, CoOp.")
+
+
+@pytest.mark.parametrize("zero_shot", [(300, 300), (300, 301), (299, 300)])
+def test_where_tuning_changed_nothing_zero_shot_is_the_simplest(zero_shot):
+    sentence = said((300, 300), (300, 300), zero_shot)
+    assert sentence.startswith("Tuning changed nothing measurable here: ")
+    assert sentence.endswith("; keep the simplest one, zero-shot CLIP.")
 
 
 def test_a_chosen_zero_shot_or_fine_tuned_solution_is_named():

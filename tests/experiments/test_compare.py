@@ -20,7 +20,7 @@ from comparison_cases import (
 from tiny import normal, prompt
 from typer.testing import CliRunner
 
-from mergetune import FeatureCache, Prompt, accuracy, classifier, interpolate, load_solution
+from mergetune import FeatureCache, Head, Prompt, accuracy, classifier, interpolate, load_solution
 from mergetune.cli import app
 from mergetune.experiments import Task, compare, merge_solutions
 from mergetune.experiments.cells import Cell, Fold
@@ -430,6 +430,12 @@ def test_choosing_on_other_datasets(clip, tmp_path):
         ({"experts": ("coop:0",)}, "experts must be like coop:1"),
         ({"experts": ("coop:1", "coop:1")}, "must not repeat"),
         ({"experts": ()}, "at least one"),
+        ({"experts": ("coop:1", "head:1")}, "experts must be of one kind, all heads or all prompts"),
+        ({"experts": ("head:1", "head:2", "kgcoop:1")}, "experts must be of one kind, all heads or all prompts"),
+        (
+            {"experts": {"p": Prompt(torch.zeros(4, 8), "X X X X {}."), "h": Head(torch.eye(2), ("a", "b"))}},
+            r"experts must be of one kind, got p \(prompt\), h \(head\)",
+        ),
         ({"choose": "test"}, "choose must be validation or others, got 'test'"),
         ({"select": "novel"}, "select must be base or both, got 'novel'"),
         ({"fit": {"weight_ensemble": True}}, "the rows 'MERGETUNE [+] WE' have it"),
@@ -491,6 +497,8 @@ def test_compare_command_wants_data_and_says_so():
     assert refused.exit_code == 2 and "give folders of caches, or --demo" in refused.stderr
     refused = invoke("compare", "--demo", "--tune", "epoch=3")
     assert refused.exit_code == 2 and "mergetune.tune has no option 'epoch'" in refused.stderr
+    refused = invoke("compare", "--demo", "--out", "nowhere", "--expert", "coop:1", "head:1")
+    assert refused.exit_code == 2 and "--expert must be of one kind, all heads or all prompts" in refused.stderr
     assert not os.path.exists("nowhere")
 
 

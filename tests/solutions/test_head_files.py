@@ -112,6 +112,35 @@ def test_what_is_no_head_is_refused(tmp_path, arrays, match, suffix):
         Head.from_checkpoint(tmp_path / f"head{suffix}", classnames=NAMES)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+@pytest.mark.parametrize("key", ["fc.weight", "out"])
+def test_a_transposed_weight_is_turned_where_bias_or_names_say_so(tmp_path, suffix, key):
+    bias_key = "fc.bias" if key == "fc.weight" else "offset"
+    save_arrays(tmp_path / f"a{suffix}", **{key: WEIGHT.T, bias_key: BIAS})
+    head = Head.from_checkpoint(tmp_path / f"a{suffix}", classnames=NAMES)
+    assert torch.equal(head.weight, WEIGHT) and torch.equal(head.bias, BIAS)
+    save_arrays(tmp_path / f"b{suffix}", **{key: WEIGHT.T, "classes_": torch.arange(CLASSES)})
+    assert torch.equal(Head.from_checkpoint(tmp_path / f"b{suffix}", classnames=NAMES).weight, WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (WEIGHT, r"classnames must be given for a head .*: context vectors .* tensor \[3, 16\] .* {'ctx': tensor}"),
+        ({"net": {"learner": {"ctx": WEIGHT}}}, "got net.learner.ctx: .* --only net.learner` takes them out"),
+        ({"own.learner.ctx": WEIGHT}, "got own.learner.ctx: .* --only own.learner` takes them out"),
+        ({"state_dict": {"ctx": WEIGHT * float("nan")}}, "ctx must be finite, got 48 NaN"),
+        ({"epoch": 3}, "must hold context vectors .* got epoch: nor is it the weight"),
+        ({"ctx": WEIGHT[0]}, r"'ctx' .* got ctx \[16\]"),
+    ],
+)
+def test_a_file_that_is_no_solution_is_answered_in_one_sentence(tmp_path, content, said):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=said) as refused:
+        open_solution(tmp_path / "a.pt")
+    assert str(refused.value).count("a.pt") == 1 and str(refused.value).count("must hold") <= 1
+
+
 def test_missing_heads_and_names(tmp_path):
     for name in ("head.pt", "head.npz", "head.safetensors"):
         with pytest.raises(FileNotFoundError, match=name):
