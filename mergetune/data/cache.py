@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mergetune.clip import PRECISIONS
-from mergetune.data.cache_blocks import damaged_rows, refuse_damage
+from mergetune.data.cache_blocks import checks_open_file, damaged_rows, refuse_damage
 from mergetune.data.cache_documents import FEATURES, Manifest
 from mergetune.data.cache_files import (
     ARRAYS,
@@ -93,8 +93,9 @@ class FeatureCache:
     def open(cls, path: str | Path) -> FeatureCache:
         """Opens a finished cache.
 
-        The checksums of all features are compared if size, modification time or inode of their file differ from those
-        of the last comparison, as after copying the cache. Each row's norm is checked when the row is first read.
+        The checksums of all features are compared if size, times or inode of their file differ from those of the last
+        comparison, as after copying the cache, and again if size or times change while the cache is open. Each row's
+        norm is checked when the row is first read.
 
         If the features have more than ``MAX_MAPPED`` bytes, rows are read from the file, and only the batch occupies
         memory.
@@ -401,6 +402,7 @@ def _open_array(path: Path, manifest: Manifest) -> FileRows:
         mapped=array.end - array.offset <= MAX_MAPPED,
         way_on=mend(path),
         norms=UnitNorms(views, count, functools.partial(damaged_rows, path)) if array.unit_norm else None,
+        check=checks_open_file(path, manifest),
     )
 
 

@@ -1,7 +1,7 @@
 """The blocks of a cache's arrays: writing of rows, checksums, damage and what is lost by it.
 
 A block is a number of consecutive rows of one view of an array; the manifest has a checksum of each. All checksums are
-compared when the file's size, modification time or inode differ from those of the last check, as after copying. The
+compared when the file's size, times or inode differ from those of the last check, as after copying. The
 state of the last check stands in ``checked.json``, which may be missing: the checksums are compared then.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mergetune.data.cache_documents import BlockRecord, Identities, LastCheck, Layout, Manifest, Plan
+from mergetune.data.cache_documents import Array, BlockRecord, Identities, LastCheck, Layout, Manifest, Plan
 from mergetune.data.cache_files import (
     ARRAYS,
     LAST_CHECK,
@@ -78,7 +80,7 @@ def allocate(path: Path, plan: Plan) -> None:
         OSError: the disk is full, for example; the message names the file.
     """
     file = path / ARRAYS
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open_own(file)
     try:
         found = os.fstat(descriptor).st_size
         if found > plan.bytes:
@@ -110,7 +112,7 @@ def write_block(path: Path, plan: Plan, number: int, arrays: Mapping[str, Tensor
         OSError: the rows cannot be written; the message names the file.
     """
     file, sha256 = path / ARRAYS, []
-    descriptor = os.open(file, os.O_RDWR)
+    descriptor = _open_own(file)
     try:
         for layout in plan.arrays:
             rows, checksums = arrays[layout.name].to(FLOAT_DTYPES[layout.dtype]).contiguous(), []
@@ -125,6 +127,33 @@ def write_block(path: Path, plan: Plan, number: int, arrays: Mapping[str, Tensor
     finally:
         os.close(descriptor)
     write_record(path, number, BlockRecord(plan=plan.id, sha256=tuple(sha256), images=images, skipped=skipped))
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises ValueError if writing into the file of the arrays would change another file."""
+    if os.path.lexists(path / ARRAYS):
+        os.close(_open_own(path / ARRAYS))
+
+
+def _open_own(file: Path) -> int:
+    """The descriptor of the file of the arrays for writing; a file of another place must not change with it."""
+    got = ""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            os.close(descriptor)
+            got = "a file with a second name (a hard link)" if stat.S_ISREG(found.st_mode) else "another kind of file"
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        descriptor, got = -1, "a link" if error.errno == errno.ELOOP else "another kind of file"
+    if got:
+        raise ValueError(
+            f"{file} must be a regular file with one name, because it is written in place, got {got}: put a copy of "
+            "it in its place, or remove it and all features are encoded again"
+        )
+    return descriptor
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
@@ -160,7 +189,8 @@ def find_damage(path: Path, manifest: Manifest, *, trust: bool = True, progress:
     Args:
         path: folder of the cache.
         manifest: its manifest.
-        trust: do not read a file whose size, modification time and inode are those of the last check.
+        trust: do not read a file whose size, times (of modification and of change) and inode are those of the last
+            check.
         progress: show a bar; None shows one for a large file.
 
     Returns:
@@ -174,15 +204,15 @@ def find_damage(path: Path, manifest: Manifest, *, trust: bool = True, progress:
         last = len(manifest.files) - 1
         return Damage(((0, last),), f"{file} is missing")
     state = LastCheck(
-        bytes=found.st_size, mtime_ns=found.st_mtime_ns, inode=found.st_ino, blocks=_digest_of_blocks(manifest)
+        bytes=found.st_size,
+        mtime_ns=found.st_mtime_ns,
+        ctime_ns=found.st_ctime_ns,
+        inode=found.st_ino,
+        blocks=_digest_of_blocks(manifest),
     )
     if trust and found.st_size == manifest.bytes and _last_check(path) == state:
         return None
-    blocks = (
-        (array, block, sha256)
-        for array in manifest.arrays
-        for block, sha256 in zip(array.blocks(manifest.shard_size), array.sha256, strict=True)
-    )
+    blocks = _blocks_of(manifest.arrays, manifest.shard_size)
     if progress or (progress is None and manifest.bytes > LARGE):
         total, about = manifest.bytes, f"check {file.name}"
         with tqdm(total=total, desc=about, unit="B", unit_scale=True, disable=hidden()) as bar:
@@ -207,6 +237,27 @@ def refuse_damage(path: Path, manifest: Manifest, *, trust: bool = True, progres
     """Raises ValueError, with the way on, if :func:`find_damage` finds any."""
     if damage := find_damage(path, manifest, trust=trust, progress=progress):
         raise ValueError(f"{damage.text}; {mend(path)}")
+
+
+def checks_open_file(path: Path, manifest: Manifest) -> Callable[[int], None]:
+    """Function of a descriptor of the arrays' file that compares all checksums; it raises ValueError as above.
+
+    It can be sent to another process. A cache that is open calls it when its file has been written or touched.
+    """
+    return functools.partial(_check_open_file, path, manifest.arrays, manifest.shard_size)
+
+
+def _check_open_file(path: Path, arrays: Sequence[Array], shard_size: int, descriptor: int) -> None:
+    if rows := _differing_in(descriptor, list(_blocks_of(arrays, shard_size))):
+        told = f"{in_words(rows)} must have the checksums in {MANIFEST}, got others since the cache was opened"
+        raise damaged_rows(path, told)
+
+
+def _blocks_of(arrays: Sequence[Array], shard_size: int) -> Iterator[tuple[Layout, Block, str]]:
+    """The blocks of the arrays of a finished cache with their checksums."""
+    for array in arrays:
+        for block, sha256 in zip(array.blocks(shard_size), array.sha256, strict=True):
+            yield array, block, sha256
 
 
 def damaged_rows(path: Path, told: str) -> ValueError:
@@ -269,15 +320,24 @@ def _last_check(path: Path) -> LastCheck | None:
 def _differing(
     file: Path, blocks: Iterable[tuple[Layout, Block, str]], bar: tqdm | None = None
 ) -> tuple[tuple[int, int], ...]:
-    """Ranges of rows whose blocks have other checksums, ascending and joined. Several threads hash."""
-    blocks, lost = list(blocks), []
+    """Ranges of rows whose blocks have other checksums, ascending and joined."""
+    blocks = list(blocks)
     if not file.is_file():
         return _joined(block for _, block, _ in blocks)
-    with open_regular(file) as opened, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with open_regular(file) as opened:
+        return _differing_in(opened.fileno(), blocks, bar)
+
+
+def _differing_in(
+    descriptor: int, blocks: Sequence[tuple[Layout, Block, str]], bar: tqdm | None = None
+) -> tuple[tuple[int, int], ...]:
+    """As :func:`_differing`, for an open file. Several threads hash."""
+    lost = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
 
         def checksum(block: tuple[Layout, Block, str]) -> str | None:
             layout, (view, first, count), _ = block
-            return _sha256(opened.fileno(), layout.place(view, first), count * layout.row_bytes)
+            return _sha256(descriptor, layout.place(view, first), count * layout.row_bytes)
 
         for (layout, block, wanted), found in zip(blocks, pool.map(checksum, blocks), strict=True):
             if found != wanted:

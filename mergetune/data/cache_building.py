@@ -16,7 +16,15 @@ from mergetune.clip import PRECISIONS
 from mergetune.clip.backbone import check_clip
 from mergetune.clip.class_texts import check_texts
 from mergetune.data.cache import FeatureCache
-from mergetune.data.cache_blocks import allocate, find_damage, finished_blocks, in_words, reopen, write_block
+from mergetune.data.cache_blocks import (
+    allocate,
+    find_damage,
+    finished_blocks,
+    in_words,
+    refuse_foreign,
+    reopen,
+    write_block,
+)
 from mergetune.data.cache_documents import FEATURES, FORMAT, Identities, Identity, Manifest, Plan, lay_out
 from mergetune.data.cache_files import (
     OURS,
@@ -206,6 +214,7 @@ def _begin(
         )
     stack.enter_context(writing_in(path))
     if not overwrite:
+        refuse_foreign(path)
         finished, damage = examine(path, wanted, images, trust=trust)
         if finished and damage is None:  # another process has finished the cache meanwhile
             return None

@@ -276,11 +276,13 @@ class LastCheck(Document, frozen=True):
     """State of the file with the arrays when all checksums were last compared.
 
     Attributes:
-        bytes, mtime_ns, inode: state of the file.
+        bytes, mtime_ns, ctime_ns, inode: state of the file. A process can set the time of modification, and cannot set
+            the time of change.
         blocks: digest of the checksums of all blocks.
     """
 
     bytes: Count
     mtime_ns: int
+    ctime_ns: int
     inode: Count
     blocks: Sha256

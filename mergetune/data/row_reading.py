@@ -183,6 +183,8 @@ class FileRows:
         way_on: what the user can do about damage; ends the messages.
         checksums: what stands for the contents in a digest; None stands for the bytes of the rows.
         norms: checks rows when they are first read; None checks nothing.
+        check: compares the contents of an open file with its checksums, after size or times of the file have changed;
+            None compares nothing.
     """
 
     def __init__(
@@ -196,9 +198,10 @@ class FileRows:
         way_on: str,
         checksums: bytes | None = None,
         norms: UnitNorms | None = None,
+        check: Callable[[int], None] | None = None,
     ) -> None:
         self.files, self.way_on = [], way_on  # the files first: __del__ closes them whatever fails here
-        settings = {"mapped": mapped, "way_on": way_on, "checksums": checksums, "norms": norms}
+        settings = {"mapped": mapped, "way_on": way_on, "checksums": checksums, "norms": norms, "check": check}
         self.given = (extents, views, width, dtype), settings
         self.width, self.views, self.dtype, self.checksums, self.norms = (
             width,
@@ -216,6 +219,7 @@ class FileRows:
         for extent in extents:
             self.files.append(open_regular(extent.file))
         self.descriptors = [file.fileno() for file in self.files]
+        self.check, self.states = check, [_state(descriptor) for descriptor in self.descriptors]
         self.mapping: Tensor | None = None
         if mapped:
             (extent,) = extents
@@ -260,6 +264,7 @@ class FileRows:
         if self.mapping is not None:
             self._require_whole(0)
             torch.index_select(self.mapping, 0, view * self.count + row, out=out)
+            self._require_unchanged()
             return
         shard = torch.searchsorted(self.first, row, right=True) - 1
         begin = self.begin[shard] + (view * self.counts[shard] + row - self.first[shard]) * self.row_bytes
@@ -272,6 +277,16 @@ class FileRows:
                 read_at(self.descriptors[number], buffer[a:b], offset)
             except EOFError:
                 raise self._cut_off(number) from None
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        """Compares the contents of files whose size or times have changed, after the reading that is to be trusted."""
+        if self.check is None:
+            return
+        for number, descriptor in enumerate(self.descriptors):
+            if (state := _state(descriptor)) != self.states[number]:
+                self.check(descriptor)
+                self.states[number] = state
 
     def _require_whole(self, number: int) -> None:
         if os.fstat(self.descriptors[number]).st_size < self.ends[number]:
@@ -285,6 +300,11 @@ class FileRows:
             f"{self.paths[number]} was truncated while it was open: the file must have {self.ends[number]} bytes, got "
             f"{size}, so that {which} and all behind it are lost; {self.way_on}"
         )
+
+
+def _state(descriptor: int) -> tuple[int, int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _open_again(arguments: tuple[Any, ...], settings: dict[str, Any]) -> FileRows:

@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from warnings import warn
 LOCK = ".mergetune.lock"
 """The file of a folder's lock, which stands in the folder while a process writes there."""
 
-_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
+_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # without waiting for the writer of a FIFO
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NAME = re.compile(r"\..+\.lock", re.DOTALL)
 _OWNER = re.compile(rb"(\d{1,19}) ([\w.-]{1,255})\n")
+_LONGEST = 300  # more bytes than the file of a lock has
+_FOREIGN = {errno.ELOOP: "a link", errno.EISDIR: "a folder", errno.ENXIO: "a socket"}
 
 PATIENCE, PAUSE = 100, 0.002  # how often, and seconds until, a lock is tried again whose process has ended
 
@@ -88,7 +91,8 @@ def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
     holds.
 
     Where nothing can be written, on a read-only file system for example, there is nothing to protect: the function
-    continues without a lock. If the file system has no locks, the function warns and continues.
+    continues without a lock. If the file system has no locks, the function warns and continues. A file that is no lock
+    is neither written nor removed.
 
     Args:
         file: a file for this lock only; created if missing.
@@ -97,6 +101,7 @@ def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
 
     Raises:
         RuntimeError: another process or thread holds the lock.
+        ValueError: the file is a link or a folder, has a second name, or holds something else than a lock does.
     """
     key = _key(file)
     remove_dead_locks(file.parent)
@@ -112,7 +117,8 @@ def locked(file: Path, *, busy: str, wait: bool = False) -> Iterator[None]:
             del _held[key]
             try:
                 with contextlib.suppress(OSError):
-                    if _stands(file, descriptor):  # otherwise the file is gone, or another process has made a new one
+                    # otherwise the file is gone, or another process has made a new one or written something else
+                    if _stands(file, descriptor) and not _is_no_lock(descriptor):
                         file.unlink()  # before the lock is freed: nobody else can take it
             finally:
                 os.close(descriptor)
@@ -159,7 +165,7 @@ def _acquired(file: Path, busy: str, wait: bool) -> int | None:
             if _stands(file, descriptor):
                 with contextlib.suppress(OSError):  # the number is for messages alone
                     os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                    os.pwrite(descriptor, f"{os.getpid()} {_host()}\n".encode(), 0)
                 return descriptor
         except BlockingIOError:
             owner, dead = _in_words(found := _owner(descriptor)), found is not None and _is_dead(*found)
@@ -184,15 +190,36 @@ def _acquired(file: Path, busy: str, wait: bool) -> int | None:
 
 
 def _opened(file: Path) -> int | None:
+    """The descriptor of a lock's file; None where nothing can be written; ValueError for a file that is no lock."""
+    descriptor = None
     try:
-        return os.open(file, os.O_RDWR | os.O_CREAT | _OPEN, 0o644)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | _OPEN, 0o644)
     except OSError as error:
+        if error.errno in _FOREIGN:
+            raise _foreign(file, _FOREIGN[error.errno]) from None
         if error.errno not in _UNWRITABLE:
             raise
-    try:
-        return os.open(file, os.O_RDONLY | _OPEN)  # the file of another user
-    except OSError:
-        return None
+        with contextlib.suppress(OSError):
+            descriptor = os.open(file, os.O_RDONLY | _OPEN)  # the file of another user
+    if descriptor is not None and (other := _is_no_lock(descriptor)):
+        os.close(descriptor)
+        raise _foreign(file, other)
+    return descriptor
+
+
+def _foreign(file: Path, other: str) -> ValueError:
+    return ValueError(f"{file} must be missing or a lock of mergetune, got {other}: rename it or remove it")
+
+
+def _is_no_lock(descriptor: int) -> str:
+    """What a file is that no process of ours has made as a lock; "" for a lock, which is empty or names its process."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        return "no regular file"
+    if found.st_nlink > 1:
+        return "a file with a second name (a hard link)"
+    content = os.pread(descriptor, _LONGEST, 0)
+    return "" if not content or _OWNER.fullmatch(content) else "other content"
 
 
 def _stands(file: Path, descriptor: int) -> bool:
@@ -205,22 +232,27 @@ def _stands(file: Path, descriptor: int) -> bool:
 
 def _owner(descriptor: int) -> tuple[int, str] | None:
     """The number of the process that a lock's file names, and its machine; None if the file does not tell."""
-    found = _OWNER.fullmatch(os.pread(descriptor, 300, 0))
+    found = _OWNER.fullmatch(os.pread(descriptor, _LONGEST, 0))
     return None if found is None else (int(found[1]), found[2].decode(errors="replace"))
+
+
+def _host() -> str:
+    """The name of this machine, with no other characters than those that a lock's file may have."""
+    return re.sub(r"[^\w.-]", "-", socket.gethostname()[:255], flags=re.ASCII) or "-"
 
 
 def _in_words(owner: tuple[int, str] | None) -> str:
     if owner is None:
         return "another process"
     number, host = owner
-    if host != socket.gethostname():
+    if host != _host():
         return f"another process (pid {number} on {host})"
     return "another thread of this process" if number == os.getpid() else f"another process (pid {number})"
 
 
 def _is_dead(number: int, host: str) -> bool:
     """Whether a process has ended, as far as this machine can tell."""
-    if host != socket.gethostname():
+    if host != _host():
         return False
     try:
         os.kill(number, 0)
@@ -242,7 +274,7 @@ def remove_dead_locks(folder: Path) -> None:
             descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | _OPEN)
             try:
                 owner = _owner(descriptor)
-                if owner is not None and _is_dead(*owner):
+                if owner is not None and not _is_no_lock(descriptor) and _is_dead(*owner):
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if _owner(descriptor) == owner and _stands(file, descriptor):
                         file.unlink()

@@ -34,6 +34,11 @@ _REFUSED = {  # settings with which the adapter is more than scale * B A
     "use_qalora": "its inputs are pooled",
 }
 
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""init_lora_weights that leave the base weight as it is. With others, such as "pissa", "olora", "corda", "loftq" and
+"lora_ga", PEFT changes the base weight when it loads the adapter: the change of the model is another than scale * B A.
+"""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -171,6 +176,12 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{file}: {name} must be off, got {short(config[name])}: {why}, so the adapter cannot be merged"
             )
+    if (begins := config.get("init_lora_weights")) not in _BEGINNINGS:
+        raise ValueError(
+            f"{file}: init_lora_weights must be true, or a name with which PEFT leaves the base weight as it is, got "
+            f"{short(begins)}: save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a "
+            "plain LoRA"
+        )
     for name, kinds in {"r": int, "lora_alpha": (int, float)}.items():
         value = config.get(name, 8)
         if not _is_positive(value, kinds):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from cache_cases import BUILD, ROW_BYTES, NoMoreEncoding, TinyClip, array_bytes,
 
 from mergetune.data import FeatureCache, cache_blocks, cache_building, cache_features
 from mergetune.data import cache as cache_module
+from mergetune.data.cache_blocks import Damage, reopen
 from mergetune.data.cache_documents import Identities, Plan, lay_out
 from mergetune.data.cache_files import read_manifest
 
@@ -54,10 +56,12 @@ def changed(file: Path, begin: int, content: bytes) -> None:
 
 
 def unnoticed(file: Path, damage: Callable[[Path], object]) -> None:
-    """Damages a file like a failing disk does: size, time and inode stay."""
-    before = file.stat()
+    """Damages a file like a failing disk does: size, times and inode stay as in the last check."""
+    before, checked = file.stat(), file.with_name("checked.json")
     damage(file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if checked.is_file():  # no process can set the time of change
+        checked.write_text(checked.read_text().replace(str(before.st_ctime_ns), str(file.stat().st_ctime_ns)))
 
 
 # -- what is damaged is named, and only that is encoded again ----------------------------------------------------------
@@ -343,6 +347,66 @@ def test_a_file_cut_off_while_it_is_open_is_an_error_and_no_signal(cache, way):
 
 
 # -- the format --------------------------------------------------------------------------------------------------------
+
+
+def swapped(file: Path) -> None:
+    """The features of two images change places, with the norms, the size and the time of modification of before."""
+    before, content = file.stat(), file.read_bytes()
+    rows = content[ROW_BYTES : 2 * ROW_BYTES] + content[:ROW_BYTES]
+    changed(file, 0, rows)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_features_that_are_exchanged_behind_the_times_are_found_at_opening(cache):
+    swapped(cache / "arrays.bin")
+    with pytest.raises(ValueError, match="damaged: rows 0 to 3 must have the checksums"):
+        FeatureCache.open(cache)
+
+
+def test_features_that_are_exchanged_while_the_cache_is_open_are_found_when_rows_are_read(cache, way):
+    opened = FeatureCache.open(cache)
+    before, other = opened.tensor(), pickle.loads(pickle.dumps(opened))
+    (cache / "arrays.bin").chmod(0o600)  # the contents are compared, and serve
+    assert torch.equal(opened.tensor(), before) and torch.equal(other.tensor(), before)
+    swapped(cache / "arrays.bin")
+    for cache_object in (opened, other):
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match="rows 0 to 3 must have the checksums in manifest.json, got others since"
+            ):
+                cache_object.rows(torch.tensor([10]))
+
+
+def test_a_cache_that_is_rebuilt_still_serves_who_has_opened_it(images, cache, way):
+    opened = FeatureCache.open(cache)
+    before = opened.tensor()
+    cache_features(TinyClip(), images, cache, **BUILD, overwrite=True)
+    assert torch.equal(opened.tensor(), before)
+
+
+LINKED = {
+    "a link": lambda file, other: file.symlink_to(other),
+    "a file with a second name": lambda file, other: file.hardlink_to(other),
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("kind", LINKED)
+def test_mending_and_resuming_write_into_no_file_of_another_place(images, whole, tmp_path, kind, finished):
+    cache, other = shutil.copytree(whole, tmp_path / "train"), tmp_path / "other"
+    if not finished:
+        reopen(cache, read_manifest(cache), Damage(((0, 3),), ""))
+    (cache / "arrays.bin").rename(other)
+    changed(other, 0, b"1234")
+    LINKED[kind](cache / "arrays.bin", other)
+    names, content = {*os.listdir(cache)} - {"checked.json"}, other.read_bytes()
+    with pytest.raises(ValueError, match=f"arrays.bin must be .*, got {kind}.*: put a copy"):
+        cache_features(NoMoreEncoding(), images, cache, **BUILD)
+    assert other.read_bytes() == content and {*os.listdir(cache)} - {"checked.json"} == names
+    (cache / "arrays.bin").unlink()
+    with pytest.warns(UserWarning, match="encoded again"):
+        cache_features(TinyClip(), images, cache, **BUILD)
+    assert other.read_bytes() == content and array_bytes(cache) == array_bytes(whole)
 
 
 def test_the_lines_in_the_docs_read_a_cache(whole, tmp_path, monkeypatch):

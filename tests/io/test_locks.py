@@ -135,13 +135,46 @@ def test_the_lock_of_another_user_is_respected(holder, tmp_path, monkeypatch):
         pytest.fail("both hold the lock")
 
 
-@pytest.mark.parametrize("content", [b"", b"12", b"x" * 5000, b"12 host\n34", b"\xff\x00 \n"])
-def test_a_file_that_names_no_process_is_a_lock_all_the_same(tmp_path, content):
-    (tmp_path / LOCK).write_bytes(content)
+def test_an_empty_file_is_a_lock_all_the_same(tmp_path):
+    (tmp_path / LOCK).touch()
     with writing_in(tmp_path):
-        (tmp_path / LOCK).write_bytes(content)
+        (tmp_path / LOCK).write_bytes(b"")
         with ThreadPoolExecutor() as threads, pytest.raises(RuntimeError, match="^another process works in"):
             threads.submit(writing_in(tmp_path).__enter__).result()
+
+
+FOREIGN = {
+    "a link": lambda lock, file: lock.symlink_to(file),
+    "a file with a second name": lambda lock, file: lock.hardlink_to(file),
+    "a folder": lambda lock, file: lock.mkdir(),
+    "no regular file": lambda lock, file: os.mkfifo(lock),
+    **{f"other content, {len(content)}": lambda lock, _, content=content: lock.write_bytes(content)
+       for content in (b"12", b"x" * 5000, b"12 host\n34", b"\xff\x00 \n", b"my own notes\n")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_lock_is_refused_and_stays_as_it_is(tmp_path, kind):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("99999999 nowhere\n")  # a hard link to it looks like a lock
+    for place, context in ((tmp_path / ".out.lock", writing_to), (tmp_path / LOCK, writing_in)):
+        FOREIGN[kind](place, theirs)
+        before = place.lstat()
+        at = tmp_path / "out" if context is writing_to else tmp_path
+        with (
+            pytest.raises(ValueError, match=f"lock of mergetune, got {kind.partition(',')[0]}.*rename it"),
+            context(at),
+        ):
+            pytest.fail("a file that is no lock was used")
+        after = place.lstat()
+        assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+        assert theirs.read_text() == "99999999 nowhere\n"
+
+
+def test_other_content_that_is_written_meanwhile_stays(tmp_path):
+    with writing_to(tmp_path / "out"):
+        (tmp_path / ".out.lock").write_text("my own notes")
+    assert (tmp_path / ".out.lock").read_text() == "my own notes"
 
 
 def test_locks_of_the_dead_are_removed_and_all_else_stays(holder, tmp_path):

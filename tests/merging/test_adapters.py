@@ -235,6 +235,10 @@ def edit(path: Path, **settings: Any) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora must be off.*magnitudes"),
     "bias of B": ({"lora_bias": True}, "lora_bias must be off"),
+    **{
+        begins: ({"init_lora_weights": begins}, f"init_lora_weights must be true, .*, got '{begins}': save")
+        for begins in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+    },
     "another kind": ({"peft_type": "LOHA"}, "peft_type must be LORA, got 'LOHA'"),
     "rank": ({"r": 5}, "must have the rank 5 of adapter_config.json, got 2"),
     "rank 0": ({"r": 0}, "r must be a positive number of at most 1e.30, got 0"),
