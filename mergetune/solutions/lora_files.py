@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def read_clip_lora(path: str | Path, *, templates: Sequence[str] = (PLAIN,)) -> 
     return lora_of(path, factors, scales, templates)
 
 
-def _is_matrix(value: Any) -> bool:
+def _is_matrix(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point() and not not_plain(value)
 
 
