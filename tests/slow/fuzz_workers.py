@@ -13,6 +13,7 @@ import struct
 import sys
 import time
 import traceback
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ SECONDS = 10.0  # longest processor time of a case
 PATIENCE = 120.0  # longest time of a case by the clock: a reader may wait for something; the machine may be shared
 MEMORY = 256 << 20  # most bytes of a case: tensors may have 64 MiB, and twice that on the way
 ADDRESSES = 3 << 30  # most addresses of a worker beyond those at its start: what is asked for, used or not
-LONGEST = 900  # characters of a message without the path of the folder
+LONGEST = 800  # characters of a message, beside four times the path of the folder
+CONTROL = ("Cc", "Cs", "Zl", "Zp")  # categories of characters that no message has
 DOCUMENTED = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 FOREIGN = (
     "Traceback", "weights_only", "pydantic", "input_value", "Input should", "Expecting value", "MemoryError",
@@ -120,9 +122,9 @@ def fault_of(error: BaseException, also: tuple[type[Exception], ...], work: Path
     if not ours and type(error) not in (*DOCUMENTED, *also):
         where = traceback.extract_tb(error.__traceback__)[-3:]
         return f"{type(error).__name__}: {said[:300]!r} from {[f'{Path(f.filename).name}:{f.lineno}' for f in where]}"
-    if len(short) > LONGEST:
+    if len(said) > LONGEST + 4 * len(str(work)):
         return f"a message of {len(short):,} characters: {short[:200]!r}...{short[-100:]!r}"
-    if not said.isprintable():
+    if any(unicodedata.category(character) in CONTROL for character in said):
         return f"a message with control characters: {short!r}"
     if str(work) not in said and file not in said:
         return f"a message without its file: {short!r}"
