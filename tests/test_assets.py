@@ -132,3 +132,13 @@ def test_config_is_open_clips():
     config = json.loads((ASSETS / "icon-clip" / "open_clip_config.json").read_text(encoding="utf-8"))
     assert set(config) == {"model_cfg", "preprocess_cfg"}
     assert config["model_cfg"]["text_cfg"]["context_length"] == 32
+
+
+def test_the_icons_are_unpacked_as_the_documentation_says(tmp_path, monkeypatch):
+    text = (ASSETS.parents[1] / "docs" / "demo.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        first = archive.infolist()[0]
+        assert sum(path.is_file() for path in Path("icons").rglob("*")) == len(archive.infolist())
+        assert (tmp_path / "icons" / first.filename).read_bytes() == archive.read(first)
