@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MAX_NAMES = 1 << 14  # most different names of classes and functions in a file
 FREE_OBJECTS = 1 << 20  # objects, and entries of the memo, that are always allowed; else one per two bytes of the file
 LONGEST_KEY = 16  # most items of a tuple that is a key
+_LOAD: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
 
 
 class Budget:
@@ -120,24 +121,24 @@ class Unpickler(pickle._Unpickler):  # Python's implementation: a file can make 
 
     def load_setitem(self) -> None:
         require_keys(self.stack[-2:-1])
-        pickle._Unpickler.dispatch[pickle.SETITEM[0]](self)
+        _LOAD[pickle.SETITEM[0]](self)
 
     def load_setitems(self) -> None:
         require_keys(self.stack[::2])
-        pickle._Unpickler.dispatch[pickle.SETITEMS[0]](self)
+        _LOAD[pickle.SETITEMS[0]](self)
 
     def load_dict(self) -> None:
         require_keys(self.stack[::2])
-        pickle._Unpickler.dispatch[pickle.DICT[0]](self)
+        _LOAD[pickle.DICT[0]](self)
 
     def load_additems(self) -> None:
         if isinstance(self.metastack[-1][-1], set):  # other objects keep their items in lists
             require_keys(self.stack)
-        pickle._Unpickler.dispatch[pickle.ADDITEMS[0]](self)
+        _LOAD[pickle.ADDITEMS[0]](self)
 
     def load_frozenset(self) -> None:
         require_keys(self.stack)
-        pickle._Unpickler.dispatch[pickle.FROZENSET[0]](self)
+        _LOAD[pickle.FROZENSET[0]](self)
 
     def refuse(self) -> None:
         raise pickle.UnpicklingError("an instruction that such files do not need")

@@ -100,7 +100,7 @@ def read_prompt(path: str | Path) -> PromptFile:
     if ctx.ndim == 3 and any(name in state for name in PRODA_ONLY):
         ctx = ctx[0]
     if unusable := _unusable_texts(file, ctx, state):
-        warn(f"{file}: {unusable}: whether the prompt fits a backbone cannot be checked with them", stacklevel=2)
+        warn(f"{file}: {unusable}: whether the prompt fits a backbone cannot be checked with them", stacklevel=3)
         state = {"ctx": ctx}
     epoch = content.get("epoch")
     return PromptFile(
