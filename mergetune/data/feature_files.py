@@ -204,7 +204,7 @@ def _npy_labels(file: Path) -> np.ndarray:
             return _map_npy(file)
         try:
             stream.seek(0)
-            return read_object_array(stream, file.name)
+            return read_object_array(stream, file.name, stored=file.stat().st_size)
         except Exception as error:  # a damaged pickle raises many kinds
             raise ValueError(f"{file} cannot be read as .npy: {reason(error)}") from error
 

@@ -11,7 +11,6 @@ import math
 import pickle
 import re
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -19,8 +18,8 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 from mergetune.io.files import MAX_WEIGHTS, read_regular
-from mergetune.io.sentences import reason
-from mergetune.io.unpickling import Inert, Unpickler
+from mergetune.io.sentences import reason, shown
+from mergetune.io.unpickling import MAX_NAMES, Budget, Inert, Ordered, Unpickler
 
 INERT = ("sklearn.", "joblib.", "numpy.random.", "numpy.ma.")
 """Modules whose objects are read as fields that do nothing."""
@@ -49,9 +48,9 @@ class _Dtype(Inert):
         self.text = given[0] if given else None
 
     def dtype(self) -> np.dtype:
-        text = str(self.text)
-        if not re.fullmatch(r"[fiub]\d{1,2}|[US]\d{1,6}|O8?", text):
-            raise pickle.UnpicklingError(f"an array of the kind {text[:40]!r}, which is not understood")
+        text = self.text
+        if not isinstance(text, str) or not re.fullmatch(r"[fiub]\d{1,2}|[US]\d{1,6}|O8?", text):
+            raise pickle.UnpicklingError(f"an array of the kind {shown(text)}, which is not understood")
         order = self.state[1] if isinstance(self.state, tuple) and len(self.state) > 1 else "|"
         return np.dtype((order if order in ("<", ">") else "") + text)
 
@@ -138,19 +137,20 @@ def read_numpy_pickle(file: str | Path, *, compressed: bool = False) -> Any:
     """
     try:
         content = read_regular(file, limit=MAX_WEIGHTS)
-        return _load(io.BytesIO(_inflated(content) if compressed else content))
+        return _load(io.BytesIO(_inflated(content) if compressed else content), Budget(len(content)))
     except OSError:
         raise
     except Exception as error:  # a damaged file raises many kinds
         raise ValueError(f"{file} cannot be read as a checkpoint: {reason(error)}") from error
 
 
-def read_object_array(stream: IO[bytes], name: str) -> np.ndarray:
+def read_object_array(stream: IO[bytes], name: str, *, stored: int) -> np.ndarray:
     """An array of Python objects, such as class names, in numpy's format: its pickle is read and nothing in it is run.
 
     Args:
         stream: the content of a .npy file, or of an entry of a .npz file.
         name: name of the file or entry, for messages.
+        stored: bytes of the content in the file, compressed: they bound how many objects it may hold.
 
     Raises:
         Exception: the content is damaged or holds other objects; of many kinds.
@@ -158,7 +158,7 @@ def read_object_array(stream: IO[bytes], name: str) -> np.ndarray:
     version = np.lib.format.read_magic(stream)
     reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
     shape, _, _ = reader(stream)
-    found = plain(_load(io.BytesIO(stream.read())))
+    found = plain(_load(io.BytesIO(stream.read()), Budget(stored)))
     if not isinstance(found, np.ndarray) or found.shape != shape:
         raise ValueError(f"{name} must hold an array of shape {list(shape)}")
     return found
@@ -173,8 +173,8 @@ def _inflated(content: bytes) -> bytes:
     return found
 
 
-def _load(stream: io.BytesIO) -> Any:
-    return _NumpyUnpickler(stream).load()
+def _load(stream: io.BytesIO, budget: Budget) -> Any:
+    return _NumpyUnpickler(stream, budget).load()
 
 
 class _NumpyUnpickler(Unpickler):
@@ -184,9 +184,9 @@ class _NumpyUnpickler(Unpickler):
     read: Callable[[int], bytes]
     append: Callable[[Any], None]
 
-    def __init__(self, stream: io.BytesIO) -> None:
+    def __init__(self, stream: io.BytesIO, budget: Budget) -> None:
         known: dict[tuple[str, str], Any] = array_names() | {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): Ordered,
             ("builtins", "object"): Inert,
             ("__builtin__", "object"): Inert,
             ("copyreg", "_reconstructor"): self.reconstruct,
@@ -196,13 +196,18 @@ class _NumpyUnpickler(Unpickler):
         }
         for core in ("numpy.core", "numpy._core"):
             known[f"{core}.multiarray", "scalar"] = self.scalar
-        super().__init__(stream, known, others=None)
+        super().__init__(stream, known, others=None, budget=budget)
         self.stream, self.classes = stream, dict[str, type[Inert]]()
         self.left = 2 * stream.getbuffer().nbytes  # most bytes that older protocols hold as text
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.known and f"{module}.".startswith(INERT):
-            return self.classes.setdefault(f"{module}.{name}", type(name, (PickledObject,), {"name": name}))
+            if (known := self.classes.get(f"{module}.{name}")) is not None:
+                return known
+            if len(self.classes) == MAX_NAMES:
+                raise pickle.UnpicklingError(f"it names more than {MAX_NAMES:,} classes")
+            made = self.classes[f"{module}.{name}"] = type(name, (PickledObject,), {"name": name})
+            return made
         return super().find_class(module, name)
 
     def load_build(self) -> None:
@@ -219,7 +224,7 @@ class _NumpyUnpickler(Unpickler):
             raise pickle.UnpicklingError("an array whose shape is not understood")
         array = _Array()
         if dtype.hasobject:
-            content: Any = plain(_load(self.stream))
+            content: Any = plain(_load(self.stream, self.budget))
             if not isinstance(content, np.ndarray) or content.shape != shape:
                 raise pickle.UnpicklingError("an array of joblib without its content")
             return content

@@ -20,6 +20,8 @@ from mergetune.io.wrappers import AVERAGED, PLAIN, inner_state, unwrapped
 
 MAX_VISITS = 1 << 21  # most dicts, lists and objects, counted per use: shared ones can multiply
 MAX_TENSORS = 1 << 17
+MAX_STEPS = 1 << 24  # most entries of all of these
+MAX_LETTERS = 1 << 27  # most characters of the names of all of these: a long key stands in each name below it
 ASIDE = re.compile(
     r"(optimi[sz]er|optim|(lr_)?scheduler|(grad_)?scaler|amp|(\w+_)?rng)(s|_state|_states|_state_dict|_\d+)?", re.I
 )
@@ -198,7 +200,7 @@ class _Walk:
     """Finds the tensors below a value."""
 
     def __init__(self) -> None:
-        self.visits = self.tensors = 0
+        self.visits = self.tensors = self.steps = self.letters = 0
         self.flags: dict[str, bool] = {}
 
     def below(self, value: Any, path: str, reason: str = "", above: tuple[int, ...] = ()) -> Iterator[Leaf]:
@@ -219,6 +221,14 @@ class _Walk:
                 raise ValueError(f"it holds more than {MAX_VISITS:,} objects")
             above = (*above, id(value))
             for key, inside, why in self.entries(value, path):
+                self.steps += 1
+                if self.steps > MAX_STEPS:
+                    raise ValueError(f"it holds more than {MAX_STEPS:,} values")
+                if inside is None or isinstance(inside, str | bytes | int | float):
+                    continue
+                self.letters += len(path)
+                if self.letters > MAX_LETTERS:
+                    raise ValueError(f"its names have more than {MAX_LETTERS:,} characters")
                 yield from self.below(inside, _joined(path, key), reason or why, above)
 
     def counted(self, leaf: Leaf) -> Leaf:

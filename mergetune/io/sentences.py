@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -53,6 +54,17 @@ def named(name: object) -> str:
     return visible(str(name), longest=LONGEST_NAME)
 
 
+def shown(value: object) -> str:
+    """A value of a file in a message: a short text or number, else only its kind, as nested values have no bound."""
+    if (
+        value is None
+        or isinstance(value, str | bytes | bool | float)
+        or (isinstance(value, int) and abs(value) < 1 << 64)
+    ):
+        return reprlib.repr(value)
+    return f"an object of the kind {type(value).__name__}"
+
+
 def listing(names: Iterable[object], *, most: int = 8) -> str:
     """The first names of a file's content in a message, or "none"."""
     first = list(itertools.islice(names, most + 1))
@@ -74,6 +86,8 @@ def reason(error: BaseException) -> str:
         return "it has text that is not JSON"
     if isinstance(error, EOFError):
         return "it ends too early"
+    if isinstance(error, KeyError | IndexError | AttributeError):  # their text may be a value of the file, of any depth
+        return f"it is not what such files are ({type(error).__name__})"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = [line.strip() for line in text[: 1 << 14].splitlines() if line.strip()]
     line = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else ""
@@ -82,7 +96,7 @@ def reason(error: BaseException) -> str:
     line = re.split(r"(?<=[a-z)'\"])\. (?=[A-Z])", line)[0].rstrip(".")  # the first sentence
     if "weights_only" in line:
         line = "it holds more than tensors"
-    if isinstance(error, KeyError | IndexError | AttributeError) or not line:
+    if not line:
         line = f"it is not what such files are ({type(error).__name__})"
     return visible(line, longest=LONGEST_REASON)
 

@@ -105,7 +105,7 @@ def _member(opened: Any, name: str) -> np.ndarray:
             raise
         entry = f"{name}.npy" if f"{name}.npy" in opened.zip.namelist() else name
         with opened.zip.open(entry) as stream:
-            return read_object_array(stream, entry)
+            return read_object_array(stream, entry, stored=opened.zip.getinfo(entry).compress_size)
 
 
 def load_tensors(file: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import math
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ from torch import Tensor
 
 from mergetune.io.files import MAX_WEIGHTS, open_regular, read_regular
 from mergetune.io.numpy_pickles import array_names
+from mergetune.io.sentences import shown
 from mergetune.io.tensor_budgets import require_budget
-from mergetune.io.unpickling import Inert, Unpickler
+from mergetune.io.unpickling import MAX_NAMES, Inert, Ordered, Unpickler, counted
 
 STORAGES = {
     "FloatStorage": torch.float32,
@@ -48,7 +48,6 @@ STORAGES = {
 }
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle in torch.save's format before torch 1.6
-MAX_NAMES = 1 << 14  # most different names of classes and functions in a file
 REFUSED = {  # functions that rebuild tensors without plain numbers -> what these are
     "_rebuild_sparse_tensor": "a sparse tensor",
     "_rebuild_sparse_csr_tensor": "a sparse tensor",
@@ -59,7 +58,7 @@ REFUSED = {  # functions that rebuild tensors without plain numbers -> what thes
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Storage:
     """Numbers in the file, which ``content`` reads on demand."""
 
@@ -68,7 +67,7 @@ class Storage:
     content: Callable[[], bytes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """The description of a tensor that is not created yet: a view of a storage."""
 
@@ -148,12 +147,6 @@ class Found(Inert):
         return [part for state in self.states for part in (state if isinstance(state, tuple) else (state,))]
 
 
-class Ordered(OrderedDict):
-    """An ordered dict of the file; a state dict has attributes, too."""
-
-    attributes: tuple[Any, ...] = ()
-
-
 def make_tensors(found: Mapping[str, Piece | np.ndarray], stored: int) -> dict[str, Tensor]:
     """Creates the tensors of a file with ``stored`` bytes, each with separate numbers; reads each storage once."""
     require_budget(found.values(), stored)
@@ -218,14 +211,14 @@ class TensorUnpickler(Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) < 2:
-            raise pickle.UnpicklingError(f"unknown persistent id {str(pid)[:80]!r}")
+            raise pickle.UnpicklingError(f"unknown persistent id {shown(pid)}")
         if pid[0] == "module":  # torch.save's older format names a module's class this way
             return pid[1] if isinstance(pid[1], type) and issubclass(pid[1], Found) else Found
         _, dtype, key, _, count, *view = pid
         if pid[0] != "storage" or not isinstance(dtype, torch.dtype) or any(part is not None for part in view):
-            raise pickle.UnpicklingError(f"a storage of a kind that is not understood: {str(pid)[:80]!r}")
+            raise pickle.UnpicklingError(f"a storage of a kind that is not understood: {shown(pid)}")
         if self.load_storage is None or not isinstance(key, str) or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError(f"a storage that is missing: {str(pid)[:80]!r}")
+            raise pickle.UnpicklingError(f"a storage that is missing: {shown(pid)}")
         if (key, dtype, count) not in self.storages:
             self.storages[key, dtype, count] = Storage(dtype, count, self.load_storage(key))
         return self.storages[key, dtype, count]
@@ -239,7 +232,7 @@ class TensorUnpickler(Unpickler):
         if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):
             raise pickle.UnpicklingError("a tensor that is not understood")
         if isinstance(flags, Mapping) and any(flags.values()):
-            return Refused(f"a view with the flag {', '.join(map(str, flags))[:40]}")
+            return Refused(f"a view with the flag {', '.join(map(shown, flags))[:40]}")
         return Piece(storage, offset, tuple(size), tuple(stride), storage.dtype)
 
     @staticmethod
@@ -314,8 +307,8 @@ class TensorUnpickler(Unpickler):
         self.append(self.read(size))
 
     dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.EMPTY_SET[0]] = load_empty_set
-    dispatch[pickle.FROZENSET[0]] = load_frozenset
+    dispatch[pickle.EMPTY_SET[0]] = counted(load_empty_set)
+    dispatch[pickle.FROZENSET[0]] = counted(load_frozenset)
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
@@ -387,6 +380,8 @@ def _unpickle_legacy(stream: io.BytesIO) -> Any:
 
     value = Content(stream, lambda key: lambda: contents[key]).load()
     for key in TensorUnpickler(stream).load():
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("a storage whose key is no text")
         (count,) = struct.unpack("<q", stream.read(8))
         if count != made[key].count:
             raise ValueError(f"storage {key} must have {made[key].count} numbers, got {count}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 from torch import Tensor
 
@@ -110,6 +111,9 @@ def read_prompt(path: str | Path) -> PromptFile:
         raise ValueError(f"{file} must be a prompt of CoOp's form, got further parameters that would be lost: {more}")
     if ctx.ndim == 3 and any(name in state for name in PRODA_ONLY):
         ctx = ctx[0]
+    if unusable := _unusable_texts(file, ctx, state):
+        warn(f"{file}: {unusable}: whether the prompt fits a backbone cannot be checked with them", stacklevel=3)
+        state = {"ctx": ctx}
     epoch = content.get("epoch")
     return PromptFile(
         ctx=ctx.detach().float().clone(),
@@ -170,6 +174,30 @@ def _texts(state: Mapping[str, Any], name: str, ctx: Tensor) -> Tensor | None:
     if not isinstance(found, Tensor) or found.ndim != 3 or not found.is_floating_point() or not_plain(found):
         return None
     return found.detach() if found.shape[2] == ctx.shape[-1] and found.numel() else None
+
+
+def _unusable_texts(file: Path, ctx: Tensor, state: Mapping[str, Any]) -> str:
+    """Why the embedded texts of a file tell nothing about its backbone; "" if they tell, or if there are none.
+
+    Raises:
+        ValueError: they are embeddings of another width than the context vectors, which one backbone never has.
+    """
+    found = {name: state[name] for name in EMBEDDED[:2] if name in state}
+    for name, texts in found.items():
+        if not isinstance(texts, Tensor) or texts.ndim != 3 or not texts.is_floating_point() or not_plain(texts):
+            got = list(texts.shape) if isinstance(texts, Tensor) else type(texts).__name__
+            return f"{name} must be embedded texts [C, L, W], got {got}"
+        if texts.shape[2] != ctx.shape[-1]:
+            raise ValueError(
+                f"{file} must hold {name} of the width of ctx, W = {ctx.shape[-1]}, got {texts.shape[2]}: they are of "
+                "different backbones"
+            )
+        if name == "token_prefix" and texts.shape[1] != 1:
+            return f"{name} must be one start token per class, [C, 1, W], got {list(texts.shape)}"
+        if not texts.isfinite().all():
+            return f"{name} must be finite, got NaN or infinite values"
+    counts = sorted({len(texts) for texts in found.values()})
+    return f"token_prefix and token_suffix must have one text per class, got {counts}" if counts[1:] else ""
 
 
 def _start_of(state: Mapping[str, Any], ctx: Tensor) -> Tensor | None:

@@ -33,6 +33,8 @@ from mergetune.io import (
     require_file,
     unwrapped,
 )
+from mergetune.io.pickled_contents import MAX_LETTERS
+from mergetune.io.sentences import shown
 from mergetune.io.tensor_files import EXTRAS
 from mergetune.solutions.checkpoints import check_same_names
 from mergetune.solutions.sklearn_models import linear_model
@@ -271,12 +273,17 @@ def _named(content: Any) -> dict[str, Any]:
         return {"weight": content}
     found: dict[str, Any] = {}
     seen: set[int] = set()
+    left = MAX_LETTERS
 
     def walk(inside: Any, prefix: str, depth: int) -> None:
         if not isinstance(inside, dict) or id(inside) in seen or depth > DEEPEST:
             return
         seen.add(id(inside))
         for key, value in inside.items():
+            nonlocal left
+            left -= len(prefix)
+            if left < 0:
+                raise ValueError(f"its names have more than {MAX_LETTERS:,} characters")
             value = plain(value)
             if isinstance(value, dict) and key != "class_to_idx":
                 if not (prefix == "" and str(key).startswith(ASIDE)):
@@ -353,7 +360,7 @@ def _bias_of(found: dict[str, Any], key: str) -> str | None:
 def _rows(about: dict[str, Any]) -> list[Any] | None:
     """The class of each row, or None."""
     numbered = about.get("class_to_idx")
-    if isinstance(numbered, dict):
+    if isinstance(numbered, dict) and all(isinstance(number, int) for number in numbered.values()):
         rows = {number: name for name, number in numbered.items()}
         return [rows[number] for number in range(len(numbered))] if sorted(rows) == [*range(len(numbered))] else None
     rows = next((about[name] for name in ROWS if name in about), None)
@@ -408,7 +415,7 @@ def _head(origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, scale:
             )
         numbers = [int(row) for row in rows if isinstance(row, int | float) and float(row).is_integer()]
         if len(numbers) != len(rows) and not all(isinstance(row, str) for row in rows):
-            raise ValueError(f"{origin}: classes must be whole numbers or names, got {rows[:3]}")
+            raise ValueError(f"{origin}: classes must be whole numbers or names, got {', '.join(map(shown, rows[:3]))}")
         stand_for = tuple(numbers) if numbers else tuple(rows)
     return HeadFile(weight, bias, scale, stand_for)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from warnings import warn
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def linear_model(model: Any) -> tuple[np.ndarray, np.ndarray, list[Any]]:
 
     Raises:
         TypeError: the model is not fitted, or no linear classifier.
-        ValueError: a step of the pipeline cannot be folded into a linear head; the message names the step.
+        ValueError: a step of the pipeline cannot be folded into a linear head (the message names the step), or the
+            model was fitted to several labels per image.
     """
     inner = _field(model, "best_estimator_")
     if inner is not None:
@@ -51,6 +53,10 @@ def linear_model(model: Any) -> tuple[np.ndarray, np.ndarray, list[Any]]:
     classes = _field(model, "classes_")
     if classes is None:  # RidgeClassifier has them as a property
         classes = _field(_field(model, "_label_binarizer"), "classes_")
+    if str(_field(_field(model, "_label_binarizer"), "y_type_")).startswith("multilabel"):
+        raise ValueError(
+            f"model must have one class per image, got {_kinds(model)[0]} that was fitted to several labels per image"
+        )
     foreign = not (isinstance(model, PickledObject) or type(model).__module__.startswith("sklearn."))
     if not (foreign or set(_kinds(model)) & set(LINEAR)) or any(v is None for v in (weight, bias, classes)):
         raise TypeError(
@@ -64,7 +70,22 @@ def linear_model(model: Any) -> tuple[np.ndarray, np.ndarray, list[Any]]:
     bias = np.broadcast_to(bias.astype(np.float64), len(weight)) if bias.size == 1 else bias.astype(np.float64)
     if _field(model, "multi_class") == "multinomial" and len(weight) == 1:
         weight, bias = 2 * weight, 2 * bias  # its two logits are -d and d, and not those of a sigmoid
+    if _has_other_probabilities(model, len(weight)):
+        warn(
+            f"{_kinds(model)[0]} has probabilities that are no softmax, as those of a head are: the head predicts the "
+            "same classes with other probabilities",
+            stacklevel=2,
+        )
     return weight, bias, np.asarray(classes).tolist()
+
+
+def _has_other_probabilities(model: Any, rows: int) -> bool:
+    """Whether a classifier has probabilities that are no softmax: one-vs-rest, or pieces of straight lines."""
+    loss = _field(model, "loss")
+    if "SGDClassifier" in _kinds(model):
+        return loss == "modified_huber" or (rows > 1 and loss in ("log_loss", "log"))
+    separate = _field(model, "multi_class") == "ovr" or _field(model, "solver") == "liblinear"
+    return rows > 1 and separate and _kinds(model)[0].startswith("LogisticRegression")
 
 
 def _folded(
@@ -119,5 +140,7 @@ def _kinds(model: Any) -> list[str]:
 
 def _field(model: Any, name: str) -> Any:
     """An attribute of a model, or None."""
-    found = model.fields.get(name) if isinstance(model, PickledObject) else getattr(model, name, None)
-    return plain(found)
+    if not isinstance(model, PickledObject):
+        return plain(getattr(model, name, None))
+    found = plain(model.fields.get(name))  # a nested list may have no bound when numpy makes an array of it
+    return found if name == "steps" or isinstance(found, str | int | float | np.ndarray | PickledObject) else None

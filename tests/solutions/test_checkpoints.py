@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import os
 import pickle
 import random
@@ -437,3 +438,28 @@ def test_fuzzed_files_load_or_raise_our_errors(tmp_path, kind):
             refused += 1
     assert refused > 30
     assert [found.name for found in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        ({"token_prefix": torch.full((CLASSES, 1, WIDTH), math.nan)}, "token_prefix must be finite"),
+        ({"token_suffix": torch.full((CLASSES, 72, WIDTH), math.inf)}, "token_suffix must be finite"),
+        ({"token_suffix": torch.zeros(5)}, "token_suffix must be embedded texts"),
+        ({"token_prefix": torch.zeros(CLASSES, 2, WIDTH)}, "token_prefix must be one start token per class"),
+        ({"token_prefix": torch.zeros(CLASSES + 1, 1, WIDTH)}, "must have one text per class"),
+    ],
+)
+def test_embedded_texts_that_tell_nothing_are_named_in_one_warning(tmp_path, texts, told):
+    torch.save({"state_dict": learner(context()) | texts, "epoch": 5}, tmp_path / "odd")
+    with pytest.warns(UserWarning, match=f"odd: .*{told}.*cannot be checked") as caught:
+        found = read_prompt(tmp_path / "odd")
+    assert len(caught) == 1 and torch.equal(found.ctx, context()) and found.start is None and found.suffix is None
+
+
+@pytest.mark.parametrize("name", ["token_prefix", "token_suffix"])
+def test_embedded_texts_of_another_width_are_of_another_backbone(tmp_path, name):
+    texts = {name: torch.zeros(CLASSES, 1, WIDTH + 1)}
+    torch.save({"state_dict": learner(context()) | texts, "epoch": 5}, tmp_path / "odd")
+    with pytest.raises(ValueError, match=f"odd must hold {name} of the width of ctx.*different backbones"):
+        read_prompt(tmp_path / "odd")
