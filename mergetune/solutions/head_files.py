@@ -24,7 +24,6 @@ from mergetune.io import (
     load_torch,
     named,
     names_file,
-    not_plain,
     plain,
     read_npz,
     read_numpy_pickle,
@@ -38,6 +37,7 @@ from mergetune.io.sentences import shown
 from mergetune.io.tensor_files import EXTRAS
 from mergetune.solutions.checkpoints import check_same_names
 from mergetune.solutions.sklearn_models import linear_model
+from mergetune.solutions.states import float_copy
 
 LAYERS = ("fc", "head", "classifier", "classification_head", "linear")
 NAMES = ("weight", "coef_", *(f"{layer}.weight" for layer in LAYERS))
@@ -123,7 +123,7 @@ def read_arrays(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} must hold arrays by name, got {_kind(content)}")
     _, state = inner_state(content, tensor=_is_array)
     found = {str(name): plain(value) for name, value in state.items()}
-    return {name: _floats(f"{file}: {name}", found[own]) for name, own in unwrapped(list(found), OWNERS).items()}
+    return {name: float_copy(f"{file}: {name}", found[own]) for name, own in unwrapped(list(found), OWNERS).items()}
 
 
 @names_file("path")
@@ -394,8 +394,8 @@ def _head(origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, scale:
     A weight [D, C] is transposed if the number of biases or of classes says so.
     """
     weight, bias = (
-        _floats(f"{origin}: the weight", weight),
-        None if bias is None else _floats(f"{origin}: the bias", bias),
+        float_copy(f"{origin}: the weight", weight),
+        None if bias is None else float_copy(f"{origin}: the bias", bias),
     )
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(f"{origin}: the weight must have shape [C, D], got {list(weight.shape)}")
@@ -418,19 +418,3 @@ def _head(origin: str, weight: Any, bias: Any, rows: list[Any] | None, *, scale:
             raise ValueError(f"{origin}: classes must be whole numbers or names, got {', '.join(map(shown, rows[:3]))}")
         stand_for = tuple(numbers) if numbers else tuple(rows)
     return HeadFile(weight, bias, scale, stand_for)
-
-
-def _floats(name: str, values: Any) -> Tensor:
-    """A float32 copy of a tensor or array, all finite."""
-    made = None
-    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            made = torch.from_numpy(values.astype(np.float32))
-    elif isinstance(values, Tensor) and values.is_floating_point() and not_plain(values) is None:
-        made = values.detach().float().clone()
-    if made is not None and made.isfinite().all():
-        return made
-    if made is not None:
-        raise ValueError(f"{name} must be finite, got {int((~made.isfinite()).sum())} NaN or infinite values")
-    kind = not_plain(values) if isinstance(values, Tensor) else None
-    raise ValueError(f"{name} must be floating point, got {kind or getattr(values, 'dtype', type(values).__name__)}")

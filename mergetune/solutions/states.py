@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mergetune.io import require_plain
+from mergetune.io import not_plain, require_plain
 
 State = dict[str, Tensor]
 """Tensors by name. A stacked state holds M states: each of its tensors has a leading dimension M."""
@@ -67,3 +68,19 @@ def check_same_shapes(a: Any, b: Any) -> None:
         here, there = (found.get(name) for found in shapes)
         if here != there:
             raise ValueError(f"solutions on one path must have equal shapes, got {here} and {there} for {name}")
+
+
+def float_copy(name: str, values: Any) -> Tensor:
+    """A float32 copy of a tensor or array, all finite."""
+    made = None
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            made = torch.from_numpy(values.astype(np.float32))
+    elif isinstance(values, Tensor) and values.is_floating_point() and not_plain(values) is None:
+        made = values.detach().float().clone()
+    if made is not None and made.isfinite().all():
+        return made
+    if made is not None:
+        raise ValueError(f"{name} must be finite, got {int((~made.isfinite()).sum())} NaN or infinite values")
+    kind = not_plain(values) if isinstance(values, Tensor) else None
+    raise ValueError(f"{name} must be floating point, got {kind or getattr(values, 'dtype', type(values).__name__)}")

@@ -30,7 +30,7 @@ ADVICE = re.compile(r"weights_only|Traceback|site-packages|MemoryError|miniz|0x[
 def sentence(error: Exception, file: Path) -> str:
     """The message, after a check that it is one of ours."""
     said = str(error)
-    assert type(error) in (ValueError, FileNotFoundError) and said.isprintable(), said
+    assert isinstance(error, ValueError | FileNotFoundError) and said.isprintable(), said
     assert file.name.replace(STEERING, ESCAPED) in said and len(said) < 900 and not ADVICE.search(said), said
     return said
 
