@@ -17,7 +17,8 @@ from mergetune.evaluation import accuracy, cross_entropy
 from mergetune.merging import StateDict
 from mergetune.merging.catalogue import AVERAGES, needs_base
 from mergetune.merging.methods import Method, find
-from mergetune.solutions import Head, Solution, Space, check_compatible, inputs, space_of, stacked
+from mergetune.solutions import Solution, Space, check_compatible, inputs, space_of, stacked
+from mergetune.solutions.kinds import in_one_form
 from mergetune.training import fisher_diagonal
 
 FISHER_IMAGES = 256  # images for the Fisher diagonal of a prompt: each image needs a pass through the text tower
@@ -62,10 +63,8 @@ def merge_solutions(
     if clip is not None:
         experts, base = [expert.for_clip(clip) for expert in experts], None if base is None else base.for_clip(clip)
     solutions = [*experts, *([] if base is None else [base])]
-    first = experts[0]
-    if isinstance(first, Head) and any(isinstance(other, Head) and other.bias is not None for other in solutions):
-        first = first.with_bias()
-    solutions = [solution.in_form_of(first) for solution in solutions]
+    solutions = in_one_form(solutions, experts[0])
+    first = solutions[0]
     called = [f"expert {number}" for number in range(1, 1 + len(experts))] if names is None else names
     for name, other in zip([*called, "the base"][1:], solutions[1:], strict=False):
         try:

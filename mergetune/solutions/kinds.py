@@ -254,11 +254,18 @@ def interpolate(a: Solution, b: S, t: float) -> S:
         tensor([[0.2500, 0.2500],
                 [0.2500, 0.2500]])
     """
-    a = a.in_form_of(b)
+    a, b = in_one_form([a, b], b)
     check_compatible(a, b)
     found = b.between(stacked(a.state()), stacked(b.state()), t)
     notes = {name: value for name, value in b.notes.items() if name != TEMPERATURE}
     return b.with_state({name: tensor[0] for name, tensor in found.items()}, notes=notes)
+
+
+def in_one_form(solutions: Sequence[Any], like: Solution) -> list[Any]:
+    """The solutions in the form of ``like``, which is one of them. If one head has a bias, all have: of zeros."""
+    if isinstance(like, Head) and any(isinstance(other, Head) and other.bias is not None for other in solutions):
+        like = like.with_bias()
+    return [solution.in_form_of(like) for solution in solutions]
 
 
 def check_compatible(a: Solution, b: Solution, *, space: str = "parameter") -> None:

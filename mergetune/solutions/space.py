@@ -17,7 +17,7 @@ from mergetune.data import Batches
 from mergetune.facts.brief import brief
 from mergetune.facts.function_options import SPACES
 from mergetune.solutions.base import Solution
-from mergetune.solutions.kinds import check_compatible
+from mergetune.solutions.kinds import check_compatible, in_one_form
 from mergetune.solutions.states import State, inputs, stack_states, weighted_sums
 
 CHUNK = 1 << 25  # class-weight values computed at once: 128 MB in float32
@@ -177,8 +177,8 @@ def span(
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
     solutions = [solution.for_clip(clip) for solution in solutions]
+    solutions = in_one_form(solutions, solutions[-1])
     last = solutions[-1]
-    solutions = [solution.in_form_of(last) for solution in solutions]
     for solution in solutions[:-1]:
         alike = (solution.normalize, solution.logit_scale) == (last.normalize, last.logit_scale)
         if space == "parameter" or type(solution) is type(last) or not alike:

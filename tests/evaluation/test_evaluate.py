@@ -344,9 +344,11 @@ def test_paths_that_make_no_sense_are_refused(clip, kwargs, error, match):
         path(clip, **{"a": prompt(), "b": prompt(), "features": cache(60), **kwargs})
 
 
-def test_heads_with_and_without_bias_are_refused_by_name(clip):
-    with pytest.raises(ValueError, match="equal shapes"):
-        path(clip, head(1, bias=False), head(2), cache(60))
+def test_a_head_without_bias_has_a_bias_of_zero_on_a_path(clip):
+    bare = head(1, bias=False)
+    zero = replace(bare, bias=torch.zeros(len(bare.weight)))
+    assert path(clip, bare, head(2), cache(60)).loss == path(clip, zero, head(2), cache(60)).loss
+    assert path(clip, head(2), bare, cache(60)).loss == path(clip, head(2), zero, cache(60)).loss
 
 
 @pytest.fixture
