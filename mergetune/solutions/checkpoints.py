@@ -173,7 +173,8 @@ def _texts(state: Mapping[str, Any], name: str, ctx: Tensor) -> Tensor | None:
     found = state.get(name)
     if not isinstance(found, Tensor) or found.ndim != 3 or not found.is_floating_point() or not_plain(found):
         return None
-    return found.detach() if found.shape[2] == ctx.shape[-1] and found.numel() else None
+    found = found.detach().float() if found.itemsize == 1 else found.detach()  # float8 has no comparisons
+    return found if found.shape[2] == ctx.shape[-1] and found.numel() else None
 
 
 def _unusable_texts(file: Path, ctx: Tensor, state: Mapping[str, Any]) -> str:
@@ -194,7 +195,7 @@ def _unusable_texts(file: Path, ctx: Tensor, state: Mapping[str, Any]) -> str:
             )
         if name == "token_prefix" and texts.shape[1] != 1:
             return f"{name} must be one start token per class, [C, 1, W], got {list(texts.shape)}"
-        if not texts.isfinite().all():
+        if not texts.float().isfinite().all():
             return f"{name} must be finite, got NaN or infinite values"
     counts = sorted({len(texts) for texts in found.values()})
     return f"token_prefix and token_suffix must have one text per class, got {counts}" if counts[1:] else ""

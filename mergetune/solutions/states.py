@@ -57,6 +57,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     require_plain(name, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no comparisons
     if not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, got {int((~tensor.isfinite()).sum())} NaN or infinite values")
 

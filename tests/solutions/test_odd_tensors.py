@@ -11,6 +11,7 @@ from tiny import NAMES, normal, tiny_model
 from mergetune.solutions import open_solution, open_taskres, read_clip_lora, read_model
 
 ODD: dict[str, Callable[[torch.Tensor], Any]] = {
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
     "meta": lambda t: t.to("meta"),
     "sparse": lambda t: t.to_sparse(),
     "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
