@@ -142,7 +142,7 @@ READERS = [
     Reader("old CoOp", saved(coop_checkpoint(), "model.pth.tar-5", _use_new_zipfile_serialization=False), ("model*",),
            read_prompt),
     Reader("CoOp's note", all_of(saved(coop_checkpoint(), "model.pth.tar-5"), text("checkpoint", "model.pth.tar-5\n")),
-           ("checkpoint",), read_prompt, share=1),
+           ("checkpoint",), read_prompt, share=1, refuses=False),
     Reader("class-specific CoOp", class_prompt, ("model*",), for_clip),
     Reader("TaskRes", taskres, ("**/model*",), partial(mt.open_taskres, classnames=CLASSES)),
     Reader("head.pt", saved(STATE, "h.pt"), ("h.pt",), lambda f: head(f / "h.pt")),
